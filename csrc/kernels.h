@@ -1,0 +1,39 @@
+/* Every C function that Python calls. This file is both the C header and the declaration that cffi
+ * reads, so it holds prototypes only. Arrays are row-major and float32 unless said otherwise; the
+ * letters of the shapes are those of numpy_llama/config.py:
+ *
+ *   B batch   T new tokens   S all positions   H query heads   K key/value heads   Dh head_dim
+ *
+ * `threads` is how many OpenMP threads to use; the result never depends on it, bit for bit.
+ * `begin, end` name the part of the result to compute, so that a caller can keep each call short.
+ * No function keeps a pointer, writes outside its output, or reads outside the shapes given.
+ * numpy_llama/kernels.py checks all shapes before it calls; these functions check nothing. */
+
+/* y[:, begin:end] = x @ w[begin:end].T      linear.c
+ *   x (T, IN)   w (OUT, IN) as stored   y (T, OUT);   IN a multiple of 32.
+ *   format is ggml's number: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 8 Q8_0, 30 BF16 (numpy_llama/quantize.py). */
+void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
+               int64_t begin, int64_t end, int threads);
+
+/* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
+ *   q, out (B, T, H, Dh)   k, v (B, S, K, Dh) in format 0 F32 or 1 F16;   Dh at most 256.
+ *   k_strides, v_strides: numbers from one batch, one position, one head to the next; Dh lies dense.
+ *   Returns 0, or -1 when there is no memory for the scratch. */
+int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T,
+                 int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
+                 const int64_t *v_strides, int64_t begin, int64_t end, int threads);
+
+/* y = exp(x), n numbers: the exponential inside attention, for its tests. 0 below -87. */
+void nl_exp(float *y, const float *x, int64_t n);
+
+/* The instruction sets compiled in and able to run here, fastest first: "avx2", "scalar". NULL past
+ * the last one.      dispatch.c */
+const char *nl_isa_name(int index);
+
+/* Use that one from now on; 0, or -1 for an unknown or unable one. Not while a kernel runs. */
+int nl_use_isa(const char *name);
+
+/* The one in use; the OpenMP version (0: built without); the compiler. */
+const char *nl_isa(void);
+int nl_openmp(void);
+const char *nl_compiler(void);

@@ -1,0 +1,35 @@
+"""The KV cache: keys and values of the positions already seen, so that none is computed twice.
+
+The caller owns it and the model keeps no state: two conversations are two caches and one model.
+"""
+
+import numpy as np
+
+from .config import ModelArgs
+from .errors import ContextOverflowError, ParameterError
+
+
+class KVCache:
+    """Room for `max_seq_len` positions of `batch` sequences: 2 * n_layers * K * Dh numbers each."""
+
+    def __init__(self, args: ModelArgs, batch: int, max_seq_len: int, dtype=np.float32):
+        if not 0 < max_seq_len <= args.max_seq_len:
+            raise ParameterError(
+                f"max_seq_len is {max_seq_len}, it must lie in 1..{args.max_seq_len}, the model's context"
+            )
+        # One head's positions lie side by side: attention reads them as one stream.
+        shape = (args.n_layers, batch, args.n_kv_heads, max_seq_len, args.head_dim)
+        self.k = np.empty(shape, dtype)
+        self.v = np.empty(shape, dtype)
+        self.max_seq_len = max_seq_len
+
+    def update(self, layer, start_pos, xk, xv):
+        """Store T new keys and values (B, T, K, Dh) at start_pos; return all S so far, (B, S, K, Dh)."""
+        end = start_pos + xk.shape[1]
+        if not 0 <= start_pos <= end <= self.max_seq_len:
+            raise ContextOverflowError(
+                f"positions {start_pos}..{end - 1} do not fit a cache of {self.max_seq_len}"
+            )
+        k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
+        k[:, start_pos:end], v[:, start_pos:end] = xk, xv
+        return k[:, :end], v[:, :end]

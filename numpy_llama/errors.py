@@ -1,0 +1,71 @@
+"""Every error that numpy_llama raises on purpose, under one root.
+
+A message names the file, the offset or key, the value found and the value wanted.
+`escape` is for whatever came out of a file: it may hold anything, terminal codes included.
+"""
+
+
+class NumpyLlamaError(Exception):
+    """The root: `except NumpyLlamaError` catches all of ours and nothing else."""
+
+
+class FormatError(NumpyLlamaError):
+    """The file breaks the rules of its own format."""
+
+
+class TruncatedError(FormatError):
+    """The file ends before its own header says it should: most often a download that stopped."""
+
+
+class ResourceLimitError(NumpyLlamaError):
+    """A count or a size is larger than the file could hold, or larger than we agree to read."""
+
+
+class UnsupportedError(NumpyLlamaError):
+    """A well-formed file or a fair request, but not one that this program can run."""
+
+
+class MismatchError(NumpyLlamaError):
+    """Two parts that must agree do not: weights and arguments, or tokenizer and embedding."""
+
+
+class ConfigError(NumpyLlamaError):
+    """The model's hyperparameters are missing or impossible."""
+
+
+class TokenizerError(NumpyLlamaError):
+    """The vocabulary cannot be used, or an id lies outside it."""
+
+
+class TemplateError(NumpyLlamaError):
+    """The model's chat template is missing, or fails, or goes beyond its limits."""
+
+
+class TextError(NumpyLlamaError):
+    """Input text is not what it must be, for example not UTF-8."""
+
+
+class ParameterError(NumpyLlamaError, ValueError):
+    """An argument of a call is out of its range."""
+
+
+class ContextOverflowError(NumpyLlamaError):
+    """More tokens than the context has room for."""
+
+
+class NumericsError(NumpyLlamaError):
+    """NaN or infinity where a finite number must be."""
+
+
+class DownloadError(NumpyLlamaError):
+    """A model could not be fetched, or what came is not what was asked for."""
+
+
+class BuildError(NumpyLlamaError):
+    """The compiled extension is missing or does not fit this package."""
+
+
+def escape(value: object, limit: int = 200) -> str:
+    """Text from a file, safe to print: ASCII with escapes, at most `limit` characters."""
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

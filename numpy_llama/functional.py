@@ -1,0 +1,108 @@
+"""The mathematics of LLaMA: pure functions on NumPy arrays, nothing else.
+
+What this file promises: every operation of the forward pass is here and is the definition; the C
+kernels are proven equal to it. Every function computes in the dtype it is given (float32 in use,
+float64 in tests). The letters of the shape comments are explained in config.py.
+"""
+
+import math
+
+import numpy as np
+
+from .config import RopeScaling
+from .errors import ParameterError
+
+
+def embedding(tokens, weight):
+    """Row `tokens[b, t]` of the table: (B, T) ids, (V, D) -> (B, T, D)."""
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < len(weight)):
+        raise ParameterError(
+            f"token ids from {tokens.min()} to {tokens.max()}, they must lie in 0..{len(weight) - 1}"
+        )
+    return weight[tokens]
+
+
+def linear(x, w):
+    """y = x W^T: (..., IN), (OUT, IN) -> (..., OUT)."""
+    return x @ w.T
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4)."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def softmax(x):
+    """exp(x_i) / sum_j exp(x_j) over the last axis; shifted by the maximum, so no exp overflows."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def silu(x):
+    """x * sigmoid(x) (Hendrycks & Gimpel 2016). Far below zero exp(-x) is inf and the result -0."""
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def swiglu(gate, up):
+    """silu(gate) * up: the gated activation of the FFN (Shazeer 2020, eq. 6)."""
+    return silu(gate) * up
+
+
+def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
+    """e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim).
+
+    RoFormer (Su et al. 2021), section 3.4.2. -> (end, Dh / 2) complex, for example (8192, 32).
+    """
+    j = np.arange(0, head_dim, 2, dtype=dtype)
+    freqs = 1 / dtype(rope_theta) ** (j / dtype(head_dim))
+    if scaling is not None:
+        freqs = scale_freqs(freqs, scaling)
+    angles = np.outer(np.arange(end, dtype=dtype), freqs)
+    return np.cos(angles) + np.complex64(1j) * np.sin(angles)
+
+
+def scale_freqs(freqs, scaling: RopeScaling):
+    """Llama 3.1: slow turns are made `factor` times slower, fast ones kept, a ramp in between.
+
+    What counts is how many full turns a frequency makes within the original context.
+    """
+    turns = scaling.original_max_seq_len * freqs / freqs.dtype.type(2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, 1: fast
+    return (1 - keep) * freqs / scaling.factor + keep * freqs
+
+
+def apply_rotary_emb(x, freqs_cis):
+    """Turn each pair (x_2j, x_2j+1), read as one complex number, by its angle.
+
+    (B, T, H, Dh), (T, Dh / 2) -> (B, T, H, Dh), for example (1, 8, 32, 128), (8, 64).
+    """
+    return (x.view(freqs_cis.dtype) * freqs_cis[:, None, :]).view(x.dtype)
+
+
+def causal_mask(T, S, dtype=np.float32):
+    """0 where query t may look, -inf where it may not: the T queries are the last T of S positions.
+
+    -> (T, S). With T = 2 new tokens after 3 cached ones: [[0 0 0 0 -inf], [0 0 0 0 0]].
+    """
+    return np.triu(np.full((T, S), -np.inf, dtype), k=S - T + 1)
+
+
+def repeat_kv(x, n_rep):
+    """Each key/value head serves n_rep query heads (GQA, Ainslie et al. 2023): (B, S, K, Dh) -> (B, S, H, Dh)."""
+    return np.repeat(x, n_rep, axis=2)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(Dh) + mask) v for each head (Vaswani et al. 2017, eq. 1).
+
+    q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). The T queries are the last T of S positions.
+    """
+    T, H, Dh = q.shape[1:]
+    S, K = k.shape[1:3]
+    q = q.swapaxes(1, 2)  # (B, H, T, Dh)
+    k = repeat_kv(k, H // K).astype(q.dtype).transpose(0, 2, 3, 1)  # (B, H, Dh, S)
+    v = repeat_kv(v, H // K).astype(q.dtype).swapaxes(1, 2)  # (B, H, S, Dh)
+    scores = q @ k / math.sqrt(Dh) + causal_mask(T, S, q.dtype)  # (B, H, T, S)
+    return (softmax(scores) @ v).swapaxes(1, 2)  # (B, T, H, Dh)

@@ -1,0 +1,193 @@
+"""The C twins of `linear` and `attention`: same names, same meaning, weights used where they lie.
+
+What this file promises: whatever it is given, it is refused with a clear error or computed rightly;
+C is only called with what csrc/kernels.h asks for. It is the only importer of the extension.
+
+    kernels = Kernels(threads=2)
+    w = PackedWeight(stored)            # once
+    y = kernels.linear(x, w)            # = functional.linear(x, stored.dequantize())
+    out = kernels.attention(q, k, v)    # = functional.attention(q, k, v)
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .errors import BuildError, MismatchError, ParameterError, UnsupportedError
+from .quantize import FORMATS, QK, StoredTensor
+
+try:
+    from ._kernels import ffi, lib
+except ImportError as error:
+    raise BuildError(
+        f"the C kernels are not built ({error}). Run `pip install .` in the project's folder, "
+        "or choose the readable path: backend='numpy', on the command line --backend numpy"
+    ) from None
+
+# A signal waits until a C call returns, so no call may be long: this many multiply-adds a thread take
+# a few milliseconds in vector code and about 100 in scalar code.
+WORK_PER_CALL = 1 << 27
+MAX_HEAD_DIM = 256
+
+# In a forked child the OpenMP threads of the parent do not exist, and a team that waits for them would
+# hang: there the same kernels run on one thread, with the same bits.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this build and this CPU both have, fastest first."""
+    names = []
+    while (name := lib.nl_isa_name(len(names))) != ffi.NULL:
+        names.append(ffi.string(name).decode())
+    return names
+
+
+def use_isa(name: str) -> None:
+    """Run the kernels with this instruction set from now on (all models of this process)."""
+    if lib.nl_use_isa(name.encode()) != 0:
+        raise UnsupportedError(
+            f"instruction set {name!r} is not available; there are {', '.join(available_isas())}"
+        )
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return ffi.string(lib.nl_isa()).decode()
+
+
+def openmp_version() -> int:
+    """The date of the OpenMP standard built in, for example 201511; 0 where built without."""
+    return lib.nl_openmp()
+
+
+def compiler() -> str:
+    """The version of the compiler that built the kernels."""
+    return ffi.string(lib.nl_compiler()).decode()
+
+
+if "NUMPY_LLAMA_ISA" in os.environ:
+    use_isa(os.environ["NUMPY_LLAMA_ISA"])
+
+
+def available_cpus() -> int:
+    """The CPUs that this process may use: its affinity, and the quota of its container."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cpus, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such limit
+        return cpus
+
+
+class PackedWeight:
+    """A StoredTensor (OUT, IN) as the kernels take it: dense bytes, IN a multiple of 32.
+
+    Nothing is copied, unless IN is no such multiple: then each row gets zeros at its end.
+    """
+
+    def __init__(self, tensor: StoredTensor):
+        if len(tensor.shape) != 2:
+            raise MismatchError(f"a weight has 2 axes, this one has shape {tensor.shape}")
+        self.tensor, self.shape, self.format = tensor, tensor.shape, tensor.format
+        pad = -tensor.shape[1] % QK
+        rows = np.pad(tensor.data, ((0, 0), (0, self.format.row_bytes(pad)))) if pad else tensor.data
+        self.width = tensor.shape[1] + pad
+        self.rows = np.ascontiguousarray(rows)
+        self.pointer = ffi.from_buffer(self.rows)
+
+    def __len__(self):
+        return len(self.tensor)
+
+    def __getitem__(self, index):
+        """Rows in float32, as an embedding needs them."""
+        return self.tensor[index]
+
+
+class Kernels:
+    """The two twins, bound to a number of threads. The number never changes a result."""
+
+    def __init__(self, threads: int | None = None):
+        if threads is None:
+            threads = available_cpus()
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+            raise ParameterError(f"threads is {threads!r}, it must be a whole number from 1 to 1024")
+        self.threads = threads
+
+    def linear(self, x: np.ndarray, w: PackedWeight | StoredTensor | np.ndarray) -> np.ndarray:
+        """y = x W^T: (..., IN) float32, (OUT, IN) as stored -> (..., OUT) float32."""
+        if not isinstance(w, PackedWeight):
+            w = PackedWeight(w if isinstance(w, StoredTensor) else StoredTensor.quantize(w, "F32"))
+        if x.shape[-1] != w.shape[1]:
+            raise MismatchError(f"x has {x.shape[-1]} columns, the weight {w.shape[1]}")
+        if w.width != w.shape[1]:
+            x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.width - w.shape[1])])
+        x = np.ascontiguousarray(x, np.float32)
+        OUT = w.shape[0]
+        y = np.empty((*x.shape[:-1], OUT), np.float32)
+        if y.size == 0:
+            return y
+        if w.width == 0:
+            y[...] = 0
+            return y
+        T = x.size // w.width
+        threads = 1 if _forked else self.threads
+        y_pointer, x_pointer = ffi.from_buffer("float[]", y, require_writable=True), ffi.from_buffer("float[]", x)
+        rows = max(WORK_PER_CALL // (T * w.width), 1) * threads
+        for begin in range(0, OUT, rows):
+            end = min(begin + rows, OUT)
+            lib.nl_linear(
+                y_pointer, x_pointer, w.pointer, w.format.code, T, OUT, w.width, begin, end, threads
+            )
+        return y
+
+    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""
+        B, T, H, Dh = q.shape
+        S, K = k.shape[1:3]
+        if k.shape != (B, S, K, Dh) or v.shape != k.shape or T > S or K == 0 or H % K:
+            raise MismatchError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
+        if Dh > MAX_HEAD_DIM:
+            raise UnsupportedError(f"head_dim is {Dh}, the C kernel goes up to {MAX_HEAD_DIM}")
+        if k.dtype != v.dtype:
+            raise MismatchError(f"k is {k.dtype} and v is {v.dtype}, they must be the same")
+        q = np.ascontiguousarray(q, np.float32)
+        k, v = _dense_heads(k), _dense_heads(v)
+        out = np.empty_like(q)
+        if out.size == 0:
+            return out
+        threads = 1 if _forked else self.threads
+        arguments = (
+            ffi.from_buffer("float[]", out, require_writable=True),
+            ffi.from_buffer("float[]", q),
+            ffi.cast("void *", k.ctypes.data),
+            ffi.cast("void *", v.ctypes.data),
+            FORMATS["F16" if k.dtype == np.float16 else "F32"].code,
+            *(B, T, S, H, K, Dh),
+            [stride // k.itemsize for stride in k.strides[:3]],
+            [stride // v.itemsize for stride in v.strides[:3]],
+        )
+        queries = max(WORK_PER_CALL // (B * S * H * Dh), 1) * threads
+        for begin in range(0, T, queries):
+            end = min(begin + queries, T)
+            if lib.nl_attention(*arguments, begin, end, threads) != 0:
+                raise MemoryError("no memory for the scratch of the attention kernel")
+        return out
+
+
+def _dense_heads(x: np.ndarray) -> np.ndarray:
+    """x as the kernel reads it: float32 or float16 in the machine's byte order, each head's Dh numbers side
+    by side. A view of a cache passes as it is."""
+    if x.dtype not in (np.float32, np.float16) or not x.dtype.isnative:
+        x = x.astype(np.float32)
+    dense = x.strides[-1] == x.itemsize or x.shape[-1] == 1
+    aligned_strides = all(stride % x.itemsize == 0 for stride in x.strides)
+    return x if dense and aligned_strides else np.ascontiguousarray(x)

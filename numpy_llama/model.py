@@ -1,0 +1,138 @@
+"""LLaMA 1, 2 and 3: the whole model, in the order of the forward pass read from the bottom up.
+
+What this file promises: it reads like the papers, holds no state between calls, and never asks
+what its arrays are made of. The two inner loops, `linear` and `attention`, are handed to it when
+it is built: those of functional.py are the definition, others compute the same thing faster.
+
+    tokens -> tok_embeddings -> n_layers x (attention, feed_forward) -> norm -> output -> logits
+
+The letters of the shape comments are explained in config.py.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from . import functional as F
+from .cache import KVCache
+from .config import ModelArgs
+
+Function = Callable[..., np.ndarray]
+
+
+class Linear:
+    """y = x W^T. LLaMA has no biases."""
+
+    def __init__(self, weight, linear: Function):
+        self.weight, self.linear = weight, linear
+
+    def __call__(self, x):
+        return self.linear(x, self.weight)  # (..., IN) -> (..., OUT)
+
+
+class RMSNorm:
+    """Scale each vector to a root mean square of 1, then by a learnt weight."""
+
+    def __init__(self, weight, eps: float):
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x):
+        return F.rms_norm(x, self.weight, self.eps)
+
+
+class Attention:
+    """Every new position looks back at all positions so far and gathers what it finds relevant."""
+
+    def __init__(self, args: ModelArgs, layer: int, w: Mapping, linear: Function, attention: Function):
+        self.layer, self.head_dim = layer, args.head_dim
+        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
+        self.attention = attention
+        self.wq = Linear(w[f"layers.{layer}.attention.wq.weight"], linear)
+        self.wk = Linear(w[f"layers.{layer}.attention.wk.weight"], linear)
+        self.wv = Linear(w[f"layers.{layer}.attention.wv.weight"], linear)
+        self.wo = Linear(w[f"layers.{layer}.attention.wo.weight"], linear)
+
+    def __call__(self, x, start_pos: int, freqs_cis, cache: KVCache):
+        B, T, _ = x.shape
+        xq = self.wq(x).reshape(B, T, self.n_heads, self.head_dim)
+        xk = self.wk(x).reshape(B, T, self.n_kv_heads, self.head_dim)
+        xv = self.wv(x).reshape(B, T, self.n_kv_heads, self.head_dim)
+
+        xq = F.apply_rotary_emb(xq, freqs_cis)
+        xk = F.apply_rotary_emb(xk, freqs_cis)
+
+        keys, values = cache.update(self.layer, start_pos, xk, xv)  # (B, S, K, Dh)
+        return self.wo(self.attention(xq, keys, values).reshape(B, T, -1))  # (B, T, D)
+
+
+class FeedForward:
+    """Every position by itself: widen, gate, narrow."""
+
+    def __init__(self, layer: int, w: Mapping, linear: Function):
+        self.w_gate = Linear(w[f"layers.{layer}.feed_forward.w_gate.weight"], linear)
+        self.w_up = Linear(w[f"layers.{layer}.feed_forward.w_up.weight"], linear)
+        self.w_down = Linear(w[f"layers.{layer}.feed_forward.w_down.weight"], linear)
+
+    def __call__(self, x):
+        return self.w_down(F.swiglu(self.w_gate(x), self.w_up(x)))  # D -> F -> D
+
+
+class TransformerBlock:
+    """One layer: two steps, each adding to the residual stream what it found."""
+
+    def __init__(self, args: ModelArgs, layer: int, w: Mapping, linear: Function, attention: Function):
+        self.attention = Attention(args, layer, w, linear, attention)
+        self.feed_forward = FeedForward(layer, w, linear)
+        self.attention_norm = RMSNorm(w[f"layers.{layer}.attention_norm.weight"], args.norm_eps)
+        self.ffn_norm = RMSNorm(w[f"layers.{layer}.ffn_norm.weight"], args.norm_eps)
+
+    def __call__(self, x, start_pos: int, freqs_cis, cache: KVCache):
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer:
+    """The model. `weights` maps Meta's names to arrays; w_gate, w_up, w_down for w1, w3, w2."""
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        weights: Mapping,
+        linear: Function = F.linear,
+        attention: Function = F.attention,
+    ):
+        self.args = args
+        self.tok_embeddings = weights["tok_embeddings.weight"]
+        self.layers = [
+            TransformerBlock(args, i, weights, linear, attention) for i in range(args.n_layers)
+        ]
+        self.norm = RMSNorm(weights["norm.weight"], args.norm_eps)
+        self.output = Linear(weights["output.weight"], linear)
+        self.freqs_cis = F.precompute_freqs_cis(
+            args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling, self.norm.weight.dtype.type
+        )
+
+    def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `max_seq_len` positions."""
+        return KVCache(self.args, batch, max_seq_len or self.args.max_seq_len, self.norm.weight.dtype)
+
+    def __call__(self, tokens, start_pos: int = 0, cache: KVCache | None = None):
+        """Logits of the next token at every position: (B, T) ids -> (B, T, V)."""
+        return self.logits(self.hidden(tokens, start_pos, cache))
+
+    def hidden(self, tokens, start_pos: int = 0, cache: KVCache | None = None):
+        """The residual stream after the last layer, (B, T) -> (B, T, D): all of the model but `logits`.
+
+        Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call.
+        """
+        B, T = tokens.shape
+        cache = cache or self.new_cache(B, T)
+        freqs_cis = self.freqs_cis[start_pos : start_pos + T]
+        h = F.embedding(tokens, self.tok_embeddings)
+        for layer in self.layers:
+            h = layer(h, start_pos, freqs_cis, cache)
+        return h
+
+    def logits(self, h):
+        """(..., D) -> (..., V)."""
+        return self.output(self.norm(h))

@@ -1,0 +1,33 @@
+"""Builds the C kernels; everything else about the package is in pyproject.toml."""
+
+import shutil
+import sysconfig
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+NO_COMPILER = """
+numpy_llama's kernels are written in C, and no C compiler that works was found ({why}).
+Install one and run the same command again:
+    Debian, Ubuntu:  sudo apt install gcc python3-dev
+    Fedora:          sudo dnf install gcc python3-devel
+    macOS:           xcode-select --install
+"""
+
+
+class BuildKernels(build_ext):
+    """The usual build, with one clear message where there is no compiler."""
+
+    def build_extension(self, ext):
+        compiler = self.compiler.compiler[0] if hasattr(self.compiler, "compiler") else "cl"
+        if not shutil.which(compiler):
+            raise SystemExit(NO_COMPILER.format(why=f"{compiler!r} is not on the PATH"))
+        super().build_extension(ext)
+
+
+free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")
+setup(
+    cffi_modules=["csrc/build_kernels.py:make_ffi"],
+    cmdclass={"build_ext": BuildKernels},
+    options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -92,11 +92,11 @@ void linear_rows_scalar(const linear_args *a, int64_t begin, int64_t end) {
  *     tile = 4 rows x 3 tokens = 12 accumulators; a step of 8 columns loads 4 + 3 registers
  *            and does 12 FMAs: 7 loads take 3.5 cycles, 12 FMAs take 6, so the FMAs set the pace.
  *
- * Accumulators, 3 tokens and 1 row are the 16 registers there are. Tokens go in blocks of 126, whose
- * chunk of x (256 KB) stays in the second level while all panels pass by. */
+ * Accumulators, 3 tokens and 1 row are the 16 registers there are. Tokens go in blocks of 192, whose
+ * chunk of x (384 KB) stays in the second level while all panels pass by. */
 #ifdef HAVE_AVX2
 
-enum { CHUNK = 512, PANEL_ROWS = 16, TOKEN_BLOCK = 126 };
+enum { CHUNK = 512, PANEL_ROWS = 16, TOKEN_BLOCK = 192 };
 
 AVX2_INLINE void unpack(const int format, v8 w[4], const uint8_t *p) {
     if (format == F32)

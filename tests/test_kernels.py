@@ -1,0 +1,491 @@
+"""The C kernels against their NumPy twins: exact data bit for bit, real data within the rounding of the sums.
+
+Every test that computes runs on every instruction set that this machine has.
+"""
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tolerances import U32, assert_within, g
+
+import numpy_llama
+from numpy_llama import functional as F
+from numpy_llama import kernels
+from numpy_llama._kernels import ffi, lib
+from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
+from numpy_llama.kernels import Kernels, PackedWeight
+from numpy_llama.quantize import FORMATS, QK, StoredTensor
+
+ISAS = kernels.available_isas()
+BLOCK_FORMATS = [name for name, f in FORMATS.items() if f.block > 1]
+CHUNK = 512  # csrc/linear.c: the vector form sums this many products in 8 lanes, then the chunks
+ODD_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65]
+sizes = st.one_of(st.integers(1, 20), st.sampled_from(ODD_SIZES))
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(params=ISAS, scope="module")
+def isa(request):
+    before = kernels.isa()
+    kernels.use_isa(request.param)
+    yield request.param
+    kernels.use_isa(before)
+
+
+@pytest.fixture(params=FORMATS, scope="module")
+def format(request):
+    return FORMATS[request.param]
+
+
+def unaligned(x: np.ndarray, by: int) -> np.ndarray:
+    """A copy of x whose first byte lies `by` bytes behind a multiple of 64."""
+    room = np.empty(x.nbytes + 128, np.uint8)
+    start = -room.ctypes.data % 64 + by
+    copy = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+def exact_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
+    """Small whole numbers times powers of two, as stored: with them no sum below is ever rounded."""
+    if format.block == 1:
+        return StoredTensor.quantize(rng.integers(-8, 9, (OUT, IN)).astype(np.float32), format)
+    blocks = rng.integers(0, 256, (OUT * IN // QK, format.block_bytes), dtype=np.uint8)
+    if format.name == "Q8_0":
+        blocks[:, 2:] = rng.integers(-8, 9, (len(blocks), QK)).astype(np.int8).view(np.uint8)
+    d = np.float16(2.0) ** rng.integers(-2, 3, (len(blocks), 1))
+    blocks[:, :2] = d.astype("<f2").view(np.uint8)
+    if format.name == "Q4_1":
+        blocks[:, 2:4] = rng.integers(-8, 9, (len(blocks), 1)).astype("<f2").view(np.uint8)
+    return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
+
+
+def real_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
+    return StoredTensor.quantize(rng.standard_normal((OUT, IN), dtype=np.float32), format)
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.uint32)
+
+
+# ---------------------------------------------------------------- linear
+
+
+@given(T=sizes, OUT=sizes, blocks=st.integers(1, 36), threads=st.integers(1, 3), by=st.integers(0, 63), seed=seeds)
+@example(T=1, OUT=4, blocks=16, threads=1, by=0, seed=0)  # one whole chunk
+@example(T=3, OUT=17, blocks=17, threads=2, by=1, seed=0)  # a chunk and one block, a panel and one row
+@example(T=193, OUT=5, blocks=1, threads=2, by=0, seed=0)  # a block of tokens and one
+def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by, seed):
+    rng = np.random.default_rng(seed)
+    # Formats of single numbers may have any IN; the others come in whole blocks.
+    IN = blocks * QK - (int(rng.integers(0, QK)) if format.block == 1 else 0)
+    w = exact_weight(rng, format, OUT, IN)
+    w.data = unaligned(w.data, by if format.name != "F32" else by // 4 * 4)
+    x = unaligned(rng.integers(-8, 9, (T, IN)).astype(np.float32), by // 4 * 4)
+    expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
+    np.testing.assert_array_equal(Kernels(threads).linear(x, PackedWeight(w)), expected)
+
+
+def linear_bound(isa: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """|error| <= g * sum |x w|: 8 lanes in a chunk and then the chunks, or one long sum."""
+    IN = x.shape[-1]
+    roundings = g(min(IN, CHUNK), 8) + -(-IN // CHUNK) * U32 if isa != "scalar" else g(IN)
+    return roundings * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T)
+
+
+@given(T=sizes, OUT=sizes, IN=st.integers(1, 1500), seed=seeds)
+def test_linear_is_within_the_rounding_of_its_sum(isa, format, T, OUT, IN, seed):
+    rng = np.random.default_rng(seed)
+    IN = -(-IN // format.block) * format.block
+    w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
+    expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
+    assert_within(Kernels(1).linear(x, PackedWeight(w)), expected, linear_bound(isa, x, w.dequantize()))
+
+
+def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
+    """The bound above is for the worst case. Here the typical error, which grows like a random walk."""
+    T, OUT, IN, lanes = 64, 64, 4096, 8
+    w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
+    expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
+    error = Kernels(1).linear(x, PackedWeight(w)) - expected
+    length = IN if isa == "scalar" else CHUNK / lanes + IN / CHUNK
+    assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
+
+
+@given(T=st.integers(1, 40), OUT=st.integers(1, 70), blocks=st.integers(1, 40), cut=st.integers(0, 40), seed=seeds)
+@example(T=200, OUT=33, blocks=33, cut=195, seed=0)
+def test_linear_gives_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
+    rng = np.random.default_rng(seed)
+    w = PackedWeight(real_weight(rng, format, OUT, blocks * QK))
+    x = rng.standard_normal((T, blocks * QK), dtype=np.float32)
+    whole = Kernels(1).linear(x, w)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
+    parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
+    np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
+    one_by_one = [Kernels(1).linear(row, w) for row in x]
+    np.testing.assert_array_equal(bits(np.stack(one_by_one)), bits(whole))
+
+
+def test_linear_gives_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
+    w, x = PackedWeight(real_weight(rng, format, 37, 96)), rng.standard_normal((5, 96), dtype=np.float32)
+    whole = Kernels(2).linear(x, w)
+    for work in (1, 96 * 5 * 3, 96 * 5 * 5):  # so short that a call computes 1, 3 or 5 rows a thread
+        monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
+        np.testing.assert_array_equal(bits(Kernels(2).linear(x, w)), bits(whole))
+
+
+def test_every_half_is_read_rightly(isa):
+    """All 65,536 float16 and bfloat16, NaN and subnormal ones too."""
+    for name in ("F16", "BF16"):
+        rows = np.zeros((1 << 16, QK), "<u2")
+        rows[:, 0] = np.arange(1 << 16)
+        w = StoredTensor(FORMATS[name], rows.shape, rows.view(np.uint8))
+        one = np.eye(1, QK, dtype=np.float32)
+        np.testing.assert_array_equal(Kernels(2).linear(one, w)[0], w.dequantize()[:, 0])
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_every_scale_times_every_number_is_read_rightly(isa, name, rng):
+    """All finite float16 scales with all small numbers (and some minimum each): as quantize.py says, bit for bit."""
+    format = FORMATS[name]
+    scales = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    scales = scales[np.isfinite(scales)]
+    scales = scales[:: 1 if isa != "scalar" else 37].copy()  # the scalar form takes its time
+    head = format.block_bytes - (QK if name == "Q8_0" else QK // 2)
+    numbers = np.arange(256, dtype=np.uint8).reshape(-1, format.block_bytes - head)  # (blocks, bytes)
+    blocks = np.empty((len(scales), len(numbers), format.block_bytes), np.uint8)
+    blocks[..., :2] = scales.view(np.uint8).reshape(-1, 1, 2)
+    if name == "Q4_1":
+        blocks[..., 2:4] = rng.permutation(scales).view(np.uint8).reshape(-1, 1, 2)
+    blocks[..., head:] = numbers
+    IN = len(numbers) * QK
+    w = StoredTensor(format, (len(scales), IN), blocks.reshape(-1))
+    got = Kernels(2).linear(np.eye(IN, dtype=np.float32), w).T
+    np.testing.assert_array_equal(got, w.dequantize())
+
+
+def test_linear_takes_any_array(isa, rng):
+    """Strided, reversed, Fortran order, big-endian, float64, read-only, one vector, many axes: refused or right."""
+    w = exact_weight(rng, FORMATS["F32"], 5, 40).dequantize()
+    x = rng.integers(-8, 9, (4, 3, 40)).astype(np.float32)
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    wide = np.repeat(x, 2, axis=-1)
+    for same in (x, read_only, wide[..., ::2], x[..., ::-1][..., ::-1], np.asfortranarray(x), x.astype(">f4"), x.astype("f8")):
+        np.testing.assert_array_equal(Kernels(1).linear(same, w), F.linear(x, w))
+    for same in (w, np.asfortranarray(w), w.astype(">f4"), np.repeat(w, 3, axis=0)[::3]):
+        np.testing.assert_array_equal(Kernels(1).linear(x[0, 0], same), F.linear(x[0, 0], w))
+
+
+@pytest.mark.parametrize("T, OUT, IN", [(0, 3, 32), (2, 0, 32), (2, 3, 0), (0, 0, 0)])
+def test_linear_of_nothing(isa, T, OUT, IN):
+    y = Kernels(2).linear(np.ones((T, IN), np.float32), np.ones((OUT, IN), np.float32))
+    assert y.shape == (T, OUT) and not y.any()
+
+
+def test_linear_refuses_what_does_not_fit(rng):
+    with pytest.raises(MismatchError, match="x has 31 columns, the weight 32"):
+        Kernels(1).linear(np.ones((1, 31), np.float32), np.ones((2, 32), np.float32))
+    with pytest.raises(MismatchError, match="2 axes"):
+        PackedWeight(StoredTensor.quantize(np.ones(32, np.float32), "F32"))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 1025])
+def test_threads_are_checked(threads):
+    with pytest.raises(ParameterError, match="threads is"):
+        Kernels(threads)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def draw_attention(rng, B, T, S, K, n_rep, Dh, dtype=np.float32):
+    q = rng.standard_normal((B, T, K * n_rep, Dh), dtype=np.float32)
+    k, v = (rng.standard_normal((B, S, K, Dh), dtype=np.float32).astype(dtype) for _ in "kv")
+    return q, k, v
+
+
+def in_cache_layout(x: np.ndarray, poison=np.nan) -> np.ndarray:
+    """The same (B, S, K, Dh) as a view of a longer (B, K, max_seq_len, Dh) cache whose unused slots are poison."""
+    B, S, K, Dh = x.shape
+    cache = np.full((B, K, S + 5, Dh), poison, x.dtype)
+    view = cache.swapaxes(1, 2)[:, :S]
+    view[...] = x
+    return view
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 3),
+        "T": st.integers(1, 20),
+        "K": st.integers(1, 3),
+        "n_rep": st.integers(1, 5),
+        "Dh": st.one_of(st.integers(1, 20), st.sampled_from([24, 31, 32, 33, 64, 80, 96, 128, 256])),
+    }
+)
+older = st.one_of(st.integers(0, 10), st.integers(55, 75), st.integers(120, 135))
+
+
+def attention_bound(isa, q, k, v) -> np.ndarray:
+    """How far one output may err: the error of a score moves its probability, and the sums are rounded.
+
+    A score errs by delta <= (g(Dh) + 3 u) |q| . |k| / sqrt(Dh), so exp(score - max) by 2 delta and the exp's own
+    4 u + |score - max| u; numerator and denominator are sums of S terms, rescaled once a block.
+    """
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    H, K, Dh, S = q.shape[2], k.shape[2], q.shape[3], k.shape[1]
+    k, v = F.repeat_kv(k, H // K), F.repeat_kv(v, H // K)
+    products = np.einsum("bthd,bshd->bhts", np.abs(q), np.abs(k)) / np.sqrt(Dh)
+    delta = (g(Dh, 8 if isa != "scalar" else 1) + 3 * U32) * products.max(axis=(-2, -1), keepdims=True)
+    spread = 2 * products.max(axis=(-2, -1), keepdims=True)
+    relative = 2 * (2 * delta + (4 + spread) * U32) + 2 * g(S) + 4 * (S / 64 + 2) * U32
+    weights = np.ones_like(products)  # each |v| counts at most once; its share is at most 1
+    reach = np.minimum(np.einsum("bhts,bshd->bhtd", weights, np.abs(v)), np.abs(v).max(axis=1)[:, :, None])
+    return (relative * reach).swapaxes(1, 2)
+
+
+@given(shape=shapes, older=older, dtype=st.sampled_from([np.float32, np.float16]), threads=st.integers(1, 3), seed=seeds)
+def test_attention_is_within_the_rounding_of_its_sums(isa, shape, older, dtype, threads, seed):
+    rng = np.random.default_rng(seed)
+    q, k, v = draw_attention(rng, S=shape["T"] + older, dtype=dtype, **shape)
+    expected = F.attention(*(a.astype(np.float64) for a in (q, k, v)))
+    got = Kernels(threads).attention(q, in_cache_layout(k), in_cache_layout(v))
+    assert_within(got, expected, attention_bound(isa, q, k, v))
+
+
+@given(shape=shapes, older=older, seed=seeds)
+def test_attention_finds_the_one_position_exactly(isa, shape, older, seed):
+    """Scores so far apart that one probability is 1 and all others 0: the output is that value, bit for bit."""
+    rng = np.random.default_rng(seed)
+    T, S, K, Dh = shape["T"], shape["T"] + older, shape["K"], shape["Dh"]
+    q, k, v = draw_attention(rng, S=S, **shape)
+    q[...] = 1
+    height = rng.permuted(np.tile(np.arange(S), (shape["B"], K, 1)), axis=-1).swapaxes(1, 2)  # (B, S, K)
+    k[...] = 1024 * height[..., None] / np.float32(np.sqrt(Dh))
+    got = Kernels(2).attention(q, k, v)
+    for t in range(T):
+        best = height[:, : older + t + 1].argmax(axis=1)  # (B, K)
+        expected = np.take_along_axis(v, best[:, None, :, None], axis=1)[:, 0]
+        np.testing.assert_array_equal(got[:, t], np.repeat(expected, shape["n_rep"], axis=1))
+
+
+@given(shape=shapes, older=older, cut=st.integers(0, 20), dtype=st.sampled_from([np.float32, np.float16]), seed=seeds)
+def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cut, dtype, seed):
+    rng = np.random.default_rng(seed)
+    T, S = shape["T"], shape["T"] + older
+    q, k, v = draw_attention(rng, S=S, dtype=dtype, **shape)
+    whole = Kernels(1).attention(q, k, v)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(bits(Kernels(threads).attention(q, k, v)), bits(whole))
+    np.testing.assert_array_equal(bits(Kernels(2).attention(q, in_cache_layout(k), in_cache_layout(v))), bits(whole))
+    ends = [min(cut, T), T]
+    parts = [
+        Kernels(2).attention(q[:, begin:end], k[:, : older + end], v[:, : older + end])
+        for begin, end in zip([0, ends[0]], ends, strict=True)
+    ]
+    np.testing.assert_array_equal(bits(np.concatenate(parts, axis=1)), bits(whole))
+    one_by_one = [
+        Kernels(1).attention(q[b : b + 1, t : t + 1], k[b : b + 1, : older + t + 1], v[b : b + 1, : older + t + 1])[0]
+        for b in range(shape["B"])
+        for t in range(T)
+    ]
+    np.testing.assert_array_equal(bits(np.concatenate(one_by_one)), bits(whole.reshape(-1, *whole.shape[2:])))
+
+
+@given(shape=shapes, older=older, seed=seeds)
+def test_attention_never_reads_the_future(isa, shape, older, seed):
+    """NaN in every position that query t may not see leaves its bits as they are."""
+    rng = np.random.default_rng(seed)
+    T, S = shape["T"], shape["T"] + older
+    q, k, v = draw_attention(rng, S=S, **shape)
+    whole = Kernels(1).attention(q, k, v)
+    t = int(rng.integers(0, T))
+    k[:, older + t + 1 :], v[:, older + t + 1 :] = np.nan, np.nan
+    poisoned = Kernels(1).attention(q, k, v)
+    np.testing.assert_array_equal(bits(poisoned[:, : t + 1]), bits(whole[:, : t + 1]))
+    assert np.isnan(poisoned[:, t + 1 :]).all()
+
+
+def test_attention_gives_the_same_bits_in_short_calls(isa, rng, monkeypatch):
+    q, k, v = draw_attention(rng, B=2, T=23, S=70, K=2, n_rep=3, Dh=16)
+    whole = Kernels(2).attention(q, k, v)
+    for work in (1, 2 * 70 * 6 * 16 * 4):  # so short that a call computes 1 or 4 queries a thread
+        monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
+        np.testing.assert_array_equal(bits(Kernels(2).attention(q, k, v)), bits(whole))
+
+
+def test_attention_of_nothing(isa):
+    q, k = np.ones((1, 0, 4, 8), np.float32), np.ones((1, 5, 2, 8), np.float32)
+    assert Kernels(2).attention(q, k, k).shape == (1, 0, 4, 8)
+    assert Kernels(2).attention(q, k[:, :0], k[:, :0]).shape == (1, 0, 4, 8)
+
+
+def test_attention_takes_any_array(isa, rng):
+    q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
+    expected = Kernels(1).attention(q, k, v)
+    for same in (lambda a: a[:, ::-1][:, ::-1], np.asfortranarray, lambda a: a.astype(">f4"), lambda a: np.repeat(a, 2, -1)[..., ::2]):
+        np.testing.assert_array_equal(Kernels(1).attention(same(q), same(k), same(v)), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q, k[:, 1:], v),
+        lambda q, k, v: (q, k[..., 1:], v[..., 1:]),
+        lambda q, k, v: (q[:, :, 1:], k, v),
+        lambda q, k, v: (q, k[:, :3], v[:, :3]),
+        lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (q, k, v.astype(np.float16)),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(rng, change):
+    q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
+    with pytest.raises(MismatchError):
+        Kernels(1).attention(*change(q, k, v))
+
+
+def test_attention_refuses_heads_that_are_too_wide(rng):
+    with pytest.raises(UnsupportedError, match="head_dim is 257, the C kernel goes up to 256"):
+        Kernels(1).attention(*draw_attention(rng, B=1, T=1, S=1, K=1, n_rep=1, Dh=257))
+
+
+def test_exp(isa, rng):
+    """Within 1.1 ulp, 0 below -87, exactly 1 at 0, NaN for NaN."""
+    x = np.concatenate([-(2.0 ** rng.uniform(-30, np.log2(87), 1 << 20)), np.linspace(-87, 0, 1 << 20), [0.0, -0.0, -87.0]])
+    x = x.astype(np.float32)
+    y = np.empty_like(x)
+    lib.nl_exp(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", x), len(x))
+    exact = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(y - exact) / np.spacing(exact.astype(np.float32))) <= 1.1
+    assert (y[x == 0] == 1).all()
+    special = np.array([np.nan, -np.inf, -87.1, -1e30], np.float32)
+    y = np.empty_like(special)
+    lib.nl_exp(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", special), len(special))
+    assert np.isnan(y[0]) and (y[1:] == 0).all()
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Guarded:
+    """Arrays that lie hard against a page which may not be touched: before their first or after their last byte."""
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def __init__(self):
+        self.maps = []  # they live as long as this object
+
+    def copy(self, x: np.ndarray, at_end: bool) -> np.ndarray:
+        page = mmap.PAGESIZE
+        room = -(-max(x.nbytes, 1) // page) * page
+        area = mmap.mmap(-1, room + 2 * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        for guard in (address, address + page + room):
+            assert self.libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0, os.strerror(ctypes.get_errno())
+        self.maps.append(area)
+        start = page + (room - x.nbytes if at_end else 0)
+        copy = np.frombuffer(area, np.uint8, x.nbytes, start).view(x.dtype).reshape(x.shape)
+        copy[...] = x
+        return copy
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
+    for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (3, 17, 1), (7, 19, 33), (5, 4, 2)]:
+        guarded, IN = Guarded(), blocks * QK
+        w = exact_weight(rng, format, OUT, IN)
+        w.data = guarded.copy(w.data, at_end)
+        x = guarded.copy(rng.integers(-8, 9, (T, IN)).astype(np.float32), at_end)
+        y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
+        lib.nl_linear(
+            *(ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data)), format.code, T, OUT, IN, 0, OUT, 2
+        )
+        np.testing.assert_array_equal(y, F.linear(x, w.dequantize()))
+
+
+@pytest.mark.parametrize("dtype, code", [(np.float32, "F32"), (np.float16, "F16")])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, rng):
+    for T, S, K, n_rep, Dh in [(1, 1, 1, 1, 1), (3, 7, 1, 2, 5), (17, 80, 2, 3, 12), (2, 66, 1, 4, 64), (5, 65, 1, 1, 9)]:
+        guarded = Guarded()
+        q, k, v = (guarded.copy(a, at_end) for a in draw_attention(rng, 1, T, S, K, n_rep, Dh, dtype))
+        out = guarded.copy(np.full_like(q, np.nan), at_end)
+        strides = [S * K * Dh, K * Dh, Dh]
+        pointers = (ffi.cast("void *", a.ctypes.data) for a in (out, q, k, v))
+        failed = lib.nl_attention(*pointers, FORMATS[code].code, 1, T, S, K * n_rep, K, Dh, strides, strides, 0, T, 2)
+        assert failed == 0
+        np.testing.assert_array_equal(bits(out), bits(Kernels(1).attention(q, k, v)))
+
+
+# ---------------------------------------------------------------- the choice of a kernel, and its surroundings
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_the_instruction_set_can_be_chosen_from_outside():
+    code = "from numpy_llama import kernels; print(kernels.isa())"
+    for name in ISAS:
+        assert run(code, NUMPY_LLAMA_ISA=name).stdout == f"{name}\n"
+    assert run(code).stdout == f"{ISAS[0]}\n"
+    failed = run(code, NUMPY_LLAMA_ISA="avx9")
+    assert "instruction set 'avx9' is not available; there are" in failed.stderr
+
+
+def test_the_scalar_kernels_are_always_there():
+    assert ISAS[-1] == "scalar"
+
+
+def test_tiny_numbers_are_not_flushed_to_zero(isa):
+    """-Ofast in any loaded library would do that, to the loading thread or to the workers."""
+    tiny = np.float32(1e-40)
+    assert tiny > 0 and np.finfo(np.float32).smallest_subnormal > 0
+    one = np.eye(1, QK, dtype=np.float32)
+    w = np.full((64, QK), tiny)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(Kernels(threads).linear(one, w), np.full((1, 64), tiny))
+
+
+def test_a_forked_child_computes_the_same_and_does_not_hang(rng):
+    code = """
+import os, numpy as np
+from numpy_llama.kernels import Kernels
+rng = np.random.default_rng(0)
+x, w = rng.standard_normal((3, 64), dtype="f"), rng.standard_normal((40, 64), dtype="f")
+before = Kernels(2).linear(x, w)
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(Kernels(2).linear(x, w), before) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run(code, PYTHONWARNINGS="ignore").stdout == "0\n"
+
+
+def test_the_kernels_build_and_agree_without_openmp(tmp_path):
+    shutil.copytree(Path(numpy_llama.__file__).parents[1] / "csrc", tmp_path / "csrc")
+    code = """
+import runpy, sys, numpy as np
+runpy.run_path("csrc/build_kernels.py")["make_ffi"]("serial_kernels", openmp=[]).compile()
+sys.path.insert(0, ".")
+from serial_kernels import ffi, lib
+from numpy_llama.kernels import Kernels
+rng = np.random.default_rng(0)
+x, w = rng.standard_normal((5, 96), dtype="f"), rng.standard_normal((17, 96), dtype="f")
+y = np.empty((5, 17), "f")
+lib.nl_linear(*(ffi.cast("void *", a.ctypes.data) for a in (y, x, w)), 0, 5, 17, 96, 0, 17, 2)
+print(lib.nl_openmp(), np.array_equal(y, Kernels(2).linear(x, w)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1:] == ["0 True"], done.stderr

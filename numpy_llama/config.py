@@ -7,7 +7,7 @@ Letters used in every shape comment of this package, in Python and in C:
     S all positions    Dh head_dim: the width of one head           V vocab_size
 """
 
-import math
+import sys
 from dataclasses import dataclass, fields
 
 from .errors import ConfigError
@@ -68,7 +68,8 @@ class ModelArgs:
 def _require_positive(args: RopeScaling | ModelArgs) -> None:
     for field in fields(args):
         value = getattr(args, field.name)
-        if field.type is int and not (isinstance(value, int) and value > 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field.type is int and not (number and isinstance(value, int) and value > 0):
             raise ConfigError(f"{field.name} is {value!r}, it must be a whole number above 0")
-        if field.type is float and not (math.isfinite(value) and value > 0):
+        if field.type is float and not (number and 0 < value <= sys.float_info.max):
             raise ConfigError(f"{field.name} is {value!r}, it must be a finite number above 0")

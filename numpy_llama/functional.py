@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from .config import RopeScaling
-from .errors import ParameterError
+from .errors import ContextOverflowError, ParameterError
 
 
 def embedding(tokens, weight):
@@ -71,6 +71,15 @@ def scale_freqs(freqs, scaling: RopeScaling):
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, 1: fast
     return (1 - keep) * freqs / scaling.factor + keep * freqs
+
+
+def freqs_cis_at(freqs_cis, start_pos, T):
+    """The angles of the T positions from start_pos on: (end, Dh / 2) -> (T, Dh / 2)."""
+    if not 0 <= start_pos <= len(freqs_cis) - T:
+        raise ContextOverflowError(
+            f"positions {start_pos}..{start_pos + T - 1} do not fit a context of {len(freqs_cis)}"
+        )
+    return freqs_cis[start_pos : start_pos + T]
 
 
 def apply_rotary_emb(x, freqs_cis):

@@ -114,7 +114,8 @@ class Transformer:
 
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_seq_len` positions."""
-        return KVCache(self.args, batch, max_seq_len or self.args.max_seq_len, self.norm.weight.dtype)
+        max_seq_len = self.args.max_seq_len if max_seq_len is None else max_seq_len
+        return KVCache(self.args, batch, max_seq_len, self.norm.weight.dtype)
 
     def __call__(self, tokens, start_pos: int = 0, cache: KVCache | None = None):
         """Logits of the next token at every position: (B, T) ids -> (B, T, V)."""
@@ -126,8 +127,8 @@ class Transformer:
         Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call.
         """
         B, T = tokens.shape
+        freqs_cis = F.freqs_cis_at(self.freqs_cis, start_pos, T)
         cache = cache or self.new_cache(B, T)
-        freqs_cis = self.freqs_cis[start_pos : start_pos + T]
         h = F.embedding(tokens, self.tok_embeddings)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, cache)

@@ -12,6 +12,7 @@ Byte i of a 4-bit block holds weight i in its low half and weight i + 16 in its 
 The layouts are ggml's (ggml-common.h), so that a GGUF file is used where it lies.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import numpy as np
 from .errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
+MAX_F16 = 65504  # with weights up to here, every format's d and m are finite
 
 
 def dequantize_f32(rows):
@@ -104,7 +106,8 @@ def quantize_q4_1(x):
 
 
 def _inverse(d):
-    return np.divide(1, d, out=np.zeros_like(d), where=d != 0)
+    """1 / d, or 0 where that is infinite: there d is 0 as a float16, and so is every weight."""
+    return np.divide(1, d, out=np.zeros_like(d), where=np.abs(d) > 2.0**-128)
 
 
 def _blocks(parts):
@@ -175,11 +178,11 @@ class StoredTensor:
             if format not in FORMATS:
                 raise UnsupportedError(f"no format {format!r}; there are {', '.join(FORMATS)}")
             format = FORMATS[format]
-        if format.block > 1 and not np.isfinite(x).all():
-            raise ParameterError(f"NaN or infinity cannot be stored in {format.name}")
+        if format.block > 1 and not (np.abs(x) <= MAX_F16).all():  # nor is a NaN
+            raise ParameterError(f"NaN or a weight beyond {MAX_F16} cannot be stored in {format.name}")
         x = np.ascontiguousarray(x, np.float32)
         if x.shape[-1] % format.block:
             raise MismatchError(
                 f"rows of {x.shape[-1]} weights, {format.name} needs a multiple of {format.block}"
             )
-        return cls(format, x.shape, format.quantize(x.reshape(-1, x.shape[-1])))
+        return cls(format, x.shape, format.quantize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])))

@@ -46,6 +46,13 @@ def format(request):
     return FORMATS[request.param]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def threads_even_for_little_work():
+    before, kernels.WORK_FOR_THREADS = kernels.WORK_FOR_THREADS, 0
+    yield
+    kernels.WORK_FOR_THREADS = before
+
+
 def unaligned(x: np.ndarray, by: int) -> np.ndarray:
     """A copy of x whose first byte lies `by` bytes behind a multiple of 64."""
     room = np.empty(x.nbytes + 128, np.uint8)

@@ -1,0 +1,430 @@
+"""GGUF: one file with metadata, vocabulary and weights, read where it lies.
+
+    magic "GGUF", version u32, n_tensors u64, n_kv u64             the header, little-endian
+    n_kv times       key, type u32, value                          a string is u64 length + UTF-8
+    n_tensors times  name, n_dims u32, dims u64..., type u32, offset u64
+    padding to general.alignment, then the tensors, each padded likewise
+
+What this file promises: nothing in the file is believed. Counts, lengths and offsets are plain
+Python integers, which cannot wrap, and meet the limits below and the file's true size before they
+are used. Opening reads the header alone; weights and long lists stay on disk until asked for.
+The format is described in ggml's docs/gguf.md.
+"""
+
+import mmap
+import os
+import struct
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import ModelArgs, RopeScaling
+from ..errors import (
+    ConfigError,
+    FormatError,
+    MismatchError,
+    NumpyLlamaError,
+    ResourceLimitError,
+    TruncatedError,
+    UnsupportedError,
+    escape,
+)
+from ..functional import scale_freqs
+from ..quantize import FORMATS, StoredTensor
+from .names import expected_shape, tensor_names
+
+# What a file may begin with to be our business: GGUF, and its forerunners, to be refused by their name.
+MAGICS = {b"GGUF": "GGUF"} | {
+    spelling: old.decode()
+    for old in (b"GGML", b"GGMF", b"GGJT", b"GGLA")
+    for spelling in (old, old.lower(), old.lower()[::-1])
+}
+
+MAX_RECORDS = 65_536  # metadata entries, and tensors
+MAX_KEY = 65_535  # bytes
+MAX_NAME = 63  # bytes of a tensor's name
+MAX_STRING = 16 << 20  # bytes
+MAX_ARRAY = 1 << 24  # elements
+MAX_TENSOR = 1 << 48  # bytes: more than a process can map
+MAX_LAYERS = 512
+MAX_SIZE = 1 << 31  # any other of the model's sizes
+MAX_CONTEXT = 1 << 20  # positions: the angles of all of them are computed on loading
+ROPE_TOLERANCE = 1e-4  # relative: the divisors were computed and stored in float32
+
+HEADER_BYTES = 24
+MIN_KV_BYTES = 14  # key length, a key of 1 byte, type, a value of 1 byte
+MIN_TENSOR_BYTES = 33  # name length, a name of 1 byte, n_dims, 1 dim, type, offset
+
+# fmt: off
+# Metadata types in the order of their numbers, each with its code in `struct` and NumPy; S and A are ours.
+VALUE_TYPES = (
+    ("UINT8", "B"), ("INT8", "b"), ("UINT16", "H"), ("INT16", "h"), ("UINT32", "I"), ("INT32", "i"),
+    ("FLOAT32", "f"), ("BOOL", "?"), ("STRING", "S"), ("ARRAY", "A"),
+    ("UINT64", "Q"), ("INT64", "q"), ("FLOAT64", "d"),
+)
+# Tensor types by number: name, weights in a block, bytes of a block (ggml-common.h). Also those that
+# cannot be run here: such a file is still checked and described. The gaps are types ggml has removed.
+TENSOR_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8),
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 20: ("IQ4_NL", 32, 18), 39: ("MXFP4", 32, 17),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}
+# fmt: on
+RUNNABLE = f"this program runs {', '.join(FORMATS)}"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `offset` from the start of the file. `shape` is row-major."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class GGUFFile:
+    """A GGUF file of version 2 or 3, memory-mapped and checked; the weights are views of the map."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        reader = _Reader(self.path)
+        self.version, n_tensors, n_kv = reader.header()
+        self.metadata: Mapping[str, Any] = reader.metadata(n_kv)
+        alignment = self.get("general.alignment", int, 32)
+        self.tensors: Mapping[str, TensorInfo] = reader.tensors(n_tensors, alignment)
+        self._map = reader.map
+
+    def tensor(self, name: str) -> StoredTensor:
+        """A weight as stored: no byte is copied."""
+        if name not in self.tensors:
+            raise MismatchError(f"{self.path}: there is no tensor {escape(name)}")
+        info = self.tensors[name]
+        if info.type_name not in FORMATS:
+            raise UnsupportedError(f"{self.path}: {escape(name)} is stored as {info.type_name}; {RUNNABLE}")
+        data = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+        return StoredTensor(FORMATS[info.type_name], info.shape, data)
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The metadata value under `key`, or `default` where there is none.
+
+        kind is int, float, bool or str; for an array, list (of strings) or the type of its numbers,
+        np.float32 for example. A value of another kind is a FormatError.
+        """
+        if key not in self.metadata:
+            return default
+        value = self.metadata[key]
+        is_array = isinstance(value, list | np.ndarray)
+        found = value.dtype.type if isinstance(value, np.ndarray) else type(value)
+        if found is not kind:
+            shown = f"an array of {len(value)}" if is_array else escape(value, 60)
+            raise FormatError(f"{self.path}: {key} is {shown} ({found.__name__}), wanted {kind.__name__}")
+        return value
+
+    def require(self, key: str, kind: type) -> Any:
+        """As `get`, for what a model cannot do without: a missing key is a ConfigError."""
+        if key not in self.metadata:
+            raise ConfigError(f"{self.path}: the metadata has no {key}")
+        return self.get(key, kind)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array in the metadata that nobody has asked for yet."""
+
+    code: str
+    count: int
+    start: int
+
+
+class _Metadata(UserDict):
+    """Keys and values in the order of the file; an array is decoded when it is first asked for."""
+
+    def __init__(self, decode: Callable):
+        super().__init__()
+        self.decode = decode
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, _Array):
+            value = self[key] = self.decode(value, escape(key))
+        return value
+
+
+class _Reader:
+    """Walks the header from front to back. `at` is the byte to be read next."""
+
+    def __init__(self, path: Path):
+        self.path, self.at = path, 0
+        try:
+            if not path.is_file():  # a FIFO or a device would make us wait, or never end
+                what = "a folder" if path.is_dir() else "no regular file"
+                raise FormatError(f"{path} is {what}; wanted a GGUF file")
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if not self.size:
+                    raise TruncatedError(f"{path}: 0 bytes, need {HEADER_BYTES}; incomplete download?")
+                self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+
+    def check(self, holds: object, problem: str, error: type[NumpyLlamaError] = FormatError) -> None:
+        if not holds:
+            raise error(f"{self.path}: {problem} (before byte {self.at})")
+
+    def checked_end(self, start: int, nbytes: int, field: str) -> int:
+        """The end of `nbytes` bytes at `start`: here every length meets the size of the file."""
+        if start + nbytes > self.size:
+            raise TruncatedError(
+                f"{self.path}: {field} at byte {start} needs {start + nbytes} bytes, "
+                f"the file has {self.size}; incomplete download?"
+            )
+        return start + nbytes
+
+    def number(self, code: str, field: str) -> Any:
+        start, self.at = self.at, self.checked_end(self.at, struct.calcsize(code), field)
+        if code == "?":
+            self.check(self.map[start] <= 1, f"{field} is {self.map[start]}, a BOOL must be 0 or 1")
+        return struct.unpack_from(f"<{code}", self.map, start)[0]
+
+    def count(self, field: str, limit: int, min_bytes: int) -> int:
+        """A number of records of at least `min_bytes` bytes each, all of which are still to come."""
+        count = self.number("Q", f"the count of {field}")
+        self.check(count <= limit, f"{field}: {count} of them, the limit is {limit}", ResourceLimitError)
+        self.checked_end(self.at, count * min_bytes, field)
+        return count
+
+    def string(self, field: str, limit: int = MAX_STRING) -> str:
+        length = self.number("Q", f"the length of {field}")
+        start, self.at = self.at, self.checked_end(self.at, length, field)
+        self.check(length <= limit, f"{field} has {length} bytes, the limit is {limit}", ResourceLimitError)
+        return self.utf8(start, self.at, field)
+
+    def utf8(self, start: int, end: int, field: str) -> str:
+        try:
+            return str(self.map[start:end], "utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{self.path}: {field} at byte {start} is not UTF-8: {error.reason}") from None
+
+    def header(self) -> tuple[int, int, int]:
+        """-> version, n_tensors, n_kv."""
+        magic = bytes(self.map[:4])
+        kind = f", the {MAGICS[magic]} format that GGUF replaced" if magic in MAGICS else ""
+        self.check(b"GGUF".startswith(magic), f"begins with {magic!r}{kind}; wanted b'GGUF'")
+        self.checked_end(0, HEADER_BYTES, "the header")
+        self.at = 4
+        version = self.number("I", "version")
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        kind = " (a big-endian file)" if swapped in (1, 2, 3) else ""
+        self.check(version in (2, 3), f"version {version}{kind}; this program reads 2, 3", UnsupportedError)
+        n_tensors = self.count("tensors", MAX_RECORDS, MIN_TENSOR_BYTES)
+        return version, n_tensors, self.count("keys", MAX_RECORDS, MIN_KV_BYTES)
+
+    def metadata(self, n_kv: int) -> _Metadata:
+        values = _Metadata(self.decode)
+        for i in range(n_kv):
+            key = self.string(f"kv[{i}].key", MAX_KEY)
+            self.check(key, f"kv[{i}] has an empty key")
+            self.check(key not in values, f"duplicate key {escape(key)}")
+            name, code = self.value_type(escape(key))
+            if key == "general.alignment":
+                self.check(name == "UINT32", f"alignment must be UINT32, {key} is {name}")
+            values[key] = self.value(code, escape(key))
+        return values
+
+    def value_type(self, field: str) -> tuple[str, str]:
+        number = self.number("I", f"the type of {field}")
+        self.check(number < len(VALUE_TYPES), f"bad value type {number} of {field}")
+        return VALUE_TYPES[number]
+
+    def value(self, code: str, field: str) -> Any:
+        """One value; an array is stepped over, and only where it lies is remembered."""
+        if code == "S":
+            return self.string(field)
+        if code != "A":
+            return self.number(code, field)
+        _, code = self.value_type(field)
+        self.check(code != "A", f"{field}: nested arrays are not allowed")
+        item_bytes = 8 if code == "S" else struct.calcsize(code)
+        array = _Array(code, self.count(field, MAX_ARRAY, item_bytes), self.at)
+        if code == "S":
+            for _, end in self.strings(array, field):
+                self.at = end
+        else:
+            self.at += array.count * item_bytes
+        return array
+
+    def strings(self, array: _Array, field: str) -> Iterator[tuple[int, int]]:
+        """Start and end of each. A vocabulary has 10^5 strings: here checks are only called to fail."""
+        unpack, buffer, size, end = struct.Struct("<Q").unpack_from, self.map, self.size, array.start
+        for _ in range(array.count):
+            start = end + 8
+            if start > size:
+                self.checked_end(end, 8, field)
+            (length,) = unpack(buffer, end)
+            end = start + length
+            if end > size or length > MAX_STRING:
+                self.checked_end(start, length, field)
+                self.check(False, f"a string of {length} bytes in {field}", ResourceLimitError)
+            yield start, end
+
+    def decode(self, array: _Array, field: str) -> list[str] | np.ndarray:
+        if array.code == "S":
+            return [self.utf8(start, end, field) for start, end in self.strings(array, field)]
+        if array.code == "?":
+            flags = np.frombuffer(self.map, np.uint8, array.count, array.start)
+            self.check((flags <= 1).all(), f"{field} holds a BOOL that is neither 0 nor 1")
+        return np.frombuffer(self.map, f"<{array.code}", array.count, array.start)
+
+    def tensors(self, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
+        # Below 8 the format's own description forbids it, and weights would lie across words.
+        power_of_two = alignment >= 8 and not alignment & (alignment - 1)
+        self.check(power_of_two, f"alignment must be a power of two from 8 up, not {alignment}")
+        found: dict[str, TensorInfo] = {}
+        end = 0  # of the tensors so far: the next one must lie here, neither hole nor overlap
+        for i in range(n_tensors):
+            info = self.tensor_info(f"tensor[{i}]")
+            self.check(info.name not in found, f"duplicate tensor name {escape(info.name)}")
+            self.check(
+                info.offset == end,
+                f"tensor offset of {escape(info.name)} is {info.offset}, the tensor before it ends at {end}",
+            )
+            end += _padded(info.nbytes, alignment)
+            found[info.name] = info
+        data_start = _padded(self.at, alignment)
+        for name, info in found.items():
+            found[name] = replace(info, offset=data_start + info.offset)
+            self.checked_end(found[name].offset, info.nbytes, f"tensor {escape(name)}")
+        return found
+
+    def tensor_info(self, field: str) -> TensorInfo:
+        """One record of the list of tensors; its offset counts from the start of the tensors' data."""
+        name = self.string(f"{field}.name", MAX_NAME)
+        self.check(name, f"{field} has an empty name")
+        field = f"tensor {escape(name)}"
+        n_dims = self.number("I", f"n_dims of {field}")
+        self.check(n_dims > 0, f"n_dims of {field} is 0")
+        self.check(n_dims <= 4, f"n_dims > 4: {field} has {n_dims}")
+        dims = [self.number("Q", f"a dimension of {field}") for _ in range(n_dims)]
+        self.check(all(0 < n < 1 << 63 for n in dims), f"{field}: dimensions {dims} not in 1..2^63-1")
+        type = self.number("I", f"the type of {field}")
+        self.check(type in TENSOR_TYPES, f"{field} is of unknown type {type}; {RUNNABLE}", UnsupportedError)
+        type_name, block, block_bytes = TENSOR_TYPES[type]
+        self.check(
+            dims[0] % block == 0, f"{field}: row not a multiple of block: {dims[0]}, {type_name} {block}"
+        )
+        nbytes = prod(dims) // block * block_bytes
+        self.check(nbytes <= MAX_TENSOR, f"{field}: {nbytes} bytes, at most {MAX_TENSOR}", ResourceLimitError)
+        offset = self.number("Q", f"the offset of {field}")
+        return TensorInfo(name, type_name, tuple(reversed(dims)), offset, nbytes)
+
+
+def _padded(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
+
+
+def model_args(file: GGUFFile) -> ModelArgs:
+    """The hyperparameters from the llama.* keys. Where one is absent: ggml's default, or an error."""
+    architecture = file.require("general.architecture", str)
+    if architecture != "llama":
+        raise UnsupportedError(f"{file.path}: the architecture is {escape(architecture)}, not 'llama'")
+    if n_experts := file.get("llama.expert_count", int, 0):
+        raise UnsupportedError(f"{file.path}: a mixture of {n_experts} experts, only dense models can be run")
+
+    dim = _size(file, "llama.embedding_length")
+    n_heads = _size(file, "llama.attention.head_count")
+    if "llama.attention.key_length" not in file.metadata and dim % n_heads:
+        raise ConfigError(f"{file.path}: dim {dim} cannot be divided among {n_heads} heads")
+    head_dim = _size(file, "llama.attention.key_length", dim // n_heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if (found := _size(file, key, head_dim)) != head_dim:
+            raise UnsupportedError(f"{file.path}: {key} is {found}, only head_dim {head_dim} can be run")
+    values = {
+        "dim": dim,
+        "n_layers": _size(file, "llama.block_count", limit=MAX_LAYERS),
+        "n_heads": n_heads,
+        "n_kv_heads": _size(file, "llama.attention.head_count_kv", n_heads),
+        "head_dim": head_dim,
+        "hidden_dim": _size(file, "llama.feed_forward_length"),
+        "vocab_size": _vocab_size(file),
+        "norm_eps": file.require("llama.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": file.get("llama.rope.freq_base", float, 10000.0),
+        "max_seq_len": _size(file, "llama.context_length", limit=MAX_CONTEXT),
+    }
+    try:
+        args = ModelArgs(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{file.path}: {error}") from None
+    return replace(args, rope_scaling=_rope_scaling(file, args))
+
+
+def _size(file: GGUFFile, key: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
+    value = file.require(key, int) if default is None else file.get(key, int, default)
+    if not 0 < value <= limit:
+        raise ConfigError(f"{file.path}: {key} is {value}, it must lie in 1..{limit}")
+    return value
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    """The rows of the embedding: what the logits really are. Whoever else names a number must agree."""
+    if "token_embd.weight" not in file.tensors:
+        raise MismatchError(f"{file.path}: there is no token_embd.weight; a vocabulary without a model?")
+    rows = file.tensors["token_embd.weight"].shape[0]
+    declared = file.get("llama.vocab_size", int, rows)
+    tokens = file.get("tokenizer.ggml.tokens", list, range(rows))
+    for what, n in (("llama.vocab_size", declared), ("the number of tokens", len(tokens))):
+        if n != rows:
+            raise MismatchError(f"{file.path}: {what} is {n}, but token_embd.weight has {rows} rows")
+    return rows
+
+
+def _rope_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
+    """Llama 3.1's scaling, which GGUF stores as what each frequency was divided by: 1 to `factor`."""
+    kind = file.get("llama.rope.scaling.type", str, "linear")
+    linear = file.get("llama.rope.scale_linear", float, 1.0)
+    if kind != "none" and (by := file.get("llama.rope.scaling.factor", float, linear)) != 1:
+        raise UnsupportedError(f"{file.path}: RoPE scaling {escape(kind)} by {by}, only Llama 3.1's is known")
+    if "rope_freqs.weight" not in file.tensors:
+        return None
+    stored = file.tensor("rope_freqs.weight")
+    if stored.shape != (args.head_dim // 2,):
+        raise MismatchError(f"{file.path}: rope_freqs.weight is {stored.shape}, head_dim is {args.head_dim}")
+    with np.errstate(all="ignore"):  # hostile numbers become inf or NaN, which equal nothing
+        divisors = stored.dequantize(np.float64)
+        factor = float(divisors.max())
+        freqs = args.rope_theta ** -(np.arange(0, args.head_dim, 2) / args.head_dim)
+        if 1 <= factor < np.inf:
+            wanted = freqs / scale_freqs(freqs, RopeScaling(factor))
+            if np.allclose(divisors, wanted, rtol=ROPE_TOLERANCE, atol=0):
+                return RopeScaling(factor) if factor > 1 else None
+    raise UnsupportedError(f"{file.path}: rope_freqs.weight is not Llama 3.1's scaling by {factor}")
+
+
+def weights(file: GGUFFile, args: ModelArgs) -> dict[str, StoredTensor]:
+    """Every weight under our name. A weight too many is refused like one too few: it has a meaning."""
+    names = tensor_names(args, "gguf")
+    if "output.weight" not in file.tensors:
+        names["output.weight"] = names["tok_embeddings.weight"]  # tied: the embedding read backwards
+    for what, odd in [
+        ("missing", set(names.values()) - file.tensors.keys()),
+        ("unknown", file.tensors.keys() - names.values() - {"rope_freqs.weight"}),
+    ]:
+        if odd:
+            raise MismatchError(f"{file.path}: {len(odd)} {what} weights: {escape(', '.join(sorted(odd)))}")
+    for ours, theirs in names.items():
+        found, wanted = file.tensors[theirs].shape, expected_shape(ours, args)
+        if found != wanted:
+            raise MismatchError(f"{file.path}: {theirs} has the shape {found}, the arguments want {wanted}")
+    return {ours: file.tensor(theirs) for ours, theirs in names.items()}

@@ -1,0 +1,65 @@
+"""One table of tensor names: ours, Meta's, Hugging Face's and GGUF's, with the shape of each.
+
+Ours are Meta's, except w_gate, w_up and w_down for w1, w3 and w2. The letters of the shapes are
+explained in config.py. A matrix is (OUT, IN) in all four schemes.
+"""
+
+import re
+
+from ..config import ModelArgs
+from ..errors import ParameterError
+
+SCHEMES = ("ours", "meta", "hf", "gguf")
+
+# Each name is followed by ".weight", in all four.
+# fmt: off
+MODEL = (
+    # ours             Meta's            Hugging Face's        GGUF's         shape
+    ("tok_embeddings", "tok_embeddings", "model.embed_tokens", "token_embd",  ("V", "D")),
+    ("norm",           "norm",           "model.norm",         "output_norm", ("D",)),
+    ("output",         "output",         "lm_head",            "output",      ("V", "D")),
+)
+LAYER_PREFIX = ("layers.{i}.", "layers.{i}.", "model.layers.{i}.", "blk.{i}.")
+LAYER = (
+    ("attention_norm",      "attention_norm",  "input_layernorm",          "attn_norm",   ("D",)),
+    ("attention.wq",        "attention.wq",    "self_attn.q_proj",         "attn_q",      ("HDh", "D")),
+    ("attention.wk",        "attention.wk",    "self_attn.k_proj",         "attn_k",      ("KDh", "D")),
+    ("attention.wv",        "attention.wv",    "self_attn.v_proj",         "attn_v",      ("KDh", "D")),
+    ("attention.wo",        "attention.wo",    "self_attn.o_proj",         "attn_output", ("D", "HDh")),
+    ("ffn_norm",            "ffn_norm",        "post_attention_layernorm", "ffn_norm",    ("D",)),
+    ("feed_forward.w_gate", "feed_forward.w1", "mlp.gate_proj",            "ffn_gate",    ("F", "D")),
+    ("feed_forward.w_up",   "feed_forward.w3", "mlp.up_proj",              "ffn_up",      ("F", "D")),
+    ("feed_forward.w_down", "feed_forward.w2", "mlp.down_proj",            "ffn_down",    ("D", "F")),
+)
+# fmt: on
+
+_SHAPES = {f"{row[0]}.weight": row[-1] for row in MODEL} | {
+    f"{LAYER_PREFIX[0]}{row[0]}.weight": row[-1] for row in LAYER
+}
+
+
+def tensor_names(args: ModelArgs, scheme: str) -> dict[str, str]:
+    """Our name of every weight of the model -> its name in `scheme`: "ours", "meta", "hf" or "gguf"."""
+    if scheme not in SCHEMES:
+        raise ParameterError(f"no naming scheme {scheme!r}; there are {', '.join(SCHEMES)}")
+    theirs = SCHEMES.index(scheme)
+    names = {f"{row[0]}.weight": f"{row[theirs]}.weight" for row in MODEL}
+    for i in range(args.n_layers):
+        ours_prefix, prefix = LAYER_PREFIX[0].format(i=i), LAYER_PREFIX[theirs].format(i=i)
+        names |= {f"{ours_prefix}{row[0]}.weight": f"{prefix}{row[theirs]}.weight" for row in LAYER}
+    return names
+
+
+def expected_shape(our_name: str, args: ModelArgs) -> tuple[int, ...]:
+    """The shape that a weight must have, for example "layers.0.attention.wk.weight" -> (K * Dh, D)."""
+    template = re.sub(r"^layers\.\d+\.", LAYER_PREFIX[0], our_name)
+    if template not in _SHAPES:
+        raise ParameterError(f"no weight is called {our_name!r}")
+    sizes = {
+        "V": args.vocab_size,
+        "D": args.dim,
+        "F": args.hidden_dim,
+        "HDh": args.n_heads * args.head_dim,
+        "KDh": args.n_kv_heads * args.head_dim,
+    }
+    return tuple(sizes[letter] for letter in _SHAPES[template])

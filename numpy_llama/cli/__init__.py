@@ -1,0 +1,76 @@
+"""The command line: one file a verb. Text goes to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 130 Ctrl-C.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import NumpyLlamaError, ParameterError, TextError
+from . import chat, doctor, generate, info, pull, tokenize
+
+VERBS = (generate, chat, info, tokenize, pull, doctor)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    main = OneLineParser(prog="numpy-llama", description="LLaMA in readable NumPy, at the speed of C.")
+    main.add_argument("--version", action="version", version=f"numpy-llama {__version__}")
+    verbs = main.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for verb in VERBS:
+        name = verb.__name__.rpartition(".")[2]
+        summary = (verb.__doc__ or "").strip()
+        one = verbs.add_parser(name, help=summary.splitlines()[0], description=summary)
+        verb.add_arguments(one)
+        one.set_defaults(run=verb.run)
+    return main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; -> its exit code. Nothing a user does wrong ends in a traceback."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a question mark, no crash
+    try:
+        args = parser().parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return _quietly(130)
+    except BrokenPipeError:  # whoever read our output has had enough
+        return _quietly(0)
+    except (ParameterError, TextError) as error:
+        return _fail(error, 2)
+    except NumpyLlamaError as error:
+        return _fail(error, 1)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}", 1)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _quietly(_fail("the disk is full: the output is not complete", 1))
+        return _fail(error, 1)
+
+
+def _fail(problem: object, code: int) -> int:
+    print(f"numpy-llama: {problem}", file=sys.stderr)
+    return code
+
+
+def _quietly(code: int) -> int:
+    """End without the complaint that Python makes when the last flush of stdout fails."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

@@ -1,0 +1,63 @@
+"""Talk with a model.
+
+A conversation on a terminal, which Ctrl-D ends and in which Ctrl-C cuts an answer short. One answer when
+a question is given, or when standard input is no terminal and holds one.
+"""
+
+import argparse
+import sys
+
+from ..errors import ContextOverflowError, ParameterError
+from ..llama import Llama
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="ask this, print the answer and end")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told to be [the model's own words]")
+    common.add_model_arguments(parser)
+    common.add_sampling_arguments(parser, max_tokens=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    options = common.generation_options(args)
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    question = args.question
+    if question is None and not sys.stdin.isatty():
+        question = common.read_stdin()
+    if question is None:
+        if args.json:
+            raise ParameterError("--json prints one answer: give a question")
+        converse(common.load_model(args), messages, options)
+        return
+    if not question.strip():
+        raise ParameterError("the question is empty")
+    llama = common.load_model(args)
+    messages.append({"role": "user", "content": question})
+    with common.prefill_bar() as on_prefill:
+        common.run_stream(llama.stream_chat(messages, on_prefill=on_prefill, **options), args.json)
+
+
+def converse(llama: Llama, messages: list, options: dict) -> None:
+    """Question and answer in turn; the KV cache keeps what was said, so only what is new is computed."""
+    context = llama.new_context()
+    print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ")
+        except EOFError:
+            print()
+            return
+        if not question.strip():
+            continue
+        messages.append({"role": "user", "content": question})
+        answer: list[str] = []
+        try:
+            with common.prefill_bar() as on_prefill:
+                stream = llama.stream_chat(messages, context=context, on_prefill=on_prefill, **options)
+                common.show(common.collect(stream, answer))
+        except KeyboardInterrupt:
+            pass  # what was said so far stays said
+        except ContextOverflowError as error:
+            raise ContextOverflowError(f"{error}; begin a new conversation") from None
+        messages.append({"role": "assistant", "content": "".join(answer)})

@@ -1,0 +1,203 @@
+"""What several commands share: their arguments, their input, and how they show progress."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
+
+from ..errors import ParameterError, TextError
+from ..generate import PREFILL_CHUNK
+from ..llama import Completion, Llama, Piece, load
+from ..pull import DEFAULT_MODEL, locate
+from ..sampling import Sampler
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m", "--model", default=DEFAULT_MODEL, metavar="MODEL", help="a file, or a name that `pull` knows [%(default)s]"
+    )
+    group.add_argument("-t", "--threads", type=whole_number(1), metavar="N", help="threads of the C kernels [all CPUs]")
+    group.add_argument("--backend", choices=["c", "numpy"], default="c", help="the C kernels, or plain NumPy [c]")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
+    shown = "until the context is full" if max_tokens is None else str(max_tokens)
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "-n", "--max-tokens", type=whole_number(0), default=max_tokens, metavar="N", help=f"new tokens at most [{shown}]"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up the share P")
+    group.add_argument("--min-p", type=float, metavar="P", help="draw from those at least P times as likely as the first")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens seen before less likely [1: no]"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="the same chances each time")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number, `least` or above."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or above")
+        return number
+
+    return parse
+
+
+def generation_options(args: argparse.Namespace) -> dict:
+    """The options of `Llama.stream`, checked before any model is loaded."""
+    sampling = {
+        name: getattr(args, name)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    }
+    Sampler(**sampling)
+    if "" in args.stop:
+        raise ParameterError("--stop is an empty text")
+    return {**sampling, "max_tokens": args.max_tokens, "stop": args.stop}
+
+
+def load_model(args: argparse.Namespace) -> Llama:
+    if args.backend == "numpy" and args.threads is not None:
+        note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
+    with transfer_bar() as progress:
+        path = locate(args.model, progress)
+    return load(path, backend=args.backend, threads=args.threads)
+
+
+def read_stdin() -> str:
+    """All of standard input as text, without the newline that ends the last line."""
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"standard input is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
+            "(iconv converts other encodings)"
+        ) from None
+    if (at := data.find(0)) >= 0:
+        raise TextError(f"standard input is not text: byte 0x00 at offset {at}")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def note(text: str) -> None:
+    """A remark to a person, on stderr."""
+    print(f"numpy-llama: {text}", file=sys.stderr)
+
+
+def show(stream: Iterator[Piece]) -> Completion:
+    """Print the pieces as they come; how fast they came goes to stderr, for a person at a terminal."""
+    last = "\n"
+    try:
+        for piece in stream:
+            if piece.text:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                last = piece.text[-1]
+    finally:
+        if last != "\n":
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    completion = piece.completion
+    if sys.stderr.isatty():
+        print(
+            f"[prompt: {len(completion.prompt_tokens)} tokens in {completion.prefill_seconds:.2f} s; "
+            f"answer: {len(completion.tokens)} tokens, {completion.decode_tokens_per_second:.1f} a second; "
+            f"ended by {completion.finish_reason}]",
+            file=sys.stderr,
+        )
+    return completion
+
+
+def collect(stream: Iterator[Piece], into: list[str]) -> Iterator[Piece]:
+    """The same stream, its text also kept: what was said remains when the stream is cut."""
+    for piece in stream:
+        into.append(piece.text)
+        yield piece
+
+
+def run_stream(stream: Iterator[Piece], as_json: bool) -> Completion:
+    """Print one generation, as text or as JSON."""
+    if not as_json:
+        return show(stream)
+    *_, last = stream
+    print(completion_json(last.completion))
+    return last.completion
+
+
+def completion_json(completion: Completion) -> str:
+    return json.dumps(
+        {
+            "text": completion.text,
+            "tokens": completion.tokens,
+            "prompt_tokens": completion.prompt_tokens,
+            "finish_reason": completion.finish_reason,
+            "timings": {
+                "prefill_seconds": round(completion.prefill_seconds, 6),
+                "decode_seconds": round(completion.decode_seconds, 6),
+                "prefill_tokens_per_second": round(len(completion.prompt_tokens) / completion.prefill_seconds, 3),
+                "decode_tokens_per_second": round(completion.decode_tokens_per_second, 3),
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+class _Bar:
+    """A progress bar on stderr while a person watches: begins at the first news, leaves nothing behind."""
+
+    def __init__(self, *columns: ProgressColumn):
+        console = Console(stderr=True)
+        shown = (TextColumn("{task.description}"), BarColumn(), *columns)
+        self.bar = Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
+        self.task: TaskID | None = None
+
+    def show(self, what: str, done: int, total: int) -> None:
+        if self.task is None:
+            self.bar.start()
+            self.task = self.bar.add_task(what, total=total)
+        self.bar.update(self.task, description=what, completed=done, total=total)
+
+    def close(self) -> None:
+        if self.task is not None:
+            self.bar.stop()
+
+
+@contextmanager
+def transfer_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that counts bytes: progress(what, done, total)."""
+    bar = _Bar(DownloadColumn())
+    try:
+        yield bar.show
+    finally:
+        bar.close()
+
+
+@contextmanager
+def prefill_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar for reading a long prompt: on_prefill(done, total). It is gone before the first token is printed."""
+    bar = _Bar(TextColumn("{task.completed}/{task.total} tokens"))
+
+    def on_prefill(done: int, total: int) -> None:
+        if done == total:
+            bar.close()
+        elif total - done > PREFILL_CHUNK or bar.task is not None:
+            bar.show("reading the prompt", done, total)
+
+    try:
+        yield on_prefill
+    finally:
+        bar.close()

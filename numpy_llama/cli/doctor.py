@@ -1,0 +1,53 @@
+"""What this machine and this installation offer: the place to look when something is slow or missing."""
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+
+import numpy as np
+
+from .. import __version__
+from ..errors import BuildError
+from ..pull import DEFAULT_MODEL, cache_folder, model_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> None:
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    _line("numpy_llama", __version__)
+    _line("Python", f"{platform.python_version()}, {sys.executable}")
+    _line("machine", f"{platform.machine()}, {_cpu_name()}, {os.cpu_count()} CPUs")
+    try:
+        from .. import kernels
+    except BuildError as error:
+        _line("C kernels", f"MISSING: {error}")
+    else:
+        openmp = kernels.openmp_version()
+        _line("C kernels", f"built by compiler {kernels.compiler()}")
+        _line("OpenMP", f"version {openmp}" if openmp else "NOT BUILT IN: the kernels run on one thread")
+        _line("instructions", f"{kernels.isa()}, of {', '.join(kernels.available_isas())}")
+        _line("threads", f"{kernels.available_cpus()} (choose with -t)")
+    _line("compiler", compiler or "none on the PATH (needed only to build)")
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    pool = {name: value for name, value in os.environ.items() if name.endswith("_NUM_THREADS")}
+    settings = ", ".join(f"{name}={value}" for name, value in pool.items()) or "threads not limited"
+    _line("NumPy", f"{np.__version__}, BLAS {blas.get('name')} {blas.get('version')}, {settings}")
+    _line("models", f"{cache_folder()}")
+    _line("default model", f"{DEFAULT_MODEL}, {'there' if model_path(DEFAULT_MODEL).exists() else 'not fetched yet'}")
+
+
+def _line(what: str, value: str) -> None:
+    print(f"{what:<14} {value}")
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown CPU"

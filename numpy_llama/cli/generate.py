@@ -1,0 +1,38 @@
+"""Continue a text.
+
+The text is the argument, or standard input when there is none. Prints what follows it.
+"""
+
+import argparse
+import sys
+
+from ..errors import ParameterError
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", metavar="TEXT", help="what to continue [standard input]")
+    parser.add_argument("--prompt-ids", type=ids, metavar="1,403,407", help="token ids instead of a text")
+    common.add_model_arguments(parser)
+    common.add_sampling_arguments(parser, max_tokens=128)
+
+
+def ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers with commas") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    options = common.generation_options(args)
+    prompt = args.prompt_ids if args.prompt_ids is not None else args.prompt
+    if args.prompt_ids is not None and args.prompt is not None:
+        raise ParameterError("give a text or --prompt-ids, not both")
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise ParameterError('nothing to continue: numpy-llama generate "Once upon a time"')
+        prompt = common.read_stdin()
+    llama = common.load_model(args)
+    with common.prefill_bar() as on_prefill:
+        common.run_stream(llama.stream(prompt, on_prefill=on_prefill, **options), args.json)

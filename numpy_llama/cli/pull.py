@@ -1,0 +1,16 @@
+"""Fetch a model by name into the cache folder, checked by its sha256; prints where it lies."""
+
+import argparse
+
+from ..pull import MODELS, pull
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(MODELS)}")
+
+
+def run(args: argparse.Namespace) -> None:
+    with common.transfer_bar() as progress:
+        path = pull(args.name, progress)
+    print(path)

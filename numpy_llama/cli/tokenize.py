@@ -1,0 +1,27 @@
+"""The token ids of a text, and the piece of text that each stands for."""
+
+import argparse
+import sys
+
+from ..checkpoint import open_checkpoint
+from ..errors import ParameterError
+from ..pull import DEFAULT_MODEL, locate
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="what to cut into tokens [standard input]")
+    parser.add_argument(
+        "-m", "--model", default=DEFAULT_MODEL, metavar="MODEL", help="a file, or a name that `pull` knows [%(default)s]"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.text is None and sys.stdin.isatty():
+        raise ParameterError('nothing to tokenize: numpy-llama tokenize "Once upon a time"')
+    text = common.read_stdin() if args.text is None else args.text
+    with common.transfer_bar() as progress:
+        path = locate(args.model, progress)
+    tokenizer = open_checkpoint(path).tokenizer()
+    for token in tokenizer.encode(text, bos=tokenizer.add_bos):
+        print(f"{token:>7}  {tokenizer.piece(token)!r}")

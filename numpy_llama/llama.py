@@ -1,0 +1,201 @@
+"""The Python face: a model, its tokenizer and its chat format as one object that speaks text.
+
+    llama = load("smollm2-135m-instruct")
+    llama.generate("Once upon a time", max_tokens=64).text
+    llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from . import checkpoint
+from .chat import ChatTemplate, encode_chat
+from .errors import MismatchError, ParameterError, TemplateError
+from .generate import Context, generate
+from .model import Transformer
+from .pull import DEFAULT_MODEL, locate
+from .sampling import Sampler
+from .tokenizer import StreamDecoder, Tokenizer
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one generation made. `finish_reason` is "stop" (an end token, a stop text) or "length"."""
+
+    text: str
+    tokens: list[int]  # the new ones
+    prompt_tokens: list[int]
+    finish_reason: str
+    prefill_seconds: float  # until the first new token
+    decode_seconds: float  # for all tokens after the first
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return max(len(self.tokens) - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of the stream: whole characters, perhaps none. The last piece carries the completion."""
+
+    text: str
+    token: int | None = None
+    completion: Completion | None = None
+
+
+class StopTexts:
+    """Cuts a stream of text at the first stop text, which may straddle any number of pieces."""
+
+    def __init__(self, stop: Sequence[str]):
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise ParameterError(f"stop is {stop!r}, it must be a list of texts, none of them empty")
+        self.stop, self.held, self.found = stop, "", False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to come before any stop text; sets `found` at the first one."""
+        self.held += text
+        cuts = [at for s in self.stop if (at := self.held.find(s)) >= 0]
+        self.found = bool(cuts)
+        end = min(cuts) if cuts else len(self.held) - self._possible_start()
+        certain, self.held = self.held[:end], self.held[end:]
+        return certain
+
+    def _possible_start(self) -> int:
+        """How much of the end of `held` may be the beginning of a stop text."""
+        longest = max((len(s) - 1 for s in self.stop), default=0)
+        for n in range(min(longest, len(self.held)), 0, -1):
+            if any(s.startswith(self.held[-n:]) for s in self.stop):
+                return n
+        return 0
+
+
+class Llama:
+    """A model that speaks text. It is never changed by use: a conversation lives in its `Context`."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None):
+        if tokenizer.vocab_size > model.args.vocab_size:
+            raise MismatchError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.args.vocab_size} rows"
+            )
+        self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
+
+    def new_context(self, max_seq_len: int | None = None) -> Context:
+        """Room for one conversation; the whole context of the model unless told."""
+        return Context(self.model, max_seq_len)
+
+    def generate(self, prompt: str | Sequence[int], **options) -> Completion:
+        """Continue a text, or ids. The options are those of `stream`."""
+        return _last(self.stream(prompt, **options))
+
+    def chat(self, messages: Sequence[Message], **options) -> Completion:
+        """The assistant's next message in a conversation. The options are those of `stream`."""
+        return _last(self.stream_chat(messages, **options))
+
+    def stream(self, prompt: str | Sequence[int], **options) -> Iterator[Piece]:
+        """Like `generate`, piece by piece as they are made.
+
+        max_tokens: default None, until an end token or the end of the context. stop: texts to end before.
+        context: a `Context` to go on in. on_prefill(done, total): hears how far the prompt is read.
+        And those of `Sampler`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
+        """
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        return self._stream(list(prompt), at_start=False, **options)
+
+    def stream_chat(self, messages: Sequence[Message], **options) -> Iterator[Piece]:
+        """Like `chat`, piece by piece. The options are those of `stream`."""
+        return self._stream(self.encode_chat(messages), at_start=True, **options)
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation in the model's own chat format; text in it never becomes a control token."""
+        if self.chat_template is None:
+            raise TemplateError("this model has no chat template; `generate` continues plain text with it")
+        return encode_chat(self.tokenizer, self.chat_template, messages, add_generation_prompt)
+
+    def _stream(
+        self,
+        prompt: list[int],
+        *,
+        at_start: bool,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        context: Context | None = None,
+        on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        **sampling,
+    ) -> Iterator[Piece]:
+        if max_tokens is not None and (
+            isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0
+        ):
+            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be a whole number, 0 or above")
+        if context is None:
+            most = self.model.args.max_seq_len
+            wanted = most if max_tokens is None else len(prompt) + max(max_tokens, 1)
+            context = self.new_context(min(most, wanted))
+        sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
+        return self._pieces(prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill)
+
+    def _pieces(self, prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill):
+        decoder = StreamDecoder(self.tokenizer, at_start)
+        texts: list[str] = []
+        tokens: list[int] = []
+        began = first = time.perf_counter()
+        ids = generate(
+            self.model,
+            prompt,
+            context,
+            sampler,
+            max_tokens=max_tokens,
+            stop_ids=self.tokenizer.eos_ids,
+            on_prefill=on_prefill,
+        )
+        while True:
+            try:
+                token = next(ids)
+            except StopIteration as end:
+                reason, text = end.value, stop_texts.push(decoder.flush())
+                text += "" if stop_texts.found else stop_texts.held
+                break
+            if not tokens:
+                first = time.perf_counter()
+            tokens.append(token)
+            text = stop_texts.push(decoder.push(token))
+            if stop_texts.found:
+                reason = "stop"
+                break
+            texts.append(text)
+            yield Piece(text, token)
+        texts.append(text)
+        reason = "stop" if stop_texts.found else reason
+        ended = time.perf_counter()
+        if not tokens:
+            first = ended
+        completion = Completion("".join(texts), tokens, prompt, reason, first - began, ended - first)
+        yield Piece(text, None, completion)
+
+
+def _last(stream: Iterator[Piece]) -> Completion:
+    *_, last = stream
+    return cast(Completion, last.completion)
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL, dtype=None, backend: str = "c", threads: int | None = None
+) -> Llama:
+    """Load a model from a file, or by a name that `pull` knows (fetched on first use).
+
+    dtype: None keeps the weights as they are stored; numpy.float32 or numpy.float64 (backend "numpy" only)
+    expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
+    """
+    file = checkpoint.open_checkpoint(locate(model))
+    transformer = checkpoint.build(file.args, file.weights(), dtype, backend, threads)
+    return Llama(transformer, file.tokenizer(), file.chat_template())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Only the tokenizer of a model."""
+    return checkpoint.open_checkpoint(locate(path)).tokenizer()

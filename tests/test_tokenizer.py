@@ -1,0 +1,450 @@
+import io
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import regex
+import sentencepiece
+import tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
+
+from numpy_llama.checkpoint.gguf import GGUFFile
+from numpy_llama.errors import (
+    FormatError,
+    MismatchError,
+    ParameterError,
+    TextError,
+    TokenizerError,
+    UnsupportedError,
+)
+from numpy_llama.tokenizer import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    WORDS,
+    StreamDecoder,
+    tokenizer_from_gguf,
+)
+
+CONTROL_NAMES = (
+    "<|begin_of_text|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|start|>",
+    "</s>",
+    "[INST]",
+)
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, isn't it? They'll say: we've 1234 dogs and 56 foxes.",
+    "   def f(x):\n        return x ** 2  # naïve café Ελληνικά русский 日本語 한국어\r\n\r\n\t\tif x: pass",
+    "<|im_start|>user\n<|im_end|> </s> [INST] https://example.org/?a=1&b=22 🦙🦙 \u200d\u200d \u0301\u0301",
+] * 3
+
+# Text that finds the seams: words, digits of several scripts, all sorts of space, joined emoji, the bytes
+# SmolLM2 lacks, control tokens whole and in part.
+FRAGMENTS = st.sampled_from(
+    [
+        *" \t\n\r\u00a0\u3000\u2028\x0b\x1c\x85", "  ", "\r\n", "\n\n ", *"0159٣½Ⅷ²",
+        "'s", "'LL", "'\u017f", "\u2019t", *"aZéßжδ你한", "the", " fox", "hello", *"!?.<>|'_-$",
+        "\U0001f469\u200d\U0001f469\u200d\U0001f467", "🦙", "\u0301", "\u200d", "\ufeff", "\u2581",
+        *"\x00\x04\x06\x14\x7f", "\U00041234", "\U0010ffff",
+        "<|", "|>", "<s>", "<unk>", "<0x41>", *CONTROL_NAMES,
+    ]
+)  # fmt: skip
+# Unassigned characters (Cn) are left out: the libraries follow different versions of Unicode.
+CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])
+KNOWN = st.tuples(st.sampled_from(CORPUS), st.integers(0, 90)).map(lambda cut: cut[0][cut[1] :][:20])
+TEXTS = st.lists(FRAGMENTS | KNOWN | st.text(CHARACTERS, max_size=4), max_size=30).map("".join)
+LONG = 300_000
+
+
+def hugging_face(metadata: dict) -> tokenizers.Tokenizer:
+    """The reference: Hugging Face's BPE of the same vocabulary, its pre-tokenizer written independently."""
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    llama3 = metadata["tokenizer.ggml.pre"] == "llama-bpe"
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {text: i for i, text in enumerate(tokens)}
+    reference = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=llama3))
+    reference.pre_tokenizer = pre_tokenizer(metadata["tokenizer.ggml.pre"])
+    reference.add_special_tokens([text for text, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])
+    return reference
+
+
+def pre_tokenizer(pre: str):
+    if pre == "llama-bpe":  # tokenizer.json of Llama 3
+        pattern = tokenizers.Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        steps = [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    elif pre == "smollm":
+        steps = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(False, use_regex=True),
+        ]
+    else:
+        steps = [pre_tokenizers.ByteLevel(False, use_regex=True)]
+    return pre_tokenizers.Sequence(steps)
+
+
+def hugging_face_ids(reference: tokenizers.Tokenizer, text: str) -> list[int]:
+    """`text` as ordinary text: without the added special tokens, which the reference would find in it."""
+    pieces = reference.pre_tokenizer.pre_tokenize_str(text)
+    return [token.id for piece, _ in pieces for token in reference.model.tokenize(piece)]
+
+
+@cache
+def byte_level_metadata(pre: str = "smollm") -> dict:
+    """A small byte-level vocabulary, trained here: all bytes, 300 merges, the control tokens first."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        special_tokens=[*CONTROL_NAMES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    trained = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(trained["vocab"], key=trained["vocab"].get)
+    kinds = [CONTROL if text in CONTROL_NAMES else NORMAL for text in tokens]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in trained["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+@cache
+def trained_sentencepiece(add_dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=add_dummy_prefix,
+        control_symbols=["[INST]", "<|im_end|>"],
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@cache
+def sentencepiece_metadata(add_dummy_prefix: bool = True) -> dict:
+    trained = trained_sentencepiece(add_dummy_prefix)
+    ids = range(trained.vocab_size())
+    kinds = [
+        UNKNOWN
+        if trained.is_unknown(i)
+        else CONTROL
+        if trained.is_control(i)
+        else 6
+        if trained.is_byte(i)
+        else NORMAL
+        for i in ids
+    ]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [trained.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": np.array([trained.get_score(i) for i in ids], np.float32),
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.add_space_prefix": add_dummy_prefix,
+    }
+
+
+@cache
+def byte_level(pre: str = "smollm"):
+    return tokenizer_from_gguf(byte_level_metadata(pre), "small.gguf")
+
+
+@cache
+def sentence_piece(add_dummy_prefix: bool = True):
+    return tokenizer_from_gguf(sentencepiece_metadata(add_dummy_prefix), "small.gguf")
+
+
+BOTH = pytest.mark.parametrize("build", [byte_level, sentence_piece])
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@given(text=TEXTS)
+@example(text=" \n 5  6   x\n")
+def test_byte_level_equals_hugging_face(pre, text):
+    assert byte_level(pre).encode(text) == hugging_face_ids(hugging_face(byte_level_metadata(pre)), text)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@given(text=TEXTS)
+@example(text="'LLx 1234 '\u017fa 'T't")
+def test_words_equal_hugging_face(pre, text):
+    words = pre_tokenizer(pre).pre_tokenize_str(text)
+    assert regex.findall(WORDS[pre], text) == [text[start:end] for _, (start, end) in words]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@given(text=TEXTS)
+def test_byte_level_round_trip(pre, text):
+    tokenizer = byte_level(pre)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path):
+    metadata = GGUFFile(smollm2_path).metadata
+    return tokenizer_from_gguf(metadata, str(smollm2_path)), hugging_face(metadata)
+
+
+@given(text=TEXTS)
+@example(text="!\x04!").via("a byte without a token, between two that merge")
+def test_smollm2_equals_hugging_face(smollm2, text):
+    tokenizer, reference = smollm2
+    ids = tokenizer.encode(text)
+    assert ids == hugging_face_ids(reference, text)
+    if not set(text.encode()) & {4, 6, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}:
+        assert tokenizer.decode(ids) == text
+
+
+def test_smollm2_is_what_its_file_says(smollm2):
+    tokenizer, _ = smollm2
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, (2, 0))
+    assert not tokenizer.add_bos
+    assert tokenizer.encode("!\x04!") == tokenizer.encode("!!")  # one token, as if the byte were not there
+    assert tokenizer.encode("Hello", bos=True, eos=True) == [1, 19556, 2]
+    assert len(tokenizer.control_tokens) == 17
+
+
+@pytest.mark.parametrize("add_dummy_prefix", [True, False])
+@given(text=TEXTS)
+def test_sentencepiece_equals_the_trained_model(add_dummy_prefix, text):
+    tokenizer, trained = sentence_piece(add_dummy_prefix), trained_sentencepiece(add_dummy_prefix)
+    ids = tokenizer.encode(text)
+    assert ids == trained.encode(text)
+    assert tokenizer.decode(ids) == trained.decode(ids) == text.replace("\u2581", " ")
+
+
+@BOTH
+@given(text=TEXTS)
+def test_no_text_becomes_a_control_token(build, text):
+    tokenizer = build()
+    assert not set(tokenizer.encode(text)) & set(tokenizer.control_tokens.values())
+
+
+@BOTH
+@given(text=TEXTS)
+def test_stream_gives_whole_characters(build, text):
+    tokenizer = build()
+    text = text.replace("\u2581", " ").replace("\ufffd", "")
+    stream, so_far = StreamDecoder(tokenizer), ""
+    for token_id in tokenizer.encode(text):
+        so_far += stream.push(token_id)
+        assert text.startswith(so_far)
+    assert (so_far, stream.flush()) == (text, "")
+
+
+@BOTH
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 40), start=st.booleans())
+def test_decode_and_stream_of_any_ids(build, seed, n, start):
+    tokenizer = build()
+    ids = np.random.default_rng(seed).integers(tokenizer.vocab_size, size=n)
+    data = b"".join(map(tokenizer.token_bytes, ids))
+    if start and tokenizer.add_space:
+        data = data.removeprefix(b" ")
+    stream = StreamDecoder(tokenizer, start)
+    streamed = "".join(map(stream.push, ids)) + stream.flush()
+    assert streamed == tokenizer.decode(ids, start) == data.decode("utf-8", "replace")
+
+
+def test_first_space_is_dropped_only_at_the_start():
+    tokenizer = sentence_piece()
+    ids = tokenizer.encode("the fox")
+    assert tokenizer.decode(ids) == "the fox"
+    assert tokenizer.decode(ids, start_of_text=False) == " the fox"
+    assert tokenizer.decode([tokenizer.bos_id, *ids]) == "the fox"  # a control token is not yet text
+    assert tokenizer.decode(tokenizer.encode("  the")) == "  the"
+
+
+def test_half_a_character_at_the_end_is_replaced():
+    tokenizer = byte_level()
+    stream = StreamDecoder(tokenizer)
+    ids = tokenizer.encode("\u1200")  # Ethiopic, not in the corpus: a token for each byte
+    assert [tokenizer.token_bytes(i) for i in ids] == [b"\xe1", b"\x88", b"\x80"]
+    assert [stream.push(i) for i in ids[:2]] == ["", ""]
+    assert stream.flush() == "\ufffd"
+    assert tokenizer.piece(ids[0]) == "\\xe1"
+    assert tokenizer.piece(tokenizer.control_tokens["<|im_end|>"]) == "<|im_end|>"
+
+
+@BOTH
+@pytest.mark.parametrize("token_id", [-1, 10**6, 2**31, 1.0, "1", None, np.int64(-1), np.float32(1)])
+def test_ids_outside_the_vocabulary(build, token_id):
+    tokenizer = build()
+    for use in (tokenizer.token_bytes, tokenizer.piece, lambda i: tokenizer.decode([i])):
+        with pytest.raises(TokenizerError, match="token id"):
+            use(token_id)
+
+
+@BOTH
+def test_half_a_surrogate_pair_is_no_text(build):
+    with pytest.raises(TextError, match=r"character 3 of the text is U\+D800"):
+        build().encode("abc\ud800")
+
+
+# A pattern that backtracks, or a merge that is quadratic, dies of these.
+@BOTH
+@pytest.mark.parametrize("unit", ["^", " ", "a", "\n", " \n", "\t", "1", "\u0301", "'"])
+def test_long_runs_of_the_same(build, unit):
+    tokenizer = build()
+    for end in ("", "x"):
+        text = unit * (LONG // len(unit)) + end
+        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode().lstrip(
+            " "
+        ) == text.lstrip(" ")
+
+
+def test_bos_and_eos():
+    tokenizer = byte_level()
+    assert tokenizer.encode("a", bos=True, eos=True) == [0, *tokenizer.encode("a"), 2]
+    bare = byte_level_metadata() | {"tokenizer.ggml.bos_token_id": None}
+    without = tokenizer_from_gguf(bare | {"tokenizer.ggml.add_bos_token": True}, "small.gguf")
+    assert without.bos_id is None and not without.add_bos
+    with pytest.raises(ParameterError, match="BOS"):
+        without.encode("a", bos=True)
+
+
+def test_defaults_are_those_of_ggml():
+    assert sentence_piece().bos_id == 1
+    assert sentence_piece().eos_ids[0] == 2
+    assert sentence_piece().add_bos
+    assert byte_level("llama-bpe").add_bos
+    assert not byte_level("smollm").add_bos
+    told = tokenizer_from_gguf(sentencepiece_metadata() | {"tokenizer.ggml.add_bos_token": False}, "x")
+    assert not told.add_bos
+
+
+def test_every_end_token_counts():
+    names = byte_level_metadata()["tokenizer.ggml.tokens"]
+    ends = [names.index(name) for name in ("<|im_end|>", "</s>", "<|eot_id|>")]
+    assert byte_level().eos_ids == tuple(ends)
+    more = byte_level_metadata() | {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.eom_token_id": 6}
+    assert tokenizer_from_gguf(more, "x").eos_ids == (2, 4, 6, 5, 3)
+
+
+def test_control_tokens_that_a_file_calls_user_defined():
+    for metadata in (byte_level_metadata(), sentencepiece_metadata()):
+        tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"].copy()
+        kinds[tokens.index("<|im_end|>")] = USER_DEFINED
+        tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.ggml.token_type": kinds}, "x")
+        im_end = tokenizer.control_tokens["<|im_end|>"]
+        assert im_end in tokenizer.eos_ids
+        assert im_end not in tokenizer.encode("<|im_end|>")
+
+
+def test_ids_need_not_be_in_the_order_of_the_merges():
+    metadata = byte_level_metadata()
+    shuffled = np.random.default_rng(0).permutation(len(metadata["tokenizer.ggml.tokens"]))
+    tokens = [metadata["tokenizer.ggml.tokens"][i] for i in shuffled]
+    kinds = metadata["tokenizer.ggml.token_type"][shuffled]
+    changed = metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    tokenizer = tokenizer_from_gguf(changed, "x")
+    for text in CORPUS:
+        assert [shuffled[i] for i in tokenizer.encode(text)] == byte_level().encode(text)
+
+
+def altered(metadata: dict, name: str, change) -> dict:
+    key = f"tokenizer.ggml.{name}"
+    value = metadata.get(key)
+    return metadata | {key: change(value.copy() if isinstance(value, (list, np.ndarray)) else value)}
+
+
+def put(i, value):
+    def change(array):
+        array[i] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("scores", lambda s: s.astype(np.uint8), FormatError, "scores.*uint8.*float32"),
+        ("scores", lambda s: None, FormatError, "scores"),
+        ("scores", lambda s: s[:-1], MismatchError, "scores has 419 entries, the vocabulary has 420 tokens"),
+        ("scores", put(300, np.nan), TokenizerError, r"scores\[300\] is nan"),
+        ("scores", put(300, -np.inf), TokenizerError, r"scores\[300\] is -inf"),
+        ("token_type", lambda k: k[:-1], MismatchError, "token_type has 419"),
+        ("token_type", lambda k: k.astype(np.int64), FormatError, "token_type.*int64.*int32"),
+        ("token_type", put(9, 7), TokenizerError, r"tokens\[9\].*type 7"),
+        ("token_type", put(9, 0), TokenizerError, r"tokens\[9\].*type 0"),
+        ("token_type", put(0, NORMAL), TokenizerError, "0 UNKNOWN and 256 BYTE"),
+        ("token_type", put(400, UNKNOWN), TokenizerError, "2 UNKNOWN and 256 BYTE"),
+        ("token_type", put(9, NORMAL), TokenizerError, "1 UNKNOWN and 255 BYTE"),
+        ("tokens", put(9, "<0xGG>"), TokenizerError, r"tokens\[9\] is '<0xGG>'"),
+        ("tokens", put(9, "<0x-1>"), TokenizerError, r"tokens\[9\] is '<0x-1>'"),
+        ("tokens", put(9, "\x1b[31m"), TokenizerError, r"tokens\[9\] is '\\x1b\[31m'"),
+        ("tokens", put(400, ""), TokenizerError, r"tokens\[400\] is ''"),
+        ("tokens", put(400, "x" * 65_537), TokenizerError, r"tokens\[400\] is 'xxx"),
+        ("tokens", lambda t: [*t[:400], t[7], *t[401:]], TokenizerError, r"tokens\[7\].*so is tokens\[400\]"),
+        ("tokens", lambda t: np.zeros(420, np.uint8), FormatError, "tokens"),
+        ("bos_token_id", lambda i: 2**31 - 1, MismatchError, "bos_token_id is 2147483647"),
+        ("eos_token_id", lambda i: 420, MismatchError, "eos_token_id is 420, the vocabulary has 420 tokens"),
+        ("eot_token_id", lambda i: -1, MismatchError, "eot_token_id is -1"),
+        ("unknown_token_id", lambda i: 2**32 - 1, MismatchError, "unknown_token_id"),
+        ("bos_token_id", lambda i: "1", FormatError, "bos_token_id is '1' .str., it must be int"),
+        ("add_bos_token", lambda b: 1, FormatError, "add_bos_token is 1"),
+        ("model", lambda m: "bert", UnsupportedError, "'bert'"),
+        ("model", lambda m: 3, FormatError, "model is 3"),
+    ],
+)  # fmt: skip
+def test_a_bad_sentencepiece_vocabulary_is_refused(name, change, error, message):
+    with pytest.raises(error, match=f"^small.gguf: .*{message}"):
+        tokenizer_from_gguf(altered(sentencepiece_metadata(), name, change), "small.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("pre", lambda p: "tekken", TokenizerError, "'tekken', we know gpt-2, default, smollm, llama-bpe"),
+        ("merges", put(3, "no space"), TokenizerError, r"merges\[3\] is 'no space'"),
+        ("merges", put(3, "t"), TokenizerError, r"merges\[3\] is 't'"),
+        ("merges", put(3, "t h e"), TokenizerError, r"merges\[3\] is 't h e'"),
+        ("merges", lambda m: np.zeros(9, np.int32), FormatError, "merges"),
+        ("tokens", put(400, "two words"), TokenizerError, r"tokens\[400\] is 'two words'"),
+        ("tokens", put(400, "日"), TokenizerError, r"tokens\[400\] is '\\u65e5'"),
+        ("token_type", lambda k: k[:5], MismatchError, "token_type has 5"),
+    ],
+)
+def test_a_bad_byte_level_vocabulary_is_refused(name, change, error, message):
+    with pytest.raises(error, match=f"^small.gguf: .*{message}"):
+        tokenizer_from_gguf(altered(byte_level_metadata(), name, change), "small.gguf")
+
+
+@pytest.mark.parametrize("name", ["model", "tokens", "token_type", "merges", "pre"])
+def test_a_missing_entry_is_named(name):
+    metadata = {key: value for key, value in byte_level_metadata().items() if not key.endswith(f".{name}")}
+    with pytest.raises(TokenizerError, match=f"small.gguf: tokenizer.ggml.{name} is missing"):
+        tokenizer_from_gguf(metadata, "small.gguf")
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_vocabulary_of_almost_nothing_is_refused(model, n):
+    metadata = byte_level_metadata() if model == "gpt2" else sentencepiece_metadata()
+    few = metadata | {"tokenizer.ggml.tokens": ["<unk>", "e"][:n], "tokenizer.ggml.merges": []}
+    few |= {"tokenizer.ggml.token_type": np.array([UNKNOWN, NORMAL][:n], np.int32)}
+    few |= {"tokenizer.ggml.scores": np.zeros(n, np.float32)}
+    with pytest.raises(TokenizerError, match="vocabulary"):
+        tokenizer_from_gguf(few, "small.gguf")

@@ -1,0 +1,101 @@
+"""LLaMA in PyTorch, written from the papers with PyTorch's own functions: the oracle of the tests.
+
+It shares no code with numpy_llama but the hyperparameters, and it has no cache: each call sees all
+the tokens. Its parameters bear the names of our weights, so `load_state_dict` checks those too.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from numpy_llama.config import ModelArgs, RopeScaling
+
+
+def scaled_freq(freq: float, s: RopeScaling) -> float:
+    """Llama 3.1's rule for one frequency, told by its wavelength (Meta's models/llama3/reference_impl)."""
+    wavelen = 2 * math.pi / freq
+    if wavelen < s.original_max_seq_len / s.high_freq_factor:
+        return freq
+    if wavelen > s.original_max_seq_len / s.low_freq_factor:
+        return freq / s.factor
+    smooth = (s.original_max_seq_len / wavelen - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    return (1 - smooth) * freq / s.factor + smooth * freq
+
+
+def rotary_table(args: ModelArgs, seq_len: int, dtype: torch.dtype) -> torch.Tensor:
+    """e^(i m theta_j) -> (T, Dh / 2) complex. Angles are computed in `dtype`, as Meta's code does."""
+    freqs = args.rope_theta ** -(torch.arange(0, args.head_dim, 2, dtype=dtype) / args.head_dim)
+    if args.rope_scaling:
+        freqs = torch.tensor([scaled_freq(f, args.rope_scaling) for f in freqs.tolist()], dtype=dtype)
+    angles = torch.arange(seq_len, dtype=dtype)[:, None] * freqs
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """Pairs (x_2j, x_2j+1) as complex numbers, turned: (B, T, H, Dh) -> (B, T, H, Dh)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * freqs_cis[None, :, None, :]).flatten(-2)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x, freqs_cis):
+        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), freqs_cis)  # (B, T, H, Dh)
+        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), freqs_cis)  # (B, T, K, Dh)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads first
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w_gate = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w_up = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w_down = nn.Linear(args.hidden_dim, args.dim, bias=False)
+
+    def forward(self, x):
+        return self.w_down(silu(self.w_gate(x)) * self.w_up(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = FeedForward(args)
+
+    def forward(self, x, freqs_cis):
+        h = x + self.attention(self.attention_norm(x), freqs_cis)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    def __init__(self, args: ModelArgs, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.to(dtype)
+
+    @torch.no_grad()
+    def forward(self, tokens):
+        """(B, T) -> (B, T, V)."""
+        h = self.tok_embeddings(tokens)
+        freqs_cis = rotary_table(self.args, tokens.shape[1], h.dtype)
+        for layer in self.layers:
+            h = layer(h, freqs_cis)
+        return self.output(self.norm(h))

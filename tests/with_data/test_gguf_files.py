@@ -1,0 +1,62 @@
+"""The GGUF reader on real files, against the reference reader and ggml's own dequantisation."""
+
+import numpy as np
+import pytest
+from conftest import DATA
+from gguf import GGUFReader, dequantize
+
+from numpy_llama.checkpoint.gguf import GGUFFile, model_args, weights
+from numpy_llama.errors import MismatchError, UnsupportedError
+from numpy_llama.quantize import FORMATS
+
+FILES = sorted(p for folder in ("models", "quants", "tokenizers") for p in (DATA / folder).glob("*.gguf"))
+LONG = 50_000  # elements; the reference reader takes seconds to decode a longer array
+UNSUPPORTED = {"IQ4_XS", "Q2_K", "Q4_K", "Q5_0", "Q6_K"}
+
+
+def test_the_files_are_there():
+    assert len(FILES) == 15
+    assert {p.stem.split("-")[-1] for p in FILES} >= UNSUPPORTED | FORMATS.keys() - {"F32"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_same_as_the_reference(path):
+    reference, file = GGUFReader(path), GGUFFile(path)
+    fields = {key: field for key, field in reference.fields.items() if not key.startswith("GGUF.")}
+    assert list(fields) == list(file.metadata)
+    for key, field in fields.items():
+        found = file.metadata[key]
+        if len(field.data) < LONG:
+            assert (found.tolist() if isinstance(found, np.ndarray) else found) == field.contents(), key
+        else:
+            assert len(found) == len(field.data), key
+            assert found[-1] == field.contents(-1), key
+    assert [t.name for t in reference.tensors] == list(file.tensors)
+    for tensor in reference.tensors:
+        info = file.tensors[tensor.name]
+        assert (info.type_name, info.offset) == (tensor.tensor_type.name, tensor.data_offset)
+        if info.type_name in FORMATS:
+            found, wanted = file.tensor(tensor.name).dequantize(), dequantize(tensor.data, tensor.tensor_type)
+            assert found.shape == wanted.shape
+            assert found.tobytes() == np.ascontiguousarray(wanted, np.float32).tobytes(), tensor.name
+        else:
+            assert info.type_name in UNSUPPORTED
+            with pytest.raises(UnsupportedError, match=info.type_name):
+                file.tensor(tensor.name)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_each_is_a_model_or_refused_by_name(path):
+    file = GGUFFile(path)
+    if not file.tensors:
+        with pytest.raises(MismatchError, match="a vocabulary without a model"):
+            model_args(file)
+        return
+    args = model_args(file)
+    assert args.vocab_size == len(file.metadata["tokenizer.ggml.tokens"])
+    stored = {info.type_name for info in file.tensors.values()}
+    if stored <= FORMATS.keys():
+        assert len(weights(file, args)) == 3 + 9 * args.n_layers
+    else:
+        with pytest.raises(UnsupportedError, match="is stored as"):
+            weights(file, args)

@@ -230,7 +230,7 @@ def test_messages_must_be_messages(messages):
 
 
 def test_message_with_half_a_surrogate_pair():
-    with pytest.raises(TextError, match="D800"):
+    with pytest.raises(TextError, match=r"character 1 of the text is U\+D800"):
         encode_chat(BYTE_LEVEL, ChatTemplate(CHATML), conversation("a\ud800"))
 
 

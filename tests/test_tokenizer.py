@@ -297,6 +297,19 @@ def test_ids_outside_the_vocabulary(build, token_id):
 
 
 @BOTH
+def test_the_last_id_is_the_last(build):
+    tokenizer = build()
+    assert tokenizer.decode([tokenizer.vocab_size - 1])
+    with pytest.raises(TokenizerError, match=f"token id {tokenizer.vocab_size} "):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_the_unknown_token_says_nothing():
+    tokenizer = sentence_piece()
+    assert tokenizer.token_bytes(tokenizer.control_tokens["<unk>"]) == b""
+
+
+@BOTH
 def test_half_a_surrogate_pair_is_no_text(build):
     with pytest.raises(TextError, match=r"character 3 of the text is U\+D800"):
         build().encode("abc\ud800")

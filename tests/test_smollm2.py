@@ -1,0 +1,139 @@
+"""A real model, whole: SmolLM2-135M-Instruct on both paths, against PyTorch, in any cut and on any threads."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import numpy_llama as nl
+from numpy_llama.checkpoint import build, open_checkpoint
+from numpy_llama.checkpoint.names import tensor_names
+
+# Logits against PyTorch's, relative to the largest. What was measured is 2e-6 for NumPy and for C.
+LOGITS_NUMPY = 5e-5
+LOGITS_C = 5e-5
+# The C kernels against NumPy on the same weights: both compute in float32, only the order of sums differs.
+LOGITS_C_NUMPY = 1e-5
+# NumPy: BLAS adds in another order for another number of rows.
+CHUNKS_NUMPY = 1e-5
+
+PROMPTS = [
+    "The history of science is the study of the development of science, including both the natural and social "
+    "sciences. Science is a body of empirical, theoretical, and practical knowledge about the natural world, "
+    "produced by scientists who emphasize the observation, explanation, and prediction of real-world phenomena. "
+    "Historiography of science, in contrast, studies the methods employed by historians of science.",
+    "def fibonacci(n):\n    \"\"\"Return the first n Fibonacci numbers.\"\"\"\n    a, b = 0, 1\n    numbers = []\n"
+    "    while len(numbers) < n:\n        numbers.append(a)\n        a, b = b, a + b\n    return numbers\n\n\n"
+    "def main():\n    for i, x in enumerate(fibonacci(20)):\n        print(i, x)\n",
+    "To bake a simple loaf of bread, mix 500 g of flour with 10 g of salt, 7 g of yeast and 320 ml of warm water. "
+    "Knead the dough for ten minutes until it is smooth, let it rise for an hour under a cloth, shape it, let it "
+    "rise once more for 45 minutes, and bake it at 220 degrees for half an hour until it is golden brown.",
+    "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller staatlichen "
+    "Gewalt. Das Deutsche Volk bekennt sich darum zu unverletzlichen und unveräußerlichen Menschenrechten als "
+    "Grundlage jeder menschlichen Gemeinschaft, des Friedens und der Gerechtigkeit in der Welt.",
+    "Once upon a time there was a little girl who lived with her grandmother at the edge of a dark forest. Every "
+    "morning she walked to the river to fetch water, and every evening she told her grandmother what she had "
+    "seen: a fox with a white tail, an owl that spoke in riddles, and 3 stars that fell at once into the lake.",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2_path):
+    return open_checkpoint(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def tokens(checkpoint):
+    encoded = [checkpoint.tokenizer().encode(prompt) for prompt in PROMPTS]
+    assert min(map(len, encoded)) >= 64
+    return [np.array([ids]) for ids in encoded]
+
+
+@pytest.fixture(scope="module")
+def numpy_model(checkpoint):
+    return build(checkpoint.args, checkpoint.weights(), backend="numpy")
+
+
+@pytest.fixture(scope="module")
+def c_model(checkpoint):
+    return build(checkpoint.args, checkpoint.weights(), backend="c")
+
+
+@pytest.fixture(scope="module")
+def numpy_logits(numpy_model, tokens):
+    return [numpy_model(t) for t in tokens]
+
+
+def half_split(w: np.ndarray, n_heads: int) -> np.ndarray:
+    """Rows of wq or wk from pairs (2j, 2j + 1), Meta's order, to halves (j, j + Dh / 2), Hugging Face's."""
+    return w.reshape(n_heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+@pytest.fixture(scope="module")
+def torch_logits(checkpoint, tokens):
+    """transformers' LlamaForCausalLM holding the same dequantised weights."""
+    args, weights = checkpoint.args, checkpoint.weights()
+    config = LlamaConfig(
+        hidden_size=args.dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        intermediate_size=args.hidden_dim,
+        vocab_size=args.vocab_size,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        max_position_embeddings=args.max_seq_len,
+        attn_implementation="eager",
+    )
+    state = {}
+    for ours, theirs in tensor_names(args, "hf").items():
+        w = weights[ours].dequantize()
+        if "wq" in ours or "wk" in ours:
+            w = half_split(w, args.n_heads if "wq" in ours else args.n_kv_heads)
+        state[theirs] = torch.from_numpy(np.array(w))
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return [model(torch.from_numpy(t)).logits.numpy() for t in tokens]
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference, relative to the largest number."""
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("i", range(len(PROMPTS)))
+def test_logits_are_those_of_pytorch(i, tokens, numpy_logits, c_model, torch_logits):
+    numpy_error, c_logits = difference(numpy_logits[i], torch_logits[i]), c_model(tokens[i])
+    c_error, between = difference(c_logits, torch_logits[i]), difference(c_logits, numpy_logits[i])
+    print(f"prompt {i}: NumPy - PyTorch {numpy_error:.1e}, C - PyTorch {c_error:.1e}, C - NumPy {between:.1e}")
+    assert numpy_error < LOGITS_NUMPY and c_error < LOGITS_C and between < LOGITS_C_NUMPY
+
+
+def in_chunks(model: nl.Transformer, tokens: np.ndarray, size: int) -> np.ndarray:
+    cache = model.new_cache(batch=1, max_seq_len=tokens.shape[1])
+    starts = range(0, tokens.shape[1], size)
+    return np.concatenate([model(tokens[:, i : i + size], i, cache) for i in starts], axis=1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(size, tokens, numpy_model, c_model, numpy_logits):
+    numpy_error = difference(in_chunks(numpy_model, tokens[0], size), numpy_logits[0])
+    print(f"chunks of {size}: NumPy {numpy_error:.1e}, C {difference(in_chunks(c_model, tokens[0], size), c_model(tokens[0]))}")
+    assert numpy_error < CHUNKS_NUMPY
+    np.testing.assert_array_equal(in_chunks(c_model, tokens[0], size), c_model(tokens[0]))
+
+
+def test_threads_change_no_bit(checkpoint, tokens, c_model):
+    for threads in (1, 2, 3):
+        model = build(checkpoint.args, checkpoint.weights(), threads=threads)
+        np.testing.assert_array_equal(model(tokens[1]), c_model(tokens[1]))
+
+
+def test_a_batch_changes_no_bit(tokens, c_model):
+    """Sequences side by side give what each gives alone."""
+    length = min(t.shape[1] for t in tokens)
+    batch = np.concatenate([t[:, :length] for t in tokens[:3]])
+    alone = np.concatenate([c_model(row[None]) for row in batch])
+    np.testing.assert_array_equal(c_model(batch), alone)

@@ -53,7 +53,8 @@ def main() -> None:
 
     threads = options.threads or kernels.available_cpus()
     print(f"{options.model}; C: {kernels.isa()}, {threads} threads; NumPy {np.__version__}, float32 weights")
-    print(f"{'path':<8}{f'pp{options.prompt}':>12}{f'tg{options.new}':>12}   tokens/s, median of {options.repeat}")
+    columns = f"{f'pp{options.prompt}':>12}{f'tg{options.new}':>12}"
+    print(f"{'path':<8}{columns}   tokens/s, median of {options.repeat}")
     for name, runs in seconds.items():
         prefill, decode = (statistics.median(one) for one in zip(*runs, strict=True))
         print(f"{name:<8}{options.prompt / prefill:>12.1f}{options.new / decode:>12.1f}")

@@ -31,27 +31,28 @@ INLINE int64_t items_a_head(const attention_args *a) {
 INLINE item_rows rows_of(const attention_args *a, int64_t item) {
     const int64_t per_head = items_a_head(a), n_rep = a->H / a->K, all = (a->end - a->begin) * n_rep;
     const int64_t first = item % per_head * ITEM_ROWS, left = all - first;
-    return (item_rows){item / per_head / a->K, item / per_head % a->K, first, left < ITEM_ROWS ? left : ITEM_ROWS,
-                       n_rep};
+    return (item_rows){item / per_head / a->K, item / per_head % a->K, first,
+                       left < ITEM_ROWS ? left : ITEM_ROWS, n_rep};
 }
 
 /* Where row i's query, and its output, begins; and how many positions it sees. */
 INLINE int64_t query_at(const attention_args *a, const item_rows *it, int64_t i) {
-    const int64_t t = a->begin + (it->first + i) / it->n_rep, h = it->kv * it->n_rep + (it->first + i) % it->n_rep;
+    const int64_t t = a->begin + (it->first + i) / it->n_rep,
+                  h = it->kv * it->n_rep + (it->first + i) % it->n_rep;
     return ((it->b * a->T + t) * a->H + h) * a->Dh;
 }
 INLINE int64_t sees(const attention_args *a, const item_rows *it, int64_t i) {
     return a->begin + (it->first + i) / it->n_rep + a->S - a->T + 1;
 }
 
-INLINE const uint8_t *position(const attention_args *a, const uint8_t *base, const int64_t strides[3], int64_t b,
-                               int64_t j, int64_t head) {
+INLINE const uint8_t *position(const attention_args *a, const uint8_t *base, const int64_t strides[3],
+                               int64_t b, int64_t j, int64_t head) {
     return base + (b * strides[0] + j * strides[1] + head * strides[2]) * (a->format == F16 ? 2 : 4);
 }
 
-int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T, int64_t S,
-                 int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides, const int64_t *v_strides, int64_t begin,
-                 int64_t end, int threads) {
+int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T,
+                 int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
+                 const int64_t *v_strides, int64_t begin, int64_t end, int threads) {
     attention_args a = {q, k, v, out, format, B, T, S, H, K, Dh, {0}, {0}, begin, end};
     memcpy(a.k_strides, k_strides, sizeof a.k_strides);
     memcpy(a.v_strides, v_strides, sizeof a.v_strides);
@@ -145,15 +146,16 @@ AVX2_INLINE block load_block(const attention_args *a, const uint8_t *base, const
     for (int64_t i = 0; i < n; i++, p = position(a, base, strides, it->b, j + i, it->kv)) {
         int64_t d = 0;
         for (; d + 8 <= a->Dh; d += 8)
-            v8_store(room + i * Dp + d, a->format == F16 ? v8_from_f16(p + 2 * d) : v8_load((const float *)(const void *)p + d));
+            v8_store(room + i * Dp + d,
+                     a->format == F16 ? v8_from_f16(p + 2 * d) : v8_load((const float *)(const void *)p + d));
         for (; d < Dp; d++) room[i * Dp + d] = d < a->Dh ? number(a, p, d) : 0;
     }
     return (block){room, Dp};
 }
 
 /* s[j][g] = scale * q[g] . k[j] for `count` positions. */
-AVX2_INLINE void scores(const int count, float *s, const float *q, const float *k, int64_t k_stride, int64_t Dp,
-                        __m128 scale) {
+AVX2_INLINE void scores(const int count, float *s, const float *q, const float *k, int64_t k_stride,
+                        int64_t Dp, __m128 scale) {
     v8 sum[3][GROUP];
     for (int j = 0; j < count; j++)
         for (int g = 0; g < GROUP; g++) sum[j][g] = v8_zero();
@@ -167,8 +169,9 @@ AVX2_INLINE void scores(const int count, float *s, const float *q, const float *
 }
 
 /* sum[g][d .. d + 8 wide] = old[g] * sum + p[j][g] * v[j], over the positions that each query sees. */
-AVX2_INLINE void values(const int wide, float *sum, int64_t Dp, const float *old, const float *p, const float *v,
-                        int64_t v_stride, const int64_t seen[GROUP], int64_t all_see, int64_t any_sees) {
+AVX2_INLINE void values(const int wide, float *sum, int64_t Dp, const float *old, const float *p,
+                        const float *v, int64_t v_stride, const int64_t seen[GROUP], int64_t all_see,
+                        int64_t any_sees) {
     v8 acc[GROUP][2];
     for (int g = 0; g < GROUP; g++)
         for (int i = 0; i < wide; i++) acc[g][i] = v8_mul(v8_load(sum + g * Dp + 8 * i), v8_all(old[g]));
@@ -180,13 +183,18 @@ AVX2_INLINE void values(const int wide, float *sum, int64_t Dp, const float *old
         for (int g = 0; g < GROUP; g++)
             if (j < seen[g])
                 for (int i = 0; i < wide; i++)
-                    acc[g][i] = v8_fma(v8_all(p[j * GROUP + g]), v8_load(v + j * v_stride + 8 * i), acc[g][i]);
+                    acc[g][i] =
+                        v8_fma(v8_all(p[j * GROUP + g]), v8_load(v + j * v_stride + 8 * i), acc[g][i]);
     for (int g = 0; g < GROUP; g++)
         for (int i = 0; i < wide; i++) v8_store(sum + g * Dp + 8 * i, acc[g][i]);
 }
 
-AVX2_INLINE __m128 halves_max(v8 a) { return _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
-AVX2_INLINE __m128 halves_sum(v8 a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
+AVX2_INLINE __m128 halves_max(v8 a) {
+    return _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+}
+AVX2_INLINE __m128 halves_sum(v8 a) {
+    return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+}
 
 /* One block of positions for one group of four queries: m, l and sum go on from where they were. */
 AVX2_INLINE void group_block(float *m, float *l, float *sum, const float *q, block k, block v, int64_t Dp,
@@ -197,8 +205,10 @@ AVX2_INLINE void group_block(float *m, float *l, float *sum, const float *q, blo
         all_see = seen[g] < all_see ? seen[g] : all_see;
         any_sees = seen[g] > any_sees ? seen[g] : any_sees;
     }
-    for (; j + 3 <= any_sees; j += 3) scores(3, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
-    for (; j < any_sees; j++) scores(1, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
+    for (; j + 3 <= any_sees; j += 3)
+        scores(3, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
+    for (; j < any_sees; j++)
+        scores(1, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
     for (int g = 0; g < GROUP; g++) /* what a query may not see; and one more, to fill the last register */
         for (j = seen[g]; j < any_sees + any_sees % 2; j++) s[j * GROUP + g] = -INFINITY;
 
@@ -225,11 +235,13 @@ AVX2 void attention_item_avx2(const attention_args *a, int64_t item, float *scra
     const item_rows it = rows_of(a, item);
     const int64_t Dp = (a->Dh + 7) / 8 * 8, groups = (it.rows + GROUP - 1) / GROUP;
     const float scale = 1 / sqrtf((float)a->Dh);
-    float *q = scratch, *sum = q + ITEM_ROWS * Dp, *k_room = sum + ITEM_ROWS * Dp, *v_room = k_room + BLOCK * Dp;
+    float *q = scratch, *sum = q + ITEM_ROWS * Dp, *k_room = sum + ITEM_ROWS * Dp,
+          *v_room = k_room + BLOCK * Dp;
     float m[ITEM_ROWS], l[ITEM_ROWS] = {0};
     memset(scratch, 0, 2 * ITEM_ROWS * Dp * sizeof(float));
     for (int64_t i = 0; i < ITEM_ROWS; i++) m[i] = -INFINITY;
-    for (int64_t i = 0; i < it.rows; i++) memcpy(q + i * Dp, a->q + query_at(a, &it, i), a->Dh * sizeof(float));
+    for (int64_t i = 0; i < it.rows; i++)
+        memcpy(q + i * Dp, a->q + query_at(a, &it, i), a->Dh * sizeof(float));
 
     const int64_t any_sees = sees(a, &it, it.rows - 1);
     for (int64_t j = 0; j < any_sees; j += BLOCK) {

@@ -154,8 +154,8 @@ AVX2_INLINE void one_token(const int format, const linear_args *a, int64_t begin
     }
 }
 
-AVX2_INLINE void tile(const int tokens, const linear_args *a, const float *panel, int64_t c, int64_t n, int64_t r,
-                      int64_t rows, int64_t t) {
+AVX2_INLINE void tile(const int tokens, const linear_args *a, const float *panel, int64_t c, int64_t n,
+                      int64_t r, int64_t rows, int64_t t) {
     v8 sum[3][4];
     for (int i = 0; i < tokens; i++)
         for (int j = 0; j < 4; j++) sum[i][j] = v8_zero();
@@ -166,7 +166,8 @@ AVX2_INLINE void tile(const int tokens, const linear_args *a, const float *panel
             for (int i = 0; i < tokens; i++) sum[i][j] = v8_fma(w, v8_load(x + i * a->IN + k), sum[i][j]);
         }
     for (int i = 0; i < tokens; i++)
-        put_rows(a->y + (t + i) * a->OUT + r, v8_sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]), rows, c == 0);
+        put_rows(a->y + (t + i) * a->OUT + r, v8_sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]), rows,
+                 c == 0);
 }
 
 AVX2_INLINE void many_tokens(const int format, const linear_args *a, int64_t begin, int64_t end) {
@@ -198,16 +199,16 @@ AVX2_INLINE void many_tokens(const int format, const linear_args *a, int64_t beg
 
 /* One copy of both loops for each format: `format` is a constant in each, so nothing is left to ask. */
 AVX2 void linear_rows_avx2(const linear_args *a, int64_t begin, int64_t end) {
+#define CASE(FORMAT)                                                                                         \
+    case FORMAT: a->T == 1 ? one_token(FORMAT, a, begin, end) : many_tokens(FORMAT, a, begin, end); break;
     switch (a->format) {
-#define CASE(FORMAT)                                                                                              \
-    case FORMAT:                                                                                                  \
-        if (a->T == 1)                                                                                            \
-            one_token(FORMAT, a, begin, end);                                                                     \
-        else                                                                                                      \
-            many_tokens(FORMAT, a, begin, end);                                                                   \
-        break;
-        CASE(F32) CASE(F16) CASE(BF16) CASE(Q8_0) CASE(Q4_0) CASE(Q4_1)
-#undef CASE
+        CASE(F32)
+        CASE(F16)
+        CASE(BF16)
+        CASE(Q8_0)
+        CASE(Q4_0)
+        CASE(Q4_1)
     }
+#undef CASE
 }
 #endif

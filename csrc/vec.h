@@ -67,6 +67,9 @@ AVX2_INLINE v8 v8_mul(v8 a, v8 b) { return _mm256_mul_ps(a, b); }
 AVX2_INLINE v8 v8_add(v8 a, v8 b) { return _mm256_add_ps(a, b); }
 AVX2_INLINE v8 v8_fma(v8 a, v8 b, v8 c) { return _mm256_fmadd_ps(a, b, c); } /* a * b + c, rounded once */
 AVX2_INLINE v8 v8_max(v8 a, v8 b) { return _mm256_max_ps(a, b); }            /* b where either is NaN */
+AVX2_INLINE v8 v8_round(v8 a) {                                              /* to the nearest whole number */
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 AVX2_INLINE v8 v8_from_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
 AVX2_INLINE v8 v8_from_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
@@ -86,8 +89,8 @@ AVX2_INLINE __m128 v8_sums(v8 a, v8 b, v8 c, v8 d) {
 AVX2_INLINE v8 v8_exp(v8 x) {
     const v8 lowest = v8_all(-87.0f);
     v8 clamped = v8_max(lowest, x);
-    v8 n = _mm256_round_ps(v8_mul(clamped, v8_all(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    v8 r = v8_fma(n, v8_all(-0.693145752f), clamped); /* ln2 in two parts: this one is short, n times it exact */
+    v8 n = v8_round(v8_mul(clamped, v8_all(1.44269504f)));
+    v8 r = v8_fma(n, v8_all(-0.693145752f), clamped); /* ln2 in two parts; n times this one is exact */
     r = v8_fma(n, v8_all(-1.4286068e-6f), r);
     v8 p = v8_all(0.0013814596f);
     p = v8_fma(p, r, v8_all(0.0083687175f));

@@ -39,12 +39,16 @@ freqs = args.rope_theta ** -(torch.arange(0, args.head_dim, 2, dtype=torch.float
 angles = torch.outer(torch.arange(T, dtype=torch.float32), freqs)
 pair("freqs_cis", freqs_cis, torch.polar(torch.ones_like(angles), angles))
 
-h = pair("embedding", F.embedding(tokens, model.tok_embeddings), TF.embedding(t(tokens), t(model.tok_embeddings)))
+h = pair(
+    "embedding", F.embedding(tokens, model.tok_embeddings), TF.embedding(t(tokens), t(model.tok_embeddings))
+)
 for layer in model.layers:
     att, ffn = layer.attention, layer.feed_forward
 
     w = layer.attention_norm.weight
-    x = pair("rms_norm", F.rms_norm(h.numpy(), w, args.norm_eps), TF.rms_norm(h, w.shape, t(w), args.norm_eps))
+    x = pair(
+        "rms_norm", F.rms_norm(h.numpy(), w, args.norm_eps), TF.rms_norm(h, w.shape, t(w), args.norm_eps)
+    )
 
     w = att.wq.weight
     q = pair("linear", F.linear(x.numpy(), w), TF.linear(x, t(w))).unflatten(-1, (-1, args.head_dim))

@@ -19,7 +19,8 @@ args = ModelArgs(
 )
 rng = np.random.default_rng(0)
 weights = {
-    name: rng.normal(0, 0.1, expected_shape(name, args)).astype(np.float32) for name in tensor_names(args, "ours")
+    name: rng.normal(0, 0.1, expected_shape(name, args)).astype(np.float32)
+    for name in tensor_names(args, "ours")
 }
 model = Transformer(args, weights)
 

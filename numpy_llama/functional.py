@@ -15,7 +15,7 @@ from .errors import ContextOverflowError, ParameterError
 
 def embedding(tokens, weight):
     """Row `tokens[b, t]` of the table: (B, T) ids, (V, D) -> (B, T, D)."""
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < len(weight)):
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < len(weight)):
         raise ParameterError(
             f"token ids from {tokens.min()} to {tokens.max()}, they must lie in 0..{len(weight) - 1}"
         )
@@ -99,7 +99,7 @@ def causal_mask(T, S, dtype=np.float32):
 
 
 def repeat_kv(x, n_rep):
-    """Each key/value head serves n_rep query heads (GQA, Ainslie et al. 2023): (B, S, K, Dh) -> (B, S, H, Dh)."""
+    """Each key/value head serves n_rep query heads: (B, S, K, Dh) -> (B, S, H, Dh) (Ainslie et al. 2023)."""
     return np.repeat(x, n_rep, axis=2)
 
 

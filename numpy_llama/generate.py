@@ -54,7 +54,8 @@ def generate(
         raise ParameterError("the prompt is empty: there is nothing to continue")
     if len(prompt) >= context.cache.max_seq_len:
         raise ContextOverflowError(
-            f"the prompt has {len(prompt)} tokens, the context {context.cache.max_seq_len}: no room for an answer"
+            f"the prompt has {len(prompt)} tokens, the context {context.cache.max_seq_len}: "
+            "no room for an answer"
         )
     for begin in range(context.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
         on_prefill(begin, len(prompt))

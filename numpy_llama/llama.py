@@ -1,12 +1,12 @@
 """The Python face: a model, its tokenizer and its chat format as one object that speaks text.
 
-    llama = load("smollm2-135m-instruct")
-    llama.generate("Once upon a time", max_tokens=64).text
-    llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
+llama = load("smollm2-135m-instruct")
+llama.generate("Once upon a time", max_tokens=64).text
+llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -90,11 +90,11 @@ class Llama:
 
     def generate(self, prompt: str | Sequence[int], **options) -> Completion:
         """Continue a text, or ids. The options are those of `stream`."""
-        return _last(self.stream(prompt, **options))
+        return finish(self.stream(prompt, **options))
 
     def chat(self, messages: Sequence[Message], **options) -> Completion:
         """The assistant's next message in a conversation. The options are those of `stream`."""
-        return _last(self.stream_chat(messages, **options))
+        return finish(self.stream_chat(messages, **options))
 
     def stream(self, prompt: str | Sequence[int], **options) -> Iterator[Piece]:
         """Like `generate`, piece by piece as they are made.
@@ -112,7 +112,7 @@ class Llama:
         return self._stream(self.encode_chat(messages), at_start=True, **options)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation in the model's own chat format; text in it never becomes a control token."""
+        """The ids of a conversation in the model's own format; no text in it becomes a control token."""
         if self.chat_template is None:
             raise TemplateError("this model has no chat template; `generate` continues plain text with it")
         return encode_chat(self.tokenizer, self.chat_template, messages, add_generation_prompt)
@@ -139,7 +139,9 @@ class Llama:
         sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
         return self._pieces(prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill)
 
-    def _pieces(self, prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill):
+    def _pieces(
+        self, prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill
+    ) -> Iterator[Piece]:
         decoder = StreamDecoder(self.tokenizer, at_start)
         texts: list[str] = []
         tokens: list[int] = []
@@ -178,7 +180,8 @@ class Llama:
         yield Piece(text, None, completion)
 
 
-def _last(stream: Iterator[Piece]) -> Completion:
+def finish(stream: Iterable[Piece]) -> Completion:
+    """Run a stream to its end."""
     *_, last = stream
     return cast(Completion, last.completion)
 

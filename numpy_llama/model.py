@@ -103,9 +103,7 @@ class Transformer:
     ):
         self.args = args
         self.tok_embeddings = weights["tok_embeddings.weight"]
-        self.layers = [
-            TransformerBlock(args, i, weights, linear, attention) for i in range(args.n_layers)
-        ]
+        self.layers = [TransformerBlock(args, i, weights, linear, attention) for i in range(args.n_layers)]
         self.norm = RMSNorm(weights["norm.weight"], args.norm_eps)
         self.output = Linear(weights["output.weight"], linear)
         self.freqs_cis = F.precompute_freqs_cis(

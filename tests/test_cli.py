@@ -47,7 +47,10 @@ def test_chat_reads_the_question_from_a_pipe(smollm2_path):
 
 def test_a_system_message_changes_the_answer(smollm2_path):
     llama = nl.load(smollm2_path)
-    messages = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Who are you?"}]
+    messages = [
+        {"role": "system", "content": "You are a pirate."},
+        {"role": "user", "content": "Who are you?"},
+    ]
     expected = llama.chat(messages, max_tokens=12).text
     done = run("chat", "-m", str(smollm2_path), "--system", "You are a pirate.", "-n", "12", "Who are you?")
     assert done.stdout.decode().removesuffix("\n") == expected
@@ -91,14 +94,29 @@ def test_the_numpy_path_says_the_same(smollm2_path):
 
 
 def test_info_tells_the_arguments_and_the_formats(smollm2_path):
-    lines = dict(line.split(maxsplit=1) for line in run("info", str(smollm2_path)).stdout.decode().splitlines())
+    lines = dict(
+        line.split(maxsplit=1) for line in run("info", str(smollm2_path)).stdout.decode().splitlines()
+    )
     assert lines["dim"] == "576" and lines["n_kv_heads"] == "3" and lines["vocab_size"] == "49152"
     assert lines["Q4_1"].startswith("210 tensors")
 
 
 def test_tokenize_shows_ids_and_pieces(smollm2_path):
     done = run("tokenize", "-m", str(smollm2_path), "Hello world 12")
-    assert done.stdout.decode().split() == ["19556", "'Hello'", "905", "'", "world'", "216", "'", "'", "33", "'1'", "34", "'2'"]
+    assert done.stdout.decode().split() == [
+        "19556",
+        "'Hello'",
+        "905",
+        "'",
+        "world'",
+        "216",
+        "'",
+        "'",
+        "33",
+        "'1'",
+        "34",
+        "'2'",
+    ]
 
 
 def test_doctor_names_the_instruction_set():
@@ -122,7 +140,9 @@ def test_help_and_version():
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "tokenize"])
 def test_a_wrong_path_is_refused(verb):
-    assert_refused(run(verb, "-m", "no/such.gguf", "hi"), 1, "'no/such.gguf' is neither a file or folder", "smollm2")
+    assert_refused(
+        run(verb, "-m", "no/such.gguf", "hi"), 1, "'no/such.gguf' is neither a file or folder", "smollm2"
+    )
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "tokenize"])
@@ -195,7 +215,9 @@ def test_input_that_is_no_text_is_refused(verb, data, words):
 
 
 def test_an_argument_that_is_no_text_is_refused(smollm2_path):
-    done = subprocess.run([PROGRAM.encode(), b"generate", b"-m", str(smollm2_path).encode(), b"a\xff"], capture_output=True)
+    done = subprocess.run(
+        [PROGRAM.encode(), b"generate", b"-m", str(smollm2_path).encode(), b"a\xff"], capture_output=True
+    )
     assert_refused(done, 2, "surrogate")
 
 
@@ -214,7 +236,9 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(smollm2_path):
 def test_a_full_disk_is_told(smollm2_path):
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [PROGRAM, "chat", "-m", smollm2_path, "What is the capital of France?"], stdout=full, stderr=subprocess.PIPE
+            [PROGRAM, "chat", "-m", smollm2_path, "What is the capital of France?"],
+            stdout=full,
+            stderr=subprocess.PIPE,
         )
     assert done.returncode == 1
     assert done.stderr == b"numpy-llama: the disk is full: the output is not complete\n"
@@ -235,7 +259,9 @@ def test_a_pipe_that_closes_early_ends_it_quietly(smollm2_path):
 
 def test_ctrl_c_while_the_prompt_is_read(smollm2_path):
     process = subprocess.Popen(
-        [PROGRAM, "generate", "-m", smollm2_path, "word " * 8000], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [PROGRAM, "generate", "-m", smollm2_path, "word " * 8000],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     time.sleep(3)
     process.send_signal(signal.SIGINT)
@@ -261,7 +287,9 @@ class Terminal:
 
     def __init__(self, *arguments: str):
         self.master, slave = pty.openpty()
-        self.process = subprocess.Popen([PROGRAM, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        self.process = subprocess.Popen(
+            [PROGRAM, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        )
         os.close(slave)
         self.seen = b""
 

@@ -1,5 +1,7 @@
 """Generation: the loop over ids, streams of text, stop texts, contexts."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from gguf_writer import random_weights
@@ -7,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numpy_llama as nl
-from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsError, ParameterError, TemplateError
+from numpy_llama.errors import (
+    ContextOverflowError,
+    MismatchError,
+    NumericsError,
+    ParameterError,
+    TemplateError,
+)
 from numpy_llama.generate import PREFILL_CHUNK, Context, forward, generate
 from numpy_llama.llama import StopTexts
 from numpy_llama.sampling import Sampler
@@ -48,7 +56,7 @@ def run(model, prompt, context=None, sampler=None, **options):
 
 @given(length=st.integers(1, 2 * PREFILL_CHUNK + 40), seed=st.integers(0, 99))
 def test_greedy_ids_are_those_of_the_plain_model(model, length, seed):
-    """However the prompt is cut and cached: each id is the argmax of one forward pass over all that came before."""
+    """However the prompt is cut and cached: each id is the argmax of one pass over all that came before."""
     prompt = np.random.default_rng(seed).integers(0, 50, length).tolist()
     ids, reason = run(model, prompt, max_tokens=4)
     assert reason == "length" and len(ids) == 4
@@ -102,16 +110,21 @@ def test_progress_is_told(model):
     assert told == [(0, total), (PREFILL_CHUNK, total), (total, total)]
 
 
-@given(old=st.lists(st.integers(0, 3), min_size=1, max_size=30), new=st.lists(st.integers(0, 3), min_size=1, max_size=30))
+@given(
+    old=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    new=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+)
 def test_a_context_is_reused_as_far_as_the_prompts_agree(model, old, new):
-    """A second prompt in a used context gives what it gives in a fresh one, and only its new end is computed."""
+    """A second prompt in a used context gives what it gives in a fresh one; only its new end is computed."""
     context = Context(model)
     run(model, old, context, max_tokens=3)
     held = list(context.ids)
     told = []
     again = run(model, new, context, max_tokens=5, on_prefill=lambda done, total: told.append(done))
     assert again == run(model, new, max_tokens=5)
-    same = next((i for i, (a, b) in enumerate(zip(held, new)) if a != b), min(len(held), len(new)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(held, new, strict=False)) if a != b), min(len(held), len(new))
+    )
     assert told[0] == min(same, len(new) - 1)
 
 
@@ -151,7 +164,9 @@ def test_forward_counts_positions(model):
     whole = forward(model, [1, 2, 3, 4, 5], context)
     halves = Context(model)
     forward(model, [1, 2], halves)
-    np.testing.assert_allclose(forward(model, [3, 4, 5], halves), whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+    np.testing.assert_allclose(
+        forward(model, [3, 4, 5], halves), whole, rtol=0, atol=1e-5 * np.abs(whole).max()
+    )
     assert halves.ids == context.ids == [1, 2, 3, 4, 5]
 
 
@@ -166,7 +181,7 @@ def test_forward_counts_positions(model):
 def test_stop_texts_cut_at_the_first_one_however_the_text_arrives(text, stop, cuts):
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     stops, out, released = StopTexts(stop), "", []
-    for begin, end in zip(edges, edges[1:]):
+    for begin, end in pairwise(edges):
         out += stops.push(text[begin:end])
         released.append((end, len(out)))
         if stops.found:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy_llama._kernels import ffi, lib
 from tolerances import U32, assert_within, g
 
 import numpy_llama
 from numpy_llama import functional as F
 from numpy_llama import kernels
-from numpy_llama._kernels import ffi, lib
 from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
 from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.quantize import FORMATS, QK, StoredTensor
@@ -87,7 +87,14 @@ def bits(x: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- linear
 
 
-@given(T=sizes, OUT=sizes, blocks=st.integers(1, 36), threads=st.integers(1, 3), by=st.integers(0, 63), seed=seeds)
+@given(
+    T=sizes,
+    OUT=sizes,
+    blocks=st.integers(1, 36),
+    threads=st.integers(1, 3),
+    by=st.integers(0, 63),
+    seed=seeds,
+)
 @example(T=1, OUT=4, blocks=16, threads=1, by=0, seed=0)  # one whole chunk
 @example(T=3, OUT=17, blocks=17, threads=2, by=1, seed=0)  # a chunk and one block, a panel and one row
 @example(T=193, OUT=5, blocks=1, threads=2, by=0, seed=0)  # a block of tokens and one
@@ -128,7 +135,13 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
     assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
 
 
-@given(T=st.integers(1, 40), OUT=st.integers(1, 70), blocks=st.integers(1, 40), cut=st.integers(0, 40), seed=seeds)
+@given(
+    T=st.integers(1, 40),
+    OUT=st.integers(1, 70),
+    blocks=st.integers(1, 40),
+    cut=st.integers(0, 40),
+    seed=seeds,
+)
 @example(T=200, OUT=33, blocks=33, cut=195, seed=0)
 def test_linear_gives_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
     rng = np.random.default_rng(seed)
@@ -163,7 +176,7 @@ def test_every_half_is_read_rightly(isa):
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_every_scale_times_every_number_is_read_rightly(isa, name, rng):
-    """All finite float16 scales with all small numbers (and some minimum each): as quantize.py says, bit for bit."""
+    """All finite float16 scales with all small numbers, and some minimum: bit for bit as quantize.py says."""
     format = FORMATS[name]
     scales = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     scales = scales[np.isfinite(scales)]
@@ -182,13 +195,21 @@ def test_every_scale_times_every_number_is_read_rightly(isa, name, rng):
 
 
 def test_linear_takes_any_array(isa, rng):
-    """Strided, reversed, Fortran order, big-endian, float64, read-only, one vector, many axes: refused or right."""
+    """Strided, reversed, Fortran order, big-endian, float64, read-only, one vector, many axes."""
     w = exact_weight(rng, FORMATS["F32"], 5, 40).dequantize()
     x = rng.integers(-8, 9, (4, 3, 40)).astype(np.float32)
     read_only = x.copy()
     read_only.flags.writeable = False
     wide = np.repeat(x, 2, axis=-1)
-    for same in (x, read_only, wide[..., ::2], x[..., ::-1][..., ::-1], np.asfortranarray(x), x.astype(">f4"), x.astype("f8")):
+    for same in (
+        x,
+        read_only,
+        wide[..., ::2],
+        x[..., ::-1][..., ::-1],
+        np.asfortranarray(x),
+        x.astype(">f4"),
+        x.astype("f8"),
+    ):
         np.testing.assert_array_equal(Kernels(1).linear(same, w), F.linear(x, w))
     for same in (w, np.asfortranarray(w), w.astype(">f4"), np.repeat(w, 3, axis=0)[::3]):
         np.testing.assert_array_equal(Kernels(1).linear(x[0, 0], same), F.linear(x[0, 0], w))
@@ -223,7 +244,7 @@ def draw_attention(rng, B, T, S, K, n_rep, Dh, dtype=np.float32):
 
 
 def in_cache_layout(x: np.ndarray, poison=np.nan) -> np.ndarray:
-    """The same (B, S, K, Dh) as a view of a longer (B, K, max_seq_len, Dh) cache whose unused slots are poison."""
+    """The same (B, S, K, Dh), a view of a longer (B, K, max_seq_len, Dh) cache whose unused slots are poison."""
     B, S, K, Dh = x.shape
     cache = np.full((B, K, S + 5, Dh), poison, x.dtype)
     view = cache.swapaxes(1, 2)[:, :S]
@@ -246,8 +267,8 @@ older = st.one_of(st.integers(0, 10), st.integers(55, 75), st.integers(120, 135)
 def attention_bound(isa, q, k, v) -> np.ndarray:
     """How far one output may err: the error of a score moves its probability, and the sums are rounded.
 
-    A score errs by delta <= (g(Dh) + 3 u) |q| . |k| / sqrt(Dh), so exp(score - max) by 2 delta and the exp's own
-    4 u + |score - max| u; numerator and denominator are sums of S terms, rescaled once a block.
+    A score errs by delta <= (g(Dh) + 3 u) |q| . |k| / sqrt(Dh), so exp(score - max) by 2 delta and the
+    exp's own 4 u + |score - max| u; numerator and denominator are sums of S terms, rescaled once a block.
     """
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
     H, K, Dh, S = q.shape[2], k.shape[2], q.shape[3], k.shape[1]
@@ -261,7 +282,13 @@ def attention_bound(isa, q, k, v) -> np.ndarray:
     return (relative * reach).swapaxes(1, 2)
 
 
-@given(shape=shapes, older=older, dtype=st.sampled_from([np.float32, np.float16]), threads=st.integers(1, 3), seed=seeds)
+@given(
+    shape=shapes,
+    older=older,
+    dtype=st.sampled_from([np.float32, np.float16]),
+    threads=st.integers(1, 3),
+    seed=seeds,
+)
 def test_attention_is_within_the_rounding_of_its_sums(isa, shape, older, dtype, threads, seed):
     rng = np.random.default_rng(seed)
     q, k, v = draw_attention(rng, S=shape["T"] + older, dtype=dtype, **shape)
@@ -272,7 +299,7 @@ def test_attention_is_within_the_rounding_of_its_sums(isa, shape, older, dtype, 
 
 @given(shape=shapes, older=older, seed=seeds)
 def test_attention_finds_the_one_position_exactly(isa, shape, older, seed):
-    """Scores so far apart that one probability is 1 and all others 0: the output is that value, bit for bit."""
+    """Scores so far apart that one probability is 1, all others 0: the output is that value, bit for bit."""
     rng = np.random.default_rng(seed)
     T, S, K, Dh = shape["T"], shape["T"] + older, shape["K"], shape["Dh"]
     q, k, v = draw_attention(rng, S=S, **shape)
@@ -286,7 +313,13 @@ def test_attention_finds_the_one_position_exactly(isa, shape, older, seed):
         np.testing.assert_array_equal(got[:, t], np.repeat(expected, shape["n_rep"], axis=1))
 
 
-@given(shape=shapes, older=older, cut=st.integers(0, 20), dtype=st.sampled_from([np.float32, np.float16]), seed=seeds)
+@given(
+    shape=shapes,
+    older=older,
+    cut=st.integers(0, 20),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    seed=seeds,
+)
 def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cut, dtype, seed):
     rng = np.random.default_rng(seed)
     T, S = shape["T"], shape["T"] + older
@@ -294,7 +327,9 @@ def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cu
     whole = Kernels(1).attention(q, k, v)
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).attention(q, k, v)), bits(whole))
-    np.testing.assert_array_equal(bits(Kernels(2).attention(q, in_cache_layout(k), in_cache_layout(v))), bits(whole))
+    np.testing.assert_array_equal(
+        bits(Kernels(2).attention(q, in_cache_layout(k), in_cache_layout(v))), bits(whole)
+    )
     ends = [min(cut, T), T]
     parts = [
         Kernels(2).attention(q[:, begin:end], k[:, : older + end], v[:, : older + end])
@@ -302,7 +337,9 @@ def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cu
     ]
     np.testing.assert_array_equal(bits(np.concatenate(parts, axis=1)), bits(whole))
     one_by_one = [
-        Kernels(1).attention(q[b : b + 1, t : t + 1], k[b : b + 1, : older + t + 1], v[b : b + 1, : older + t + 1])[0]
+        Kernels(1).attention(
+            q[b : b + 1, t : t + 1], k[b : b + 1, : older + t + 1], v[b : b + 1, : older + t + 1]
+        )[0]
         for b in range(shape["B"])
         for t in range(T)
     ]
@@ -340,7 +377,12 @@ def test_attention_of_nothing(isa):
 def test_attention_takes_any_array(isa, rng):
     q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
     expected = Kernels(1).attention(q, k, v)
-    for same in (lambda a: a[:, ::-1][:, ::-1], np.asfortranarray, lambda a: a.astype(">f4"), lambda a: np.repeat(a, 2, -1)[..., ::2]):
+    for same in (
+        lambda a: a[:, ::-1][:, ::-1],
+        np.asfortranarray,
+        lambda a: a.astype(">f4"),
+        lambda a: np.repeat(a, 2, -1)[..., ::2],
+    ):
         np.testing.assert_array_equal(Kernels(1).attention(same(q), same(k), same(v)), expected)
 
 
@@ -368,7 +410,9 @@ def test_attention_refuses_heads_that_are_too_wide(rng):
 
 def test_exp(isa, rng):
     """Within 1.1 ulp, 0 below -87, exactly 1 at 0, NaN for NaN."""
-    x = np.concatenate([-(2.0 ** rng.uniform(-30, np.log2(87), 1 << 20)), np.linspace(-87, 0, 1 << 20), [0.0, -0.0, -87.0]])
+    x = np.concatenate(
+        [-(2.0 ** rng.uniform(-30, np.log2(87), 1 << 20)), np.linspace(-87, 0, 1 << 20), [0.0, -0.0, -87.0]]
+    )
     x = x.astype(np.float32)
     y = np.empty_like(x)
     lib.nl_exp(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", x), len(x))
@@ -385,7 +429,7 @@ def test_exp(isa, rng):
 
 
 class Guarded:
-    """Arrays that lie hard against a page which may not be touched: before their first or after their last byte."""
+    """Arrays that lie hard against a page which may not be touched, before their first or after their last byte."""
 
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -423,18 +467,26 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
 @pytest.mark.parametrize("dtype, code", [(np.float32, "F32"), (np.float16, "F16")])
 @pytest.mark.parametrize("at_end", [True, False])
 def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, rng):
-    for T, S, K, n_rep, Dh in [(1, 1, 1, 1, 1), (3, 7, 1, 2, 5), (17, 80, 2, 3, 12), (2, 66, 1, 4, 64), (5, 65, 1, 1, 9)]:
+    for T, S, K, n_rep, Dh in [
+        (1, 1, 1, 1, 1),
+        (3, 7, 1, 2, 5),
+        (17, 80, 2, 3, 12),
+        (2, 66, 1, 4, 64),
+        (5, 65, 1, 1, 9),
+    ]:
         guarded = Guarded()
         q, k, v = (guarded.copy(a, at_end) for a in draw_attention(rng, 1, T, S, K, n_rep, Dh, dtype))
         out = guarded.copy(np.full_like(q, np.nan), at_end)
         strides = [S * K * Dh, K * Dh, Dh]
         pointers = (ffi.cast("void *", a.ctypes.data) for a in (out, q, k, v))
-        failed = lib.nl_attention(*pointers, FORMATS[code].code, 1, T, S, K * n_rep, K, Dh, strides, strides, 0, T, 2)
+        failed = lib.nl_attention(
+            *pointers, FORMATS[code].code, 1, T, S, K * n_rep, K, Dh, strides, strides, 0, T, 2
+        )
         assert failed == 0
         np.testing.assert_array_equal(bits(out), bits(Kernels(1).attention(q, k, v)))
 
 
-# ---------------------------------------------------------------- the choice of a kernel, and its surroundings
+# ---------------------------------------------------------------- the choice of a kernel, its surroundings
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:

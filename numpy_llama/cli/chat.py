@@ -14,7 +14,9 @@ from . import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="ask this, print the answer and end")
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told to be [the model's own words]")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="what the model is told to be [the model's own words]"
+    )
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=None)
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 
 from ..errors import ParameterError, TextError
 from ..generate import PREFILL_CHUNK
-from ..llama import Completion, Llama, Piece, load
+from ..llama import Completion, Llama, Piece, finish, load
 from ..pull import DEFAULT_MODEL, locate
 from ..sampling import Sampler
 
@@ -19,27 +19,52 @@ from ..sampling import Sampler
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "-m", "--model", default=DEFAULT_MODEL, metavar="MODEL", help="a file, or a name that `pull` knows [%(default)s]"
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a file, or a name that `pull` knows [%(default)s]",
     )
-    group.add_argument("-t", "--threads", type=whole_number(1), metavar="N", help="threads of the C kernels [all CPUs]")
-    group.add_argument("--backend", choices=["c", "numpy"], default="c", help="the C kernels, or plain NumPy [c]")
+    group.add_argument(
+        "-t", "--threads", type=whole_number(1), metavar="N", help="threads of the C kernels [all CPUs]"
+    )
+    group.add_argument(
+        "--backend", choices=["c", "numpy"], default="c", help="the C kernels, or plain NumPy [c]"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
     shown = "until the context is full" if max_tokens is None else str(max_tokens)
     group = parser.add_argument_group("generation")
     group.add_argument(
-        "-n", "--max-tokens", type=whole_number(0), default=max_tokens, metavar="N", help=f"new tokens at most [{shown}]"
+        "-n",
+        "--max-tokens",
+        type=whole_number(0),
+        default=max_tokens,
+        metavar="N",
+        help=f"new tokens at most [{shown}]",
     )
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up the share P")
-    group.add_argument("--min-p", type=float, metavar="P", help="draw from those at least P times as likely as the first")
     group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens seen before less likely [1: no]"
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest that make up the share P"
+    )
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from those at least P times as likely as the first"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="make tokens seen before less likely [1: no]",
     )
     group.add_argument("--seed", type=int, metavar="N", help="the same chances each time")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)"
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
 
@@ -98,8 +123,8 @@ def note(text: str) -> None:
     print(f"numpy-llama: {text}", file=sys.stderr)
 
 
-def show(stream: Iterator[Piece]) -> Completion:
-    """Print the pieces as they come; how fast they came goes to stderr, for a person at a terminal."""
+def written(stream: Iterable[Piece]) -> Iterator[Piece]:
+    """The same stream, its text printed as it comes; a line that was begun is ended, whatever happens."""
     last = "\n"
     try:
         for piece in stream:
@@ -107,11 +132,16 @@ def show(stream: Iterator[Piece]) -> Completion:
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
                 last = piece.text[-1]
+            yield piece
     finally:
         if last != "\n":
             sys.stdout.write("\n")
             sys.stdout.flush()
-    completion = piece.completion
+
+
+def show(stream: Iterable[Piece]) -> None:
+    """Print a generation as it comes; how fast it came goes to stderr, for a person at a terminal."""
+    completion = finish(written(stream))
     if sys.stderr.isatty():
         print(
             f"[prompt: {len(completion.prompt_tokens)} tokens in {completion.prefill_seconds:.2f} s; "
@@ -119,23 +149,21 @@ def show(stream: Iterator[Piece]) -> Completion:
             f"ended by {completion.finish_reason}]",
             file=sys.stderr,
         )
-    return completion
 
 
-def collect(stream: Iterator[Piece], into: list[str]) -> Iterator[Piece]:
+def collect(stream: Iterable[Piece], into: list[str]) -> Iterator[Piece]:
     """The same stream, its text also kept: what was said remains when the stream is cut."""
     for piece in stream:
         into.append(piece.text)
         yield piece
 
 
-def run_stream(stream: Iterator[Piece], as_json: bool) -> Completion:
+def run_stream(stream: Iterable[Piece], as_json: bool) -> None:
     """Print one generation, as text or as JSON."""
-    if not as_json:
-        return show(stream)
-    *_, last = stream
-    print(completion_json(last.completion))
-    return last.completion
+    if as_json:
+        print(completion_json(finish(stream)))
+    else:
+        show(stream)
 
 
 def completion_json(completion: Completion) -> str:
@@ -148,7 +176,9 @@ def completion_json(completion: Completion) -> str:
             "timings": {
                 "prefill_seconds": round(completion.prefill_seconds, 6),
                 "decode_seconds": round(completion.decode_seconds, 6),
-                "prefill_tokens_per_second": round(len(completion.prompt_tokens) / completion.prefill_seconds, 3),
+                "prefill_tokens_per_second": round(
+                    len(completion.prompt_tokens) / completion.prefill_seconds, 3
+                ),
                 "decode_tokens_per_second": round(completion.decode_tokens_per_second, 3),
             },
         },
@@ -188,7 +218,7 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def prefill_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar for reading a long prompt: on_prefill(done, total). It is gone before the first token is printed."""
+    """A bar for reading a long prompt: on_prefill(done, total). It is gone before the first token comes."""
     bar = _Bar(TextColumn("{task.completed}/{task.total} tokens"))
 
     def on_prefill(done: int, total: int) -> None:

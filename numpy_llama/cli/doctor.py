@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> None:
     settings = ", ".join(f"{name}={value}" for name, value in pool.items()) or "threads not limited"
     _line("NumPy", f"{np.__version__}, BLAS {blas.get('name')} {blas.get('version')}, {settings}")
     _line("models", f"{cache_folder()}")
-    _line("default model", f"{DEFAULT_MODEL}, {'there' if model_path(DEFAULT_MODEL).exists() else 'not fetched yet'}")
+    _line(
+        "default model",
+        f"{DEFAULT_MODEL}, {'there' if model_path(DEFAULT_MODEL).exists() else 'not fetched yet'}",
+    )
 
 
 def _line(what: str, value: str) -> None:

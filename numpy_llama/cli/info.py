@@ -10,7 +10,9 @@ from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="a file or a name [%(default)s]")
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="a file or a name [%(default)s]"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,10 +33,15 @@ def run(args: argparse.Namespace) -> None:
     for name in ModelArgs.__dataclass_fields__:
         print(f"{name:<16} {getattr(model_args, name)}")
     meta = checkpoint.file.metadata
-    print(f"tokenizer        {meta.get('tokenizer.ggml.model')}, pre-tokenizer {meta.get('tokenizer.ggml.pre')}")
+    print(
+        f"tokenizer        {meta.get('tokenizer.ggml.model')}, pre-tokenizer {meta.get('tokenizer.ggml.pre')}"
+    )
     print(f"chat template    {'yes' if checkpoint.chat_template() else 'none'}")
     per_token = 2 * 4 * model_args.n_layers * model_args.n_kv_heads * model_args.head_dim
-    print(f"KV cache         {_mib(1024 * per_token)} for 1,024 tokens, {_mib(model_args.max_seq_len * per_token)} for all")
+    print(
+        f"KV cache         {_mib(1024 * per_token)} for 1,024 tokens, "
+        f"{_mib(model_args.max_seq_len * per_token)} for all"
+    )
 
 
 def _product(shape: tuple[int, ...]) -> int:

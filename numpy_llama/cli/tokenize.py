@@ -12,7 +12,11 @@ from . import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="what to cut into tokens [standard input]")
     parser.add_argument(
-        "-m", "--model", default=DEFAULT_MODEL, metavar="MODEL", help="a file, or a name that `pull` knows [%(default)s]"
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a file, or a name that `pull` knows [%(default)s]",
     )
 
 

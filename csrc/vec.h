@@ -74,7 +74,21 @@ AVX2_INLINE v8 v8_from_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si1
 AVX2_INLINE v8 v8_from_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
-AVX2_INLINE v8 v8_from_i8(__m128i low_eight) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low_eight)); }
+AVX2_INLINE v8 v8_from_i8(const void *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
+AVX2_INLINE v8 v8_all_f16(const uint8_t *p) { return _mm256_cvtph_ps(_mm_set1_epi16((int16_t)load_u16(p))); }
+
+/* Sixteen bytes, in both halves of the register; and eight of them, from the first on, as floats. One
+ * shuffle puts each byte at the bottom of its own 32 bits. Widening conversions would do, but they cross
+ * the halves, and Intel's cores have one unit for what does and two for what does not. */
+AVX2_INLINE __m256i all_16_bytes(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
+AVX2_INLINE v8 v8_from_u8_of(__m256i bytes, const int first) {
+    const __m256i every_fourth = _mm256_setr_epi32(~0xff | 0, ~0xff | 1, ~0xff | 2, ~0xff | 3, ~0xff | 4,
+                                                   ~0xff | 5, ~0xff | 6, ~0xff | 7);
+    const __m256i pick = _mm256_add_epi32(every_fourth, _mm256_set1_epi32(first)); /* a set top bit gives 0 */
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, pick));
+}
 
 /* The sums of four registers: (sum a, sum b, sum c, sum d). Always in the same tree,
  * ((0+1)+(2+3)) + ((4+5)+(6+7)), so that whoever sums gets the same bits. */

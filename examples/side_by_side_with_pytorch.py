@@ -31,7 +31,7 @@ def pair(name: str, ours: np.ndarray, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def t(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x))
+    return torch.from_numpy(np.array(x))
 
 
 freqs_cis = F.precompute_freqs_cis(args.head_dim, T, args.rope_theta)

@@ -1,0 +1,65 @@
+"""The README is true: its output, its quotations, its line counts, its Python; and the examples run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def run(command: list[str]) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done.stdout
+
+
+def test_the_first_command_prints_what_is_shown(smollm2_path):
+    install, _, command = blocks("sh")[0].strip().partition(" && ")
+    assert install == "pip install -e ."
+    assert run(["sh", "-c", command]) == blocks("output")[0]
+
+
+def test_the_quotations_stand_in_the_source():
+    source = (ROOT / "numpy_llama" / "model.py").read_text()
+    quoted = [block for block in blocks("python") if block.startswith("    def ")]
+    assert len(quoted) == 2 and all(block in source for block in quoted)
+
+
+def test_the_line_counts_are_right():
+    rows = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) > 10
+    counted = {name: len((ROOT / name).read_text().splitlines()) for name, _ in rows}
+    assert {name: int(lines) for name, lines in rows} == counted
+
+
+def test_the_python_runs(smollm2_path):
+    (code,) = [block for block in blocks("python") if block.startswith("import")]
+    lines = run([sys.executable, "-c", code]).splitlines()
+    assert lines[-1] == " Paris" and len(lines) >= 3
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_the_examples_run_and_are_listed(example, smollm2_path):
+    assert run([sys.executable, f"examples/{example}"])
+    assert f"`{example}`" in (ROOT / "examples" / "README.md").read_text()
+
+
+def test_the_benchmark_runs(smollm2_path):
+    told = run([sys.executable, "benchmarks/c_against_numpy.py", "-p", "8", "-n", "2", "-r", "1"])
+    assert re.search(r"^C +[\d.]+ +[\d.]+$", told, re.MULTILINE)

@@ -244,7 +244,7 @@ def draw_attention(rng, B, T, S, K, n_rep, Dh, dtype=np.float32):
 
 
 def in_cache_layout(x: np.ndarray, poison=np.nan) -> np.ndarray:
-    """The same (B, S, K, Dh), a view of a longer (B, K, max_seq_len, Dh) cache whose unused slots are poison."""
+    """The same (B, S, K, Dh), a view of a longer cache whose unused slots are poison."""
     B, S, K, Dh = x.shape
     cache = np.full((B, K, S + 5, Dh), poison, x.dtype)
     view = cache.swapaxes(1, 2)[:, :S]
@@ -429,7 +429,7 @@ def test_exp(isa, rng):
 
 
 class Guarded:
-    """Arrays that lie hard against a page which may not be touched, before their first or after their last byte."""
+    """Arrays hard against a page which may not be touched, before their first or after their last byte."""
 
     libc = ctypes.CDLL(None, use_errno=True)
 

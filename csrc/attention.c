@@ -7,8 +7,9 @@
  * keep, for each query, the largest score so far m, the sum l of exp(score - m) and the sum of
  * exp(score - m) v. When a larger score comes, what was summed is scaled by exp(old m - new m).
  *
- * tests/test_kernels.py holds both forms to NumPy, and any split of T and of the threads to the same bits. */
-#include <math.h>
+ * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar
+ * form, and from avx2.c and avx512.c for the vector form. tests/test_kernels.py holds every form to
+ * NumPy, and any split of T and of the threads to the same bits. */
 #include <stdlib.h>
 
 #include "dispatch.h"
@@ -50,6 +51,11 @@ INLINE const uint8_t *position(const attention_args *a, const uint8_t *base, con
     return base + (b * strides[0] + j * strides[1] + head * strides[2]) * (a->format == F16 ? 2 : 4);
 }
 
+INLINE float number(const attention_args *a, const uint8_t *p, int64_t i) {
+    return a->format == F16 ? half_to_float(load_u16(p + 2 * i)) : load_f32(p + 4 * i);
+}
+
+#ifndef LANES
 int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T,
                  int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
                  const int64_t *v_strides, int64_t begin, int64_t end, int threads) {
@@ -70,7 +76,7 @@ int nl_attention(float *out, const float *q, const void *k, const void *v, int f
         /* Later queries see more positions, so equal shares would not be equal work. */
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < items; i++)
-            if (scratch) kernel->attention_item(&a, i, scratch);
+            if (scratch) kernel->attention(&a, i, scratch);
         free(scratch);
     }
     return out_of_memory;
@@ -80,14 +86,7 @@ void nl_exp(float *y, const float *x, int64_t n) { chosen_kernels()->exp(y, x, n
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
-static float number(const attention_args *a, const uint8_t *p, int64_t i) {
-    float f;
-    if (a->format == F16) return half_to_float(load_u16(p + 2 * i));
-    memcpy(&f, p + 4 * i, sizeof f);
-    return f;
-}
-
-void attention_item_scalar(const attention_args *a, int64_t item, float *scratch) {
+void attention_scalar(const attention_args *a, int64_t item, float *scratch) {
     const item_rows it = rows_of(a, item);
     const float scale = 1 / sqrtf((float)a->Dh);
     float *sum = scratch;
@@ -115,90 +114,101 @@ void exp_scalar(float *y, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] = x[i] < -87.0f ? 0 : expf(x[i]);
 }
 
-/* ---------------------------------------------------------------- AVX2
+#else
+/* ---------------------------------------------------------------- vectors
  *
  * The same walk, 64 positions at a time and four queries together, so that each key and value that is
  * loaded serves four queries. A block's scores lie as s[j][4]: position j of each of the four.
  *
  *     scores   4 queries x 3 positions = 12 accumulators along Dh, as in linear.c's tile
- *     softmax  max, exp and sum down the columns of s: two positions in one register
- *     values   4 queries x 16 of the Dh = 8 accumulators along the positions, ascending
+ *     softmax  max, exp and sum down the columns of s: LANES / 4 positions in one register
+ *     values   4 queries x 2 registers of the Dh = 8 accumulators along the positions, ascending
  *
  * Blocks begin at fixed positions and every query adds in this order, whichever queries stand beside
  * it: splitting T never changes a bit. A position that a query may not see gets the score -inf, and
  * its value is not even read, for 0 * NaN would be NaN. */
-#ifdef HAVE_AVX2
 
-enum { GROUP = 4 };
+enum { GROUP = 4, ACROSS = LANES / GROUP };
 
 typedef struct {
     const float *p;
     int64_t stride;
 } block;
 
+/* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN.
+ * x = n ln2 + r with n whole, |r| <= ln2 / 2; exp(x) = 2^n exp(r); exp(r) = 1 + r + r^2 p(r), where p was
+ * fitted by least squares at Chebyshev nodes, reweighted until its error was level. Within 1.1 units in
+ * the last place (test_exp). */
+WORD vec vec_exp(vec x) {
+    const vec lowest = vec_all(-87.0f), clamped = vec_max(lowest, x);
+    const vec n = vec_round(vec_mul(clamped, vec_all(1.44269504f)));
+    vec r = vec_fma(n, vec_all(-0.693145752f), clamped); /* ln2 in two parts; n times this one is exact */
+    r = vec_fma(n, vec_all(-1.4286068e-6f), r);
+    vec p = vec_all(0.0013814596f);
+    p = vec_fma(p, r, vec_all(0.0083687175f));
+    p = vec_fma(p, r, vec_all(0.04166839f));
+    p = vec_fma(p, r, vec_all(0.16666521f));
+    p = vec_fma(p, r, vec_all(0.49999994f));
+    p = vec_add(vec_fma(vec_mul(r, r), p, r), vec_all(1.0f));
+    return vec_zero_below(x, lowest, vec_times_2_to(n, p));
+}
+
 /* Positions j .. j + n of one head as float32, Dh padded with zeros to whole registers: where they
  * lie if they lie so already, else copied to `room`. */
-AVX2_INLINE block load_block(const attention_args *a, const uint8_t *base, const int64_t strides[3],
-                             const item_rows *it, int64_t j, int64_t n, float *room) {
-    const int64_t Dp = (a->Dh + 7) / 8 * 8;
+WORD block load_block(const attention_args *a, const uint8_t *base, const int64_t strides[3],
+                      const item_rows *it, int64_t j, int64_t n, float *room) {
+    const int64_t Dp = (a->Dh + LANES - 1) / LANES * LANES;
     const uint8_t *p = position(a, base, strides, it->b, j, it->kv);
     if (a->format == F32 && Dp == a->Dh) return (block){(const float *)(const void *)p, strides[1]};
     for (int64_t i = 0; i < n; i++, p = position(a, base, strides, it->b, j + i, it->kv)) {
         int64_t d = 0;
-        for (; d + 8 <= a->Dh; d += 8)
-            v8_store(room + i * Dp + d,
-                     a->format == F16 ? v8_from_f16(p + 2 * d) : v8_load((const float *)(const void *)p + d));
+        for (; d + LANES <= a->Dh; d += LANES)
+            vec_store(room + i * Dp + d, a->format == F16 ? vec_from_f16(p + 2 * d) : vec_load(p + 4 * d));
         for (; d < Dp; d++) room[i * Dp + d] = d < a->Dh ? number(a, p, d) : 0;
     }
     return (block){room, Dp};
 }
 
 /* s[j][g] = scale * q[g] . k[j] for `count` positions. */
-AVX2_INLINE void scores(const int count, float *s, const float *q, const float *k, int64_t k_stride,
-                        int64_t Dp, __m128 scale) {
-    v8 sum[3][GROUP];
+WORD void scores(const int count, float *s, const float *q, const float *k, int64_t k_stride, int64_t Dp,
+                 __m128 scale) {
+    vec sum[3][GROUP];
     for (int j = 0; j < count; j++)
-        for (int g = 0; g < GROUP; g++) sum[j][g] = v8_zero();
-    for (int64_t d = 0; d < Dp; d += 8)
+        for (int g = 0; g < GROUP; g++) sum[j][g] = vec_zero();
+    for (int64_t d = 0; d < Dp; d += LANES)
         for (int g = 0; g < GROUP; g++) {
-            const v8 x = v8_load(q + g * Dp + d);
-            for (int j = 0; j < count; j++) sum[j][g] = v8_fma(x, v8_load(k + j * k_stride + d), sum[j][g]);
+            const vec x = vec_load(q + g * Dp + d);
+            for (int j = 0; j < count; j++) sum[j][g] = vec_fma(x, vec_load(k + j * k_stride + d), sum[j][g]);
         }
     for (int j = 0; j < count; j++)
-        _mm_storeu_ps(s + j * GROUP, _mm_mul_ps(scale, v8_sums(sum[j][0], sum[j][1], sum[j][2], sum[j][3])));
+        _mm_storeu_ps(s + j * GROUP, _mm_mul_ps(scale, vec_sums(sum[j][0], sum[j][1], sum[j][2], sum[j][3])));
 }
 
-/* sum[g][d .. d + 8 wide] = old[g] * sum + p[j][g] * v[j], over the positions that each query sees. */
-AVX2_INLINE void values(const int wide, float *sum, int64_t Dp, const float *old, const float *p,
-                        const float *v, int64_t v_stride, const int64_t seen[GROUP], int64_t all_see,
-                        int64_t any_sees) {
-    v8 acc[GROUP][2];
+/* sum[g][d .. d + LANES wide] = old[g] * sum + p[j][g] * v[j], over the positions that each query sees. */
+WORD void values(const int wide, float *sum, int64_t Dp, const float *old, const float *p, const float *v,
+                 int64_t v_stride, const int64_t seen[GROUP], int64_t all_see, int64_t any_sees) {
+    vec acc[GROUP][2];
     for (int g = 0; g < GROUP; g++)
-        for (int i = 0; i < wide; i++) acc[g][i] = v8_mul(v8_load(sum + g * Dp + 8 * i), v8_all(old[g]));
+        for (int i = 0; i < wide; i++)
+            acc[g][i] = vec_mul(vec_load(sum + g * Dp + LANES * i), vec_all(old[g]));
     for (int64_t j = 0; j < all_see; j++)
         for (int g = 0; g < GROUP; g++)
             for (int i = 0; i < wide; i++)
-                acc[g][i] = v8_fma(v8_all(p[j * GROUP + g]), v8_load(v + j * v_stride + 8 * i), acc[g][i]);
+                acc[g][i] =
+                    vec_fma(vec_all(p[j * GROUP + g]), vec_load(v + j * v_stride + LANES * i), acc[g][i]);
     for (int64_t j = all_see; j < any_sees; j++)
         for (int g = 0; g < GROUP; g++)
             if (j < seen[g])
                 for (int i = 0; i < wide; i++)
                     acc[g][i] =
-                        v8_fma(v8_all(p[j * GROUP + g]), v8_load(v + j * v_stride + 8 * i), acc[g][i]);
+                        vec_fma(vec_all(p[j * GROUP + g]), vec_load(v + j * v_stride + LANES * i), acc[g][i]);
     for (int g = 0; g < GROUP; g++)
-        for (int i = 0; i < wide; i++) v8_store(sum + g * Dp + 8 * i, acc[g][i]);
-}
-
-AVX2_INLINE __m128 halves_max(v8 a) {
-    return _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-}
-AVX2_INLINE __m128 halves_sum(v8 a) {
-    return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        for (int i = 0; i < wide; i++) vec_store(sum + g * Dp + LANES * i, acc[g][i]);
 }
 
 /* One block of positions for one group of four queries: m, l and sum go on from where they were. */
-AVX2_INLINE void group_block(float *m, float *l, float *sum, const float *q, block k, block v, int64_t Dp,
-                             const int64_t seen[GROUP], float scale) {
+WORD void group_block(float *m, float *l, float *sum, const float *q, block k, block v, int64_t Dp,
+                      const int64_t seen[GROUP], float scale) {
     _Alignas(32) float s[BLOCK * GROUP], old[GROUP];
     int64_t all_see = seen[0], any_sees = seen[0], j = 0;
     for (int g = 1; g < GROUP; g++) {
@@ -209,31 +219,32 @@ AVX2_INLINE void group_block(float *m, float *l, float *sum, const float *q, blo
         scores(3, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
     for (; j < any_sees; j++)
         scores(1, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
-    for (int g = 0; g < GROUP; g++) /* what a query may not see; and one more, to fill the last register */
-        for (j = seen[g]; j < any_sees + any_sees % 2; j++) s[j * GROUP + g] = -INFINITY;
+    for (int g = 0; g < GROUP; g++) /* what a query may not see; and more, to fill the last register */
+        for (j = seen[g]; j < (any_sees + ACROSS - 1) / ACROSS * ACROSS; j++) s[j * GROUP + g] = -INFINITY;
 
-    v8 largest = v8_all(-INFINITY), added = v8_zero();
-    for (j = 0; j < any_sees; j += 2) largest = v8_max(largest, v8_load(s + j * GROUP));
-    const __m128 old_m = _mm_loadu_ps(m), new_m = _mm_max_ps(old_m, halves_max(largest));
-    const v8 shift = _mm256_set_m128(new_m, new_m);
-    for (j = 0; j < any_sees; j += 2) {
-        const v8 p = v8_exp(_mm256_sub_ps(v8_load(s + j * GROUP), shift));
-        v8_store(s + j * GROUP, p);
-        added = v8_add(added, p);
+    vec largest = vec_all(-INFINITY), added = vec_zero();
+    for (j = 0; j < any_sees; j += ACROSS) largest = vec_max(largest, vec_load(s + j * GROUP));
+    const __m128 old_m = _mm_loadu_ps(m), new_m = _mm_max_ps(old_m, fours_max(largest));
+    const vec shift = vec_of_fours(new_m);
+    for (j = 0; j < any_sees; j += ACROSS) {
+        const vec p = vec_exp(vec_sub(vec_load(s + j * GROUP), shift));
+        vec_store(s + j * GROUP, p);
+        added = vec_add(added, p);
     }
-    const __m128 scaled = _mm256_castps256_ps128(v8_exp(_mm256_castps128_ps256(_mm_sub_ps(old_m, new_m))));
+    const __m128 scaled = first_four(vec_exp(vec_of_fours(_mm_sub_ps(old_m, new_m))));
     _mm_store_ps(old, scaled);
     _mm_storeu_ps(m, new_m);
-    _mm_storeu_ps(l, _mm_add_ps(_mm_mul_ps(_mm_loadu_ps(l), scaled), halves_sum(added)));
+    _mm_storeu_ps(l, _mm_add_ps(_mm_mul_ps(_mm_loadu_ps(l), scaled), fours_sum(added)));
 
     int64_t d = 0;
-    for (; d + 16 <= Dp; d += 16) values(2, sum + d, Dp, old, s, v.p + d, v.stride, seen, all_see, any_sees);
-    for (; d < Dp; d += 8) values(1, sum + d, Dp, old, s, v.p + d, v.stride, seen, all_see, any_sees);
+    for (; d + 2 * LANES <= Dp; d += 2 * LANES)
+        values(2, sum + d, Dp, old, s, v.p + d, v.stride, seen, all_see, any_sees);
+    for (; d < Dp; d += LANES) values(1, sum + d, Dp, old, s, v.p + d, v.stride, seen, all_see, any_sees);
 }
 
-AVX2 void attention_item_avx2(const attention_args *a, int64_t item, float *scratch) {
+TARGET void VEC(attention)(const attention_args *a, int64_t item, float *scratch) {
     const item_rows it = rows_of(a, item);
-    const int64_t Dp = (a->Dh + 7) / 8 * 8, groups = (it.rows + GROUP - 1) / GROUP;
+    const int64_t Dp = (a->Dh + LANES - 1) / LANES * LANES, groups = (it.rows + GROUP - 1) / GROUP;
     const float scale = 1 / sqrtf((float)a->Dh);
     float *q = scratch, *sum = q + ITEM_ROWS * Dp, *k_room = sum + ITEM_ROWS * Dp,
           *v_room = k_room + BLOCK * Dp;
@@ -263,13 +274,13 @@ AVX2 void attention_item_avx2(const attention_args *a, int64_t item, float *scra
         for (int64_t d = 0; d < a->Dh; d++) a->out[query_at(a, &it, i) + d] = sum[i * Dp + d] / l[i];
 }
 
-AVX2 void exp_avx2(float *y, const float *x, int64_t n) {
-    for (int64_t i = 0; i < n; i += 8) {
-        float eight[8] = {0};
-        const size_t bytes = (n - i < 8 ? n - i : 8) * sizeof(float);
-        memcpy(eight, x + i, bytes);
-        v8_store(eight, v8_exp(v8_load(eight)));
-        memcpy(y + i, eight, bytes);
+TARGET void VEC(exp)(float *y, const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        float some[LANES] = {0};
+        const size_t bytes = (n - i < LANES ? n - i : LANES) * sizeof(float);
+        memcpy(some, x + i, bytes);
+        vec_store(some, vec_exp(vec_load(some)));
+        memcpy(y + i, some, bytes);
     }
 }
 #endif

@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["linear.c", "attention.c", "dispatch.c"]
+SOURCES = ["linear.c", "attention.c", "avx2.c", "avx512.c", "dispatch.c"]
 
 COMPILE = [
     "-std=c11",
@@ -51,7 +51,7 @@ def make_ffi(module: str = "numpy_llama._kernels", openmp: list[str] | None = No
         module,
         '#include <stdint.h>\n#include "kernels.h"',
         sources=[os.path.relpath(HERE / name) for name in SOURCES],
-        depends=[os.path.relpath(path) for path in HERE.glob("*.h")],
+        depends=[os.path.relpath(path) for path in HERE.glob("*.[ch]")],
         include_dirs=[str(HERE)],
         extra_compile_args=[*COMPILE, *openmp],
         extra_link_args=openmp,

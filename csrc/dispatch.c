@@ -8,16 +8,23 @@
 #include "kernels.h"
 #include "vec.h"
 
-#ifdef HAVE_AVX2
-static const kernels avx2 = {"avx2", linear_rows_avx2, attention_item_avx2, exp_avx2};
+static const kernels scalar = {"scalar", linear_scalar, attention_scalar, exp_scalar};
+#ifdef X86
+static const kernels avx2 = {"avx2", linear_avx2, attention_avx2, exp_avx2};
+static const kernels avx512 = {"avx512", linear_avx512, attention_avx512, exp_avx512};
 #endif
-static const kernels scalar = {"scalar", linear_rows_scalar, attention_item_scalar, exp_scalar};
 
+/* The index-th of the tables that can run here, fastest first. */
 static const kernels *available(int index) {
-#ifdef HAVE_AVX2
-    __builtin_cpu_init(); /* the support test below also asks whether the system saves these registers */
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        if (index-- == 0) return &avx2;
+#ifdef X86
+    __builtin_cpu_init(); /* the questions below also ask whether the system saves these registers */
+    const int has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && index-- == 0) return &avx512;
+    if (has_avx2 && index-- == 0) return &avx2;
 #endif
     return index == 0 ? &scalar : NULL;
 }

@@ -1,4 +1,5 @@
-/* One table of functions for each instruction set; dispatch.c chooses one when the module is loaded. */
+/* What the forms of a kernel have in common: their arguments, and one table of functions for each
+ * instruction set, of which dispatch.c chooses one when the module is loaded. */
 #ifndef NUMPY_LLAMA_DISPATCH_H
 #define NUMPY_LLAMA_DISPATCH_H
 
@@ -22,20 +23,21 @@ typedef struct {
     int64_t begin, end;                 /* the queries to compute */
 } attention_args;
 
+typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
+typedef void attention_item(const attention_args *a, int64_t item, float *scratch);
+typedef void exp_many(float *y, const float *x, int64_t n);
+
 typedef struct {
     const char *name;
-    void (*linear_rows)(const linear_args *a, int64_t begin, int64_t end);
-    void (*attention_item)(const attention_args *a, int64_t item, float *scratch);
-    void (*exp)(float *y, const float *x, int64_t n);
+    linear_rows *linear;
+    attention_item *attention;
+    exp_many *exp;
 } kernels;
 
 const kernels *chosen_kernels(void);
 
-void linear_rows_scalar(const linear_args *a, int64_t begin, int64_t end);
-void linear_rows_avx2(const linear_args *a, int64_t begin, int64_t end);
-void attention_item_scalar(const attention_args *a, int64_t item, float *scratch);
-void attention_item_avx2(const attention_args *a, int64_t item, float *scratch);
-void exp_scalar(float *y, const float *x, int64_t n);
-void exp_avx2(float *y, const float *x, int64_t n);
+linear_rows linear_scalar, linear_avx2, linear_avx512;
+attention_item attention_scalar, attention_avx2, attention_avx512;
+exp_many exp_scalar, exp_avx2, exp_avx512;
 
 #endif

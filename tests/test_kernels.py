@@ -27,7 +27,8 @@ from numpy_llama.quantize import FORMATS, QK, StoredTensor
 
 ISAS = kernels.available_isas()
 BLOCK_FORMATS = [name for name, f in FORMATS.items() if f.block > 1]
-CHUNK = 512  # csrc/linear.c: the vector form sums this many products in 8 lanes, then the chunks
+LANES = {"scalar": 1, "avx2": 8, "avx512": 16}
+STEPS = 64  # csrc/linear.c: a lane sums this many products, then the lanes are summed, then such chunks
 ODD_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65]
 sizes = st.one_of(st.integers(1, 20), st.sampled_from(ODD_SIZES))
 seeds = st.integers(0, 2**32 - 1)
@@ -110,9 +111,10 @@ def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by,
 
 
 def linear_bound(isa: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """|error| <= g * sum |x w|: 8 lanes in a chunk and then the chunks, or one long sum."""
-    IN = x.shape[-1]
-    roundings = g(min(IN, CHUNK), 8) + -(-IN // CHUNK) * U32 if isa != "scalar" else g(IN)
+    """|error| <= g * sum |x w|: lanes in a chunk and then the chunks, or one long sum."""
+    IN, lanes = x.shape[-1], LANES[isa]
+    chunk = STEPS * lanes if isa != "scalar" else IN
+    roundings = g(min(IN, chunk), lanes) + -(-IN // chunk) * U32
     return roundings * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T)
 
 
@@ -127,11 +129,11 @@ def test_linear_is_within_the_rounding_of_its_sum(isa, format, T, OUT, IN, seed)
 
 def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
     """The bound above is for the worst case. Here the typical error, which grows like a random walk."""
-    T, OUT, IN, lanes = 64, 64, 4096, 8
+    T, OUT, IN = 64, 64, 4096
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
     error = Kernels(1).linear(x, PackedWeight(w)) - expected
-    length = IN if isa == "scalar" else CHUNK / lanes + IN / CHUNK
+    length = IN if isa == "scalar" else STEPS + IN / (STEPS * LANES[isa])
     assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
 
 
@@ -274,7 +276,7 @@ def attention_bound(isa, q, k, v) -> np.ndarray:
     H, K, Dh, S = q.shape[2], k.shape[2], q.shape[3], k.shape[1]
     k, v = F.repeat_kv(k, H // K), F.repeat_kv(v, H // K)
     products = np.einsum("bthd,bshd->bhts", np.abs(q), np.abs(k)) / np.sqrt(Dh)
-    delta = (g(Dh, 8 if isa != "scalar" else 1) + 3 * U32) * products.max(axis=(-2, -1), keepdims=True)
+    delta = (g(Dh, LANES[isa]) + 3 * U32) * products.max(axis=(-2, -1), keepdims=True)
     spread = 2 * products.max(axis=(-2, -1), keepdims=True)
     relative = 2 * (2 * delta + (4 + spread) * U32) + 2 * g(S) + 4 * (S / 64 + 2) * U32
     weights = np.ones_like(products)  # each |v| counts at most once; its share is at most 1

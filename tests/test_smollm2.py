@@ -108,8 +108,12 @@ def torch_logits(checkpoint, tokens):
         state[theirs] = torch.from_numpy(np.array(w))
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(state)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second pool of OpenMP threads beside ours would only disturb both
     with torch.no_grad():
-        return [model(torch.from_numpy(t)).logits.numpy() for t in tokens]
+        logits = [model(torch.from_numpy(t)).logits.numpy() for t in tokens]
+    torch.set_num_threads(threads)
+    return logits
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:

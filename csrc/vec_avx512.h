@@ -1,0 +1,71 @@
+/* The vocabulary of the vector forms in AVX-512: `vec` is sixteen floats in one register. The same
+ * sentences as in vec_avx2.h. */
+#include <immintrin.h>
+
+#include "vec.h"
+
+#define VEC(name) name##_avx512
+#define LANES 16
+#define TILE_TOKENS 6 /* linear.c: 4 rows x 6 tokens, 24 of the 32 registers */
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define WORD                                                                                                 \
+    static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+typedef __m512 vec;
+typedef __m128i bytes16;
+
+WORD vec vec_zero(void) { return _mm512_setzero_ps(); }
+WORD vec vec_all(float a) { return _mm512_set1_ps(a); }
+WORD vec vec_load(const void *p) { return _mm512_loadu_ps(p); }
+WORD void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
+WORD vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+WORD vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+WORD vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+WORD vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+WORD vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+WORD vec vec_round(vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+WORD vec vec_times_2_to(vec n, vec a) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), exponent));
+}
+WORD vec vec_zero_below(vec x, vec limit, vec a) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), a);
+}
+
+WORD vec vec_from_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+WORD vec vec_from_bf16(const void *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
+}
+WORD vec vec_from_i8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p))); }
+WORD vec vec_all_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)load_u16(p))); }
+
+WORD bytes16 load_bytes16(const void *p) { return _mm_loadu_si128(p); }
+WORD bytes16 low_nibbles(bytes16 a) { return _mm_and_si128(a, _mm_set1_epi8(15)); }
+WORD bytes16 high_nibbles(bytes16 a) { return low_nibbles(_mm_srli_epi16(a, 4)); }
+WORD vec vec_from_bytes16(bytes16 a, const int first) {
+    (void)first; /* all sixteen fit */
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(a));
+}
+
+/* First the two halves of each, then the tree of vec_avx2.h. */
+WORD __m256 halves_sum(vec a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+WORD __m128 vec_sums(vec a, vec b, vec c, vec d) {
+    const __m256 ab = _mm256_hadd_ps(halves_sum(a), halves_sum(b)),
+                 cd = _mm256_hadd_ps(halves_sum(c), halves_sum(d)), quarters = _mm256_hadd_ps(ab, cd);
+    return _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
+}
+
+WORD vec vec_of_fours(__m128 a) { return _mm512_broadcast_f32x4(a); }
+WORD __m128 first_four(vec a) { return _mm512_castps512_ps128(a); }
+WORD __m128 fours_sum(vec a) {
+    const __m256 b = halves_sum(a);
+    return _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+}
+WORD __m128 fours_max(vec a) {
+    const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+}

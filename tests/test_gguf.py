@@ -36,15 +36,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpy_llama import errors
-from numpy_llama.checkpoint.gguf import (
-    MAX_CONTEXT,
-    MAX_RECORDS,
-    MAX_STRING,
-    TENSOR_TYPES,
-    GGUFFile,
-    model_args,
-    weights,
-)
+from numpy_llama.checkpoint.gguf import MAX_RECORDS, MAX_STRING, TENSOR_TYPES, GGUFFile
+from numpy_llama.checkpoint.gguf_model import MAX_CONTEXT, model_args, weights
 from numpy_llama.checkpoint.names import SCHEMES, expected_shape, tensor_names
 from numpy_llama.config import ModelArgs, RopeScaling
 from numpy_llama.functional import scale_freqs

@@ -14,7 +14,7 @@ from ..errors import ParameterError, UnsupportedError
 from ..model import Transformer
 from ..quantize import StoredTensor
 from ..tokenizer import Tokenizer, tokenizer_from_gguf
-from . import gguf
+from . import gguf, gguf_model
 
 
 class GGUFCheckpoint:
@@ -28,10 +28,10 @@ class GGUFCheckpoint:
 
     @cached_property
     def args(self) -> ModelArgs:
-        return gguf.model_args(self.file)
+        return gguf_model.model_args(self.file)
 
     def weights(self) -> dict[str, StoredTensor]:
-        return gguf.weights(self.file, self.args)
+        return gguf_model.weights(self.file, self.args)
 
     def tokenizer(self) -> Tokenizer:
         return tokenizer_from_gguf(self.file.metadata, str(self.path))

@@ -5,7 +5,8 @@ import pytest
 from conftest import DATA
 from gguf import GGUFReader, dequantize
 
-from numpy_llama.checkpoint.gguf import GGUFFile, model_args, weights
+from numpy_llama.checkpoint.gguf import GGUFFile
+from numpy_llama.checkpoint.gguf_model import model_args, weights
 from numpy_llama.errors import MismatchError, UnsupportedError
 from numpy_llama.quantize import FORMATS
 

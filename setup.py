@@ -5,10 +5,12 @@ import sysconfig
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 NO_COMPILER = """
-numpy_llama's kernels are written in C, and no C compiler that works was found ({why}).
-Install one and run the same command again:
+numpy_llama's kernels are written in C, and no C compiler that works was found
+({why}).
+Install one, with Python's headers, and run the same command again:
     Debian, Ubuntu:  sudo apt install gcc python3-dev
     Fedora:          sudo dnf install gcc python3-devel
     macOS:           xcode-select --install
@@ -22,7 +24,10 @@ class BuildKernels(build_ext):
         compiler = self.compiler.compiler[0] if hasattr(self.compiler, "compiler") else "cl"
         if not shutil.which(compiler):
             raise SystemExit(NO_COMPILER.format(why=f"{compiler!r} is not on the PATH"))
-        super().build_extension(ext)
+        try:
+            super().build_extension(ext)
+        except CompileError as error:
+            raise SystemExit(NO_COMPILER.format(why=error)) from None
 
 
 free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")

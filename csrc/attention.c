@@ -10,6 +10,7 @@
  * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar
  * form, and from avx2.c and avx512.c for the vector form. tests/test_kernels.py holds every form to
  * NumPy, and any split of T and of the threads to the same bits. */
+#include <float.h>
 #include <stdlib.h>
 
 #include "dispatch.h"
@@ -92,7 +93,7 @@ void attention_scalar(const attention_args *a, int64_t item, float *scratch) {
     float *sum = scratch;
     for (int64_t i = 0; i < it.rows; i++) {
         const float *q = a->q + query_at(a, &it, i);
-        float m = -INFINITY, l = 0;
+        float m = -FLT_MAX, l = 0; /* not -INFINITY: -inf - -inf would be NaN */
         for (int64_t d = 0; d < a->Dh; d++) sum[d] = 0;
         for (int64_t j = 0; j < sees(a, &it, i); j++) {
             const uint8_t *k = position(a, a->k, a->k_strides, it.b, j, it.kv);
@@ -250,7 +251,7 @@ TARGET void VEC(attention)(const attention_args *a, int64_t item, float *scratch
           *v_room = k_room + BLOCK * Dp;
     float m[ITEM_ROWS], l[ITEM_ROWS] = {0};
     memset(scratch, 0, 2 * ITEM_ROWS * Dp * sizeof(float));
-    for (int64_t i = 0; i < ITEM_ROWS; i++) m[i] = -INFINITY;
+    for (int64_t i = 0; i < ITEM_ROWS; i++) m[i] = -FLT_MAX;
     for (int64_t i = 0; i < it.rows; i++)
         memcpy(q + i * Dp, a->q + query_at(a, &it, i), a->Dh * sizeof(float));
 

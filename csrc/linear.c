@@ -169,11 +169,11 @@ WORD void tile(const int tokens, const linear_args *a, const float *panel, int64
         float *y = a->y + (t + i) * a->OUT + r;
         const __m128 sums = vec_sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
         if (rows >= 4) {
-            _mm_storeu_ps(y, c == 0 ? sums : _mm_add_ps(_mm_loadu_ps(y), sums));
+            _mm_storeu_ps(y, _mm_add_ps(c == 0 ? _mm_setzero_ps() : _mm_loadu_ps(y), sums));
         } else {
             float four[4];
             _mm_storeu_ps(four, sums);
-            for (int64_t j = 0; j < rows; j++) y[j] = c == 0 ? four[j] : y[j] + four[j];
+            for (int64_t j = 0; j < rows; j++) y[j] = (c == 0 ? 0 : y[j]) + four[j];
         }
     }
 }

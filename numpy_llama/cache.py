@@ -21,15 +21,21 @@ class KVCache:
         shape = (args.n_layers, batch, args.n_kv_heads, max_seq_len, args.head_dim)
         self.k = np.empty(shape, dtype)
         self.v = np.empty(shape, dtype)
-        self.max_seq_len = max_seq_len
+        self.batch, self.max_seq_len = batch, max_seq_len
+        self.filled = [0] * args.n_layers  # positions stored so far, by layer
 
     def update(self, layer, start_pos, xk, xv):
         """Store T new keys and values (B, T, K, Dh) at start_pos; return all S so far, (B, S, K, Dh)."""
         end = start_pos + xk.shape[1]
+        if len(xk) != self.batch:
+            raise ParameterError(f"{len(xk)} sequences do not fit a cache for {self.batch}")
         if not 0 <= start_pos <= end <= self.max_seq_len:
             raise ContextOverflowError(
                 f"positions {start_pos}..{end - 1} do not fit a cache of {self.max_seq_len}"
             )
+        if start_pos > self.filled[layer]:
+            raise ParameterError(f"position {start_pos} comes after {self.filled[layer]} stored ones: a gap")
+        self.filled[layer] = end
         k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
         k[:, start_pos:end], v[:, start_pos:end] = xk, xv
         return k[:, :end], v[:, :end]

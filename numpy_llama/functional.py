@@ -15,6 +15,10 @@ from .errors import ContextOverflowError, ParameterError
 
 def embedding(tokens, weight):
     """Row `tokens[b, t]` of the table: (B, T) ids, (V, D) -> (B, T, D)."""
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ParameterError(
+            f"tokens are {tokens.dtype} of shape {tokens.shape}, wanted whole numbers of shape (B, T)"
+        )
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < len(weight)):
         raise ParameterError(
             f"token ids from {tokens.min()} to {tokens.max()}, they must lie in 0..{len(weight) - 1}"

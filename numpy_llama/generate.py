@@ -20,6 +20,7 @@ class Context:
     def __init__(self, model: Transformer, max_seq_len: int | None = None):
         self.cache = model.new_cache(batch=1, max_seq_len=max_seq_len)
         self.ids: list[int] = []
+        self.user: object = None  # the generation that goes on in it now
 
     def keep_prefix_of(self, prompt: Sequence[int]) -> int:
         """Forget what is no prefix of `prompt`, and at least its last id, whose logits are wanted next."""
@@ -32,9 +33,12 @@ class Context:
 
 def forward(model: Transformer, ids: Sequence[int], context: Context) -> np.ndarray:
     """Compute `ids` behind what the context holds; -> logits (V,) of what comes after the last."""
-    h = model.hidden(np.array([ids]), len(context.ids), context.cache)
-    context.ids.extend(ids)
-    return model.logits(h[0, -1])
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at here and when sampling
+        h = model.hidden(np.array([ids]), len(context.ids), context.cache)
+        context.ids.extend(ids)
+        if not np.isfinite(h[0, -1]).all():
+            raise NumericsError(f"position {len(context.ids) - 1}: the last layer's output is not finite")
+        return model.logits(h[0, -1])
 
 
 def generate(
@@ -50,6 +54,13 @@ def generate(
     """Yield new ids until one is in `stop_ids` (which is not yielded): -> "stop"; or until `max_tokens` are
     made or the context is full: -> "length". `on_prefill(done, total)` hears how far the prompt is read.
     """
+    context.user = me = object()
+
+    def step(ids: Sequence[int]) -> np.ndarray:
+        if context.user is not me:
+            raise ParameterError("the context is in use by a later generation: each at a time needs its own")
+        return forward(model, ids, context)
+
     if not prompt:
         raise ParameterError("the prompt is empty: there is nothing to continue")
     if len(prompt) >= context.cache.max_seq_len:
@@ -59,7 +70,7 @@ def generate(
         )
     for begin in range(context.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
         on_prefill(begin, len(prompt))
-        logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], context)
+        logits = step(prompt[begin : begin + PREFILL_CHUNK])
     on_prefill(len(prompt), len(prompt))
 
     rng = sampler.new_rng()
@@ -67,7 +78,7 @@ def generate(
     room = context.cache.max_seq_len - len(prompt)
     for made in range(room if max_tokens is None else min(room, max_tokens)):
         if made:
-            logits = forward(model, ids[-1:], context)
+            logits = step(ids[-1:])
         try:
             token = sampler(logits, ids, rng)
         except NumericsError as error:

@@ -21,7 +21,8 @@ from .quantize import FORMATS, QK, StoredTensor
 # that also does other work a spinning thread is the first to lose its CPU, and the next kernel then waits
 # for it: two busy neighbours made decoding 10 times slower than it is with 3,000 turns. These, about 0.1 ms,
 # still bridge the gap to the next kernel. It is read when the library is loaded; our children need it not.
-_spin = os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+_ours = "GOMP_SPINCOUNT" not in os.environ
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 try:
     from ._kernels import ffi, lib
 except ImportError as error:
@@ -30,7 +31,7 @@ except ImportError as error:
         "or choose the readable path: backend='numpy', on the command line --backend numpy"
     ) from None
 finally:
-    if _spin == "3000":
+    if _ours:
         del os.environ["GOMP_SPINCOUNT"]
 
 # A signal waits until a C call returns, so no call may be long: this many multiply-adds a thread take
@@ -84,8 +85,8 @@ def compiler() -> str:
     return ffi.string(lib.nl_compiler()).decode()
 
 
-if "NUMPY_LLAMA_ISA" in os.environ:
-    use_isa(os.environ["NUMPY_LLAMA_ISA"])
+if _wanted_isa := os.environ.get("NUMPY_LLAMA_ISA"):
+    use_isa(_wanted_isa)
 
 
 def available_cpus() -> int:
@@ -128,9 +129,10 @@ class Kernels:
     def __init__(self, threads: int | None = None):
         if threads is None:
             threads = available_cpus()
-        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        whole = type(threads) is int or isinstance(threads, np.integer)
+        if not whole or not 1 <= threads <= 1024:
             raise ParameterError(f"threads is {threads!r}, it must be a whole number from 1 to 1024")
-        self.threads = threads
+        self.threads = int(threads)
 
     def linear(self, x: np.ndarray, w: PackedWeight | StoredTensor | np.ndarray) -> np.ndarray:
         """y = x W^T: (..., IN) float32, (OUT, IN) as stored -> (..., OUT) float32."""

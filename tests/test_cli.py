@@ -119,6 +119,11 @@ def test_tokenize_shows_ids_and_pieces(smollm2_path):
     ]
 
 
+def test_tokenize_shows_half_a_character_as_bytes(smollm2_path):
+    lines = run("tokenize", "-m", str(smollm2_path), "🦙").stdout.decode().splitlines()
+    assert any("b'" in line and "\\x" in line and "\\\\x" not in line for line in lines)
+
+
 def test_doctor_names_the_instruction_set():
     done = run("doctor", env={**os.environ, "NUMPY_LLAMA_ISA": "scalar"})
     assert done.returncode == 0 and b"instructions   scalar, of " in done.stdout
@@ -219,6 +224,13 @@ def test_an_argument_that_is_no_text_is_refused(smollm2_path):
         [PROGRAM.encode(), b"generate", b"-m", str(smollm2_path).encode(), b"a\xff"], capture_output=True
     )
     assert_refused(done, 2, "surrogate")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("verb", ["generate -n 1", "tokenize", "info no/such", "doctor"])
+def test_closed_streams_make_no_traceback(verb, closed, smollm2_path):
+    done = subprocess.run(f"{PROGRAM} {verb} {closed}", shell=True, capture_output=True, timeout=60)
+    assert b"Traceback" not in done.stderr + done.stdout and done.returncode in (0, 1, 2)
 
 
 def test_nothing_to_do_is_refused(smollm2_path):

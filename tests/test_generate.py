@@ -143,6 +143,17 @@ def test_an_interrupted_context_can_be_used_again(model, monkeypatch):
     assert run(model, prompt, context, max_tokens=3)[0] == first
 
 
+def test_two_generations_in_one_context_are_refused(model):
+    context = Context(model)
+    first = generate(model, [1, 2], context, Sampler())
+    next(first)
+    second = generate(model, [3, 4], context, Sampler())
+    next(second)
+    with pytest.raises(ParameterError, match="the context is in use by a later generation"):
+        next(first)
+    assert [next(second) for _ in range(2)]
+
+
 def test_logits_that_are_no_numbers_stop_it(model, monkeypatch):
     monkeypatch.setattr(model, "logits", lambda h: np.full(50, np.nan, np.float32))
     with pytest.raises(NumericsError, match="after 2 tokens, the last of them 7: the largest logit is nan"):
@@ -197,6 +208,11 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_arrives(text, stop, cu
         assert stops.found or not held or any(s.startswith(held) for s in stop)
 
 
+def test_the_first_of_several_stop_texts_in_one_piece_counts():
+    stops = StopTexts(["late", "early"])
+    assert stops.push("so early, so late") == "so " and stops.found
+
+
 @pytest.mark.parametrize("stop", ["text", [""], [1], [None]])
 def test_stop_must_be_a_list_of_texts(stop):
     with pytest.raises(ParameterError, match="stop is"):
@@ -247,6 +263,12 @@ def test_a_stream_never_splits_a_character(llama):
     assert not any("\ufffd" in piece for piece in pieces)
     cut_in_half = parrot.generate([0], max_tokens=1).text
     assert cut_in_half == "\ufffd" or cut_in_half == "🙂"
+
+
+@pytest.mark.parametrize("prompt", [b"hi", [1.5], [True], ["a"], [[1, 2]], {1: 2}.items()])
+def test_a_prompt_is_text_or_ids(llama, prompt):
+    with pytest.raises(ParameterError, match="a text or a list of token ids"):
+        llama.stream(prompt)
 
 
 @pytest.mark.parametrize("n", [-1, 1.5, "3", True])

@@ -158,6 +158,13 @@ def test_linear_gives_the_same_bits_however_it_is_split(isa, format, T, OUT, blo
     np.testing.assert_array_equal(bits(np.stack(one_by_one)), bits(whole))
 
 
+def test_sums_that_vanish_have_the_same_sign(isa, format):
+    """-1e-30 * 1e-30 is -0, and the sum of such is too: for one token as for many."""
+    w = StoredTensor.quantize(np.full((4, QK), -1e-30, np.float32), "F32")
+    x = np.full((2, QK), 1e-30, np.float32)
+    np.testing.assert_array_equal(bits(Kernels(1).linear(x[:1], w)), bits(Kernels(1).linear(x, w)[:1]))
+
+
 def test_linear_gives_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
     w, x = PackedWeight(real_weight(rng, format, 37, 96)), rng.standard_normal((5, 96), dtype=np.float32)
     whole = Kernels(2).linear(x, w)
@@ -408,6 +415,17 @@ def test_attention_refuses_what_does_not_fit(rng, change):
 def test_attention_refuses_heads_that_are_too_wide(rng):
     with pytest.raises(UnsupportedError, match="head_dim is 257, the C kernel goes up to 256"):
         Kernels(1).attention(*draw_attention(rng, B=1, T=1, S=1, K=1, n_rep=1, Dh=257))
+
+
+def test_scores_of_minus_infinity_count_nothing(isa):
+    """Also when they come first: -inf - -inf would be NaN."""
+    q = np.full((1, 1, 1, 2), 1e20, np.float32)
+    k = np.zeros((1, 200, 1, 2), np.float32)
+    k[:, :100] = -1e20  # their scores overflow
+    v = np.arange(400, dtype=np.float32).reshape(k.shape)
+    with np.errstate(over="ignore"):
+        expected = F.attention(q, k, v)
+    np.testing.assert_allclose(Kernels(1).attention(q, k, v), expected, rtol=1e-5)
 
 
 def test_exp(isa, rng):

@@ -49,6 +49,11 @@ def test_the_python_runs(smollm2_path):
     assert lines[-1] == " Paris" and len(lines) >= 3
 
 
+def test_the_speed_is_told_with_its_command():
+    section = README.partition("## How fast it is")[2].partition("\n## ")[0]
+    assert "benchmarks/c_against_numpy.py" in section and re.search(r"\| C \|.*\d", section)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

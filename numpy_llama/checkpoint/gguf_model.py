@@ -16,6 +16,7 @@ from .gguf import GGUFFile
 from .names import expected_shape, tensor_names
 
 MAX_LAYERS = 512
+MAX_HEAD_DIM = 1024  # real ones have 64 to 256
 MAX_SIZE = 1 << 31  # any other of the model's sizes
 MAX_CONTEXT = 1 << 20  # positions: the angles of all of them are computed on loading
 ROPE_TOLERANCE = 1e-4  # relative: the divisors were computed and stored in float32
@@ -33,7 +34,7 @@ def model_args(file: GGUFFile) -> ModelArgs:
     n_heads = _size(file, "llama.attention.head_count")
     if "llama.attention.key_length" not in file.metadata and dim % n_heads:
         raise ConfigError(f"{file.path}: dim {dim} cannot be divided among {n_heads} heads")
-    head_dim = _size(file, "llama.attention.key_length", dim // n_heads)
+    head_dim = _size(file, "llama.attention.key_length", dim // n_heads, limit=MAX_HEAD_DIM)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (found := _size(file, key, head_dim)) != head_dim:
             raise UnsupportedError(f"{file.path}: {key} is {found}, only head_dim {head_dim} can be run")

@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 130 Ctrl-C
 
 import argparse
 import errno
+import io
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -39,8 +41,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; -> its exit code. Nothing a user does wrong ends in a traceback."""
-    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  closed by whoever started us
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a question mark, no crash
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: clean up and end
     try:
         args = parser().parse_args(argv)
         args.run(args)

@@ -5,10 +5,12 @@ a question is given, or when standard input is no terminal and holds one.
 """
 
 import argparse
+import contextlib
 import sys
 
-from ..errors import ContextOverflowError, ParameterError
+from ..errors import ContextOverflowError, ParameterError, TextError
 from ..llama import Llama
+from ..tokenizer import check_text
 from . import common
 
 
@@ -42,14 +44,21 @@ def run(args: argparse.Namespace) -> None:
 
 def converse(llama: Llama, messages: list, options: dict) -> None:
     """Question and answer in turn; the KV cache keeps what was said, so only what is new is computed."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then has line editing and a history
     context = llama.new_context()
     print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
     while True:
         try:
-            question = input("> ")
+            if not sys.stdout.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            question = check_text(input("> " if sys.stdout.isatty() else ""))
         except EOFError:
             print()
             return
+        except (TextError, UnicodeDecodeError):
+            common.note("that is not UTF-8 text; try again")
+            continue
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})

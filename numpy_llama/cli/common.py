@@ -182,7 +182,7 @@ def completion_json(completion: Completion) -> str:
                 "decode_tokens_per_second": round(completion.decode_tokens_per_second, 3),
             },
         },
-        ensure_ascii=False,
+        ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8"),
     )
 
 

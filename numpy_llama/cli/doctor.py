@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from .. import __version__
-from ..errors import BuildError
+from ..errors import NumpyLlamaError
 from ..pull import DEFAULT_MODEL, cache_folder, model_path
 
 
@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> None:
     _line("machine", f"{platform.machine()}, {_cpu_name()}, {os.cpu_count()} CPUs")
     try:
         from .. import kernels
-    except BuildError as error:
-        _line("C kernels", f"MISSING: {error}")
+    except NumpyLlamaError as error:
+        _line("C kernels", f"NOT USABLE: {error}")
     else:
         openmp = kernels.openmp_version()
         _line("C kernels", f"built by compiler {kernels.compiler()}")

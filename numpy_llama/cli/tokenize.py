@@ -28,4 +28,14 @@ def run(args: argparse.Namespace) -> None:
         path = locate(args.model, progress)
     tokenizer = open_checkpoint(path).tokenizer()
     for token in tokenizer.encode(text, bos=tokenizer.add_bos):
-        print(f"{token:>7}  {tokenizer.piece(token)!r}")
+        whole = token in tokenizer.control_tokens.values() or _is_utf8(tokenizer.token_bytes(token))
+        shown = tokenizer.piece(token) if whole else tokenizer.token_bytes(token)
+        print(f"{token:>7}  {shown!r}")
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:  # half a character
+        return False
+    return True

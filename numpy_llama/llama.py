@@ -107,10 +107,11 @@ class Llama:
         """
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
-        elif isinstance(prompt, bytes) or not all(
-            type(i) is int or isinstance(i, np.integer) for i in prompt
-        ):
+        elif isinstance(prompt, bytes) or not all(map(_is_whole, prompt)):
             raise ParameterError("the prompt must be a text or a list of token ids")
+        elif wrong := [i for i in prompt if not 0 <= i < self.model.args.vocab_size]:
+            last = self.model.args.vocab_size - 1
+            raise ParameterError(f"token id {wrong[0]} lies outside the vocabulary, 0..{last}")
         return self._stream([int(i) for i in prompt], at_start=False, **options)
 
     def stream_chat(self, messages: Sequence[Message], **options) -> Iterator[Piece]:
@@ -134,7 +135,7 @@ class Llama:
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         **sampling,
     ) -> Iterator[Piece]:
-        if max_tokens is not None and not (type(max_tokens) is int or isinstance(max_tokens, np.integer)):
+        if max_tokens is not None and not _is_whole(max_tokens):
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be a whole number")
         if max_tokens is not None and max_tokens < 0:
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
@@ -184,6 +185,10 @@ class Llama:
             first = ended
         completion = Completion("".join(texts), tokens, prompt, reason, first - began, ended - first)
         yield Piece(text, None, completion)
+
+
+def _is_whole(number: object) -> bool:
+    return type(number) is int or isinstance(number, np.integer)  # True is an int too, but no number
 
 
 def finish(stream: Iterable[Piece]) -> Completion:

@@ -54,9 +54,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numpy_llama"
     except RuntimeError:
-        raise DownloadError(
-            "there is no home folder to keep models in; NUMPY_LLAMA_HOME can name one"
-        ) from None
+        raise DownloadError("there is no home folder for models; NUMPY_LLAMA_HOME can name one") from None
 
 
 def model_path(name: str) -> Path:

@@ -17,6 +17,7 @@ from test_tokenizer import (
     trained_sentencepiece,
 )
 
+import numpy_llama as nl
 from numpy_llama.chat import ChatTemplate, encode_chat
 from numpy_llama.checkpoint.gguf import GGUFFile
 from numpy_llama.errors import ParameterError, TemplateError, TextError
@@ -261,7 +262,7 @@ def test_what_hugging_face_gives_to_templates():
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% import 'x' as y %}", "no loader"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "'__class__'.*unsafe"),
-        ("{{ (messages | attr('__class__')).x }}", "unsafe|undefined"),
+        ("{{ (messages | attr('__class__')).x }}", "No filter named 'attr'"),
         ("{{ ''['__class__'].x }}", "unsafe"),
         ("{{ raise_exception.__globals__ }}{{ raise_exception.__globals__.x }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -306,3 +307,24 @@ def test_the_clock_changes_nothing_that_is_written():
     )
     expected = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render()
     assert ChatTemplate(source).render(conversation("hi"), BYTE_LEVEL) == expected == "1<0>2<1>3<2>noneA B"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ lipsum(n=1000000) }}",
+        "{{ '{:3000000000}'.format_map({}) }}",
+        "{{ [1] | slice(1000000000) | list }}",
+        "{{ 'x' | center(3000000000) }}",
+        "{{ '%3000000000d' | format(1) }}",
+        "{{ '{:3000000000}'.format(1) }}",
+        "{{ 'x'.ljust(3000000000) }}",
+        "{{ 'a' | indent(2000000000) }}",
+        "{{ ('a' * 60000) | replace('a', 'b' * 60000) }}",
+        "{{ ('a ' * 3000000) | wordwrap(1) | length }}",
+    ],
+)
+def test_what_makes_most_out_of_least_is_refused(source, smollm2_path):
+    tokenizer = nl.load_tokenizer(smollm2_path)
+    with pytest.raises(TemplateError, match="chat template, line 1"):
+        ChatTemplate(source).render([{"role": "user", "content": "hi"}], tokenizer)

@@ -170,6 +170,24 @@ def test_the_penalty_sees_the_prompt_and_what_was_made(model):
     assert len({1, 2, *ids}) == 32
 
 
+def test_a_cache_has_no_gaps_and_its_own_batch(model):
+    cache = model.new_cache(batch=1, max_seq_len=16)
+    with pytest.raises(ParameterError, match="position 5 comes after 0 stored ones"):
+        model(np.array([[1]]), 5, cache)
+    model(np.array([[1, 2, 3]]), 0, cache)
+    model(np.array([[4]]), 2, cache)  # going back is not a gap
+    with pytest.raises(ParameterError, match="position 4 comes after 3"):
+        model(np.array([[1]]), 4, cache)
+    with pytest.raises(ParameterError, match="2 sequences do not fit a cache for 1"):
+        model(np.array([[1], [2]]), 0, cache)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], 3, [[[1]]], [[1.5]], [[True]], None])
+def test_tokens_are_whole_numbers_in_rows(model, tokens):
+    with pytest.raises(ParameterError, match="wanted whole numbers of shape"):
+        model(np.array(tokens))
+
+
 def test_forward_counts_positions(model):
     context = Context(model)
     whole = forward(model, [1, 2, 3, 4, 5], context)

@@ -5,6 +5,7 @@ from collections import Counter
 
 from ..checkpoint import open_checkpoint
 from ..config import ModelArgs
+from ..errors import escape
 from ..pull import DEFAULT_MODEL, locate
 from . import common
 
@@ -33,9 +34,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ModelArgs.__dataclass_fields__:
         print(f"{name:<16} {getattr(model_args, name)}")
     meta = checkpoint.file.metadata
-    print(
-        f"tokenizer        {meta.get('tokenizer.ggml.model')}, pre-tokenizer {meta.get('tokenizer.ggml.pre')}"
-    )
+    kind, pre = (escape(meta.get(f"tokenizer.ggml.{key}"), 40) for key in ("model", "pre"))
+    print(f"tokenizer        {kind}, pre-tokenizer {pre}")
     print(f"chat template    {'yes' if checkpoint.chat_template() else 'none'}")
     per_token = 2 * 4 * model_args.n_layers * model_args.n_kv_heads * model_args.head_dim
     print(

@@ -19,7 +19,7 @@ from .quantize import FORMATS, QK, StoredTensor
 
 # Between two kernels GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a machine
 # that also does other work a spinning thread is the first to lose its CPU, and the next kernel then waits
-# for it: two busy neighbours made decoding 10 times slower than it is with 3,000 turns. These, about 0.1 ms,
+# for it: two busy neighbours made decoding 7 times slower than it is with 3,000 turns. These, about 0.1 ms,
 # still bridge the gap to the next kernel. It is read when the library is loaded; our children need it not.
 _ours = "GOMP_SPINCOUNT" not in os.environ
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

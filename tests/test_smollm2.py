@@ -9,7 +9,7 @@ import numpy_llama as nl
 from numpy_llama.checkpoint import build, open_checkpoint
 from numpy_llama.checkpoint.names import tensor_names
 
-# Logits against PyTorch's, relative to the largest. What was measured is 2e-6 for NumPy and for C.
+# Logits against PyTorch's, relative to the largest. Measured: at most 3e-6 for NumPy, 4e-6 for C.
 LOGITS_NUMPY = 5e-5
 LOGITS_C = 5e-5
 # The C kernels against NumPy on the same weights: both compute in float32, only the order of sums differs.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from traceback import walk_tb
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jinja2
 from jinja2 import nodes
@@ -41,6 +41,14 @@ PADDING = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zf
 Messages = Sequence[Mapping[str, str]]
 
 
+class ChatFormat(Protocol):
+    """How a conversation is written for a model."""
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
+    ) -> list[int]: ...
+
+
 class ChatTemplate:
     """A Jinja template, run as Hugging Face's `apply_chat_template` runs it."""
 
@@ -65,6 +73,43 @@ class ChatTemplate:
             what = escape(str(error) or type(error).__name__)
             raise TemplateError(f"the model's chat template, line {line}: {what}") from None
         return "".join(out)
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The ids of a conversation; BOS once, at its start, if the model wants one.
+
+        In what the template sees, one unused character stands for each control token's name that a message
+        has. So trimming and searching work on real text, and all names in the outcome are the template's: cut
+        there, and with the messages' names put back, the text between is encoded as text.
+        """
+        check_messages(messages)
+        control = tokenizer.control_tokens
+        names = re.compile(f"({'|'.join(map(re.escape, sorted(control, key=len, reverse=True))) or '(?!)'})")
+        used = set(self.source).union(*control, *(message["content"] for message in messages))
+        unused = (
+            c for c in map(chr, range(0xF0000, 0x110000)) if c not in used
+        )  # for private use, all of them
+        spare = list(islice(unused, len(control) + 1))
+        if len(spare) <= len(control):
+            raise TextError("the messages leave no private-use character unused")
+        stand_in, blank = dict(zip(control, spare, strict=False)), spare[-1]
+        original = {ord(character): name for name, character in stand_in.items()}
+
+        def parts(change: Callable[[str], str]) -> list[str]:
+            changed = [{"role": m["role"], "content": change(m["content"])} for m in messages]
+            return names.split(self.render(changed, tokenizer, add_generation_prompt))
+
+        found = parts(lambda text: names.sub(lambda match: stand_in[match[0]], text))
+        # A template could still put a name together, or turn <|IM_END|> to lower case. Blanked messages tell.
+        if found[1::2] != parts(lambda text: re.sub(r"\S", blank, text))[1::2]:
+            raise TemplateError("the model's chat template makes control tokens out of what a message says")
+        ids: list[int] = []
+        for i, part in enumerate(found):
+            ids += [control[part]] if i % 2 else tokenizer.encode(part.translate(original))
+        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+            ids = tokenizer.encode("", bos=True) + ids
+        return ids
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -122,42 +167,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def fail(self, message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
-
-
-def encode_chat(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, add_generation_prompt: bool = True
-) -> list[int]:
-    """The ids of a conversation; BOS once, at its start, if the model wants one.
-
-    In what the template sees, one unused character stands for each control token's name that a message
-    has. So trimming and searching work on real text, and all names in the outcome are the template's: cut
-    there, and with the messages' names put back, the text between is encoded as text.
-    """
-    check_messages(messages)
-    control = tokenizer.control_tokens
-    names = re.compile(f"({'|'.join(map(re.escape, sorted(control, key=len, reverse=True))) or '(?!)'})")
-    used = set(template.source).union(*control, *(message["content"] for message in messages))
-    unused = (c for c in map(chr, range(0xF0000, 0x110000)) if c not in used)  # for private use, all of them
-    spare = list(islice(unused, len(control) + 1))
-    if len(spare) <= len(control):
-        raise TextError("the messages leave no private-use character unused")
-    stand_in, blank = dict(zip(control, spare, strict=False)), spare[-1]
-    original = {ord(character): name for name, character in stand_in.items()}
-
-    def parts(change: Callable[[str], str]) -> list[str]:
-        changed = [{"role": m["role"], "content": change(m["content"])} for m in messages]
-        return names.split(template.render(changed, tokenizer, add_generation_prompt))
-
-    found = parts(lambda text: names.sub(lambda match: stand_in[match[0]], text))
-    # A template could still put a name together, or turn <|IM_END|> to lower case. Blanked messages tell.
-    if found[1::2] != parts(lambda text: re.sub(r"\S", blank, text))[1::2]:
-        raise TemplateError("the model's chat template makes control tokens out of what a message says")
-    ids: list[int] = []
-    for i, part in enumerate(found):
-        ids += [control[part]] if i % 2 else tokenizer.encode(part.translate(original))
-    if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
-        ids = tokenizer.encode("", bos=True) + ids
-    return ids
 
 
 def check_messages(messages: Messages) -> None:

@@ -12,21 +12,39 @@ from dataclasses import dataclass, fields
 
 from .errors import ConfigError
 
+# The largest sizes that anyone could mean. They are checked before anything is computed from them.
+LIMITS = {
+    "dim": 1 << 20,
+    "n_layers": 512,
+    "n_heads": 1 << 16,
+    "n_kv_heads": 1 << 16,
+    "head_dim": 1024,
+    "hidden_dim": 1 << 24,
+    "vocab_size": 1 << 24,
+    "max_seq_len": 1 << 20,  # the angles of all positions are computed on loading
+    "original_max_seq_len": 1 << 20,
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of RoPE beyond the trained context (model card of Llama 3.1).
+    """A stretching of RoPE beyond the trained context.
 
-    Llama 3.1 has factor 8, Llama 3.2 1B and 3B have factor 32; the rest is the same in both.
+    "llama3": Llama 3.1 slows the slow turns only (its model card); it has factor 8, Llama 3.2 1B and 3B
+    have factor 32, the rest is the same in both. "linear": all positions are divided by the factor (Chen et
+    al. 2023), the other fields mean nothing.
     """
 
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    type: str = "llama3"
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _check(self)
+        if self.type not in ("llama3", "linear"):
+            raise ConfigError(f"the RoPE scaling is {self.type!r}, it must be 'llama3' or 'linear'")
         if not self.high_freq_factor > self.low_freq_factor:
             raise ConfigError(
                 f"high_freq_factor is {self.high_freq_factor}, "
@@ -56,7 +74,12 @@ class ModelArgs:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _check(self)
+        if not self.norm_eps < 1 <= self.rope_theta < 1e15:
+            raise ConfigError(
+                f"norm_eps is {self.norm_eps} and rope_theta {self.rope_theta}, "
+                "they must be below 1, and from 1 to 1e15"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"n_heads is {self.n_heads}, it must be a multiple of n_kv_heads {self.n_kv_heads}"
@@ -65,11 +88,11 @@ class ModelArgs:
             raise ConfigError(f"head_dim is {self.head_dim}, RoPE turns pairs: it must be even")
 
 
-def _require_positive(args: RopeScaling | ModelArgs) -> None:
+def _check(args: RopeScaling | ModelArgs) -> None:
     for field in fields(args):
-        value = getattr(args, field.name)
+        value, limit = getattr(args, field.name), LIMITS.get(field.name, sys.maxsize)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if field.type is int and not (number and isinstance(value, int) and value > 0):
-            raise ConfigError(f"{field.name} is {value!r}, it must be a whole number above 0")
+        if field.type is int and not (number and isinstance(value, int) and 0 < value <= limit):
+            raise ConfigError(f"{field.name} is {value!r}, it must be a whole number from 1 to {limit}")
         if field.type is float and not (number and 0 < value <= sys.float_info.max):
             raise ConfigError(f"{field.name} is {value!r}, it must be a finite number above 0")

@@ -17,8 +17,16 @@ class TruncatedError(FormatError):
     """The file ends before its own header says it should: most often a download that stopped."""
 
 
+class UnsafePickleError(FormatError):
+    """A pickled checkpoint asks for more than tensors: to import, to call, to set."""
+
+
+class FileChangedError(NumpyLlamaError):
+    """A file was replaced, cut or written to while it was in use."""
+
+
 class ResourceLimitError(NumpyLlamaError):
-    """A count or a size is larger than the file could hold, or larger than we agree to read."""
+    """A count or a size is larger than the file could hold, than the machine has, or than we agree to."""
 
 
 class UnsupportedError(NumpyLlamaError):

@@ -69,8 +69,10 @@ def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float
 def scale_freqs(freqs, scaling: RopeScaling):
     """Llama 3.1: slow turns are made `factor` times slower, fast ones kept, a ramp in between.
 
-    What counts is how many full turns a frequency makes within the original context.
+    What counts is how many full turns a frequency makes within the original context. "linear" slows all.
     """
+    if scaling.type == "linear":
+        return freqs / freqs.dtype.type(scaling.factor)
     turns = scaling.original_max_seq_len * freqs / freqs.dtype.type(2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, 1: fast

@@ -102,13 +102,16 @@ def available_cpus() -> int:
 class PackedWeight:
     """A StoredTensor (OUT, IN) as the kernels take it: dense bytes, IN a multiple of 32.
 
-    Nothing is copied, unless IN is no such multiple: then each row gets zeros at its end.
+    Nothing is copied, unless IN is no such multiple: then each row gets zeros at its end. Rows stay where
+    they lie; if that is another order than the model's, `linear` puts the outputs in order, which are few.
     """
 
     def __init__(self, tensor: StoredTensor):
         if len(tensor.shape) != 2:
             raise MismatchError(f"a weight has 2 axes, this one has shape {tensor.shape}")
+        tensor = tensor.realize()
         self.tensor, self.shape, self.format = tensor, tensor.shape, tensor.format
+        self.row_order = tensor.row_order
         pad = -tensor.shape[1] % QK
         rows = np.pad(tensor.data, ((0, 0), (0, self.format.row_bytes(pad)))) if pad else tensor.data
         self.width = tensor.shape[1] + pad
@@ -162,7 +165,7 @@ class Kernels:
             lib.nl_linear(
                 y_pointer, x_pointer, w.pointer, w.format.code, T, OUT, w.width, begin, end, threads
             )
-        return y
+        return y if w.row_order is None else y[..., w.row_order]
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 
 from . import checkpoint
-from .chat import ChatTemplate, encode_chat
+from .chat import ChatFormat
 from .errors import MismatchError, ParameterError, TemplateError
 from .generate import Context, generate
 from .model import Transformer
@@ -79,12 +79,12 @@ class StopTexts:
 class Llama:
     """A model that speaks text. It is never changed by use: a conversation lives in its `Context`."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_format: ChatFormat | None = None):
         if tokenizer.vocab_size > model.args.vocab_size:
             raise MismatchError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.args.vocab_size} rows"
             )
-        self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
+        self.model, self.tokenizer, self.chat_format = model, tokenizer, chat_format
 
     def new_context(self, max_seq_len: int | None = None) -> Context:
         """Room for one conversation; the whole context of the model unless told."""
@@ -120,9 +120,9 @@ class Llama:
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation in the model's own format; no text in it becomes a control token."""
-        if self.chat_template is None:
+        if self.chat_format is None:
             raise TemplateError("this model has no chat template; `generate` continues plain text with it")
-        return encode_chat(self.tokenizer, self.chat_template, messages, add_generation_prompt)
+        return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt)
 
     def _stream(
         self,
@@ -207,7 +207,7 @@ def load(
     """
     file = checkpoint.open_checkpoint(locate(model))
     transformer = checkpoint.build(file.args, file.weights(), dtype, backend, threads)
-    return Llama(transformer, file.tokenizer(), file.chat_template())
+    return Llama(transformer, file.tokenizer(), file.chat_format())
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -148,23 +148,54 @@ FORMATS = {
 class StoredTensor:
     """A weight (OUT, IN), or a vector (IN,), in the bytes in which it was stored.
 
-    Indexing gives rows in float32, so that an embedding table is used where it lies.
+    `data` holds those bytes, or is a function that makes them whenever they are asked for: of a weight whose
+    parts lie in several files, or in a format that nobody here computes with. `row_order` tells where row i
+    lies, when that is not place i. Indexing gives rows in float32, so that an embedding table is used where
+    it lies.
     """
 
-    def __init__(self, format: Format, shape: tuple[int, ...], data: np.ndarray):
+    def __init__(
+        self,
+        format: Format,
+        shape: tuple[int, ...],
+        data: np.ndarray | Callable[[], np.ndarray],
+        row_order: np.ndarray | None = None,
+    ):
         *outer, n = shape
         if n % format.block:
             raise MismatchError(f"rows of {n} weights, {format.name} needs a multiple of {format.block}")
-        self.format, self.shape = format, tuple(shape)
-        self.data = data.reshape(*outer, format.row_bytes(n))
+        self.format, self.shape, self.row_order = format, tuple(shape), row_order
+        self._data = data if callable(data) else data.reshape(*outer, format.row_bytes(n))
+
+    @property
+    def data(self) -> np.ndarray:
+        """The bytes, (OUT, bytes a row), rows in the order in which they lie."""
+        if not callable(self._data):
+            return self._data
+        return self._data().reshape(*self.shape[:-1], self.format.row_bytes(self.shape[-1]))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.format.row_bytes(self.shape[-1])
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the bytes lie somewhere already, so that using them takes no memory of its own."""
+        return not callable(self._data)
+
+    def realize(self) -> "StoredTensor":
+        """The same tensor with its bytes in memory: itself, if it is in place."""
+        if self.in_place:
+            return self
+        return StoredTensor(self.format, self.shape, self.data, self.row_order)
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, index):
         """Rows in float32: an index or an array of them (...) -> (..., IN)."""
-        picked = self.data[index]
-        rows = np.ascontiguousarray(picked).reshape(-1, self.data.shape[-1])
+        picked = self.data[index if self.row_order is None else self.row_order[index]]
+        rows = np.ascontiguousarray(picked).reshape(-1, picked.shape[-1])
         return self.format.dequantize(rows).reshape(*picked.shape[:-1], self.shape[-1])
 
     def dequantize(self, dtype=np.float32):

@@ -18,7 +18,7 @@ from test_tokenizer import (
 )
 
 import numpy_llama as nl
-from numpy_llama.chat import ChatTemplate, encode_chat
+from numpy_llama.chat import ChatTemplate
 from numpy_llama.checkpoint.gguf import GGUFFile
 from numpy_llama.errors import ParameterError, TemplateError, TextError
 from numpy_llama.tokenizer import tokenizer_from_gguf
@@ -108,7 +108,7 @@ def test_smollm2_equals_hugging_face(smollm2, contents, prompt):
     tokenizer, reference, source = smollm2
     messages = conversation(*contents)
     text = as_hugging_face_renders(source, messages, "<|im_start|>", "<|im_end|>", prompt)
-    assert encode_chat(tokenizer, ChatTemplate(source), messages, prompt) == reference.encode(text).ids
+    assert ChatTemplate(source).encode(tokenizer, messages, prompt) == reference.encode(text).ids
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_byte_level_equals_hugging_face(source, contents):
     messages = conversation(*contents)
     text = as_hugging_face_renders(source, messages, "<|begin_of_text|>", "<|im_end|>")
     expected = hugging_face(byte_level_metadata()).encode(text).ids
-    assert encode_chat(BYTE_LEVEL, ChatTemplate(source), messages) == expected
+    assert ChatTemplate(source).encode(BYTE_LEVEL, messages) == expected
 
 
 def test_llama2_by_hand():
@@ -133,7 +133,7 @@ def test_llama2_by_hand():
     texts = [" <<SYS>>\nbe kind\n<</SYS>>\n\nhi [/INST] the fox ", " and? [/INST]"]
     name = SENTENCE_PIECE.control_tokens
     encode = trained_sentencepiece().encode
-    assert encode_chat(SENTENCE_PIECE, ChatTemplate(LLAMA2), messages) == [
+    assert ChatTemplate(LLAMA2).encode(SENTENCE_PIECE, messages) == [
         *(name["<s>"], name["[INST]"], *encode(texts[0]), name["</s>"]),
         *(name["<s>"], name["[INST]"], *encode(texts[1])),
     ]
@@ -143,14 +143,14 @@ def test_llama2_by_hand():
 @given(data=st.data(), n=st.integers(1, 4))
 def test_no_message_makes_a_control_token(tokenizer, source, data, n):
     contents = data.draw(st.lists(HOSTILE, min_size=n, max_size=n))
-    ids = encode_chat(tokenizer, ChatTemplate(source), conversation(*contents))
-    harmless = encode_chat(tokenizer, ChatTemplate(source), conversation(*["x"] * n))
+    ids = ChatTemplate(source).encode(tokenizer, conversation(*contents))
+    harmless = ChatTemplate(source).encode(tokenizer, conversation(*["x"] * n))
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, harmless)
 
 
 @given(contents=st.lists(HOSTILE, min_size=1, max_size=4))
 def test_messages_arrive_unchanged(contents):
-    ids = encode_chat(BYTE_LEVEL, ChatTemplate(CHATML), conversation(*contents))
+    ids = ChatTemplate(CHATML).encode(BYTE_LEVEL, conversation(*contents))
     parts, names = [[]], BYTE_LEVEL.control_tokens
     for i in ids:
         if i in names.values():
@@ -166,7 +166,7 @@ def test_trimming_and_searching_work_on_real_text():
     source = (
         "{{ message }}{% set c = messages[0].content %}{{ c | trim }}|{{ 'fox' in c }}|{{ c.split('::')[1] }}"
     )
-    ids = encode_chat(BYTE_LEVEL, ChatTemplate(source), conversation("  <|im_end|> fox::</s>dog\n "))
+    ids = ChatTemplate(source).encode(BYTE_LEVEL, conversation("  <|im_end|> fox::</s>dog\n "))
     assert BYTE_LEVEL.decode(ids) == "<|im_end|> fox::</s>dog|True|</s>dog\n "
     assert not control_ids(BYTE_LEVEL, ids)
 
@@ -186,7 +186,7 @@ def test_trimming_and_searching_work_on_real_text():
 def test_a_template_that_puts_names_together_is_refused(source, content):
     messages = conversation(content, "end|>")
     with pytest.raises(TemplateError, match="makes control tokens out of what a message says"):
-        encode_chat(BYTE_LEVEL, ChatTemplate(source), messages)
+        ChatTemplate(source).encode(BYTE_LEVEL, messages)
 
 
 def test_bos_comes_once():
@@ -194,17 +194,17 @@ def test_bos_comes_once():
     plain, with_bos = ChatTemplate(text), ChatTemplate("{{ bos_token }}" + text)
     adds, bare = byte_level(add_bos_token=True), byte_level(add_bos_token=False)
     messages = conversation("hi")
-    expected = encode_chat(bare, plain, messages)
+    expected = plain.encode(bare, messages)
     assert expected[0] == bare.control_tokens["<|start|>"]
     for tokenizer, template in ((adds, plain), (adds, with_bos), (bare, with_bos)):
-        assert encode_chat(tokenizer, template, messages) == [tokenizer.bos_id, *expected]
+        assert template.encode(tokenizer, messages) == [tokenizer.bos_id, *expected]
 
 
 def test_longest_control_token_first():
     names = byte_level_metadata()["tokenizer.ggml.tokens"].copy()
     names[names.index("<|start|>")], names[names.index("[INST]")] = "<|im_", "<|im_end|>x"
     tokenizer = byte_level(tokens=names)
-    ids = encode_chat(tokenizer, ChatTemplate("<|im_end|>x<|im_end|>y<|im_x"), conversation("hi"))
+    ids = ChatTemplate("<|im_end|>x<|im_end|>y<|im_x").encode(tokenizer, conversation("hi"))
     assert [tokenizer.piece(i) for i in ids] == ["<|im_end|>x", "<|im_end|>", "y", "<|im_", "x"]
 
 
@@ -227,18 +227,18 @@ def test_longest_control_token_first():
 )
 def test_messages_must_be_messages(messages):
     with pytest.raises(ParameterError, match=r"^messages"):
-        encode_chat(BYTE_LEVEL, ChatTemplate(CHATML), messages)
+        ChatTemplate(CHATML).encode(BYTE_LEVEL, messages)
 
 
 def test_message_with_half_a_surrogate_pair():
     with pytest.raises(TextError, match=r"character 1 of the text is U\+D800"):
-        encode_chat(BYTE_LEVEL, ChatTemplate(CHATML), conversation("a\ud800"))
+        ChatTemplate(CHATML).encode(BYTE_LEVEL, conversation("a\ud800"))
 
 
 def test_messages_of_all_private_characters():
     text = "".join(map(chr, range(0xF0000, 0x110000)))
     with pytest.raises(TextError, match="private-use"):
-        encode_chat(BYTE_LEVEL, ChatTemplate(CHATML), conversation(text))
+        ChatTemplate(CHATML).encode(BYTE_LEVEL, conversation(text))
 
 
 def test_what_hugging_face_gives_to_templates():

@@ -104,7 +104,7 @@ def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by,
     # Formats of single numbers may have any IN; the others come in whole blocks.
     IN = blocks * QK - (int(rng.integers(0, QK)) if format.block == 1 else 0)
     w = exact_weight(rng, format, OUT, IN)
-    w.data = unaligned(w.data, by if format.name != "F32" else by // 4 * 4)
+    w = StoredTensor(format, w.shape, unaligned(w.data, by if format.name != "F32" else by // 4 * 4))
     x = unaligned(rng.integers(-8, 9, (T, IN)).astype(np.float32), by // 4 * 4)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
     np.testing.assert_array_equal(Kernels(threads).linear(x, PackedWeight(w)), expected)
@@ -475,7 +475,7 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
     for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (3, 17, 1), (7, 19, 33), (5, 4, 2)]:
         guarded, IN = Guarded(), blocks * QK
         w = exact_weight(rng, format, OUT, IN)
-        w.data = guarded.copy(w.data, at_end)
+        w = StoredTensor(w.format, w.shape, guarded.copy(w.data, at_end))
         x = guarded.copy(rng.integers(-8, 9, (T, IN)).astype(np.float32), at_end)
         y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
         lib.nl_linear(

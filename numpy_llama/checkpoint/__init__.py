@@ -15,16 +15,18 @@ from ..model import Transformer
 from ..quantize import StoredTensor
 from ..tokenizer import Tokenizer, tokenizer_from_gguf
 from . import gguf, gguf_model
+from .base import Checkpoint
 
 
-class GGUFCheckpoint:
-    """A model in one GGUF file. Opening it reads the headers; weights are mapped, and read when used."""
+class GGUFCheckpoint(Checkpoint):
+    """A model in one GGUF file."""
 
     format = "GGUF"
 
     def __init__(self, path: Path):
         self.path = path
         self.file = gguf.GGUFFile(path)
+        self.files, self.tensors = [self.file.file], self.file.tensors
 
     @cached_property
     def args(self) -> ModelArgs:
@@ -36,12 +38,12 @@ class GGUFCheckpoint:
     def tokenizer(self) -> Tokenizer:
         return tokenizer_from_gguf(self.file.metadata, str(self.path))
 
-    def chat_template(self) -> ChatTemplate | None:
+    def chat_format(self) -> ChatTemplate | None:
         source = self.file.get("tokenizer.chat_template", str)
         return None if source is None else ChatTemplate(source)
 
 
-def open_checkpoint(path: Path) -> GGUFCheckpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`, by what its first bytes say."""
     return GGUFCheckpoint(path)
 

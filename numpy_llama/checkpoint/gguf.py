@@ -11,7 +11,6 @@ are used. Opening reads the header alone; weights and long lists stay on disk un
 The format is described in ggml's docs/gguf.md.
 """
 
-import mmap
 import os
 import struct
 from collections import UserDict
@@ -29,11 +28,12 @@ from ..errors import (
     MismatchError,
     NumpyLlamaError,
     ResourceLimitError,
-    TruncatedError,
     UnsupportedError,
     escape,
 )
 from ..quantize import FORMATS, StoredTensor
+from .base import TensorInfo
+from .files import MappedFile
 
 # What a file may begin with to be our business: GGUF, and its forerunners, to be refused by their name.
 MAGICS = {b"GGUF": "GGUF"} | {
@@ -77,17 +77,6 @@ TENSOR_TYPES = {
 RUNNABLE = f"this program runs {', '.join(FORMATS)}"
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `offset` from the start of the file. `shape` is row-major."""
-
-    name: str
-    type_name: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
 class GGUFFile:
     """A GGUF file of version 2 or 3, memory-mapped and checked; the weights are views of the map."""
 
@@ -98,7 +87,7 @@ class GGUFFile:
         self.metadata: Mapping[str, Any] = reader.metadata(n_kv)
         alignment = self.get("general.alignment", int, 32)
         self.tensors: Mapping[str, TensorInfo] = reader.tensors(n_tensors, alignment)
-        self._map = reader.map
+        self.file = reader.file
 
     def tensor(self, name: str) -> StoredTensor:
         """A weight as stored: no byte is copied."""
@@ -107,7 +96,7 @@ class GGUFFile:
         info = self.tensors[name]
         if info.type_name not in FORMATS:
             raise UnsupportedError(f"{self.path}: {escape(name)} is stored as {info.type_name}; {RUNNABLE}")
-        data = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+        data = self.file.bytes_at(info.offset, info.nbytes, escape(name))
         return StoredTensor(FORMATS[info.type_name], info.shape, data)
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
@@ -161,30 +150,12 @@ class _Reader:
 
     def __init__(self, path: Path):
         self.path, self.at = path, 0
-        try:
-            if not path.is_file():  # a FIFO or a device would make us wait, or never end
-                what = "a folder" if path.is_dir() else "no regular file"
-                raise FormatError(f"{path} is {what}; wanted a GGUF file")
-            with open(path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
-                if not self.size:
-                    raise TruncatedError(f"{path}: 0 bytes, need {HEADER_BYTES}; incomplete download?")
-                self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+        self.file = MappedFile(path, "a GGUF file", HEADER_BYTES)
+        self.map, self.size, self.checked_end = self.file.map, self.file.size, self.file.checked_end
 
     def check(self, holds: object, problem: str, error: type[NumpyLlamaError] = FormatError) -> None:
         if not holds:
             raise error(f"{self.path}: {problem} (before byte {self.at})")
-
-    def checked_end(self, start: int, nbytes: int, field: str) -> int:
-        """The end of `nbytes` bytes at `start`: here every length meets the size of the file."""
-        if start + nbytes > self.size:
-            raise TruncatedError(
-                f"{self.path}: {field} at byte {start} needs {start + nbytes} bytes, "
-                f"the file has {self.size}; incomplete download?"
-            )
-        return start + nbytes
 
     def number(self, code: str, field: str) -> Any:
         start, self.at = self.at, self.checked_end(self.at, struct.calcsize(code), field)

@@ -13,7 +13,7 @@ from ..errors import ConfigError, MismatchError, UnsupportedError, escape
 from ..functional import scale_freqs
 from ..quantize import StoredTensor
 from .gguf import GGUFFile
-from .names import expected_shape, tensor_names
+from .names import matched_names
 
 MAX_LAYERS = 512
 MAX_HEAD_DIM = 1024  # real ones have 64 to 256
@@ -100,18 +100,8 @@ def _rope_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
 
 
 def weights(file: GGUFFile, args: ModelArgs) -> dict[str, StoredTensor]:
-    """Every weight under our name. A weight too many is refused like one too few: it has a meaning."""
-    names = tensor_names(args, "gguf")
-    if "output.weight" not in file.tensors:
-        names["output.weight"] = names["tok_embeddings.weight"]  # tied: the embedding read backwards
-    for what, odd in [
-        ("missing", set(names.values()) - file.tensors.keys()),
-        ("unknown", file.tensors.keys() - names.values() - {"rope_freqs.weight"}),
-    ]:
-        if odd:
-            raise MismatchError(f"{file.path}: {len(odd)} {what} weights: {escape(', '.join(sorted(odd)))}")
-    for ours, theirs in names.items():
-        found, wanted = file.tensors[theirs].shape, expected_shape(ours, args)
-        if found != wanted:
-            raise MismatchError(f"{file.path}: {theirs} has the shape {found}, the arguments want {wanted}")
-    return {ours: file.tensor(theirs) for ours, theirs in names.items()}
+    """Every weight under our name."""
+    shapes = {name: info.shape for name, info in file.tensors.items() if name != "rope_freqs.weight"}
+    names = matched_names(file.path, "gguf", args, shapes)
+    stored = {theirs: file.tensor(theirs) for theirs in names.values()}
+    return {ours: stored[theirs] for ours, theirs in names.items()}

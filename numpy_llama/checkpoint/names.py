@@ -5,9 +5,12 @@ explained in config.py. A matrix is (OUT, IN) in all four schemes.
 """
 
 import re
+from collections.abc import Mapping
+
+import numpy as np
 
 from ..config import ModelArgs
-from ..errors import ParameterError
+from ..errors import MismatchError, ParameterError, escape
 
 SCHEMES = ("ours", "meta", "hf", "gguf")
 
@@ -63,3 +66,42 @@ def expected_shape(our_name: str, args: ModelArgs) -> tuple[int, ...]:
         "KDh": args.n_kv_heads * args.head_dim,
     }
     return tuple(sizes[letter] for letter in _SHAPES[template])
+
+
+def matched_names(
+    source: object,
+    scheme: str,
+    args: ModelArgs,
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: bool | None = None,
+) -> dict[str, str]:
+    """Our name of every weight -> its name in a file that holds tensors of these `shapes`.
+
+    A weight that is missing, too many (it would have a meaning) or misshapen is a MismatchError. `tied`: the
+    output matrix is the embedding read backwards; None where its absence is what says so.
+    """
+    names = tensor_names(args, scheme)
+    ours_in, ours_out = "tok_embeddings.weight", "output.weight"
+    if tied or (tied is None and names[ours_out] not in shapes):
+        names[ours_out] = names[ours_in]
+    for what, odd in [
+        ("missing", set(names.values()) - shapes.keys()),
+        ("unknown", shapes.keys() - names.values()),
+    ]:
+        if odd:
+            raise MismatchError(f"{source}: {len(odd)} {what} weights: {escape(', '.join(sorted(odd)))}")
+    for ours, theirs in names.items():
+        found, wanted = tuple(shapes[theirs]), expected_shape(ours, args)
+        if found != wanted:
+            raise MismatchError(f"{source}: {theirs} has the shape {found}, the arguments want {wanted}")
+    return names
+
+
+def interleaved_rows(n_heads: int, head_dim: int) -> np.ndarray:
+    """Where each row of Meta's wq or wk lies in Hugging Face's q_proj or k_proj: -> (n_heads * Dh,).
+
+    RoPE turns pairs of rows. Meta keeps a pair side by side, (2j, 2j + 1); Hugging Face cuts a head into
+    halves, (j, j + Dh / 2). For k_proj, n_heads is the number of key/value heads.
+    """
+    places = np.arange(n_heads * head_dim).reshape(n_heads, 2, head_dim // 2)
+    return places.swapaxes(1, 2).reshape(-1)

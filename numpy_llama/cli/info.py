@@ -5,7 +5,6 @@ from collections import Counter
 
 from ..checkpoint import open_checkpoint
 from ..config import ModelArgs
-from ..errors import escape
 from ..pull import DEFAULT_MODEL, locate
 from . import common
 
@@ -21,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
         path = locate(args.model, progress)
     checkpoint = open_checkpoint(path)
     model_args = checkpoint.args
-    tensors = checkpoint.file.tensors.values()
+    tensors = checkpoint.tensors.values()
     count = Counter(t.type_name for t in tensors)
     size = Counter({name: sum(t.nbytes for t in tensors if t.type_name == name) for name in count})
     parameters = sum(_product(t.shape) for t in tensors)
@@ -33,10 +32,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"  {name:<14} {count[name]} tensors, {_mib(nbytes)}")
     for name in ModelArgs.__dataclass_fields__:
         print(f"{name:<16} {getattr(model_args, name)}")
-    meta = checkpoint.file.metadata
-    kind, pre = (escape(meta.get(f"tokenizer.ggml.{key}"), 40) for key in ("model", "pre"))
-    print(f"tokenizer        {kind}, pre-tokenizer {pre}")
-    print(f"chat template    {'yes' if checkpoint.chat_template() else 'none'}")
+    print(f"chat template    {'yes' if checkpoint.chat_format() else 'none'}")
     per_token = 2 * 4 * model_args.n_layers * model_args.n_kv_heads * model_args.head_dim
     print(
         f"KV cache         {_mib(1024 * per_token)} for 1,024 tokens, "

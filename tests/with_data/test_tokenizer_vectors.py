@@ -8,7 +8,7 @@ import pytest
 from conftest import DATA
 from test_tokenizer import hugging_face, hugging_face_ids
 
-from numpy_llama.chat import ChatTemplate, encode_chat
+from numpy_llama.chat import ChatTemplate
 from numpy_llama.checkpoint.gguf import GGUFFile
 from numpy_llama.tokenizer import tokenizer_from_gguf
 
@@ -82,9 +82,9 @@ def test_vectors_of_meta():
     template = ChatTemplate(LLAMA3_TEMPLATE)
     for text, ids in vectors["encode_message_user"].items():
         message = [{"role": "user", "content": text}]
-        assert encode_chat(tokenizer, template, message, add_generation_prompt=False)[1:] == ids
+        assert template.encode(tokenizer, message, add_generation_prompt=False)[1:] == ids
     dialog = vectors["encode_dialog"]
-    assert encode_chat(tokenizer, template, dialog["dialog"]) == dialog["ids"]
+    assert template.encode(tokenizer, dialog["dialog"]) == dialog["ids"]
     assert {tokenizer.piece(i) for i in tokenizer.eos_ids} == {"<|end_of_text|>", "<|eot_id|>"}
 
 

@@ -1,0 +1,54 @@
+"""What every reader of checkpoints offers, so that nobody else need know which one it is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..chat import ChatFormat
+from ..config import ModelArgs
+from ..quantize import StoredTensor
+from ..tokenizer import Tokenizer
+from .files import MappedFile
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `offset` of its file. `shape` is row-major, as NumPy's."""
+
+    name: str
+    type_name: str  # of quantize.FORMATS, or of a format that only its own file knows
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(ABC):
+    """A model as it is handed around. Opening one reads headers; weights stay where they lie until used."""
+
+    format: str  # what people call it, "GGUF" for example
+    path: Path  # what the user named
+    files: list[MappedFile]  # all that stay mapped
+    tensors: Mapping[str, TensorInfo]  # what is in them, under their own names
+
+    @cached_property
+    @abstractmethod
+    def args(self) -> ModelArgs:
+        """The hyperparameters, held against the shapes of the weights."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, StoredTensor]:
+        """Every weight under our name; nothing is missing, too many, or of another shape."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    @abstractmethod
+    def chat_format(self) -> ChatFormat | None:
+        """How a conversation is written for this model, if it is known."""
+
+    def check_unchanged(self) -> None:
+        """FileChangedError if a file has changed since it was opened."""
+        for file in self.files:
+            file.check_unchanged()

@@ -1,0 +1,72 @@
+"""Files as every reader here sees them: mapped, never written, and watched for change.
+
+What this file promises: a name that is no regular file is refused before it can make us wait, and no byte
+is touched that lies beyond the end. What is mapped can still be changed by others; `check_unchanged` tells.
+"""
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import FileChangedError, FormatError, TruncatedError
+
+
+class MappedFile:
+    """A file in memory, read only: `map` is all of its bytes, of which only those used are ever read."""
+
+    def __init__(self, path: str | os.PathLike, wanted: str, least: int = 1):
+        """For messages: `wanted` is what the file should be, `least` how many bytes such a file has."""
+        self.path = Path(path)
+        try:
+            if not self.path.is_file():  # a FIFO or a device would make us wait, or never end
+                what = "a folder" if self.path.is_dir() else "no regular file"
+                raise FormatError(f"{path} is {what}; wanted {wanted}")
+            with open(path, "rb") as file:
+                self.identity = _identity(os.fstat(file.fileno()))
+                self.size = os.fstat(file.fileno()).st_size
+                if not self.size:
+                    raise TruncatedError(f"{path}: 0 bytes, need {least}; incomplete download?")
+                self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+
+    def checked_end(self, start: int, nbytes: int, field: str) -> int:
+        """The end of `nbytes` bytes at `start`: here every length meets the size of the file."""
+        if start + nbytes > self.size:
+            raise TruncatedError(
+                f"{self.path}: {field} at byte {start} needs {start + nbytes} bytes, "
+                f"the file has {self.size}; incomplete download?"
+            )
+        return start + nbytes
+
+    def bytes_at(self, start: int, nbytes: int, field: str) -> np.ndarray:
+        """Those bytes, where they lie."""
+        self.checked_end(start, nbytes, field)
+        return np.frombuffer(self.map, np.uint8, nbytes, start)
+
+    def forget(self, start: int, nbytes: int) -> None:
+        """Let go of pages whose content was copied: they need not count as ours any longer."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (start + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def check_unchanged(self) -> None:
+        """FileChangedError if the path is no longer the file that was mapped, or that file was written to."""
+        try:
+            found = _identity(os.stat(self.path))
+        except OSError as error:
+            raise FileChangedError(
+                f"{self.path} is in use and can no longer be read: {error.strerror}"
+            ) from None
+        if found != self.identity:
+            names = ("device", "inode", "size", "time of change")
+            rows = zip(names, self.identity, found, strict=True)
+            changes = [f"{name} was {was}, is {now}" for name, was, now in rows if was != now]
+            raise FileChangedError(f"{self.path} was changed while in use: {'; '.join(changes)}")
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

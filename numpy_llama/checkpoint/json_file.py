@@ -1,0 +1,78 @@
+"""JSON from strangers: what the format allows and a reader regrets is refused.
+
+Duplicate keys, NaN and Infinity, nesting without end, numbers of thousands of digits, a byte order mark,
+other encodings than UTF-8: each is a FormatError.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import ConfigError, FormatError, escape
+from .files import MappedFile
+
+MAX_BYTES = 1 << 20  # of a configuration; real ones have a few thousand
+
+
+def parse_json(data: bytes, source: object) -> Any:
+    """The value that the text says; `source` names it in messages."""
+
+    def refuse(what: object) -> NoReturn:
+        raise FormatError(f"{source} is no JSON that can be read: {escape(what)}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            refuse(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        return found
+
+    try:
+        text = str(data, "utf-8")
+        return json.loads(
+            text, object_pairs_hook=unique, parse_constant=lambda name: refuse(f"it has {name}")
+        )
+    except RecursionError:
+        refuse("it is nested too deeply")
+    except ValueError as error:  # not UTF-8, not JSON, or a number too long
+        refuse(str(error))
+
+
+class JsonFile:
+    """A file that holds one JSON object; `get` checks each value's kind and names file and key."""
+
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES, values: dict[str, Any] | None = None):
+        self.path = path
+        if values is None:
+            file = MappedFile(path, "a JSON file")
+            if file.size > max_bytes:
+                raise FormatError(f"{path} has {file.size} bytes, at most {max_bytes} are read")
+            values = parse_json(file.map[:], path)
+        if not isinstance(values, dict):
+            raise FormatError(f"{path} holds {escape(values, 60)}, wanted a JSON object")
+        self.values = values
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value of `key`, or `default` where it is absent or null; a whole number is a float too."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if kind is float and type(value) is int:
+            value = float(value) if abs(value) < 1 << 53 else value
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds:
+            wanted = " or ".join(k.__name__ for k in kinds)
+            raise ConfigError(f"{self.path}: {key} is {escape(value, 60)}, wanted {wanted}")
+        return value
+
+    def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        """As `get`, where a missing value is a ConfigError."""
+        value = self.get(key, kind)
+        if value is None:
+            raise ConfigError(f"{self.path} has no {key}")
+        return value
+
+    def part(self, key: str) -> "JsonFile | None":
+        """An object inside this one, read in the same way."""
+        value = self.get(key, dict)
+        return None if value is None else JsonFile(self.path, values=value)

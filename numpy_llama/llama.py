@@ -51,7 +51,7 @@ class Piece:
 
 
 class StopTexts:
-    """Cuts a stream of text at the first stop text, which may straddle any number of pieces."""
+    """Cuts a stream of text at the stop text that is complete first; it may straddle any number of pieces."""
 
     def __init__(self, stop: Sequence[str]):
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
@@ -61,9 +61,9 @@ class StopTexts:
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop text; sets `found` at the first one."""
         self.held += text
-        cuts = [at for s in self.stop if (at := self.held.find(s)) >= 0]
-        self.found = bool(cuts)
-        end = min(cuts) if cuts else len(self.held) - self._possible_start()
+        complete = [(at + len(s), at) for s in self.stop if (at := self.held.find(s)) >= 0]
+        self.found = bool(complete)
+        end = min(complete)[1] if complete else len(self.held) - self._possible_start()
         certain, self.held = self.held[:end], self.held[end:]
         return certain
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from gguf_writer import random_weights
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import numpy_llama as nl
@@ -207,6 +207,7 @@ def test_forward_counts_positions(model):
     stop=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
     cuts=st.lists(st.integers(0, 40), max_size=10),
 )
+@example(text="baa", stop=["a", "baa"], cuts=[2])  # "a" is complete before "baa", though it begins later
 def test_stop_texts_cut_at_the_first_one_however_the_text_arrives(text, stop, cuts):
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     stops, out, released = StopTexts(stop), "", []

@@ -218,7 +218,7 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_arrives(text, stop, cu
             break
     else:
         out += stops.held
-    first = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+    _, first = min(((at + len(s), at) for s in stop if (at := text.find(s)) >= 0), default=(0, None))
     assert out == text[:first]
     assert stops.found == (first is not None)
     # Nothing is held back that cannot be the beginning of a stop text.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from gguf_writer import (
     ARRAY,
     SCALARS,
@@ -36,10 +36,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpy_llama import errors
+from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.gguf import MAX_RECORDS, MAX_STRING, TENSOR_TYPES, GGUFFile
-from numpy_llama.checkpoint.gguf_model import MAX_CONTEXT, model_args, weights
+from numpy_llama.checkpoint.gguf_model import model_args, weights
 from numpy_llama.checkpoint.names import SCHEMES, expected_shape, tensor_names
-from numpy_llama.config import ModelArgs, RopeScaling
+from numpy_llama.config import LIMITS, ModelArgs, RopeScaling
 from numpy_llama.functional import scale_freqs
 from numpy_llama.model import Transformer
 from numpy_llama.quantize import FORMATS, StoredTensor
@@ -58,6 +59,14 @@ ARGS = ModelArgs(
 )
 OPENING_SECONDS = 0.1
 FUZZ_BYTES = 4 << 20  # of extra memory at most; the file has 0.3 MB
+
+
+def is_read_by_gguf(type: GGMLQuantizationType) -> bool:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[type][1]), np.uint8), type)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def opened(data: bytes, use=lambda file: file):
@@ -260,7 +269,7 @@ def llama(**changes) -> bytes:
     return gguf_bytes(metadata, llama_tensors(ARGS, random_weights(ARGS, np.random.default_rng(0)), "F16"))
 
 
-F32, Q4_0, Q4_K, I8, I64 = 0, 2, 12, 24, 27
+F32, Q4_0, Q4_K, Q8_K, I8, I64 = 0, 2, 12, 15, 24, 27
 BIG = 2**64 - 1
 
 HOSTILE = [
@@ -493,7 +502,7 @@ def test_model_args_defaults(changes, expected):
     [
         ({"attention__layer_norm_rms_epsilon": None}, "ConfigError", "no llama.attention.layer_norm_rms_eps"),
         ({"context_length": None}, "ConfigError", "no llama.context_length"),
-        ({"context_length": MAX_CONTEXT + 1}, "ConfigError", "llama.context_length is 1048577"),
+        ({"context_length": LIMITS["max_seq_len"] + 1}, "ConfigError", "llama.context_length is 1048577"),
         ({"embedding_length": None}, "ConfigError", "no llama.embedding_length"),
         ({"embedding_length": np.int32(-64)}, "ConfigError", "llama.embedding_length is -64"),
         ({"embedding_length": np.uint64(BIG)}, "ConfigError", f"llama.embedding_length is {BIG}"),
@@ -512,9 +521,8 @@ def test_model_args_defaults(changes, expected):
         ({"rope__dimension_count": 8}, "UnsupportedError", "dimension_count is 8, only head_dim 16"),
         ({"expert_count": 8}, "UnsupportedError", "mixture of 8 experts"),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "UnsupportedError", "'yarn' by 4.0"),
-        ({"rope__scaling__factor": 2.0}, "UnsupportedError", "'linear' by 2.0"),
-        ({"rope__scale_linear": 2.0}, "UnsupportedError", "'linear' by 2.0"),
-        ({"rope__scaling__factor": np.nan}, "UnsupportedError", "'linear' by nan"),
+        ({"rope__scaling__factor": np.nan}, "ConfigError", "rope.scaling: factor is nan"),
+        ({"rope__scale_linear": -1.0}, "ConfigError", "rope.scaling: factor is -1.0"),
         ({"rope__scaling__type": 1}, "FormatError", "wanted str"),
         ({"vocab_size": 41}, "MismatchError", "llama.vocab_size is 41, but token_embd.weight has 40 rows"),
         ({"block_count": 3}, "MismatchError", "9 missing weights: 'blk.2.attn_k.weight, "),
@@ -583,6 +591,16 @@ def test_other_scalings_are_refused(at, by):
         opened(with_rope_freqs(divisors), model_args)
 
 
+@pytest.mark.parametrize("key", ["scaling__factor", "scale_linear"])
+def test_linear_scaling(key):
+    metadata = llama_metadata(ARGS) | {f"llama.rope.{key.replace('__', '.')}": 4.0}
+    args = opened(gguf_bytes(metadata, small_tensors()), model_args)
+    assert args.rope_scaling == RopeScaling(4.0, type="linear")
+    both = small_tensors() | {"rope_freqs.weight": StoredTensor.quantize(np.ones(8, np.float32), "F32")}
+    with pytest.raises(errors.UnsupportedError, match=r"'linear' by 4.0 together with rope_freqs.weight"):
+        opened(gguf_bytes(metadata, both), model_args)
+
+
 def test_rope_freqs_of_another_length_are_refused():
     with pytest.raises(errors.MismatchError, match=r"rope_freqs.weight is \(7,\), head_dim is 16"):
         opened(with_rope_freqs(llama3_divisors(8)[:7]), model_args)
@@ -621,13 +639,91 @@ def test_tied_output():
 
 
 def test_a_type_that_cannot_be_run_is_named():
-    data = one_tensor([256], Q4_K, data=bytes(144))
-    file = opened(data)
-    assert (file.tensors["x"].type_name, file.tensors["x"].nbytes) == ("Q4_K", 144)
-    with pytest.raises(errors.UnsupportedError, match="'x' is stored as Q4_K; this program runs F32, F16, "):
+    file = opened(one_tensor([256], Q8_K, data=bytes(292)))
+    assert (file.tensors["x"].type_name, file.tensors["x"].nbytes) == ("Q8_K", 292)
+    with pytest.raises(errors.UnsupportedError, match="'x' is stored as Q8_K; this program runs F32, F16, "):
         file.tensor("x")
     with pytest.raises(errors.MismatchError, match="there is no tensor 'y'"):
         file.tensor("y")
+
+
+READ_ONLY = sorted(t.name for t in GGMLQuantizationType if t.name not in FORMATS and is_read_by_gguf(t))
+
+
+def test_the_formats_that_are_only_read():
+    assert {"Q2_K", "Q3_K", "IQ1_S", "IQ4_XS", "TQ1_0", "MXFP4"} <= set(READ_ONLY)
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_a_format_that_is_only_read_is_expanded_when_it_is_used(name, rng, monkeypatch):
+    monkeypatch.setattr("numpy_llama.checkpoint.gguf.ROWS_AT_ONCE", 2)
+    type = GGMLQuantizationType[name]
+    block, block_bytes = GGML_QUANT_SIZES[type]
+    data = rng.integers(64, size=(5, 3 * block_bytes), dtype=np.uint8)  # so small that scales are finite
+    tensor = opened(one_tensor([3 * block, 5], type, data=data.tobytes())).tensor("x")
+    assert not tensor.in_place and tensor.realize().in_place
+    assert (tensor.format.name, tensor.shape, tensor.nbytes) == ("F32", (5, 3 * block), 60 * block)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(tensor.dequantize(), dequantize(data, type))
+
+
+def test_the_package_that_reads_them_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    file = opened(one_tensor([256], 10, data=bytes(84)))
+    with pytest.raises(errors.UnsupportedError, match=r"stored as Q2_K.*pip install 'numpy_llama\[gguf\]'"):
+        file.tensor("x")
+
+
+# Split files
+
+
+def write_parts(folder, changes=(), count=3, names="m-{:05}-of-{:05}.gguf"):
+    """A model whose tensors are dealt out to `count` files; `changes` are (part, key, value)."""
+    dealt = [dict(list(small_tensors().items())[i::count]) for i in range(count)]
+    paths = [folder / names.format(i + 1, count) for i in range(count)]
+    total = sum(map(len, dealt))
+    for i, (path, tensors) in enumerate(zip(paths, dealt, strict=True)):
+        metadata = dict(llama_metadata(ARGS)) if i == 0 else {}
+        metadata |= {"split.no": np.uint16(i), "split.count": np.uint16(count), "split.tensors.count": total}
+        metadata |= {key: value for part, key, value in changes if part == i}
+        path.write_bytes(gguf_bytes(metadata, tensors))
+    return paths
+
+
+@pytest.mark.parametrize("named", [0, 1, 2])
+def test_a_model_in_parts_is_one_whichever_is_named(tmp_path, named):
+    checkpoint = open_checkpoint(write_parts(tmp_path)[named])
+    found, written = checkpoint.weights(), random_weights(ARGS, np.random.default_rng(0))
+    assert checkpoint.args == ARGS and found.keys() == written.keys() and len(checkpoint.files) == 3
+    for name, w in written.items():
+        stored = StoredTensor.quantize(w, "F16" if w.ndim == 2 else "F32")
+        np.testing.assert_array_equal(found[name].dequantize(), stored.dequantize())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([(1, "split.no", np.uint16(2))], "00002-of-00003.gguf: split.no is 2, by its name it must be 1"),
+        ([(2, "split.count", np.uint16(4))], "split.count is 4, by its name it must be 3"),
+        ([(0, "split.tensors.count", 20)], "split.tensors.count is 20, the parts have 21 tensors, 21 differ"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, changes, message):
+    with pytest.raises(errors.MismatchError, match=message):
+        open_checkpoint(write_parts(tmp_path, changes)[0])
+
+
+def test_a_missing_part_is_named(tmp_path):
+    first, second, _ = write_parts(tmp_path)
+    second.unlink()
+    with pytest.raises(errors.MismatchError, match=r"3 parts, and m-00002-of-00003\.gguf is not beside it"):
+        open_checkpoint(first)
+
+
+def test_a_part_by_another_name_is_refused(tmp_path):
+    paths = write_parts(tmp_path, names="m-{}-{}.gguf")
+    with pytest.raises(errors.FormatError, match=r"one of 3 parts .* called NAME-00001-of-00003\.gguf"):
+        open_checkpoint(paths[0])
 
 
 def test_names_in_all_schemes():

@@ -3,44 +3,16 @@
 `open_checkpoint` looks at what a file holds, never at how it is called.
 """
 
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatTemplate
 from ..config import ModelArgs
 from ..errors import ParameterError, UnsupportedError
 from ..model import Transformer
 from ..quantize import StoredTensor
-from ..tokenizer import Tokenizer, tokenizer_from_gguf
-from . import gguf, gguf_model
 from .base import Checkpoint
-
-
-class GGUFCheckpoint(Checkpoint):
-    """A model in one GGUF file."""
-
-    format = "GGUF"
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = gguf.GGUFFile(path)
-        self.files, self.tensors = [self.file.file], self.file.tensors
-
-    @cached_property
-    def args(self) -> ModelArgs:
-        return gguf_model.model_args(self.file)
-
-    def weights(self) -> dict[str, StoredTensor]:
-        return gguf_model.weights(self.file, self.args)
-
-    def tokenizer(self) -> Tokenizer:
-        return tokenizer_from_gguf(self.file.metadata, str(self.path))
-
-    def chat_format(self) -> ChatTemplate | None:
-        source = self.file.get("tokenizer.chat_template", str)
-        return None if source is None else ChatTemplate(source)
+from .gguf_model import GGUFCheckpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

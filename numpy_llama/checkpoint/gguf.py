@@ -12,6 +12,7 @@ The format is described in ggml's docs/gguf.md.
 """
 
 import os
+import re
 import struct
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,8 @@ MAX_NAME = 63  # bytes of a tensor's name
 MAX_STRING = 16 << 20  # bytes
 MAX_ARRAY = 1 << 24  # elements
 MAX_TENSOR = 1 << 48  # bytes: more than a process can map
+MAX_PARTS = 1024  # of a model that is split
+ROWS_AT_ONCE = 256  # when a weight is expanded: the intermediate arrays of its formulas stay small
 
 HEADER_BYTES = 24
 MIN_KV_BYTES = 14  # key length, a key of 1 byte, type, a value of 1 byte
@@ -89,15 +92,29 @@ class GGUFFile:
         self.tensors: Mapping[str, TensorInfo] = reader.tensors(n_tensors, alignment)
         self.file = reader.file
 
+    @property
+    def files(self) -> list[MappedFile]:
+        return [self.file]
+
     def tensor(self, name: str) -> StoredTensor:
-        """A weight as stored: no byte is copied."""
+        """A weight as stored: no byte is copied, unless its format is one that is only read."""
         if name not in self.tensors:
             raise MismatchError(f"{self.path}: there is no tensor {escape(name)}")
         info = self.tensors[name]
-        if info.type_name not in FORMATS:
-            raise UnsupportedError(f"{self.path}: {escape(name)} is stored as {info.type_name}; {RUNNABLE}")
         data = self.file.bytes_at(info.offset, info.nbytes, escape(name))
-        return StoredTensor(FORMATS[info.type_name], info.shape, data)
+        if info.type_name in FORMATS:
+            return StoredTensor(FORMATS[info.type_name], info.shape, data)
+        dequantize = _dequantizer(info.type_name, f"{self.path}: {escape(name)}")
+        rows = data.reshape(prod(info.shape[:-1]), -1)
+
+        def expanded() -> np.ndarray:
+            out = np.empty((len(rows), info.shape[-1]), np.float32)
+            for begin in range(0, len(rows), ROWS_AT_ONCE):
+                out[begin : begin + ROWS_AT_ONCE] = dequantize(rows[begin : begin + ROWS_AT_ONCE])
+            self.file.forget(info.offset, info.nbytes)
+            return out.view(np.uint8)
+
+        return StoredTensor(FORMATS["F32"], info.shape, expanded)
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """The metadata value under `key`, or `default` where there is none.
@@ -120,6 +137,68 @@ class GGUFFile:
         if key not in self.metadata:
             raise ConfigError(f"{self.path}: the metadata has no {key}")
         return self.get(key, kind)
+
+
+class SplitGGUFFile(GGUFFile):
+    """A model cut into NAME-00001-of-00003.gguf and so on: the first file has the metadata."""
+
+    def __init__(self, parts: list[GGUFFile]):
+        self.path, self.version, self.metadata = parts[0].path, parts[0].version, parts[0].metadata
+        self.parts = parts
+        self._part_of = {name: part for part in parts for name in part.tensors}
+        self.tensors = {name: part.tensors[name] for name, part in self._part_of.items()}
+
+    @property
+    def files(self) -> list[MappedFile]:
+        return [part.file for part in self.parts]
+
+    def tensor(self, name: str) -> StoredTensor:
+        return self._part_of.get(name, self.parts[0]).tensor(name)
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """The file at `path`; where that is one part of several, all of them, whichever was named."""
+    file = GGUFFile(path)
+    count = file.get("split.count", int, 1)
+    if count < 2:
+        return file
+    name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not name or int(name[3]) != count or count > MAX_PARTS:
+        wanted = f"such a file is called NAME-00001-of-{min(count, 99999):05}.gguf"
+        raise FormatError(f"{path} is one of {count} parts by split.count; {wanted}")
+    parts, total = [], 0
+    for i in range(count):
+        part_path = path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf")
+        if not part_path.exists():
+            raise MismatchError(f"{path} is one of {count} parts, and {part_path.name} is not beside it")
+        part = file if part_path == path else GGUFFile(part_path)
+        for key, by_name in (("split.no", i), ("split.count", count)):
+            if (found := part.get(key, int)) != by_name:
+                raise MismatchError(f"{part_path}: {key} is {found}, by its name it must be {by_name}")
+        parts.append(part)
+        total += len(part.tensors)
+    split = SplitGGUFFile(parts)
+    declared = split.get("split.tensors.count", int, total)
+    if not declared == total == len(split.tensors):
+        found = f"{total} tensors, {len(split.tensors)} different ones"
+        raise MismatchError(f"{split.path}: split.tensors.count is {declared}, the parts have {found}")
+    return split
+
+
+def _dequantizer(type_name: str, source: str) -> Callable[[np.ndarray], np.ndarray]:
+    """From rows of blocks to float32, for a format that only the package gguf knows."""
+    try:
+        import gguf
+    except ImportError:
+        how = "read through the package gguf, which is not installed: pip install 'numpy_llama[gguf]'"
+        raise UnsupportedError(f"{source} is stored as {type_name}; {RUNNABLE}; others are {how}") from None
+    try:
+        type = gguf.GGMLQuantizationType[type_name]
+        block_bytes = gguf.GGML_QUANT_SIZES[type][1]
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), type)
+    except (KeyError, NotImplementedError):
+        raise UnsupportedError(f"{source} is stored as {type_name}; {RUNNABLE}") from None
+    return lambda rows: gguf.dequantize(rows, type)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,50 @@
-"""What the metadata and the tensors of a GGUF file say about a LLaMA.
+"""A LLaMA in a GGUF file, or in several that are one: what the metadata and the tensors say about it.
 
 The keys are those of llama.cpp's converter (gguf.md, "llama"). GGUF keeps wq and wk in Meta's order of rows,
 so nothing is permuted here.
 """
 
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from ..config import ModelArgs, RopeScaling
+from ..chat import ChatTemplate
+from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import ConfigError, MismatchError, UnsupportedError, escape
 from ..functional import scale_freqs
 from ..quantize import StoredTensor
-from .gguf import GGUFFile
+from ..tokenizer import Tokenizer, tokenizer_from_gguf
+from .base import Checkpoint
+from .gguf import GGUFFile, open_gguf
 from .names import matched_names
 
-MAX_LAYERS = 512
-MAX_HEAD_DIM = 1024  # real ones have 64 to 256
-MAX_SIZE = 1 << 31  # any other of the model's sizes
-MAX_CONTEXT = 1 << 20  # positions: the angles of all of them are computed on loading
 ROPE_TOLERANCE = 1e-4  # relative: the divisors were computed and stored in float32
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A model in GGUF."""
+
+    format = "GGUF"
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open_gguf(path)
+        self.files, self.tensors = self.file.files, self.file.tensors
+
+    @cached_property
+    def args(self) -> ModelArgs:
+        return model_args(self.file)
+
+    def weights(self) -> dict[str, StoredTensor]:
+        return weights(self.file, self.args)
+
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer_from_gguf(self.file.metadata, str(self.path))
+
+    def chat_format(self) -> ChatTemplate | None:
+        source = self.file.get("tokenizer.chat_template", str)
+        return None if source is None else ChatTemplate(source)
 
 
 def model_args(file: GGUFFile) -> ModelArgs:
@@ -30,25 +55,25 @@ def model_args(file: GGUFFile) -> ModelArgs:
     if n_experts := file.get("llama.expert_count", int, 0):
         raise UnsupportedError(f"{file.path}: a mixture of {n_experts} experts, only dense models can be run")
 
-    dim = _size(file, "llama.embedding_length")
-    n_heads = _size(file, "llama.attention.head_count")
+    dim = _size(file, "llama.embedding_length", "dim")
+    n_heads = _size(file, "llama.attention.head_count", "n_heads")
     if "llama.attention.key_length" not in file.metadata and dim % n_heads:
         raise ConfigError(f"{file.path}: dim {dim} cannot be divided among {n_heads} heads")
-    head_dim = _size(file, "llama.attention.key_length", dim // n_heads, limit=MAX_HEAD_DIM)
+    head_dim = _size(file, "llama.attention.key_length", "head_dim", dim // n_heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if (found := _size(file, key, head_dim)) != head_dim:
+        if (found := _size(file, key, "head_dim", head_dim)) != head_dim:
             raise UnsupportedError(f"{file.path}: {key} is {found}, only head_dim {head_dim} can be run")
     values = {
         "dim": dim,
-        "n_layers": _size(file, "llama.block_count", limit=MAX_LAYERS),
+        "n_layers": _size(file, "llama.block_count", "n_layers"),
         "n_heads": n_heads,
-        "n_kv_heads": _size(file, "llama.attention.head_count_kv", n_heads),
+        "n_kv_heads": _size(file, "llama.attention.head_count_kv", "n_kv_heads", n_heads),
         "head_dim": head_dim,
-        "hidden_dim": _size(file, "llama.feed_forward_length"),
+        "hidden_dim": _size(file, "llama.feed_forward_length", "hidden_dim"),
         "vocab_size": _vocab_size(file),
         "norm_eps": file.require("llama.attention.layer_norm_rms_epsilon", float),
         "rope_theta": file.get("llama.rope.freq_base", float, 10000.0),
-        "max_seq_len": _size(file, "llama.context_length", limit=MAX_CONTEXT),
+        "max_seq_len": _size(file, "llama.context_length", "max_seq_len"),
     }
     try:
         args = ModelArgs(**values)
@@ -57,10 +82,10 @@ def model_args(file: GGUFFile) -> ModelArgs:
     return replace(args, rope_scaling=_rope_scaling(file, args))
 
 
-def _size(file: GGUFFile, key: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
+def _size(file: GGUFFile, key: str, ours: str, default: int | None = None) -> int:
     value = file.require(key, int) if default is None else file.get(key, int, default)
-    if not 0 < value <= limit:
-        raise ConfigError(f"{file.path}: {key} is {value}, it must lie in 1..{limit}")
+    if not 0 < value <= LIMITS[ours]:
+        raise ConfigError(f"{file.path}: {key} is {value}, it must lie in 1..{LIMITS[ours]}")
     return value
 
 
@@ -78,12 +103,20 @@ def _vocab_size(file: GGUFFile) -> int:
 
 
 def _rope_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
-    """Llama 3.1's scaling, which GGUF stores as what each frequency was divided by: 1 to `factor`."""
+    """Linear scaling by its key; Llama 3.1's as what each frequency was divided by, 1 to `factor`."""
     kind = file.get("llama.rope.scaling.type", str, "linear")
-    linear = file.get("llama.rope.scale_linear", float, 1.0)
-    if kind != "none" and (by := file.get("llama.rope.scaling.factor", float, linear)) != 1:
-        raise UnsupportedError(f"{file.path}: RoPE scaling {escape(kind)} by {by}, only Llama 3.1's is known")
-    if "rope_freqs.weight" not in file.tensors:
+    factor = file.get("llama.rope.scaling.factor", float, file.get("llama.rope.scale_linear", float, 1.0))
+    is_scaled = kind != "none" and factor != 1
+    has_divisors = "rope_freqs.weight" in file.tensors
+    if is_scaled and (kind != "linear" or has_divisors):
+        what = f"{escape(kind)} by {factor}" + (" together with rope_freqs.weight" if has_divisors else "")
+        raise UnsupportedError(f"{file.path}: RoPE scaling {what}; known are linear, and Llama 3.1's")
+    if is_scaled:
+        try:
+            return RopeScaling(factor, type="linear")
+        except ConfigError as error:
+            raise ConfigError(f"{file.path}: llama.rope.scaling: {error}") from None
+    if not has_divisors:
         return None
     stored = file.tensor("rope_freqs.weight")
     if stored.shape != (args.head_dim // 2,):

@@ -63,7 +63,10 @@ def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float
     if scaling is not None:
         freqs = scale_freqs(freqs, scaling)
     angles = np.outer(np.arange(end, dtype=dtype), freqs)
-    return np.cos(angles) + np.complex64(1j) * np.sin(angles)
+    freqs_cis = np.empty(angles.shape, np.result_type(dtype, np.complex64))
+    np.cos(angles, out=freqs_cis.real)
+    np.sin(angles, out=freqs_cis.imag)
+    return freqs_cis
 
 
 def scale_freqs(freqs, scaling: RopeScaling):

@@ -15,8 +15,9 @@ import numpy as np
 
 from . import checkpoint
 from .chat import ChatFormat
-from .errors import MismatchError, ParameterError, TemplateError
+from .errors import MismatchError, ParameterError, ResourceLimitError, TemplateError
 from .generate import Context, generate
+from .memory import available_memory, memory_plan
 from .model import Transformer
 from .pull import DEFAULT_MODEL, locate
 from .sampling import Sampler
@@ -79,16 +80,33 @@ class StopTexts:
 class Llama:
     """A model that speaks text. It is never changed by use: a conversation lives in its `Context`."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_format: ChatFormat | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        chat_format: ChatFormat | None = None,
+        max_context: int | None = None,
+        check_unchanged: Callable[[], None] = lambda: None,
+    ):
+        """`max_context`: the positions that memory has room for, where the model allows more.
+
+        `check_unchanged` is called before each use, and raises where the weights' files were changed.
+        """
         if tokenizer.vocab_size > model.args.vocab_size:
             raise MismatchError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.args.vocab_size} rows"
             )
         self.model, self.tokenizer, self.chat_format = model, tokenizer, chat_format
+        self.max_context = min(model.args.max_seq_len, max_context or model.args.max_seq_len)
+        self.check_unchanged = check_unchanged
 
     def new_context(self, max_seq_len: int | None = None) -> Context:
-        """Room for one conversation; the whole context of the model unless told."""
-        return Context(self.model, max_seq_len)
+        """Room for one conversation: the whole context of the model, or what memory has room for."""
+        if max_seq_len is not None and self.max_context < max_seq_len <= self.model.args.max_seq_len:
+            raise ResourceLimitError(
+                f"a context of {max_seq_len} tokens was asked for, memory has room for {self.max_context}"
+            )
+        return Context(self.model, self.max_context if max_seq_len is None else max_seq_len)
 
     def generate(self, prompt: str | Sequence[int], **options) -> Completion:
         """Continue a text, or ids. The options are those of `stream`."""
@@ -140,7 +158,7 @@ class Llama:
         if max_tokens is not None and max_tokens < 0:
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
         if context is None:
-            most = self.model.args.max_seq_len
+            most = self.max_context
             wanted = most if max_tokens is None else len(prompt) + max(max_tokens, 1)
             context = self.new_context(min(most, wanted))
         sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
@@ -149,6 +167,7 @@ class Llama:
     def _pieces(
         self, prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill
     ) -> Iterator[Piece]:
+        self.check_unchanged()
         decoder = StreamDecoder(self.tokenizer, at_start)
         texts: list[str] = []
         tokens: list[int] = []
@@ -198,18 +217,29 @@ def finish(stream: Iterable[Piece]) -> Completion:
 
 
 def load(
-    model: str | Path = DEFAULT_MODEL, dtype=None, backend: str = "c", threads: int | None = None
+    model: str | Path = DEFAULT_MODEL,
+    dtype=None,
+    backend: str = "c",
+    threads: int | None = None,
+    progress: checkpoint.Progress = lambda what, done, total: None,
 ) -> Llama:
-    """Load a model from a file, or by a name that `pull` knows (fetched on first use).
+    """Load a model from a file, a folder, or by a name that `pull` knows (fetched on first use).
 
     dtype: None keeps the weights as they are stored; numpy.float32 or numpy.float64 (backend "numpy" only)
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
+    What does not fit into memory is refused before it is begun. progress(what, done, total) counts bytes.
     """
-    file = checkpoint.open_checkpoint(locate(model))
-    transformer = checkpoint.build(file.args, file.weights(), dtype, backend, threads)
-    return Llama(transformer, file.tokenizer(), file.chat_format())
+    opened = checkpoint.open_checkpoint(locate(model, progress))
+    weights = opened.weights()
+    plan = memory_plan(opened.args, weights, backend, dtype)
+    available = available_memory(plan.mapped)
+    plan.check(available, opened.path)
+    tokenizer = opened.tokenizer()
+    transformer = checkpoint.build(opened.args, weights, dtype, backend, threads, progress)
+    room = plan.context_within(available)
+    return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Only the tokenizer of a model."""
+    """Only the tokenizer: of a model, or of a file that holds nothing else."""
     return checkpoint.open_checkpoint(locate(path)).tokenizer()

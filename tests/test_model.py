@@ -408,7 +408,8 @@ PACKAGE = Path(numpy_llama.__file__).parent
 LEVELS = [
     {"__init__", "__main__"},
     {"cli"},
-    {"verify", "bench", "perplexity", "trace", "llama", "pull", "doctor"},
+    {"verify", "bench", "perplexity", "trace", "llama", "convert", "pull", "doctor"},
+    {"memory"},
     {"generate"},
     {"checkpoint", "tokenizer", "chat", "sampling"},
     {"kernels"},

@@ -3,6 +3,7 @@
 `open_checkpoint` looks at what a file holds, never at how it is called.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from ..quantize import StoredTensor
 from .base import Checkpoint
 from .gguf_model import GGUFCheckpoint
 
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`, by what its first bytes say."""
@@ -22,27 +25,43 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def build(
     args: ModelArgs,
-    weights: dict[str, StoredTensor],
+    weights: Mapping[str, StoredTensor],
     dtype=None,
     backend: str = "c",
     threads: int | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Transformer:
-    """Choose, once and from outside, what the model computes with: functional.py or its C twins."""
+    """Choose, once and from outside, what the model computes with: functional.py or its C twins.
+
+    What need not be made anew stays where it lies; `progress` hears of the bytes of what must.
+    """
     if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
         raise ParameterError(f"dtype is {dtype!r}, it must be None, float32 or float64")
-    if backend == "numpy":
-        return Transformer(args, {name: w.dequantize(dtype or np.float32) for name, w in weights.items()})
-    if backend != "c":
+    if backend not in ("c", "numpy"):
         raise ParameterError(f"backend is {backend!r}, it must be 'c' or 'numpy'")
+    if backend == "numpy":
+        return Transformer(args, _each(weights, lambda w: w.dequantize(dtype or np.float32), progress))
     if dtype is not None and np.dtype(dtype) == np.float64:
         raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
 
     from ..kernels import Kernels, PackedWeight  # only here: the readable path runs without a compiler
 
+    def pack(w: StoredTensor) -> np.ndarray | PackedWeight:
+        if len(w.shape) == 1:
+            return w.dequantize()
+        return PackedWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
+
     kernels = Kernels(threads)
-    if dtype is not None:
-        weights = {name: StoredTensor.quantize(w.dequantize(), "F32") for name, w in weights.items()}
-    packed: dict[str, np.ndarray | PackedWeight] = {
-        name: w.dequantize() if len(w.shape) == 1 else PackedWeight(w) for name, w in weights.items()
-    }
-    return Transformer(args, packed, kernels.linear, kernels.attention)
+    return Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention)
+
+
+def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:
+    """Make something of every weight, and of one that has two names only once: a tied embedding."""
+    different = {id(w): w for w in weights.values()}
+    total, done, made = sum(w.nbytes for w in different.values()), 0, {}
+    for key, w in different.items():
+        if not w.in_place:
+            progress("loading", done, total)
+        made[key] = make(w)
+        done += w.nbytes
+    return {name: made[id(w)] for name, w in weights.items()}

@@ -4,13 +4,14 @@ What this file promises: a name that is no regular file is refused before it can
 is touched that lies beyond the end. What is mapped can still be changed by others; `check_unchanged` tells.
 """
 
+import errno
 import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import FileChangedError, FormatError, TruncatedError
+from ..errors import FileChangedError, FormatError, ResourceLimitError, TruncatedError
 
 
 class MappedFile:
@@ -30,6 +31,9 @@ class MappedFile:
                     raise TruncatedError(f"{path}: 0 bytes, need {least}; incomplete download?")
                 self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                what = f"its {self.size} bytes do not fit into what this process may use (ulimit -v)"
+                raise ResourceLimitError(f"{path}: {what}") from None
             raise FormatError(f"{path} cannot be read: {error.strerror}") from None
 
     def checked_end(self, start: int, nbytes: int, field: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatTemplate
+from ..chat import CHAT_FORMATS, ChatFormat, ChatTemplate
 from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import ConfigError, MismatchError, UnsupportedError, escape
 from ..functional import scale_freqs
@@ -42,9 +42,10 @@ class GGUFCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         return tokenizer_from_gguf(self.file.metadata, str(self.path))
 
-    def chat_format(self) -> ChatTemplate | None:
+    def chat_format(self) -> ChatFormat | None:
         source = self.file.get("tokenizer.chat_template", str)
-        return None if source is None else ChatTemplate(source)
+        known = self.file.get("numpy_llama.chat_format", str)
+        return CHAT_FORMATS.get(known) if source is None else ChatTemplate(source)
 
 
 def model_args(file: GGUFFile) -> ModelArgs:
@@ -126,10 +127,25 @@ def _rope_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
         factor = float(divisors.max())
         freqs = args.rope_theta ** -(np.arange(0, args.head_dim, 2) / args.head_dim)
         if 1 <= factor < np.inf:
-            wanted = freqs / scale_freqs(freqs, RopeScaling(factor))
+            scaling = _llama3_scaling(file, factor)
+            wanted = freqs / scale_freqs(freqs, scaling)
             if np.allclose(divisors, wanted, rtol=ROPE_TOLERANCE, atol=0):
-                return RopeScaling(factor) if factor > 1 else None
+                return scaling if factor > 1 else None
     raise UnsupportedError(f"{file.path}: rope_freqs.weight is not Llama 3.1's scaling by {factor}")
+
+
+def _llama3_scaling(file: GGUFFile, factor: float) -> RopeScaling:
+    """GGUF has no keys for the corners of the ramp, which are the same in all of Meta's models: ours."""
+    usual = RopeScaling(factor)
+    try:
+        return RopeScaling(
+            factor,
+            file.get("numpy_llama.rope.low_freq_factor", float, usual.low_freq_factor),
+            file.get("numpy_llama.rope.high_freq_factor", float, usual.high_freq_factor),
+            file.get("numpy_llama.rope.original_max_seq_len", int, usual.original_max_seq_len),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{file.path}: numpy_llama.rope: {error}") from None
 
 
 def weights(file: GGUFFile, args: ModelArgs) -> dict[str, StoredTensor]:

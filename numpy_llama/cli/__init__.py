@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import NumpyLlamaError, ParameterError, TextError
-from . import chat, doctor, generate, info, pull, tokenize
+from . import chat, convert, doctor, generate, info, pull, tokenize
 
-VERBS = (generate, chat, info, tokenize, pull, doctor)
+VERBS = (generate, chat, info, tokenize, convert, pull, doctor)
 
 
 class OneLineParser(argparse.ArgumentParser):

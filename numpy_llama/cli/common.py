@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from ..errors import ParameterError, TextError
 from ..generate import PREFILL_CHUNK
 from ..llama import Completion, Llama, Piece, finish, load
-from ..pull import DEFAULT_MODEL, locate
+from ..pull import DEFAULT_MODEL
 from ..sampling import Sampler
 
 
@@ -99,8 +99,7 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
-        path = locate(args.model, progress)
-    return load(path, backend=args.backend, threads=args.threads)
+        return load(args.model, backend=args.backend, threads=args.threads, progress=progress)
 
 
 def read_stdin() -> str:

@@ -1,0 +1,215 @@
+"""Any checkpoint to one native file, which is a GGUF file in formats that the kernels use where they lie.
+
+    f32, bf16, f16   every matrix so
+    q8               every matrix in Q8_0
+    q4               the layers in Q4_0; the embedding and the output matrix in Q8_0, because every token's
+                     meaning passes through one row of each
+
+What this file promises: OUT is either what it was before or the whole new file, read back and compared.
+Whatever stops us (a full disk, Ctrl-C, a kill, a loss of power) happens to a file of another name.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..chat import CHAT_FORMATS, ChatTemplate
+from ..config import ModelArgs
+from ..errors import FormatError, MismatchError, ParameterError, ResourceLimitError
+from ..functional import scale_freqs
+from ..quantize import FORMATS, Format, StoredTensor
+from ..tokenizer import UNUSED
+from .base import Checkpoint, TensorInfo
+from .gguf_model import GGUFCheckpoint
+from .gguf_write import layout, write_tensor
+from .names import tensor_names
+
+DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
+BYTES_AT_ONCE = 8 << 20  # of the result: progress is smooth, and memory small
+Progress = Callable[[str, int, int], None]
+
+
+def target_format(name: str, shape: tuple[int, ...], dtype: str) -> Format:
+    """In which format `convert` stores a weight. Vectors, and rows of no whole blocks, stay float32."""
+    wanted = "Q8_0" if dtype == "q4" and not name.startswith("layers.") else DTYPES[dtype]
+    return FORMATS["F32" if len(shape) == 1 or shape[-1] % FORMATS[wanted].block else wanted]
+
+
+def convert(
+    source: Checkpoint,
+    out: Path,
+    dtype: str,
+    threads: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Path:
+    """Write `source` to the file `out`; -> its path. progress(what, done, total) counts bytes."""
+    if dtype not in DTYPES:
+        raise ParameterError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
+    weights, out = source.weights(), Path(os.path.realpath(out))
+    if any(out == Path(os.path.realpath(file.path)) for file in source.files):
+        raise ParameterError(f"{out} is what is to be converted: give another name for the result")
+    if out.is_dir():
+        raise ParameterError(f"{out} is a folder; wanted the name of a file")
+    names = tensor_names(source.args, "gguf")
+    if weights["output.weight"] is weights["tok_embeddings.weight"]:
+        del names["output.weight"]
+    extra = rope_divisors(source.args)
+    formats = {ours: target_format(ours, weights[ours].shape, dtype) for ours in names}
+    plan = [(theirs, formats[ours], weights[ours].shape) for ours, theirs in names.items()]
+    plan += [(name, tensor.format, tensor.shape) for name, tensor in extra.items()]
+    vocabulary = padded(source.tokenizer().metadata, source.args.vocab_size)
+    metadata = model_metadata(source.args) | vocabulary | chat_metadata(source)
+    head, infos = layout(plan, metadata)
+    total = infos[-1].offset + infos[-1].nbytes
+    tensors = [weights[ours] for ours in names] + list(extra.values())
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            file.write(head)
+            done, sums = 0, []
+            for info, tensor in zip(infos, tensors, strict=True):
+                digest = hashlib.blake2b()
+                for piece in write_tensor(file, info, converted(tensor, FORMATS[info.type_name], threads)):
+                    digest.update(piece.data)
+                    progress("converting", done := done + piece.nbytes, total)
+                sums.append(digest.digest())
+                source.check_unchanged()
+            file.flush()
+            os.fsync(file.fileno())
+        verify(GGUFCheckpoint(part), source.args, infos, sums, progress)
+
+    try:
+        if (free := shutil.disk_usage(out.parent).free) < total:
+            raise ResourceLimitError(f"{out} needs {total:,} bytes, the disk has {free:,} left")
+        _replace(out, write)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise ResourceLimitError(f"{out} was not written: {error.strerror}; nothing was changed") from None
+        raise FormatError(f"{out} cannot be written: {error.strerror}") from None
+    return out
+
+
+def _replace(out: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `out`, and give it that name only when it is whole."""
+    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)
+        os.replace(part, out)
+        folder = os.open(out.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name too must survive a loss of power
+        finally:
+            os.close(folder)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def converted(tensor: StoredTensor, format: Format, threads: int | None) -> Iterator[np.ndarray]:
+    """The bytes of a weight in another format, some rows at a time, in the model's order."""
+    if len(tensor.shape) == 1:
+        yield StoredTensor.quantize(tensor.dequantize(), format).data
+        return
+    from ..kernels import Kernels  # only here: reading files needs no compiler
+
+    kernels, tensor = Kernels(threads), tensor.realize()
+    rows = max(1, BYTES_AT_ONCE // format.row_bytes(tensor.shape[-1]))
+    for begin in range(0, len(tensor), rows):
+        yield kernels.convert(tensor, format, begin, min(begin + rows, len(tensor)))
+
+
+def verify(
+    written: GGUFCheckpoint, args: ModelArgs, infos: list[TensorInfo], sums: list[bytes], progress: Progress
+) -> None:
+    """Read a new file back: its header says what was meant, its tensors hold what was computed."""
+    found = written.args
+    if float32_args(found) != float32_args(args) or list(written.tensors.values()) != infos:
+        raise MismatchError(f"{written.path} was written wrongly: it says {found}, wanted {args}")
+    total = sum(info.nbytes for info in infos)
+    done = 0
+    for info, wanted in zip(infos, sums, strict=True):
+        data = written.file.file.bytes_at(info.offset, info.nbytes, info.name)
+        digest = hashlib.blake2b()
+        for begin in range(0, info.nbytes, BYTES_AT_ONCE):
+            digest.update(data[begin : begin + BYTES_AT_ONCE].data)
+            progress("checking", min(done + begin + BYTES_AT_ONCE, total), total)
+        if digest.digest() != wanted:
+            raise MismatchError(f"{written.path} was written wrongly: {info.name} reads back differently")
+        done += info.nbytes
+        written.file.file.forget(info.offset, info.nbytes)
+    written.weights()
+    written.tokenizer()
+
+
+def float32_args(args: ModelArgs) -> tuple:
+    """The arguments as a GGUF file can hold them."""
+    return tuple(np.float32(v) if isinstance(v, float) else v for v in vars(args).values() if v is not None)
+
+
+def model_metadata(args: ModelArgs) -> dict[str, Any]:
+    """The keys that gguf_model.model_args reads."""
+    scaling = args.rope_scaling
+    metadata: dict[str, Any] = {
+        "general.architecture": "llama",
+        "llama.block_count": args.n_layers,
+        "llama.context_length": args.max_seq_len,
+        "llama.embedding_length": args.dim,
+        "llama.feed_forward_length": args.hidden_dim,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.n_kv_heads,
+        "llama.attention.key_length": args.head_dim,
+        "llama.attention.value_length": args.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
+        "llama.rope.freq_base": float(args.rope_theta),
+        "llama.rope.dimension_count": args.head_dim,
+        "llama.vocab_size": args.vocab_size,
+    }
+    if scaling is not None and scaling.type == "linear":
+        metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
+    elif scaling is not None:
+        metadata |= {
+            "numpy_llama.rope.low_freq_factor": float(scaling.low_freq_factor),
+            "numpy_llama.rope.high_freq_factor": float(scaling.high_freq_factor),
+            "numpy_llama.rope.original_max_seq_len": scaling.original_max_seq_len,
+        }
+    return metadata
+
+
+def rope_divisors(args: ModelArgs) -> dict[str, StoredTensor]:
+    """Llama 3.1's scaling as GGUF has it: what each frequency is divided by."""
+    if args.rope_scaling is None or args.rope_scaling.type != "llama3":
+        return {}
+    freqs = args.rope_theta ** -(np.arange(0, args.head_dim, 2) / args.head_dim)
+    divisors = (freqs / scale_freqs(freqs, args.rope_scaling)).astype(np.float32)
+    return {"rope_freqs.weight": StoredTensor.quantize(divisors, "F32")}
+
+
+def padded(vocabulary: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """GGUF wants a token for every row of the embedding; some models have rows that no token uses."""
+    out = dict(vocabulary)
+    n = len(out["tokenizer.ggml.tokens"])
+    if missing := rows - n:
+        out["tokenizer.ggml.tokens"] = [*out["tokenizer.ggml.tokens"], *(f"[PAD{i}]" for i in range(n, rows))]
+        for key, value in (("token_type", UNUSED), ("scores", 0)):
+            if (column := out.get(f"tokenizer.ggml.{key}")) is not None:
+                out[f"tokenizer.ggml.{key}"] = np.append(column, np.full(missing, value, column.dtype))
+    return out
+
+
+def chat_metadata(source: Checkpoint) -> dict[str, Any]:
+    """The model's template, or the name of the format that is written out in chat.py."""
+    chat = source.chat_format()
+    if isinstance(chat, ChatTemplate):
+        return {"tokenizer.chat_template": chat.source}
+    return {"numpy_llama.chat_format": name for name, known in CHAT_FORMATS.items() if known is chat}

@@ -1,0 +1,154 @@
+"""What a model will take, known from its headers before anything is loaded, and what there is.
+
+    weights used where they lie in the file      as large as the file
+    weights made on loading                      joined shards, expanded formats, float32 for the NumPy path
+    KV cache                                     2 * n_layers * K * Dh float32 a position
+    scratch                                      RoPE's table, and the activations of the widest step
+
+Loading asks `MemoryPlan.check`, which refuses with these numbers, instead of being killed half-way.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint.convert import target_format
+from .config import ModelArgs
+from .errors import ResourceLimitError
+from .generate import PREFILL_CHUNK
+from .quantize import QK, StoredTensor
+
+LEAST_CONTEXT = 512  # positions that a model must at least have room for
+BYTES_A_TOKEN = 800  # of a tokenizer: texts, bytes, ranks and merges; measured on 128,256 tokens
+CGROUP = Path("/sys/fs/cgroup")
+PYTHON = 64 << 20  # the interpreter, NumPy and this package
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All numbers are bytes, but `max_seq_len`: the positions that the model itself allows."""
+
+    mapped: int
+    made: int
+    kv_per_position: int
+    scratch: int
+    max_seq_len: int
+    parameters: int
+    converted: Mapping[str, int]  # what the weights would take after `convert`, by its --dtype
+
+    @property
+    def fixed(self) -> int:
+        """All but the KV cache."""
+        return self.mapped + self.made + self.scratch
+
+    def peak(self, positions: int) -> int:
+        """With a KV cache of so many positions, all of them in use."""
+        return self.fixed + positions * self.kv_per_position
+
+    def context_within(self, available: int) -> int:
+        """How many positions there is room for."""
+        return max(0, min(self.max_seq_len, (available - self.fixed) // self.kv_per_position))
+
+    def check(self, available: int, source: object) -> None:
+        """ResourceLimitError with the numbers, and with what would fit, if the model `source` does not."""
+        positions = min(LEAST_CONTEXT, self.max_seq_len)
+        cache = positions * self.kv_per_position
+        if self.peak(positions) <= available:
+            return
+        other = self.scratch + cache
+        smaller = {d: nbytes + other for d, nbytes in self.converted.items() if nbytes + other <= available}
+        hint = "even with 4-bit weights it would take " + gib(self.converted["q4"] + other)
+        if smaller:
+            sizes = " or ".join(f"{dtype} {gib(nbytes)}" for dtype, nbytes in smaller.items())
+            hint = f"`numpy-llama convert MODEL OUT --dtype ...` makes a file that takes {sizes}"
+        raise ResourceLimitError(
+            f"{source} does not fit: weights {gib(self.mapped + self.made)}, KV cache {gib(cache)} for "
+            f"{positions} tokens, scratch {gib(self.scratch)}, in all {gib(self.peak(positions))}; "
+            f"{gib(available)} are available; {hint}"
+        )
+
+
+def memory_plan(args: ModelArgs, weights: Mapping[str, StoredTensor], backend: str, dtype=None) -> MemoryPlan:
+    """What this model takes on that path. Only the shapes and formats of the weights are looked at."""
+    mapped = made = parameters = 0
+    converted = dict.fromkeys(("bf16", "q8", "q4"), 0)
+    itemsize = np.dtype(dtype or np.float32).itemsize
+    for name, w in {id(w): (name, w) for name, w in weights.items()}.values():  # a tied one is there once
+        n, rows = math.prod(w.shape), math.prod(w.shape[:-1])
+        parameters, expanded = parameters + n, n * itemsize
+        for to in converted:
+            converted[to] += rows * target_format(name, w.shape, to).row_bytes(w.shape[-1])
+        if backend == "numpy" or dtype is not None:
+            in_place = w.in_place and w.format.name == "F32" and itemsize == 4 and w.row_order is None
+            mapped, made = (mapped + expanded, made) if in_place else (mapped, made + expanded)
+        elif w.in_place and w.shape[-1] % QK == 0:
+            mapped += w.nbytes
+        else:
+            made += w.nbytes + (-w.shape[-1] % QK) * w.nbytes // w.shape[-1]
+    table = args.max_seq_len * args.head_dim * itemsize  # and half as much while it is made
+    heads, kv_heads = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    step = PREFILL_CHUNK * itemsize * (5 * args.dim + 3 * heads + 2 * kv_heads + 5 * args.hidden_dim)
+    step += 4 * args.vocab_size * itemsize
+    if backend == "numpy":  # scores and probabilities of one layer, keys and values repeated for each head
+        positions = min(LEAST_CONTEXT, args.max_seq_len)
+        step += itemsize * positions * (4 * PREFILL_CHUNK * args.n_heads + 4 * heads)
+    scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + table + max(step, table // 2)
+    kv_per_position = 2 * args.n_layers * kv_heads * itemsize
+    return MemoryPlan(mapped, made, kv_per_position, scratch, args.max_seq_len, parameters, converted)
+
+
+def available_memory(mapped: int = 0) -> int:
+    """Bytes that this process may still come to use: of the machine, of its container, of its own limit.
+
+    `mapped` bytes are mapped already, and so are part of what its own limit counts as used.
+    """
+    own = _own_limit()
+    limits = [_machine(), _container(), None if own is None else own + mapped]
+    return max(0, min(limit for limit in limits if limit is not None))
+
+
+def _machine() -> int:
+    meminfo = _numbers("/proc/meminfo")
+    if "MemAvailable:" in meminfo:
+        return meminfo["MemAvailable:"] * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _container() -> int | None:
+    """Control groups, version 2. What only caches files counts as free: the kernel takes it back."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    if not limit.isdigit():  # "max"
+        return None
+    return int(limit) - int(used) + _numbers(CGROUP / "memory.stat").get("inactive_file", 0)
+
+
+def _own_limit() -> int | None:
+    """What `ulimit -v` leaves: it counts address space, in which a mapped file lies whole."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _numbers("/proc/self/status").get("VmSize:")
+    return None if limit == resource.RLIM_INFINITY or used is None else limit - used * 1024
+
+
+def _numbers(path: str | Path) -> dict[str, int]:
+    """The lines "name number ..." of one of the kernel's tables."""
+    try:
+        lines = [line.split() for line in Path(path).read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
+
+
+def gib(nbytes: int) -> str:
+    """12.3 GiB, or 45.6 MiB."""
+    return f"{nbytes / 2**30:,.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:,.1f} MiB"

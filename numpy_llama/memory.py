@@ -38,7 +38,7 @@ class MemoryPlan:
     scratch: int
     max_seq_len: int
     parameters: int
-    converted: Mapping[str, int]  # what the weights would take after `convert`, by its --dtype
+    instead: Mapping[str, int]  # what the weights would take in other ways: options of ours -> bytes
 
     @property
     def fixed(self) -> int:
@@ -60,11 +60,10 @@ class MemoryPlan:
         if self.peak(positions) <= available:
             return
         other = self.scratch + cache
-        smaller = {d: nbytes + other for d, nbytes in self.converted.items() if nbytes + other <= available}
-        hint = "even with 4-bit weights it would take " + gib(self.converted["q4"] + other)
+        smaller = {how: nbytes + other for how, nbytes in self.instead.items() if nbytes + other <= available}
+        hint = "no other format would fit, the smallest takes " + gib(min(self.instead.values()) + other)
         if smaller:
-            sizes = " or ".join(f"{dtype} {gib(nbytes)}" for dtype, nbytes in smaller.items())
-            hint = f"`numpy-llama convert MODEL OUT --dtype ...` makes a file that takes {sizes}"
+            hint = "what would fit: " + ", ".join(f"{how} ({gib(n)})" for how, n in smaller.items())
         raise ResourceLimitError(
             f"{source} does not fit: weights {gib(self.mapped + self.made)}, KV cache {gib(cache)} for "
             f"{positions} tokens, scratch {gib(self.scratch)}, in all {gib(self.peak(positions))}; "
@@ -75,13 +74,17 @@ class MemoryPlan:
 def memory_plan(args: ModelArgs, weights: Mapping[str, StoredTensor], backend: str, dtype=None) -> MemoryPlan:
     """What this model takes on that path. Only the shapes and formats of the weights are looked at."""
     mapped = made = parameters = 0
-    converted = dict.fromkeys(("bf16", "q8", "q4"), 0)
+    instead = {"`--backend c`": 0} if backend == "numpy" else {}
+    converted = {dtype: f"a file by `numpy-llama convert --dtype {dtype}`" for dtype in ("bf16", "q8", "q4")}
+    instead |= dict.fromkeys(converted.values(), 0)
     itemsize = np.dtype(dtype or np.float32).itemsize
     for name, w in {id(w): (name, w) for name, w in weights.items()}.values():  # a tied one is there once
         n, rows = math.prod(w.shape), math.prod(w.shape[:-1])
         parameters, expanded = parameters + n, n * itemsize
-        for to in converted:
-            converted[to] += rows * target_format(name, w.shape, to).row_bytes(w.shape[-1])
+        for to, how in converted.items():
+            instead[how] += rows * target_format(name, w.shape, to).row_bytes(w.shape[-1])
+        if backend == "numpy":
+            instead["`--backend c`"] += w.nbytes
         if backend == "numpy" or dtype is not None:
             in_place = w.in_place and w.format.name == "F32" and itemsize == 4 and w.row_order is None
             mapped, made = (mapped + expanded, made) if in_place else (mapped, made + expanded)
@@ -98,7 +101,7 @@ def memory_plan(args: ModelArgs, weights: Mapping[str, StoredTensor], backend: s
         step += itemsize * positions * (4 * PREFILL_CHUNK * args.n_heads + 4 * heads)
     scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + table + max(step, table // 2)
     kv_per_position = 2 * args.n_layers * kv_heads * itemsize
-    return MemoryPlan(mapped, made, kv_per_position, scratch, args.max_seq_len, parameters, converted)
+    return MemoryPlan(mapped, made, kv_per_position, scratch, args.max_seq_len, parameters, instead)
 
 
 def available_memory(mapped: int = 0) -> int:

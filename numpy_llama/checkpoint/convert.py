@@ -134,7 +134,7 @@ def verify(
 ) -> None:
     """Read a new file back: its header says what was meant, its tensors hold what was computed."""
     found = written.args
-    if float32_args(found) != float32_args(args) or list(written.tensors.values()) != infos:
+    if found != args or list(written.tensors.values()) != infos:
         raise MismatchError(f"{written.path} was written wrongly: it says {found}, wanted {args}")
     total = sum(info.nbytes for info in infos)
     done = 0
@@ -150,11 +150,6 @@ def verify(
         written.file.file.forget(info.offset, info.nbytes)
     written.weights()
     written.tokenizer()
-
-
-def float32_args(args: ModelArgs) -> tuple:
-    """The arguments as a GGUF file can hold them."""
-    return tuple(np.float32(v) if isinstance(v, float) else v for v in vars(args).values() if v is not None)
 
 
 def model_metadata(args: ModelArgs) -> dict[str, Any]:

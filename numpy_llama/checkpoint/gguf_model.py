@@ -72,8 +72,8 @@ def model_args(file: GGUFFile) -> ModelArgs:
         "head_dim": head_dim,
         "hidden_dim": _size(file, "llama.feed_forward_length", "hidden_dim"),
         "vocab_size": _vocab_size(file),
-        "norm_eps": file.require("llama.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": file.get("llama.rope.freq_base", float, 10000.0),
+        "norm_eps": _decimal(file.require("llama.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": _decimal(file.get("llama.rope.freq_base", float, 10000.0)),
         "max_seq_len": _size(file, "llama.context_length", "max_seq_len"),
     }
     try:
@@ -88,6 +88,13 @@ def _size(file: GGUFFile, key: str, ours: str, default: int | None = None) -> in
     if not 0 < value <= LIMITS[ours]:
         raise ConfigError(f"{file.path}: {key} is {value}, it must lie in 1..{LIMITS[ours]}")
     return value
+
+
+def _decimal(x: float) -> float:
+    """What was meant: a file holds 1e-5 as a float32, which read as a float64 is 9.99999974e-06."""
+    with np.errstate(over="ignore"):
+        is_float32 = float(np.float32(x)) == x
+    return float(str(np.float32(x))) if is_float32 else x
 
 
 def _vocab_size(file: GGUFFile) -> int:

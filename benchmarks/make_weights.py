@@ -25,7 +25,8 @@ import numpy as np
 
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
 from numpy_llama.cli.common import transfer_bar
-from numpy_llama.config import PRESETS, ModelArgs
+from numpy_llama.config import ModelArgs
+from numpy_llama.presets import PRESETS
 from numpy_llama.quantize import quantize_bf16
 
 SHARD_BYTES = 5_000_000_000  # as the Hugging Face hub cuts them
@@ -35,7 +36,7 @@ PIECE = 1 << 22  # numbers written at once
 
 @cache
 def pool(width: int) -> np.ndarray:
-    """Normal numbers in bfloat16, so scaled that a product with `width` of them keeps the size of its input."""
+    """Normal numbers in bfloat16, so scaled that a row of `width` of them keeps the size of its input."""
     numbers = np.random.default_rng(0).standard_normal(POOL, dtype=np.float32)
     return quantize_bf16(numbers * np.float32(width**-0.5)).view(np.uint16)
 
@@ -153,7 +154,12 @@ def write_meta(folder: Path, args: ModelArgs, weights, progress) -> None:
                 Pickler(file, 2).dump(state)
             archive.writestr("consolidated.00/byteorder", "little")
             for i, ours in enumerate(names):
-                with archive.open(f"consolidated.00/data/{i}", "w", force_zip64=True) as file:
+                record = zipfile.ZipInfo(f"consolidated.00/data/{i}")
+                record.file_size = 2 * int(np.prod(expected_shape(ours, args)))
+                begin = archive.fp.tell() + 30 + len(record.filename) + 4
+                padding = -begin % 64  # PyTorch's, so that every storage is aligned
+                record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+                with archive.open(record, "w") as file:
                     for piece in weights(ours):
                         file.write(piece)
                         progress(len(piece))

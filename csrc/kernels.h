@@ -6,12 +6,13 @@
  *
  * `threads` is how many OpenMP threads to use; the result never depends on it, bit for bit.
  * `begin, end` name the part of the result to compute, so that a caller can keep each call short.
- * No function keeps a pointer, writes outside its output, or reads outside the shapes given.
- * numpy_llama/kernels.py checks all shapes before it calls; these functions check nothing. */
+ * No function writes outside its output, reads outside the shapes given or, but for nl_watch, keeps a
+ * pointer. numpy_llama/kernels.py checks all shapes before it calls; these functions check nothing. */
 
 /* y[:, begin:end] = x @ w[begin:end].T      linear.c
- *   x (T, IN)   w (OUT, IN) as stored   y (T, OUT);   IN a multiple of 32.
- *   format is ggml's number: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 8 Q8_0, 30 BF16 (numpy_llama/quantize.py). */
+ *   x (T, IN)   w (OUT, IN) as stored   y (T, OUT);   IN a multiple of 32, in K formats of 256.
+ *   format is ggml's number: 0 F32, 1 F16, 30 BF16, 8 Q8_0, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 12 Q4_K, 13 Q5_K,
+ *   14 Q6_K (numpy_llama/quantize.py). */
 void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
                int64_t begin, int64_t end, int threads);
 
@@ -23,8 +24,20 @@ int nl_attention(float *out, const float *q, const void *k, const void *v, int f
                  int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
                  const int64_t *v_strides, int64_t begin, int64_t end, int threads);
 
+/* dst = quantize(dequantize(src))      quantize.c
+ *   src, dst: `rows` rows of IN weights as stored, in any two of the formats above; dst in F32, F16, BF16,
+ *   Q8_0 or Q4_0. IN a multiple of both formats' blocks.
+ *   Returns 0, or the first row, counted from 1, that dst's format cannot store: NaN, or beyond 65504. */
+int64_t nl_convert(void *dst, int dst_format, const void *src, int src_format, int64_t rows, int64_t IN,
+                   int threads);
+
 /* y = exp(x), n numbers: the exponential inside attention, for its tests. 0 below -87. */
 void nl_exp(float *y, const float *x, int64_t n);
+
+/* If the nbytes from `begin` on, a mapped file, turn out to be cut: end the process with one line that names
+ * the file, instead of by SIGBUS. Returns -1 when too many are watched already.      watch.c */
+int nl_watch(const void *begin, int64_t nbytes, const char *name);
+void nl_unwatch(const void *begin);
 
 /* The instruction sets compiled in and able to run here, fastest first: "avx2", "scalar". NULL past
  * the last one.      dispatch.c */

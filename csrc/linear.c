@@ -45,38 +45,30 @@ void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, i
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
-static void unpack_scalar(int format, float w[QK], const uint8_t *p) {
-    for (int i = 0; i < QK; i++) {
-        int nibble_at = i % 16, shift = i < 16 ? 0 : 4;
-        switch (format) {
-        case F32: w[i] = load_f32(p + 4 * i); break;
-        case F16: w[i] = half_to_float(load_u16(p + 2 * i)); break;
-        case BF16: w[i] = float_of_bits((uint32_t)load_u16(p + 2 * i) << 16); break;
-        case Q8_0: w[i] = half_to_float(load_u16(p)) * (float)(int8_t)p[2 + i]; break;
-        case Q4_0: w[i] = half_to_float(load_u16(p)) * (float)((p[2 + nibble_at] >> shift & 15) - 8); break;
-        case Q4_1:
-            w[i] = half_to_float(load_u16(p)) * (float)(p[4 + nibble_at] >> shift & 15) +
-                   half_to_float(load_u16(p + 2));
-            break;
+INLINE void rows_scalar(const int format, const linear_args *a, int64_t begin, int64_t end) {
+    const int64_t weights = block_weights(format), bytes = block_bytes(format), blocks = a->IN / weights;
+    for (int64_t r = begin; r < end; r++) {
+        for (int64_t t = 0; t < a->T; t++) a->y[t * a->OUT + r] = 0;
+        for (int64_t b = 0; b < blocks; b++) {
+            float w[QK_K];
+            for (int s = 0; s < weights / 16; s++)
+                for (int i = 0; i < 16; i++)
+                    w[16 * s + i] = weight(format, a->w + (r * blocks + b) * bytes, s, i);
+            for (int64_t t = 0; t < a->T; t++) {
+                const float *x = a->x + t * a->IN + b * weights;
+                float sum = a->y[t * a->OUT + r];
+                for (int i = 0; i < weights; i++) sum += w[i] * x[i];
+                a->y[t * a->OUT + r] = sum;
+            }
         }
     }
 }
 
 void linear_scalar(const linear_args *a, int64_t begin, int64_t end) {
-    const int64_t bytes = block_bytes(a->format), blocks = a->IN / QK;
-    for (int64_t r = begin; r < end; r++) {
-        for (int64_t t = 0; t < a->T; t++) a->y[t * a->OUT + r] = 0;
-        for (int64_t b = 0; b < blocks; b++) {
-            float w[QK];
-            unpack_scalar(a->format, w, a->w + (r * blocks + b) * bytes);
-            for (int64_t t = 0; t < a->T; t++) {
-                const float *x = a->x + t * a->IN + b * QK;
-                float sum = a->y[t * a->OUT + r];
-                for (int i = 0; i < QK; i++) sum += w[i] * x[i];
-                a->y[t * a->OUT + r] = sum;
-            }
-        }
-    }
+#define CASE(FORMAT)                                                                                         \
+    case FORMAT: rows_scalar(FORMAT, a, begin, end); break;
+    switch (a->format) { EACH_FORMAT(CASE) }
+#undef CASE
 }
 
 #else
@@ -101,32 +93,83 @@ void linear_scalar(const linear_args *a, int64_t begin, int64_t end) {
  * Accumulators, the tokens of the step and one row are all the 16 (of 32) registers there are. Tokens go
  * in blocks of 192, whose chunk of x stays in the second level while all panels pass by. */
 
-enum { CHUNK = 64 * LANES, PANEL_ROWS = 16, TOKEN_BLOCK = 192, PARTS = QK / LANES };
+/* A chunk is whole blocks of every format. */
+enum { CHUNK = 64 * LANES, PANEL_ROWS = 16, TOKEN_BLOCK = 192, PARTS = 16 / LANES };
 
-WORD void unpack(const int format, vec w[PARTS], const uint8_t *p) {
-    if (format == F32)
-        for (int i = 0; i < PARTS; i++) w[i] = vec_load(p + 4 * LANES * i);
-    if (format == F16)
-        for (int i = 0; i < PARTS; i++) w[i] = vec_from_f16(p + 2 * LANES * i);
-    if (format == BF16)
-        for (int i = 0; i < PARTS; i++) w[i] = vec_from_bf16(p + 2 * LANES * i);
-    if (format == Q8_0) {
-        const vec d = vec_all_f16(p);
-        for (int i = 0; i < PARTS; i++) w[i] = vec_mul(d, vec_from_i8(p + 2 + LANES * i));
+/* A K format's weights are d * q + m, with d and m of the 16 (Q4_K, Q5_K: 8) sub-blocks of their block. */
+typedef struct {
+    float d[16], m[16];
+} scales;
+
+WORD void unpack_scales(const int format, scales *to, const uint8_t *p) {
+    if (format == Q4_K || format == Q5_K) {
+        /* k_scale and k_minimum of four j at once, each in its own byte of 32 bits. */
+        const uint32_t low = load_u32(p + 4), middle = load_u32(p + 8), high = load_u32(p + 12);
+        const uint32_t upper_sc = (high & 0x0f0f0f0f) | (low >> 2 & 0x30303030);
+        const uint32_t upper_m = (high >> 4 & 0x0f0f0f0f) | (middle >> 2 & 0x30303030);
+        const vec sc = vec_from_8_bytes((low & 0x3f3f3f3f) | (uint64_t)upper_sc << 32);
+        const vec m = vec_from_8_bytes((middle & 0x3f3f3f3f) | (uint64_t)upper_m << 32);
+        vec_store(to->d, vec_mul(vec_all_f16(p), sc));
+        vec_store(to->m, vec_mul(vec_mul(vec_all(-1), vec_all_f16(p + 2)), m));
     }
-    if (format == Q4_0 || format == Q4_1) {
-        /* d * q + m, where Q4_0 has m = -8 d: both products are exact, so one FMA rounds as NumPy does. */
-        const vec d = vec_all_f16(p), m = format == Q4_0 ? vec_mul(d, vec_all(-8)) : vec_all_f16(p + 2);
-        const bytes16 pairs = load_bytes16(p + (format == Q4_0 ? 2 : 4));
-        for (int i = 0; i < PARTS / 2; i++) {
-            w[i] = vec_fma(vec_from_bytes16(low_nibbles(pairs), LANES * i), d, m);
-            w[PARTS / 2 + i] = vec_fma(vec_from_bytes16(high_nibbles(pairs), LANES * i), d, m);
+    if (format == Q6_K)
+        for (int i = 0; i < 16; i += LANES) {
+            const vec d = vec_mul(vec_all_f16(p + 208), vec_from_i8(p + 192 + i));
+            vec_store(to->d + i, d);
+            vec_store(to->m + i, vec_mul(vec_all(-32), d));
         }
+}
+
+/* Weights 16 s .. 16 s + 15 of the block at p: `weight` of vec.h, LANES at a time. */
+WORD void unpack(const int format, vec w[PARTS], const uint8_t *p, const scales *k, int s) {
+    const uint8_t *const dense = p + 16 * s * block_bytes(format) / QK; /* formats of single numbers */
+    vec d = vec_zero(), m = vec_zero();
+    bytes16 q;
+    switch (format) {
+    case F32:
+        for (int i = 0; i < PARTS; i++) w[i] = vec_load(dense + 4 * LANES * i);
+        return;
+    case F16:
+        for (int i = 0; i < PARTS; i++) w[i] = vec_from_f16(dense + 2 * LANES * i);
+        return;
+    case BF16:
+        for (int i = 0; i < PARTS; i++) w[i] = vec_from_bf16(dense + 2 * LANES * i);
+        return;
+    case Q8_0:
+        for (int i = 0; i < PARTS; i++)
+            w[i] = vec_mul(vec_all_f16(p), vec_from_i8(p + 2 + 16 * s + LANES * i));
+        return;
+    /* All others are d * q + m, where for example Q4_0 has m = -8 d. A scale has 11 bits, times sc at most
+     * 18, times q at most 24: all products are exact, so one FMA rounds as NumPy does. */
+    case Q4_0: q = field(load_bytes16(p + 2), 4 * s, 15); break;
+    case Q4_1: q = field(load_bytes16(p + 4), 4 * s, 15); break;
+    case Q5_0: q = plus_fifth_bits(field(load_bytes16(p + 6), 4 * s, 15), load_u16(p + 2 + 2 * s)); break;
+    case Q5_1: q = plus_fifth_bits(field(load_bytes16(p + 8), 4 * s, 15), load_u16(p + 4 + 2 * s)); break;
+    case Q4_K: q = field(load_bytes16(p + 16 + s / 4 * 32 + s % 2 * 16), s / 2 % 2 * 4, 15); break;
+    case Q5_K:
+        q = join(field(load_bytes16(p + 48 + s / 4 * 32 + s % 2 * 16), s / 2 % 2 * 4, 15),
+                 field(load_bytes16(p + 16 + s % 2 * 16), s / 2, 1));
+        break;
+    case Q6_K:
+        q = join(field(load_bytes16(p + s / 8 * 64 + s % 4 * 16), s / 4 % 2 * 4, 15),
+                 field(load_bytes16(p + 128 + s / 8 * 32 + s % 2 * 16), s / 2 % 4 * 2, 3));
+        break;
     }
+    switch (format) {
+    case Q4_0: d = vec_all_f16(p), m = vec_mul(d, vec_all(-8)); break;
+    case Q5_0: d = vec_all_f16(p), m = vec_mul(d, vec_all(-16)); break;
+    case Q4_1:
+    case Q5_1: d = vec_all_f16(p), m = vec_all_f16(p + 2); break;
+    case Q4_K:
+    case Q5_K: d = vec_all(k->d[s / 2]), m = vec_all(k->m[s / 2]); break;
+    case Q6_K: d = vec_all(k->d[s]), m = vec_all(k->m[s]); break;
+    }
+    for (int i = 0; i < PARTS; i++) w[i] = vec_fma(vec_from_bytes16(q, LANES * i), d, m);
 }
 
 WORD void one_token(const int format, const linear_args *a, int64_t begin, int64_t end) {
-    const int64_t bytes = block_bytes(format), blocks = a->IN / QK, quarter = (end - begin + 3) / 4;
+    const int64_t weights = block_weights(format), bytes = block_bytes(format);
+    const int64_t blocks = a->IN / weights, quarter = (end - begin + 3) / 4;
     for (int64_t r = begin; r < begin + quarter; r++) {
         const uint8_t *w[4];
         for (int i = 0; i < 4; i++) {
@@ -137,13 +180,17 @@ WORD void one_token(const int format, const linear_args *a, int64_t begin, int64
         for (int64_t c = 0; c < a->IN; c += CHUNK) {
             const int64_t c_end = c + CHUNK < a->IN ? c + CHUNK : a->IN;
             vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
-            for (int64_t k = c; k < c_end; k += QK)
-                for (int i = 0; i < 4; i++) {
-                    vec u[PARTS];
-                    unpack(format, u, w[i] + k / QK * bytes);
-                    for (int j = 0; j < PARTS; j++)
-                        sum[i] = vec_fma(u[j], vec_load(a->x + k + LANES * j), sum[i]);
-                }
+            for (int64_t k = c; k < c_end; k += weights) {
+                scales s[4];
+                for (int i = 0; i < 4; i++) unpack_scales(format, &s[i], w[i] + k / weights * bytes);
+                for (int j = 0; j < weights / 16; j++)
+                    for (int i = 0; i < 4; i++) {
+                        vec u[PARTS];
+                        unpack(format, u, w[i] + k / weights * bytes, &s[i], j);
+                        for (int l = 0; l < PARTS; l++)
+                            sum[i] = vec_fma(u[l], vec_load(a->x + k + 16 * j + LANES * l), sum[i]);
+                    }
+            }
             y = _mm_add_ps(y, vec_sums(sum[0], sum[1], sum[2], sum[3]));
         }
         float four[4];
@@ -194,7 +241,7 @@ TARGET static void any_tile(int64_t tokens, const linear_args *a, const float *p
 }
 
 WORD void many_tokens(const int format, const linear_args *a, int64_t begin, int64_t end) {
-    const int64_t bytes = block_bytes(format), blocks = a->IN / QK;
+    const int64_t weights = block_weights(format), bytes = block_bytes(format), blocks = a->IN / weights;
     _Alignas(64) float panel[PANEL_ROWS * CHUNK] = {0}; /* a last tile of under 4 rows reads all 4 */
     for (int64_t t0 = 0; t0 < a->T; t0 += TOKEN_BLOCK) {
         const int64_t t_end = t0 + TOKEN_BLOCK < a->T ? t0 + TOKEN_BLOCK : a->T;
@@ -203,10 +250,16 @@ WORD void many_tokens(const int format, const linear_args *a, int64_t begin, int
             for (int64_t r0 = begin; r0 < end; r0 += PANEL_ROWS) {
                 const int64_t rows = r0 + PANEL_ROWS < end ? PANEL_ROWS : end - r0;
                 for (int64_t r = 0; r < rows; r++)
-                    for (int64_t k = 0; k < n; k += QK) {
-                        vec u[PARTS];
-                        unpack(format, u, a->w + ((r0 + r) * blocks + (c + k) / QK) * bytes);
-                        for (int j = 0; j < PARTS; j++) vec_store(panel + r * CHUNK + k + LANES * j, u[j]);
+                    for (int64_t k = 0; k < n; k += weights) {
+                        const uint8_t *w = a->w + ((r0 + r) * blocks + (c + k) / weights) * bytes;
+                        scales s;
+                        unpack_scales(format, &s, w);
+                        for (int j = 0; j < weights / 16; j++) {
+                            vec u[PARTS];
+                            unpack(format, u, w, &s, j);
+                            for (int l = 0; l < PARTS; l++)
+                                vec_store(panel + r * CHUNK + k + 16 * j + LANES * l, u[l]);
+                        }
                     }
                 for (int64_t t = t0; t < t_end; t += TILE_TOKENS)
                     for (int64_t r = 0; r < rows; r += 4)
@@ -221,14 +274,7 @@ WORD void many_tokens(const int format, const linear_args *a, int64_t begin, int
 TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
 #define CASE(FORMAT)                                                                                         \
     case FORMAT: a->T == 1 ? one_token(FORMAT, a, begin, end) : many_tokens(FORMAT, a, begin, end); break;
-    switch (a->format) {
-        CASE(F32)
-        CASE(F16)
-        CASE(BF16)
-        CASE(Q8_0)
-        CASE(Q4_0)
-        CASE(Q4_1)
-    }
+    switch (a->format) { EACH_FORMAT(CASE) }
 #undef CASE
 }
 #endif

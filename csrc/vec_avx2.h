@@ -44,12 +44,25 @@ WORD vec vec_from_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
 WORD vec vec_from_i8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
+WORD vec vec_from_8_bytes(uint64_t a) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&a)));
+}
 WORD vec vec_all_f16(const uint8_t *p) { return _mm256_cvtph_ps(_mm_set1_epi16((int16_t)load_u16(p))); }
 
-/* Sixteen bytes of two 4-bit numbers each: the low ones, the high ones; and LANES of them as floats. */
+/* Sixteen bytes. Of each the bits from `from` on that the mask leaves; four bits and upper ones joined;
+ * sixteen single bits put in as the fifth of each byte; and LANES of the bytes as floats. */
 WORD bytes16 load_bytes16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
-WORD bytes16 low_nibbles(bytes16 a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
-WORD bytes16 high_nibbles(bytes16 a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+WORD bytes16 field(bytes16 a, int from, int mask) {
+    return _mm256_and_si256(_mm256_srli_epi16(a, from), _mm256_set1_epi8((char)mask));
+}
+WORD bytes16 join(bytes16 low, bytes16 upper) { return _mm256_or_si256(low, _mm256_slli_epi16(upper, 4)); }
+WORD bytes16 plus_fifth_bits(bytes16 a, uint16_t bits) {
+    const __m256i spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi16((int16_t)bits), _mm256_setr_epi64x(0, 0x0101010101010101, 0, 0x0101010101010101));
+    const __m256i own = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    return _mm256_or_si256(
+        a, _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own), _mm256_set1_epi8(16)));
+}
 WORD vec vec_from_bytes16(bytes16 a, const int first) {
     /* One shuffle puts each byte at the bottom of its own 32 bits (a set top bit gives 0). A widening
      * conversion would do, but that crosses the halves, and Intel's cores have one unit for what does

@@ -39,11 +39,19 @@ WORD vec vec_from_bf16(const void *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
 }
 WORD vec vec_from_i8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p))); }
+WORD vec vec_from_8_bytes(uint64_t a) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&a)));
+}
 WORD vec vec_all_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)load_u16(p))); }
 
 WORD bytes16 load_bytes16(const void *p) { return _mm_loadu_si128(p); }
-WORD bytes16 low_nibbles(bytes16 a) { return _mm_and_si128(a, _mm_set1_epi8(15)); }
-WORD bytes16 high_nibbles(bytes16 a) { return low_nibbles(_mm_srli_epi16(a, 4)); }
+WORD bytes16 field(bytes16 a, int from, int mask) {
+    return _mm_and_si128(_mm_srli_epi16(a, from), _mm_set1_epi8((char)mask));
+}
+WORD bytes16 join(bytes16 low, bytes16 upper) { return _mm_or_si128(low, _mm_slli_epi16(upper, 4)); }
+WORD bytes16 plus_fifth_bits(bytes16 a, uint16_t bits) {
+    return _mm_mask_add_epi8(a, bits, a, _mm_set1_epi8(16));
+}
 WORD vec vec_from_bytes16(bytes16 a, const int first) {
     (void)first; /* all sixteen fit */
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(a));

@@ -6,32 +6,65 @@ llama = nl.load("smollm2-135m-instruct")
 print(llama.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
 """
 
-from .cache import KVCache
-from .chat import ChatTemplate
-from .config import ModelArgs, RopeScaling
-from .errors import NumpyLlamaError
-from .generate import Context
-from .llama import Completion, Llama, Piece, load, load_tokenizer
-from .model import Transformer
-from .pull import pull
-from .sampling import Sampler
-from .tokenizer import Tokenizer
+import sys
+from importlib import import_module
+from types import ModuleType
+
+TYPE_CHECKING = False  # type checkers know better; to import `typing` would take longer than all of this
 
 __version__ = "0.1.0"
-__all__ = [
-    "ChatTemplate",
-    "Completion",
-    "Context",
-    "KVCache",
-    "Llama",
-    "ModelArgs",
-    "NumpyLlamaError",
-    "Piece",
-    "RopeScaling",
-    "Sampler",
-    "Tokenizer",
-    "Transformer",
-    "load",
-    "load_tokenizer",
-    "pull",
-]
+
+# A name is imported when it is first asked for (PEP 562), so that the command line can begin, and end at
+# Ctrl-C, before NumPy and all the others are there.
+_HOME = {
+    "ChatTemplate": "chat",
+    "Completion": "llama",
+    "Context": "generate",
+    "KVCache": "cache",
+    "Llama": "llama",
+    "ModelArgs": "config",
+    "NumpyLlamaError": "errors",
+    "Piece": "llama",
+    "RopeScaling": "config",
+    "Sampler": "sampling",
+    "Tokenizer": "tokenizer",
+    "Transformer": "model",
+    "load": "llama",
+    "load_tokenizer": "llama",
+    "pull": "pull",
+}
+__all__ = [*_HOME]
+
+if TYPE_CHECKING:  # the same, for those who read and do not run
+    from .cache import KVCache as KVCache
+    from .chat import ChatTemplate as ChatTemplate
+    from .config import ModelArgs as ModelArgs
+    from .config import RopeScaling as RopeScaling
+    from .errors import NumpyLlamaError as NumpyLlamaError
+    from .generate import Context as Context
+    from .llama import Completion as Completion
+    from .llama import Llama as Llama
+    from .llama import Piece as Piece
+    from .llama import load as load
+    from .llama import load_tokenizer as load_tokenizer
+    from .model import Transformer as Transformer
+    from .pull import pull as pull
+    from .sampling import Sampler as Sampler
+    from .tokenizer import Tokenizer as Tokenizer
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+    class _Package(ModuleType):
+        """Python sets an imported module as its package's attribute: `pull` must stay the function."""
+
+        pull = property(lambda self: __getattr__("pull"), lambda self, module: None)
+
+    sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -9,13 +9,15 @@ C is only called with what csrc/kernels.h asks for. It is the only importer of t
     out = kernels.attention(q, k, v)    # = functional.attention(q, k, v)
 """
 
+import mmap
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
 
 from .errors import BuildError, MismatchError, ParameterError, UnsupportedError
-from .quantize import FORMATS, QK, StoredTensor
+from .quantize import FORMATS, MAX_F16, QK, Format, StoredTensor
 
 # Between two kernels GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a machine
 # that also does other work a spinning thread is the first to lose its CPU, and the next kernel then waits
@@ -39,6 +41,10 @@ finally:
 WORK_PER_CALL = 1 << 27
 # Waking a second thread costs a few microseconds: below this many multiply-adds one is faster.
 WORK_FOR_THREADS = 1 << 18
+# The same for weights that `convert` is to unpack and pack again.
+WEIGHTS_PER_CALL = 1 << 23
+# What it can pack.
+CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 MAX_HEAD_DIM = 256
 
 # In a forked child the OpenMP threads of the parent do not exist, and a team that waits for them would
@@ -97,6 +103,15 @@ def available_cpus() -> int:
         return max(1, min(cpus, int(quota) // int(period)))
     except (OSError, ValueError):  # no such limit
         return cpus
+
+
+def watch(file_map: mmap.mmap, name: str) -> None:
+    """Should that file be cut while it is mapped: end this process with exit code 1 and one line that names
+    it, not by SIGBUS. For as long as the map lives; beyond 256 maps at once nothing is watched."""
+    # Only the address is kept: a buffer would keep the map alive.
+    begin = ffi.cast("void *", int(ffi.cast("uintptr_t", ffi.from_buffer(file_map))))
+    lib.nl_watch(begin, len(file_map), name.encode(errors="backslashreplace"))
+    weakref.finalize(file_map, lib.nl_unwatch, begin).atexit = False
 
 
 class PackedWeight:
@@ -165,7 +180,7 @@ class Kernels:
             lib.nl_linear(
                 y_pointer, x_pointer, w.pointer, w.format.code, T, OUT, w.width, begin, end, threads
             )
-        return y if w.row_order is None else y[..., w.row_order]
+        return y if w.row_order is None else y.take(w.row_order, axis=-1)  # in one piece, as RoPE needs it
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""
@@ -199,6 +214,45 @@ class Kernels:
             if lib.nl_attention(*arguments, begin, end, threads) != 0:
                 raise MemoryError("no memory for the scratch of the attention kernel")
         return out
+
+    def convert(
+        self, tensor: StoredTensor, format: Format, begin_row: int = 0, end_row: int | None = None
+    ) -> np.ndarray:
+        """Rows of a tensor in another format: -> (rows, bytes a row) uint8, in the model's order of rows.
+
+        = StoredTensor.quantize(tensor[begin_row:end_row], format).data. A tensor that is not in place makes
+        all of its bytes for each call: `realize` it first.
+        """
+        if format.name not in CONVERTIBLE:
+            raise UnsupportedError(f"cannot convert to {format.name}, only to {', '.join(CONVERTIBLE)}")
+        IN = tensor.shape[-1]
+        if len(tensor.shape) != 2 or IN % format.block:
+            raise MismatchError(f"a tensor of shape {tensor.shape} cannot be stored in {format.name}")
+        order, rows = tensor.row_order, range(len(tensor))[begin_row:end_row]
+        src = tensor.data[rows.start : rows.stop] if order is None else tensor.data[order[rows]]
+        src = np.ascontiguousarray(src)
+        dst = np.empty((len(rows), format.row_bytes(IN)), np.uint8)
+        if dst.size == 0:
+            return dst
+        threads = 1 if _forked or dst.size < WORK_FOR_THREADS else self.threads
+        step = max(WEIGHTS_PER_CALL // IN, 1) * threads
+        for begin in range(0, len(rows), step):
+            part = slice(begin, begin + step)
+            bad = lib.nl_convert(
+                ffi.from_buffer(dst[part], require_writable=True),
+                format.code,
+                ffi.from_buffer(src[part]),
+                tensor.format.code,
+                len(dst[part]),
+                IN,
+                threads,
+            )
+            if bad:
+                raise ParameterError(
+                    f"row {rows[begin] + bad - 1}: NaN or a weight beyond {MAX_F16} "
+                    f"cannot be stored in {format.name}"
+                )
+        return dst
 
 
 def _dense_heads(x: np.ndarray) -> np.ndarray:

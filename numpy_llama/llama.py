@@ -15,6 +15,7 @@ import numpy as np
 
 from . import checkpoint
 from .chat import ChatFormat
+from .checkpoint.tokenizers import open_tokenizer
 from .errors import MismatchError, ParameterError, ResourceLimitError, TemplateError
 from .generate import Context, generate
 from .memory import available_memory, memory_plan
@@ -242,4 +243,5 @@ def load(
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Only the tokenizer: of a model, or of a file that holds nothing else."""
-    return checkpoint.open_checkpoint(locate(path)).tokenizer()
+    path = locate(path)
+    return open_tokenizer(path) if path.is_file() else checkpoint.open_checkpoint(path).tokenizer()

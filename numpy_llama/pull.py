@@ -71,7 +71,8 @@ def locate(model: str | Path, progress: Progress = lambda what, done, total: Non
         if path.exists():
             return path
     except (OSError, RuntimeError) as error:  # a name too long, a user who does not exist
-        raise DownloadError(f"{escape(str(model))} is no path: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DownloadError(f"{escape(str(model))} is no path: {reason}") from None
     if str(model) in MODELS:
         return pull(str(model), progress)
     raise DownloadError(

@@ -1,14 +1,34 @@
 """Weights as they are stored: the formats, and what each one means in NumPy.
 
-A block format cuts each row into blocks of 32 weights and stores for each block a float16 scale
-`d` (and, in Q4_1, a float16 minimum `m`) and small whole numbers `q`:
+A block format cuts each row into blocks of 32 weights and stores for each block a float16 scale `d` (and,
+in Q4_1 and Q5_1, a float16 minimum `m`) and small whole numbers `q`:
 
-    format   bytes a block                        value
-    Q8_0     d, 32 signed bytes                   d * q
-    Q4_0     d, 16 bytes of two 4-bit numbers     d * (q - 8)
-    Q4_1     d, m, 16 bytes of two 4-bit numbers  d * q + m
+    format   bytes a block                                             value
+    Q8_0     d, 32 signed bytes                                        d * q
+    Q4_0     d, 16 bytes of two 4-bit numbers                          d * (q - 8)
+    Q4_1     d, m, 16 bytes of two 4-bit numbers                       d * q + m
+    Q5_0     d, 32 fifth bits, 16 bytes of two 4-bit numbers           d * (q - 16)
+    Q5_1     d, m, 32 fifth bits, 16 bytes of two 4-bit numbers        d * q + m
 
-Byte i of a 4-bit block holds weight i in its low half and weight i + 16 in its high half.
+Byte i holds weight i in its low half and weight i + 16 in its high half; bit i of 32 belongs to weight i.
+
+A K format has blocks of 256 weights, cut again into sub-blocks of 32 (in Q6_K of 16). The float16 scales of
+a block, `d` and `dmin`, are shared by all of it; each sub-block has small whole numbers `sc` and `m` beside:
+
+    format   bytes a block                                             value
+    Q4_K     d, dmin, 12 bytes of 6-bit sc and m, 128 bytes (4 bits)   d * sc * q - dmin * m
+    Q5_K     the same with 32 bytes (fifth bits) before the 128        d * sc * q - dmin * m
+    Q6_K     128 bytes (low 4 bits), 64 bytes (upper 2), 16 sc, d      d * sc * (q - 32)
+
+    Q4_K, Q5_K   32 bytes hold 64 weights: byte i weight i in its low half, weight i + 32 in its high half;
+                 of the 32 bytes of fifth bits, byte i holds those of weights i, i + 32, ... i + 224
+    Q6_K         64 bytes hold 128 weights: byte i weight i in its low half, weight i + 64 in its high half;
+                 of the upper bits, 32 bytes a 128 weights, byte i holds those of i, i + 32, i + 64, i + 96
+    sc and m     sub-blocks 0..3 have 6 bits of a byte each, and lend the other 2 to sub-blocks 4..7:
+                     byte j          sc[j + 4] bits 54, sc[j] bits 543210          j = 0..3
+                     byte j + 4       m[j + 4] bits 54,  m[j] bits 543210
+                     byte j + 8       m[j + 4] bits 3210, sc[j + 4] bits 3210
+
 The layouts are ggml's (ggml-common.h), so that a GGUF file is used where it lies.
 """
 
@@ -21,6 +41,7 @@ import numpy as np
 from .errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
+QK_K = 256  # and in a block of a K format
 MAX_F16 = 65504  # with weights up to here, every format's d and m are finite
 
 
@@ -39,26 +60,79 @@ def dequantize_bf16(rows):
 
 def dequantize_q8_0(rows):
     blocks = rows.reshape(len(rows), -1, 2 + QK)
-    d = blocks[..., :2].view("<f2").astype(np.float32)
+    d = _float16(blocks[..., :2])
     return (d * blocks[..., 2:].view(np.int8)).reshape(len(rows), -1)
 
 
 def dequantize_q4_0(rows):
     blocks = rows.reshape(len(rows), -1, 2 + QK // 2)
-    d = blocks[..., :2].view("<f2").astype(np.float32)
-    return (d * (_nibbles(blocks[..., 2:]) - np.int8(8))).reshape(len(rows), -1)
+    d = _float16(blocks[..., :2])
+    q = _nibbles(blocks[..., 2:])
+    return (d * (q.view(np.int8) - 8)).reshape(len(rows), -1)
 
 
 def dequantize_q4_1(rows):
     blocks = rows.reshape(len(rows), -1, 4 + QK // 2)
-    d = blocks[..., 0:2].view("<f2").astype(np.float32)
-    m = blocks[..., 2:4].view("<f2").astype(np.float32)
+    d, m = _float16(blocks[..., 0:2]), _float16(blocks[..., 2:4])
     return (d * _nibbles(blocks[..., 4:]) + m).reshape(len(rows), -1)
 
 
+def dequantize_q5_0(rows):
+    blocks = rows.reshape(len(rows), -1, 6 + QK // 2)
+    d = _float16(blocks[..., :2])
+    q = _nibbles(blocks[..., 6:]) | _bits(blocks[..., 2:6]) << 4
+    return (d * (q.view(np.int8) - 16)).reshape(len(rows), -1)
+
+
+def dequantize_q5_1(rows):
+    blocks = rows.reshape(len(rows), -1, 8 + QK // 2)
+    d, m = _float16(blocks[..., 0:2]), _float16(blocks[..., 2:4])
+    q = _nibbles(blocks[..., 8:]) | _bits(blocks[..., 4:8]) << 4
+    return (d * q + m).reshape(len(rows), -1)
+
+
+def dequantize_q4_k(rows):
+    blocks = rows.reshape(-1, 16 + QK_K // 2)
+    q = _nibbles(blocks[:, 16:].reshape(-1, 4, 32))
+    return _scaled(blocks, q).reshape(len(rows), -1)
+
+
+def dequantize_q5_k(rows):
+    blocks = rows.reshape(-1, 16 + QK_K // 8 + QK_K // 2)
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # (blocks, 8, 32)
+    q = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4
+    return _scaled(blocks, q).reshape(len(rows), -1)
+
+
+def dequantize_q6_k(rows):
+    blocks = rows.reshape(-1, QK_K // 2 + QK_K // 4 + 16 + 2)
+    upper = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.uint8([[0], [2], [4], [6]]) & 3
+    q = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32) | upper << 4
+    d = _float16(blocks[:, 208:]) * blocks[:, 192:208].view(np.int8)
+    return (d[..., None] * (q.view(np.int8) - 32).reshape(-1, 16, 16)).reshape(len(rows), -1)
+
+
+def _scaled(blocks, q):
+    """(d * sc) * q - dmin * m: heads of Q4_K or Q5_K, (blocks, 256) numbers -> (blocks, 8, 32)."""
+    low, middle, high = np.split(blocks[:, 4:16], 3, axis=-1)
+    sc = np.concatenate([low & 63, high & 15 | low >> 6 << 4], axis=-1)
+    m = np.concatenate([middle & 63, high >> 4 | middle >> 6 << 4], axis=-1)
+    d, minimum = _float16(blocks[:, 0:2]) * sc, _float16(blocks[:, 2:4]) * m
+    return d[..., None] * q.reshape(-1, 8, 32) - minimum[..., None]
+
+
+def _float16(pair):
+    return pair.view("<f2").astype(np.float32)
+
+
 def _nibbles(q):
-    """(..., 16) bytes -> (..., 32) numbers of 0..15."""
-    return np.concatenate([q & 0x0F, q >> 4], axis=-1).view(np.int8)
+    """(..., n) bytes -> (..., 2 n) numbers of 0..15: the low halves, then the high ones."""
+    return np.concatenate([q & 0x0F, q >> 4], axis=-1)
+
+
+def _bits(q):
+    """(..., 4) bytes -> (..., 32) numbers of 0 or 1."""
+    return np.unpackbits(q, axis=-1, bitorder="little")
 
 
 def quantize_f32(x):
@@ -93,7 +167,7 @@ def quantize_q4_0(x):
     extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
     d = extreme / np.float32(-8)
     q = np.minimum(np.trunc(x * _inverse(d) + np.float32(8.5)), 15).astype(np.uint8)
-    return _blocks([d.astype("<f2"), q[..., :16] | q[..., 16:] << 4])
+    return _blocks([d.astype("<f2"), _pairs(q)])
 
 
 def quantize_q4_1(x):
@@ -102,12 +176,40 @@ def quantize_q4_1(x):
     m = x.min(axis=-1, keepdims=True)
     d = (x.max(axis=-1, keepdims=True) - m) / np.float32(15)
     q = np.minimum(np.trunc((x - m) * _inverse(d) + np.float32(0.5)), 15).astype(np.uint8)
-    return _blocks([d.astype("<f2"), m.astype("<f2"), q[..., :16] | q[..., 16:] << 4])
+    return _blocks([d.astype("<f2"), m.astype("<f2"), _pairs(q)])
+
+
+def quantize_q5_0(x):
+    """As Q4_0 with twice as many steps: d = x_max / -16."""
+    x = x.reshape(len(x), -1, QK)
+    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
+    d = extreme / np.float32(-16)
+    q = np.minimum(np.trunc(x * _inverse(d) + np.float32(16.5)), 31).astype(np.uint8)
+    return _blocks([d.astype("<f2"), _fifth_bits(q), _pairs(q)])
+
+
+def quantize_q5_1(x):
+    """As Q4_1 with twice as many steps: d = (max - min) / 31, m = min."""
+    x = x.reshape(len(x), -1, QK)
+    m = x.min(axis=-1, keepdims=True)
+    d = (x.max(axis=-1, keepdims=True) - m) / np.float32(31)
+    q = np.minimum(np.trunc((x - m) * _inverse(d) + np.float32(0.5)), 31).astype(np.uint8)
+    return _blocks([d.astype("<f2"), m.astype("<f2"), _fifth_bits(q), _pairs(q)])
 
 
 def _inverse(d):
     """1 / d, or 0 where that is infinite: there d is 0 as a float16, and so is every weight."""
     return np.divide(1, d, out=np.zeros_like(d), where=np.abs(d) > 2.0**-128)
+
+
+def _pairs(q):
+    """(..., 32) numbers -> (..., 16) bytes: the lower four bits of i and of i + 16."""
+    return q[..., :16] & 15 | q[..., 16:] << 4
+
+
+def _fifth_bits(q):
+    """(..., 32) numbers -> (..., 4) bytes."""
+    return np.packbits(q >> 4, axis=-1, bitorder="little")
 
 
 def _blocks(parts):
@@ -125,7 +227,7 @@ class Format:
     block: int
     block_bytes: int
     dequantize: Callable  # (rows, bytes a row) uint8 -> (rows, weights a row) float32
-    quantize: Callable  # and back
+    quantize: Callable | None = None  # and back; None: this format is read only
 
     def row_bytes(self, n: int) -> int:
         """Bytes that a row of n weights takes."""
@@ -139,7 +241,12 @@ FORMATS = {
         Format("F16", 1, 1, 2, dequantize_f16, quantize_f16),
         Format("Q4_0", 2, QK, 18, dequantize_q4_0, quantize_q4_0),
         Format("Q4_1", 3, QK, 20, dequantize_q4_1, quantize_q4_1),
+        Format("Q5_0", 6, QK, 22, dequantize_q5_0, quantize_q5_0),
+        Format("Q5_1", 7, QK, 24, dequantize_q5_1, quantize_q5_1),
         Format("Q8_0", 8, QK, 34, dequantize_q8_0, quantize_q8_0),
+        Format("Q4_K", 12, QK_K, 144, dequantize_q4_k),
+        Format("Q5_K", 13, QK_K, 176, dequantize_q5_k),
+        Format("Q6_K", 14, QK_K, 210, dequantize_q6_k),
         Format("BF16", 30, 1, 2, dequantize_bf16, quantize_bf16),
     ]
 }
@@ -209,6 +316,9 @@ class StoredTensor:
             if format not in FORMATS:
                 raise UnsupportedError(f"no format {format!r}; there are {', '.join(FORMATS)}")
             format = FORMATS[format]
+        if format.quantize is None:
+            writable = ", ".join(name for name, f in FORMATS.items() if f.quantize)
+            raise UnsupportedError(f"{format.name} can be read but not written; there are {writable}")
         if format.block > 1 and not (np.abs(x) <= MAX_F16).all():  # nor is a NaN
             raise ParameterError(f"NaN or a weight beyond {MAX_F16} cannot be stored in {format.name}")
         x = np.ascontiguousarray(x, np.float32)

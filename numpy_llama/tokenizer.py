@@ -9,15 +9,17 @@ LLaMA has had two families of vocabularies. GGUF calls them by the models that h
 
 What this file promises: `encode` takes every text as ordinary text. It never returns a control token,
 whatever the text says; those are placed by number, by code that means them. A vocabulary is checked
-as a whole before any of it is used.
+as a whole before any of it is used. Whatever file it comes from, it is first brought into GGUF's form, the
+entries tokenizer.ggml.*, and a `Tokenizer` keeps them: written into a GGUF file they give the same tokenizer.
 """
 
 import codecs
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import regex
@@ -29,6 +31,7 @@ from .errors import (
     MismatchError,
     NumpyLlamaError,
     ParameterError,
+    ResourceLimitError,
     TextError,
     TokenizerError,
     UnsupportedError,
@@ -36,7 +39,13 @@ from .errors import (
 )
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token_type, SentencePiece's numbers
+MAX_TOKENS = 1 << 20
 MAX_TOKEN_TEXT = 65_536  # characters
+MAX_MERGED_TEXT = 512  # characters of a token that merging makes; Llama 3 has one of 128 spaces
+MAX_BY_HAND = 4096  # tokens whose merging must be acted out to be understood; Llama 3 has 695
+MAX_MATCHED = 4096  # tokens that a text is searched for
+CHUNK = 1 << 16  # characters or bytes for one call into C, which Ctrl-C cannot interrupt
+PATTERN_SECONDS = 10.0  # for a file's own pattern and a million characters: real ones take one
 # Where a model ends its turn, by the text of the control token. A vocabulary may have several of them.
 END_TOKENS = {
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>",
@@ -54,6 +63,8 @@ WORDS = {  # by tokenizer.ggml.pre
     "gpt-2": _GPT2, "default": _GPT2, "smollm": _SMOLLM,
     "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3,
 }  # fmt: skip
+RANKS = "numpy_llama.tokenizer.ranks"  # true: no merges, the ids of the normal tokens are tiktoken's ranks
+CUSTOM = "custom"  # our own name for a pattern that has none; it stands in numpy_llama.tokenizer.pattern
 
 # GPT-2 writes a byte as one printable character: itself if it is printable, else the next from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -62,6 +73,7 @@ _OTHERS = sorted({*range(256)} - {*_PRINTABLE})
 _BYTE_OF_CHAR = (
     dict.fromkeys(_OTHERS, 0xFFFF) | {c: c for c in _PRINTABLE} | {256 + i: b for i, b in enumerate(_OTHERS)}
 )
+_CHAR_OF_BYTE = {c: c for c in _PRINTABLE} | {b: 256 + i for i, b in enumerate(_OTHERS)}
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -77,6 +89,24 @@ class Tokenizer:
     eos_ids: tuple[int, ...]  # all that end a turn, the file's own EOS first
     add_bos: bool  # a prompt begins with BOS
     add_space: bool  # SentencePiece puts a space before a text, and takes it away again
+    entries: dict[str, Any] = field(default_factory=dict)  # what it was built from
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The same in GGUF's form, ranks spelt out as merges: in a file it gives this tokenizer again."""
+        if RANKS not in self.entries:
+            return self.entries
+        normal = zip(self.tokens, self.entries["tokenizer.ggml.token_type"].tolist(), strict=True)
+        known = {text for text, kind in normal if kind == NORMAL}
+        merges = [
+            f"{text[:i]} {text[i:]}"
+            for text in filter(known.__contains__, self.tokens)
+            for i in range(1, len(text))
+            if text[:i] in known and text[i:] in known
+        ]
+        return {key: self.entries[key] for key in self.entries if key != RANKS} | {
+            "tokenizer.ggml.merges": merges
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -138,52 +168,74 @@ def check_text(text: str) -> str:
     return text
 
 
+def is_control_name(text: str) -> bool:
+    return text in END_TOKENS or re.fullmatch(r"<\|.*\|>", text) is not None
+
+
+def spelled(data: bytes) -> str:
+    """As a byte-level vocabulary spells those bytes."""
+    return data.decode("latin-1").translate(_CHAR_OF_BYTE)
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describe; `source` is the file's name, for messages."""
     read = _Reader(metadata, source)
     model = read.get("model", str)
     if model not in ("gpt2", "llama"):
         read.fail("model", f"is {escape(model)}, we know 'gpt2' and 'llama'", UnsupportedError)
-    tokens, kinds, meanings = read.vocabulary(model)
-    # The defaults below are ggml's.
+    kinds, meanings = read.vocabulary(model)
     if model == "gpt2":
-        pre = read.get("pre", str)
-        if pre not in WORDS:
-            read.fail("pre", f"is {escape(pre)}, we know {', '.join(WORDS)}", TokenizerError)
-        add_bos, add_space = WORDS[pre] is _LLAMA3, False
-        normal = {text: i for i, text in enumerate(tokens) if kinds[i] == NORMAL}
-        encode_text = _byte_level(source, normal, meanings, read.get("merges", list), WORDS[pre])
+        add_bos, add_space, encode_text = _byte_level(read, kinds, meanings)
     else:
-        add_bos, add_space = True, read.get("add_space_prefix", bool, True)
-        encode_text = _sentencepiece(source, tokens, kinds, read.column("scores", np.float32), add_space)
-    usual = {"bos": 1, "eos": 2} if model == "llama" else {}
+        add_bos, add_space, encode_text = _sentencepiece(read, kinds)
+    # As in ggml, LLaMA's own numbers where a file gives none.
+    usual = {name: i for name, i in (("bos", 1), ("eos", 2)) if model == "llama" and kinds[i] == CONTROL}
     bos, *ends, _ = (read.token_id(name, usual.get(name)) for name in ("bos", "eos", "eot", "eom", "unknown"))
     add_bos = read.get("add_bos_token", bool, add_bos) and bos is not None
-    control = {text: i for i, text in enumerate(tokens) if kinds[i] in (CONTROL, UNKNOWN)}
-    ends += [control.get(text) for text in sorted(END_TOKENS)]
+    control = {text: i for i, text in enumerate(read.tokens) if kinds[i] in (CONTROL, UNKNOWN)}
+    ends += [*read.end_ids(), *(control.get(text) for text in sorted(END_TOKENS))]
     eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-    return Tokenizer(tokens, meanings, control, encode_text, bos, eos_ids, add_bos, add_space)
+    return Tokenizer(
+        read.tokens, meanings, control, encode_text, bos, eos_ids, add_bos, add_space, read.entries
+    )
 
 
 class _Reader:
-    """The entries tokenizer.ggml.* of a file, each checked to be what it must be."""
+    """The entries tokenizer.ggml.* of a file, each checked to be what it must be; `entries` has those used.
+
+    What GGUF has no name for is called numpy_llama.tokenizer.*: ranks, pattern, whole_words, space_if_none,
+    end_token_ids.
+    """
 
     def __init__(self, metadata: Mapping[str, Any], source: str):
         self.metadata, self.source = metadata, source
+        self.entries: dict[str, Any] = {}
         self.tokens: list[str] = self.get("tokens", list)
+        if len(self.tokens) > MAX_TOKENS:
+            self.fail("tokens", f"has {len(self.tokens)}, at most {MAX_TOKENS} are read", ResourceLimitError)
 
     def fail(self, name: str, what: str, error: type[NumpyLlamaError] = FormatError) -> NoReturn:
         raise error(f"{self.source}: tokenizer.ggml.{name} {what}")
 
-    def get(self, name: str, kind: type, default: Any = ...) -> Any:
-        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+    def get(self, name: str, kind: type, default: Any = ..., prefix: str = "tokenizer.ggml") -> Any:
+        key = f"{prefix}.{name}"
+        value = self.metadata.get(key, default)
         found = value.dtype.type if isinstance(value, np.ndarray) else type(value)
         if value is ...:
-            self.fail(name, "is missing", TokenizerError)
-        if found is not kind and value is not default:
+            raise TokenizerError(f"{self.source}: {key} is missing")
+        if value is default:
+            return value
+        if found is not kind:
             what = escape(value) if isinstance(value, (str, int, float)) else "an array"
-            self.fail(name, f"is {what} ({found.__name__}), it must be {kind.__name__}")
+            raise FormatError(
+                f"{self.source}: {key} is {what} ({found.__name__}), it must be {kind.__name__}"
+            )
+        self.entries[key] = value
         return value
+
+    def own(self, name: str, kind: type, default: Any) -> Any:
+        """An entry that only we write."""
+        return self.get(name, kind, default, "numpy_llama.tokenizer")
 
     def column(self, name: str, kind: type) -> np.ndarray:
         """An array with one entry for each token."""
@@ -198,13 +250,20 @@ class _Reader:
             self.fail(f"{name}_token_id", f"is {token_id}, the vocabulary has {n} tokens", MismatchError)
         return token_id
 
-    def vocabulary(self, model: str) -> tuple[list[str], list[int], list[bytes]]:
-        """The tokens, their types, and their meanings."""
+    def end_ids(self) -> list[int]:
+        """The tokens that generation_config.json names as ends of a turn: it may name several."""
+        ids, n = self.own("end_token_ids", np.int32, np.zeros(0, np.int32)).tolist(), len(self.tokens)
+        if wrong := [i for i in ids if not 0 <= i < n]:
+            raise MismatchError(f"{self.source}: end of turn {wrong[0]}, the vocabulary has {n} tokens")
+        return ids
+
+    def vocabulary(self, model: str) -> tuple[list[int], list[bytes]]:
+        """Of each token its type and its meaning."""
         tokens, kinds, meanings = self.tokens, self.column("token_type", np.int32).tolist(), []
         ids = {text: i for i, text in enumerate(tokens)}
         for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)):
             # Old converters called added control tokens USER_DEFINED, and those a text may spell.
-            if kind == USER_DEFINED and (text in END_TOKENS or re.fullmatch(r"<\|.*\|>", text)):
+            if kind == USER_DEFINED and is_control_name(text):
                 kind = kinds[i] = CONTROL
             try:
                 meanings.append(_meaning(text, kind, model))
@@ -213,7 +272,7 @@ class _Reader:
                 fault = f"which no {model} token of type {kind} can be"
             if fault:
                 self.fail(f"tokens[{i}]", f"is {escape(text)}, {fault}", TokenizerError)
-        return tokens, kinds, meanings
+        return kinds, meanings
 
 
 def _meaning(text: str, kind: int, model: str) -> bytes:
@@ -228,60 +287,247 @@ def _meaning(text: str, kind: int, model: str) -> bytes:
     return (text.replace("\u2581", " ") if model == "llama" else text).encode()
 
 
-def _byte_level(
-    source: str, ids: dict[str, int], meanings: list[bytes], merges: list[str], pattern: str
-) -> Callable[[str], list[int]]:
+Encoder = Callable[[str], list[int]]
+
+
+def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple[bool, bool, Encoder]:
+    """-> add_bos, add_space, encode_text."""
+    pre = read.get("pre", str)
+    if pre not in WORDS and pre != CUSTOM:
+        read.fail("pre", f"is {escape(pre)}, we know {', '.join(WORDS)}", TokenizerError)
+    ids = {text: i for i, text in enumerate(read.tokens) if kinds[i] == NORMAL}
     singles = {meanings[i]: i for i in ids.values() if len(meanings[i]) == 1}
     # Real vocabularies lack bytes: SmolLM2 has neither 0x04 nor 0xF1. Hugging Face's BPE goes on as if such
     # a byte were not there, and so do we. A vocabulary without some letter is another matter.
     missing = bytes(b for b in range(256) if bytes([b]) not in singles)
     if lost := bytes(b for b in missing if b in b"\t\n" or 0x20 <= b < 0x7F):
-        raise TokenizerError(f"{source}: the vocabulary is too small, it has no token for {escape(lost)}")
+        raise TokenizerError(
+            f"{read.source}: the vocabulary is too small, it has no token for {escape(lost)}"
+        )
 
-    # tiktoken merges the pair whose union has the lowest rank: a union's first place among the merges.
-    by_rank = dict.fromkeys(singles.values())
-    for i, merge in enumerate(merges):
-        left, _, right = merge.partition(" ")
-        if left not in ids or right not in ids or left + right not in ids:
-            wanted = "it must be two tokens that make a third"
-            raise TokenizerError(f"{source}: tokenizer.ggml.merges[{i}] is {escape(merge)}, {wanted}")
-        by_rank[ids[left + right]] = None
-    id_of_rank = list(by_rank)
+    def merges() -> Iterator[tuple[str, str]]:
+        for i, merge in enumerate(read.get("merges", list)):
+            left, _, right = merge.partition(" ")
+            if left not in ids or right not in ids or left + right not in ids:
+                what = f"is {escape(merge)}, it must be two tokens that make a third"
+                read.fail(f"merges[{i}]", what, TokenizerError)
+            yield left, right
+
+    if read.own("ranks", bool, False):
+        id_of_rank = list(ids.values())
+    else:
+        id_of_rank = [*singles.values(), *(ids[made] for made in order_of_merging(merges(), read.source))]
     ranks = {meanings[i]: rank for rank, i in enumerate(id_of_rank)}
+    merger = tiktoken.Encoding(read.source, pat_str=".", mergeable_ranks=ranks, special_tokens={})
 
     # We cut the text into words and tiktoken merges: its own cutting aborts on long runs of spaces.
-    words = regex.compile(pattern)
-    merger = tiktoken.Encoding(source, pat_str=".", mergeable_ranks=ranks, special_tokens={})
+    if pre == CUSTOM:
+        words = _custom_words(read.own("pattern", str, ...), read.source)
+        whole_words = read.own("whole_words", bool, False)
+    else:
+        words, whole_words = regex.compile(WORDS[pre]).findall, WORDS[pre] is _LLAMA3
+    # Llama 3 takes a word that is a token as it is; that matters where no merging makes the token.
+    whole = {meanings[i]: [i] for i in ids.values() if meanings[i] not in ranks} if whole_words else {}
+    lengths = [len(meaning) for meaning in meanings]
+
+    def merged(word: bytes) -> list[int]:
+        return [id_of_rank[rank] for rank in merger._encode_single_piece(word)]
 
     def encode_text(text: str) -> list[int]:
         out: list[int] = []
-        for word in words.findall(text):
+        for word in words(text):
             if data := word.encode().translate(None, missing):
-                out += [id_of_rank[rank] for rank in merger._encode_single_piece(data)]
+                out += whole.get(data) or _in_chunks(merged, data, lengths)
         return out
 
-    return encode_text
+    return WORDS.get(pre) is _LLAMA3, False, _between_added(read, kinds, encode_text)
 
 
-def _sentencepiece(
-    source: str, tokens: list[str], kinds: list[int], scores: np.ndarray, add_space: bool
-) -> Callable[[str], list[int]]:
+def _custom_words(pattern: str, source: str) -> Callable[[str], Iterable[str]]:
+    """What a file's own pattern, written for Oniguruma, finds, and what lies between."""
+    what = f"{source}: the pattern {escape(pattern)} cannot be used"
+    if found := re.search(r"&&|\[[^\]]*(?<!\\)\[(?!:)", pattern):  # sets within sets
+        raise UnsupportedError(f"{what}: {escape(found[0])} means something else here")
+    try:
+        compiled = regex.compile(f"(?:{pattern})|(?s:.+?)(?=(?:{pattern})|\\Z)")
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise UnsupportedError(f"{what}: {escape(str(error))}") from None
+
+    def words(text: str) -> list[str]:
+        try:
+            seconds = PATTERN_SECONDS * (1 + len(text) / 1e6)
+            return [match[0] for match in compiled.finditer(text, timeout=seconds)]
+        except TimeoutError:
+            raise TokenizerError(f"{source}: its pattern takes longer than {seconds:.0f} s") from None
+
+    return words
+
+
+def _between_added(read: _Reader, kinds: list[int], encode_text: Encoder) -> Encoder:
+    """Added tokens that are no control tokens are found before the text is cut: the leftmost, the longest."""
+    added = {text: i for i, text in enumerate(read.tokens) if kinds[i] == USER_DEFINED}
+    if len(added) > MAX_MATCHED:
+        what = f"has {len(added)} tokens to be found in texts, at most {MAX_MATCHED} are"
+        raise ResourceLimitError(f"{read.source} {what}")
+    if not added:
+        return encode_text
+    names = re.compile(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})")
+
+    def encode(text: str) -> list[int]:
+        parts = enumerate(names.split(text))
+        return [i for n, part in parts for i in ([added[part]] if n % 2 else encode_text(part))]
+
+    return encode
+
+
+def order_of_merging(
+    merges: Iterable[tuple[str, str]], source: str, others: Iterable[str] = ()
+) -> dict[str, int]:
+    """The ranks of what a list of merges makes. UnsupportedError if ranks cannot say what the list says.
+
+    There are two rules. By a list (Hugging Face, ggml), the pair that stands highest in it merges next. By
+    rank (tiktoken, SentencePiece), the two neighbours whose union has the lowest rank, whatever they are;
+    `others` are unions of which the list says nothing. In both, the leftmost of equals.
+
+    By rank, a token always comes about from the same two parts, whatever stands around it: nothing
+    crosses its ends before it is whole. So the rules agree if the list has, for each token, these two
+    parts, where it first speaks of that token. This is what is checked here.
+    """
+    rank: dict[str, int] = {}  # of what the list makes; a single character is there from the start: -1
+    parts: dict[str, tuple[str, str]] = {}  # of what is proven
+    unclear: dict[str, list[tuple[str, str]]] = {}  # of the others: all that the list says at first
+
+    def come_together(left: str, right: str, limit: int) -> bool:
+        """Back through time: did the ends that met between the two ever make something else before?"""
+        left_goes = right_goes = limit  # the rank of what takes each of them up
+        a, b = rank.get(left, -1), rank.get(right, -1)
+        proven = (len(left) == 1 or left in parts) and (len(right) == 1 or right in parts)
+        if not proven or a >= limit or b >= limit:
+            return False
+        while a >= 0 or b >= 0:
+            if b >= a:  # made later: of equals, the left one merges first
+                right, right_goes = parts[right][0], b
+                b = rank.get(right, -1)
+            else:
+                left, left_goes = parts[left][1], a
+                a = rank.get(left, -1)
+            if -1 < rank.get(left + right, -1) < left_goes and rank[left + right] <= right_goes:
+                return False
+        return True
+
+    last = ""
+    for pair in merges:
+        before, last = last, pair[0] + pair[1]
+        if last in parts or (last in rank and last != before):
+            continue
+        limit = rank.setdefault(last, len(rank))
+        if come_together(*pair, limit):
+            parts[last] = pair
+            unclear.pop(last, None)
+        else:
+            unclear.setdefault(last, []).append(pair)
+    for text in others:
+        if text not in rank:
+            rank[text], unclear[text] = len(rank), []
+
+    # Tokens that merging never makes, or makes from parts that rank behind them: act it out.
+    if len(unclear) > MAX_BY_HAND:
+        raise UnsupportedError(f"{source}: {len(unclear)} tokens are not what their merges make")
+    if too_long := next((text for text in rank if len(text) > MAX_MERGED_TEXT), None):
+        what = f"has more than {MAX_MERGED_TEXT} characters to merge"
+        raise TokenizerError(f"{source}: token {escape(too_long)} {what}")
+    never = set()
+    for made, pairs in unclear.items():
+        last_two = _merged(made, rank)
+        if len(last_two) > 2:
+            never.add(made)
+        elif (*last_two,) not in pairs:
+            raise UnsupportedError(f"{source}: ranks do not make token {escape(made)} as its merges do")
+    return {made: i for i, made in enumerate(made for made in rank if made not in never)}
+
+
+def _merged(text: str, rank: Mapping[str, int]) -> list[str]:
+    """Merging by rank, to the last step but the one that would make `text` itself."""
+    parts = list(text)
+    while True:
+        unions = map("".join, pairwise(parts))
+        found = [(rank[made], i) for i, made in enumerate(unions) if made in rank and made != text]
+        if not found:
+            return parts
+        _, i = min(found)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+Data = TypeVar("Data", str, bytes)
+
+
+def _in_chunks(encode: Callable[[Data], list[int]], data: Data, lengths: list[int]) -> list[int]:
+    """`encode(data)`, in calls so short that Ctrl-C is heard between them.
+
+    Exact, because merging is local: the ids of a text are those whose neighbours are, two by two, the ids
+    of their own text. So the last ids are made again together with what follows, from so far back that the
+    first of them stays as it was.
+    """
+    if len(data) <= CHUNK:
+        return encode(data)
+    ids: list[int] = []
+    for end in range(CHUNK, len(data) + CHUNK, CHUNK):
+        back = 2 * max(lengths)
+        while True:
+            kept, start = len(ids), end - CHUNK
+            # The later bytes of a character have length 0: it is taken whole.
+            while kept and (end - CHUNK - start < back or not lengths[ids[kept]]):
+                kept -= 1
+                start -= lengths[ids[kept]]
+            again = encode(data[start:end])
+            if not kept or again[0] == ids[kept]:
+                break
+            back *= 2
+        ids[kept:] = again
+    return ids
+
+
+def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder]:
     """sentencepiece takes a vocabulary only as its ModelProto: pieces, trainer_spec, normalizer_spec."""
+    tokens, scores = read.tokens, read.column("scores", np.float32)
     if kinds.count(UNKNOWN) != 1 or kinds.count(BYTE) != 256:
         found = f"{kinds.count(UNKNOWN)} UNKNOWN and {kinds.count(BYTE)} BYTE tokens"
-        raise TokenizerError(f"{source}: the vocabulary has {found}, it must have 1 and 256")
+        raise TokenizerError(f"{read.source}: the vocabulary has {found}, it must have 1 and 256")
     if len(bad := np.flatnonzero(~np.isfinite(scores))):
-        raise TokenizerError(f"{source}: tokenizer.ggml.scores[{bad[0]}] is {scores[bad[0]]}, not finite")
+        read.fail(f"scores[{bad[0]}]", f"is {scores[bad[0]]}, not finite", TokenizerError)
     columns = zip(tokens, scores.tolist(), kinds, strict=True)
     pieces = ((1, _message((1, text.encode()), (2, score), (3, kind))) for text, score, kind in columns)
     trainer = _message((3, 2), (35, 1), (40, kinds.index(UNKNOWN)))  # model_type BPE, byte_fallback, unk_id
-    # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = _message((1, b"identity"), (3, int(add_space)), (4, 0), (5, 1))
+    # add_dummy_prefix, remove_extra_whitespaces: both are ours to do. escape_whitespaces.
+    normalizer = _message((1, b"identity"), (3, 0), (4, 0), (5, 1))
     model = _message(*pieces, (2, trainer), (3, normalizer))
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model).encode
+        encode = sentencepiece.SentencePieceProcessor(model_proto=model).encode
     except (RuntimeError, ValueError) as error:
-        raise TokenizerError(f"{source}: sentencepiece refuses the vocabulary: {escape(error)}") from None
+        raise TokenizerError(
+            f"{read.source}: sentencepiece refuses the vocabulary: {escape(error)}"
+        ) from None
+
+    add_space = read.get("add_space_prefix", bool, True)
+    only_if_none = read.own("space_if_none", bool, False)  # Hugging Face's Metaspace: not before a space
+    single_spaces = read.get("remove_extra_whitespaces", bool, False)
+    # How many characters of a text a token stands for. Of one spelt in bytes, the first byte stands for all.
+    is_later_byte = {f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)}.__contains__
+    lengths = [
+        len(text) if kind != BYTE else int(not is_later_byte(text))
+        for text, kind in zip(tokens, kinds, strict=True)
+    ]
+
+    def encode_text(text: str) -> list[int]:
+        if single_spaces:
+            text = re.sub(" +", " ", text.lstrip(" "))
+        if add_space and text and not (only_if_none and text[0] in " \u2581"):
+            text = f" {text}"
+        if single_spaces:
+            text = text.rstrip(" \u2581")
+        return _in_chunks(encode, text, lengths)
+
+    return True, add_space, encode_text
 
 
 def _message(*fields: tuple[int, int | float | bytes]) -> bytes:

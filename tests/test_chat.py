@@ -1,5 +1,6 @@
 import tracemalloc
 from datetime import datetime
+from functools import cache
 
 import jinja2
 import pytest
@@ -18,9 +19,10 @@ from test_tokenizer import (
 )
 
 import numpy_llama as nl
-from numpy_llama.chat import ChatTemplate
+from numpy_llama.chat import CHAT_FORMATS, ChatTemplate, Llama2Chat, Llama3Chat, format_for
 from numpy_llama.checkpoint.gguf import GGUFFile
-from numpy_llama.errors import ParameterError, TemplateError, TextError
+from numpy_llama.cli import chat as chat_command
+from numpy_llama.errors import MismatchError, ParameterError, TemplateError, TextError
 from numpy_llama.tokenizer import tokenizer_from_gguf
 
 CHATML = (
@@ -80,12 +82,26 @@ def byte_level(**entries):
     return tokenizer_from_gguf(metadata, "small.gguf")
 
 
+def renamed(**names):
+    """The small byte-level vocabulary, some of its control tokens under other names."""
+    tokens = byte_level_metadata()["tokenizer.ggml.tokens"]
+    return byte_level(tokens=[names.get(token.strip("<|>"), token) for token in tokens])
+
+
 BYTE_LEVEL, SENTENCE_PIECE = byte_level(), tokenizer_from_gguf(sentencepiece_metadata(), "small.gguf")
 CASES = pytest.mark.parametrize(
     ("tokenizer", "source"),
     [(BYTE_LEVEL, CHATML), (BYTE_LEVEL, LLAMA3), (SENTENCE_PIECE, LLAMA2)],
     ids=["chatml", "llama3", "llama2"],
 )
+
+
+template = cache(ChatTemplate)  # compiled once for all examples
+
+
+# Llama 3's tokens, by the ids of those that the small vocabulary has.
+HEADERS = {"im_start": "<|start_header_id|>", "im_end": "<|end_header_id|>"}
+LLAMA3_VOCABULARY = renamed(**HEADERS)
 
 
 def as_hugging_face_renders(
@@ -108,7 +124,7 @@ def test_smollm2_equals_hugging_face(smollm2, contents, prompt):
     tokenizer, reference, source = smollm2
     messages = conversation(*contents)
     text = as_hugging_face_renders(source, messages, "<|im_start|>", "<|im_end|>", prompt)
-    assert ChatTemplate(source).encode(tokenizer, messages, prompt) == reference.encode(text).ids
+    assert template(source).encode(tokenizer, messages, prompt) == reference.encode(text).ids
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +140,7 @@ def test_byte_level_equals_hugging_face(source, contents):
     messages = conversation(*contents)
     text = as_hugging_face_renders(source, messages, "<|begin_of_text|>", "<|im_end|>")
     expected = hugging_face(byte_level_metadata()).encode(text).ids
-    assert ChatTemplate(source).encode(BYTE_LEVEL, messages) == expected
+    assert template(source).encode(BYTE_LEVEL, messages) == expected
 
 
 def test_llama2_by_hand():
@@ -139,18 +155,169 @@ def test_llama2_by_hand():
     ]
 
 
+# Text that has a turn's mark is not for Llama 2.
+UNMARKED = ORDINARY.filter(lambda text: not any(tag in text for tag in Llama2Chat.TAGS))
+
+
+@given(st.lists(UNMARKED, min_size=1, max_size=5), st.none() | UNMARKED)
+def test_llama2_as_meta_writes_it(contents, system):
+    """Meta's generation.py: pairs of question and answer, each a text of its own between BOS and EOS."""
+    messages = conversation(*contents)
+    questions, answers = [text.strip() for text in contents[::2]], [text.strip() for text in contents[1::2]]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+        questions[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{contents[0]}".strip()
+    names, encode, expected = SENTENCE_PIECE.control_tokens, trained_sentencepiece().encode, []
+    for question, answer in zip(questions, answers, strict=False):
+        text = f"[INST] {question} [/INST] {answer} "
+        expected += [names["<s>"], *encode(text), names["</s>"]]
+    if len(questions) > len(answers):
+        expected += [names["<s>"], *encode(f"[INST] {questions[-1]} [/INST]")]
+    assert Llama2Chat().encode(SENTENCE_PIECE, messages, add_generation_prompt=False) == expected
+    if len(questions) > len(answers):
+        assert Llama2Chat().encode(SENTENCE_PIECE, messages) == expected
+    else:
+        with pytest.raises(ParameterError, match="the last from user"):
+            Llama2Chat().encode(SENTENCE_PIECE, messages)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+def test_llama2_refuses_its_own_tags_as_meta_does(tag, at):
+    messages = [{"role": "system", "content": "x"}, *conversation("x", "x", "x")]
+    messages[at]["content"] = f"a{tag}b"
+    with pytest.raises(TextError, match=rf"messages\[{at}\] has the tag {tag.replace('[', chr(92) + '[')}"):
+        Llama2Chat().encode(SENTENCE_PIECE, messages)
+    messages[at]["content"] = f"a{tag[:-1]}b{tag[1:]}"
+    assert len(control_ids(SENTENCE_PIECE, Llama2Chat().encode(SENTENCE_PIECE, messages))) == 3
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        "system",
+        "assistant",
+        "tool",
+        "user user",
+        "user assistant",
+        "system system user",
+        "system assistant user",
+        "user system",
+        "user assistant assistant",
+        "user assistant tool",
+    ],
+)
+def test_llama2_wants_turns(roles):
+    messages = [{"role": role, "content": "x"} for role in roles.split()]
+    with pytest.raises(ParameterError, match=f"the roles are {', '.join(roles.split())}; Llama 2 wants"):
+        Llama2Chat().encode(SENTENCE_PIECE, messages)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), ORDINARY), min_size=1, max_size=4)
+)
+def test_llama3_as_meta_writes_it(turns):
+    """As one text, of which the reference knows the control tokens."""
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    text = "".join(header(role) + content.strip() + "<|eot_id|>" for role, content in turns)
+    metadata = byte_level_metadata() | {"tokenizer.ggml.tokens": LLAMA3_VOCABULARY.tokens}
+    expected = hugging_face(metadata).encode("<|begin_of_text|>" + text).ids
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert Llama3Chat().encode(LLAMA3_VOCABULARY, messages, add_generation_prompt=False) == expected
+    answer = hugging_face(metadata).encode(header("assistant")).ids
+    assert Llama3Chat().encode(LLAMA3_VOCABULARY, messages) == expected + answer
+
+
+@given(contents=st.lists(HOSTILE | st.sampled_from([*HEADERS.values()]), min_size=1, max_size=4))
+def test_no_message_makes_a_control_token_of_llama3(contents):
+    ids = Llama3Chat().encode(LLAMA3_VOCABULARY, conversation(*contents))
+    name = LLAMA3_VOCABULARY.control_tokens
+    header = [name["<|start_header_id|>"], name["<|end_header_id|>"]]
+    turn = [*header, name["<|eot_id|>"]]
+    assert control_ids(LLAMA3_VOCABULARY, ids) == [name["<|begin_of_text|>"], *turn * len(contents), *header]
+
+
+@given(contents=st.lists(HOSTILE, min_size=1, max_size=4))
+def test_no_message_makes_a_control_token_of_llama2(contents):
+    try:
+        ids = Llama2Chat().encode(SENTENCE_PIECE, conversation(*contents), add_generation_prompt=False)
+    except TextError:
+        assert any(tag in text for tag in Llama2Chat.TAGS for text in contents)
+        return
+    name = SENTENCE_PIECE.control_tokens
+    turns = [name["<s>"], name["</s>"]] * len(contents)
+    assert control_ids(SENTENCE_PIECE, ids) == turns[: len(contents)]
+
+
+def test_what_a_tool_says_is_llama3s_ipython():
+    ids = Llama3Chat().encode(LLAMA3_VOCABULARY, [{"role": "tool", "content": "42"}], False)
+    assert LLAMA3_VOCABULARY.decode(ids) == "ipython\n\n42"
+
+
+def test_a_format_needs_its_control_tokens():
+    with pytest.raises(MismatchError, match=r"needs the control token <\|start_header_id\|>, which"):
+        Llama3Chat().encode(BYTE_LEVEL, conversation("hi"))
+    with pytest.raises(MismatchError, match="needs the control token <s>, which"):
+        Llama2Chat().encode(BYTE_LEVEL, conversation("hi"))
+
+
+def test_the_format_of_a_vocabulary():
+    assert format_for(LLAMA3_VOCABULARY) is CHAT_FORMATS["llama3"]
+    assert format_for(BYTE_LEVEL) is None
+    assert format_for(renamed(im_start="<s>")) is None  # byte-level, whatever it calls its tokens
+
+    def sentence_piece(*others: str):
+        metadata = sentencepiece_metadata()
+        tokens = metadata["tokenizer.ggml.tokens"].copy()
+        for old, new in zip(["[INST]", "<|im_end|>"], others, strict=True):
+            tokens[tokens.index(old)] = new
+        return tokenizer_from_gguf(metadata | {"tokenizer.ggml.tokens": tokens}, "small.gguf")
+
+    assert format_for(sentence_piece("<pad>", "<x>")) is CHAT_FORMATS["llama2"]
+    assert format_for(sentence_piece("[INST]", "<x>")) is None
+    assert format_for(sentence_piece("<x>", "<|im_start|>")) is None
+
+
+@pytest.mark.parametrize("format", CHAT_FORMATS.values(), ids=CHAT_FORMATS)
+@pytest.mark.parametrize("messages", [[], "hi", [{"role": "wizard", "content": "hi"}]])
+def test_formats_want_messages_too(format, messages):
+    with pytest.raises(ParameterError, match=r"^messages"):
+        format.encode(SENTENCE_PIECE, messages)
+
+
+def test_what_cannot_be_said_does_not_end_a_conversation(monkeypatch, capsys):
+    heard = []
+
+    class Speaker:
+        def new_context(self):
+            return None
+
+        def stream_chat(self, messages, **options):
+            heard.append([message["content"] for message in messages])
+            Llama2Chat().encode(SENTENCE_PIECE, messages)
+            yield nl.Piece("yes", 1)
+            yield nl.Piece("", None, nl.Completion("yes", [1], [1], "stop", 1.0, 1.0))
+
+    lines = iter(["say [INST]", "hello"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    chat_command.converse(Speaker(), [], {})
+    assert heard == [["say [INST]"], ["hello"]]
+    told = capsys.readouterr()
+    assert "has the tag [INST]" in told.err and told.out.startswith("yes\n")
+
+
 @CASES
 @given(data=st.data(), n=st.integers(1, 4))
 def test_no_message_makes_a_control_token(tokenizer, source, data, n):
     contents = data.draw(st.lists(HOSTILE, min_size=n, max_size=n))
-    ids = ChatTemplate(source).encode(tokenizer, conversation(*contents))
-    harmless = ChatTemplate(source).encode(tokenizer, conversation(*["x"] * n))
+    ids = template(source).encode(tokenizer, conversation(*contents))
+    harmless = template(source).encode(tokenizer, conversation(*["x"] * n))
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, harmless)
 
 
 @given(contents=st.lists(HOSTILE, min_size=1, max_size=4))
 def test_messages_arrive_unchanged(contents):
-    ids = ChatTemplate(CHATML).encode(BYTE_LEVEL, conversation(*contents))
+    ids = template(CHATML).encode(BYTE_LEVEL, conversation(*contents))
     parts, names = [[]], BYTE_LEVEL.control_tokens
     for i in ids:
         if i in names.values():
@@ -271,8 +438,8 @@ def test_what_hugging_face_gives_to_templates():
         ("{{ '%1000000000d' % 1 }}", "operator %"),
         ("{% for i in range(1000000000) %}{% endfor %}", "[Rr]ange too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
-        ("{% if 1 %}" * 10_000, "recursion"),
-        ("a" * 300_000, "300000 characters, at most 262144"),
+        ("{% if 1 %}" * 5_000, "recursion"),
+        ("a" * 300_000, "300000 characters, at most 65536"),
         ("{% for i in range(99) %}{{ 'a' * 50000 }}{% endfor %}", "writes too much"),
     ],
 )
@@ -328,3 +495,165 @@ def test_what_makes_most_out_of_least_is_refused(source, smollm2_path):
     tokenizer = nl.load_tokenizer(smollm2_path)
     with pytest.raises(TemplateError, match="chat template, line 1"):
         ChatTemplate(source).render([{"role": "user", "content": "hi"}], tokenizer)
+
+
+# Each step is small, and what it makes is twice what it was given: no clock would stop it in time.
+A = "{% set a = 'a' * 200000 %}"
+GROWTH = {
+    "tilde": "{% set a = 'ab' %}" + "{% set a = a ~ a %}" * 40,
+    "tilde at once": A + "{{ " + "~".join(["a"] * 500) + " }}",
+    "plus": "{% set a = 'ab' %}" + "{% set a = a + a %}" * 40,
+    "lists": "{% set a = [1] %}" + "{% set a = a + a %}" * 40,
+    "in each other": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 60 + "{{ a }}",
+    "tuples": "{% set a = (1,) %}" + "{% set a = (a, a) %}" * 60 + "{{ a == a }}",
+    "mappings": "{% set a = {} %}" + "{% set a = {1: a, 2: a} %}" * 60 + "{{ a | tojson }}",
+    "dict": "{% set a = dict() %}" + "{% set a = dict(x=a, y=a) %}" * 60,
+    "attributes": "{% set n = namespace(x=[1]) %}" + "{% set n.x = [n.x, n.x] %}" * 60,
+    "in a loop": "{% set n = namespace(x='a') %}"
+    "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "blocks": "{% set a %}ab{% endset %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 40,
+    "constants": "{% set a %}{% for i in range(99999) %}" + "x" * 50_000 + "{% endfor %}{% endset %}",
+    "macro": "{% macro m() %}{% for i in range(99999) %}"
+    + "x" * 50_000
+    + "{% endfor %}{% endmacro %}{{ m() }}",
+    "callers": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call m() %}" * 18
+    + "x" * 1000
+    + "{% endcall %}" * 18,
+    "slices": A + "".join(f"{{% set a{i} = a[1:] %}}" for i in range(500)),
+    "join": A + "{{ ([a] * 1000) | join }}",
+    "join by it": "{% set b = 'a' * 90000 %}{{ ([1] * 5000) | join(b) }}",
+    "join's method": "{% set b = 'a' * 90000 %}{{ b.join(['x'] * 5000) }}",
+    "join an attribute": A + "{{ ([{'x': a}] * 1000) | join(attribute='x') }}",
+    "replace": "{{ ('a' * 60000) | replace('a', 'b' * 60000) }}",
+    "replace's method": "{{ ('a' * 60000).replace('a', 'b' * 60000) }}",
+    "map": "{% set b = 'a' * 50000 %}{{ range(99999) | map('default', 1) | map('replace', '', b) | list }}",
+    "text of a list": A + "{{ ([a] * 1000) | string }}",
+    "a list as it is": A + "{{ [a, a, a, a, a, a, a, a] * 100 }}",
+    "indents": "{% set a = [1] * 9999 %}" + "{% set a = [a] %}" * 300 + "{{ a | tojson(indent=8) }}",
+    "pieces": "{{ ('ab ' * 80000).split() }}",
+    "%": "{{ ('%1000000000d' ~ '') % 1 }}",
+    "dates": "{{ strftime_now('%999d' * 40000) }}",
+    "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
+    "translate": "{{ ('a' * 60000).translate({97: 'b' * 60000}) }}",
+    "fromkeys": "{{ dict.fromkeys(range(99999)) }}",
+    "sums": "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}",
+}
+
+
+@pytest.mark.parametrize("source", GROWTH.values(), ids=GROWTH)
+def test_a_template_has_room_for_so_much(source):
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter|longer"
+        ):
+            ChatTemplate(source).render(conversation("hi"), BYTE_LEVEL)
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% set a = 3 %}" + "{% set a = a * a %}" * 60, "a number beyond"),
+        ("{{ ('9' * 4000) | int // 3 }}", "a number beyond"),
+        ("{{ 1.5 | round(1000000000, 'ceil') }}", "No filter"),
+        ("{{ range(99999) | select('in', ['a'] * 90000) | list }}", "takes longer"),
+        ("{% set l = ['a'] * 90000 %}{% for i in range(99999) if i in l %}{% endfor %}", "takes longer"),
+        ("{{ ('a' * 9999).strip('b' * 9999 ~ 'a') }}", "more than 1024 characters"),
+        ("{{ 'ab'.rfind('b') }}", "unsafe"),
+        ("{{ 'a' | e }}" * 5000, "parts, at most 8192"),
+        ("{{ 1" + "+1" * 30_000 + "}}", "recursion"),
+        ("{{ " + "[" * 20_000 + "]" * 20_000 + " }}", "recursion"),
+        ("{{ loop }}{% block b %}{{ self.b() }}{% endblock %}", "recursion"),
+    ],
+)
+def test_steps_that_take_long_are_refused(source, message):
+    with pytest.raises(TemplateError, match=message):
+        ChatTemplate(source).render(conversation("hi"), BYTE_LEVEL)
+
+
+def test_room_grows_with_the_messages():
+    """Real templates make some copies of what was said; a thousand messages of a page each are no attack."""
+    pages = ["a page\n" * 500] * 1000
+    text = ChatTemplate(CHATML).render(conversation(*pages), BYTE_LEVEL)
+    assert len(text) > 1000 * 3500
+    often = ChatTemplate("{% for i in range(99) %}" + CHATML + "{% endfor %}")
+    with pytest.raises(TemplateError, match="too much"):
+        often.render(conversation(*pages[:20]), BYTE_LEVEL)
+
+
+PLAIN = """
+{%- set ns = namespace(n=0, seen=[], text='') %}
+{%- for message in messages[::-1][:3] %}
+    {%- set ns.n = ns.n + loop.index0 * 2 - 1 %}
+    {%- set ns.seen = ns.seen + [message.role] %}
+    {%- set ns.text = ns.text ~ message['content'].strip().split('</think>')[-1].lstrip('\n') ~ loop.last %}
+{%- endfor %}
+{%- set a, (b, c) = 1, (2, [3, {'k': 'v'}]) -%}
+{{ ns.seen }}{{ ns.text }}{{ ns.n // 3 }}|{{ a ~ b ~ c }}|{{ (a, b)[1:] }}|{{ 7 % 4 }}{{ -a }}{{ 2.5 * 2 }}
+{{ ', '.join(['x', 'y']) }}|{{ 'aXa'.replace('a', 'b') }}|{{ 'aXa'.replace('a', 'b', 1) }}
+{{ 'a-b' | replace('-', '+') }}|{{ [{'n': 'x'}] | join(',', attribute='n') }}
+{% for k, v in {'p': 1, 'q': [2]}.items() if k != 'z' %}{{ k }}={{ v }}{{ ';' if not loop.last }}{% endfor %}
+{{ messages | map(attribute='role') | join('/') }}|{{ [1, 2] | join }}|{{ nope is defined }}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ 'b' in ['a', 'b'] }}
+{%- macro say(x, times=2) -%}{{ x * times }}{{ caller() if caller else '' }}{%- endmacro %}
+{{ say('ab') }}{% call say('c', times=3) %}!{% endcall %}{% filter upper %}up{{ a }}{% endfilter %}
+{% set block %}  {{ 'é' | upper }} {% endset %}{{ block | trim }}{{ '<' | e }}{{ 'x' is string }}
+{%- set joined = ['s'] * 3 %}{{ joined | join('-') }}{{ range(3) | list }}{{ 'abc'[1] }}{{ 'abc'[1:] }}
+{{- 'title case' | title }}{{ cycler('odd', 'even').next() }}{{ none }}{{ messages[0].content is mapping }}
+"""
+
+
+@given(contents=st.lists(TEXTS, min_size=1, max_size=4))
+def test_what_real_templates_do_is_done(contents):
+    messages = conversation(*contents)
+    expected = as_hugging_face_renders(PLAIN, messages, "", "")
+    assert template(PLAIN).render(messages, BYTE_LEVEL) == expected
+
+
+# What a file may hold that means harm, by the names that it has among the hostile cases.
+HARM = {
+    "J01": [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ self.__init__.__globals__['os'].popen('id') }}",
+    ],
+    "J02": [
+        "{{ messages | attr('__class__') }}",
+        "{{ ''['__class__'].mro() }}",
+        "{{ ([{}] | map(attribute='__class__') | list)[0].mro() }}",
+    ],
+    "J03": [
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ '{x.__class__}'.format_map({'x': 1}) }}",
+        "{{ '%(x)s' % {'x': 1} }}",
+        "{% set f = '{0.__class__}'.format %}{{ f(messages) }}",
+        "{% set f = '{0.__class__}'.format %}{{ [messages] | map(f) | list }}",
+    ],
+    "J04": [
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    ],
+    "J05": [
+        "{{ 'a' * 10**10 }}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ 10 ** 10 ** 9 }}",
+    ],
+    "J06": ["{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends 'base' %}"],
+    "J07": [
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% if 1 %}" * 10_000 + "{% endif %}" * 10_000,
+        "a" * 5_000_000,
+    ],
+    "J08": ["{% if %}", "{{ nope.x }}", "{{ raise_exception('no') }}"],
+}
+
+
+@pytest.mark.parametrize(("case", "source"), [(case, source) for case in HARM for source in HARM[case]])
+def test_harm_is_a_template_error(case, source):
+    with pytest.raises(TemplateError, match=r"^the model's chat template, line"):
+        ChatTemplate(source).encode(BYTE_LEVEL, conversation("hi"))
+    assert Llama3Chat().encode(LLAMA3_VOCABULARY, conversation("hi"))  # the way out: --chat-format

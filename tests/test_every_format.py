@@ -28,7 +28,7 @@ logging.disable_progress_bar()
 
 LOGITS = 5e-6  # of the largest logit: both sides compute in float32, over two layers
 SMALLEST = 2.0**-14  # the smallest normal float16
-IDS = np.random.default_rng(1).integers(0, 96, (2, 24))
+IDS = np.random.default_rng(1).integers(0, 576, (2, 24))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ LLAMA_1 = ModelArgs(
     n_kv_heads=8,
     head_dim=16,
     hidden_dim=352,  # int(2 * 4 * 128 / 3) = 341, rounded up to a multiple of 32
-    vocab_size=96,
+    vocab_size=576,  # more than the 512 of the smallest tokenizer that Meta's format can have
     norm_eps=1e-6,
     rope_theta=10000.0,
     max_seq_len=2048,
@@ -225,7 +225,7 @@ FORMATS = {
         f"HF, safetensors, {dtype}": (lambda g, f, d=d: write_hf(g, f, d))
         for dtype, d in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16))
     },
-    "HF, sharded": lambda g, f: write_hf(g, f, torch.float32, max_shard_size="300KB"),
+    "HF, sharded": lambda g, f: write_hf(g, f, torch.float32, max_shard_size="500KB"),
     "HF, .bin": lambda g, f: write_hf_bin(g, f, torch.float32),
     "HF, .bin, BF16": lambda g, f: write_hf_bin(g, f, torch.bfloat16),
     **{f"GGUF {t}": (lambda g, f, t=t: write_gguf(g, f, t)) for t in ("F32", "F16", "BF16")},

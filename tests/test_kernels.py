@@ -7,15 +7,17 @@ import ctypes
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy_llama._kernels import ffi, lib
+from test_quantize import all_pairs_of_scales, packed_scales
 from tolerances import U32, assert_within, g
 
 import numpy_llama
@@ -26,12 +28,18 @@ from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.quantize import FORMATS, QK, StoredTensor
 
 ISAS = kernels.available_isas()
-BLOCK_FORMATS = [name for name, f in FORMATS.items() if f.block > 1]
+# Where in a block its float16 numbers lie: the scale, and the minimum (or its scale) if there is one.
+HALVES = {
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 LANES = {"scalar": 1, "avx2": 8, "avx512": 16}
 STEPS = 64  # csrc/linear.c: a lane sums this many products, then the lanes are summed, then such chunks
 ODD_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65]
 sizes = st.one_of(st.integers(1, 20), st.sampled_from(ODD_SIZES))
 seeds = st.integers(0, 2**32 - 1)
+# What runs for every format on every instruction set runs more than thirty times: fewer examples each.
+for_each = settings(max_examples=settings().max_examples // 4)
 
 
 @pytest.fixture(params=ISAS, scope="module")
@@ -67,18 +75,34 @@ def exact_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
     """Small whole numbers times powers of two, as stored: with them no sum below is ever rounded."""
     if format.block == 1:
         return StoredTensor.quantize(rng.integers(-8, 9, (OUT, IN)).astype(np.float32), format)
-    blocks = rng.integers(0, 256, (OUT * IN // QK, format.block_bytes), dtype=np.uint8)
-    if format.name == "Q8_0":
-        blocks[:, 2:] = rng.integers(-8, 9, (len(blocks), QK)).astype(np.int8).view(np.uint8)
-    d = np.float16(2.0) ** rng.integers(-2, 3, (len(blocks), 1))
-    blocks[:, :2] = d.astype("<f2").view(np.uint8)
-    if format.name == "Q4_1":
-        blocks[:, 2:4] = rng.integers(-8, 9, (len(blocks), 1)).astype("<f2").view(np.uint8)
+    blocks = rng.integers(0, 256, (OUT * IN // format.block, format.block_bytes), dtype=np.uint8)
+    small = {"Q8_0": slice(2, 34), "Q6_K": slice(192, 208)}.get(format.name)  # signed bytes
+    if small:
+        blocks[:, small] = rng.integers(-8, 9, blocks[:, small].shape).astype(np.int8).view(np.uint8)
+    k = format.block > QK
+    if format.name in ("Q4_K", "Q5_K"):
+        blocks[:, 4:12] &= 15  # scales and minima of 4 bits
+    d = 2.0 ** rng.integers(0 if k else -2, 2 if k else 3, (len(blocks), 1))
+    m = rng.integers(-2, 3, d.shape) if k else rng.integers(-8, 9, d.shape)
+    for at, half in zip(HALVES[format.name], (d, m), strict=False):
+        blocks[:, at : at + 2] = half.astype("<f2").view(np.uint8)
     return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
 
 
 def real_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
-    return StoredTensor.quantize(rng.standard_normal((OUT, IN), dtype=np.float32), format)
+    """Weights around 1. A format that nobody here can write: any bytes, with reasonable scales."""
+    if format.quantize:
+        return StoredTensor.quantize(rng.standard_normal((OUT, IN), dtype=np.float32), format)
+    blocks = rng.integers(0, 256, (OUT * IN // format.block, format.block_bytes), dtype=np.uint8)
+    for at in HALVES[format.name]:
+        half = rng.normal(scale=2**-9, size=(len(blocks), 1))
+        blocks[:, at : at + 2] = half.astype("<f2").view(np.uint8)
+    return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
+
+
+def whole_blocks(format, n: int) -> int:
+    """n, or the next number of weights that rows of this format can have."""
+    return -(-n // format.block) * format.block
 
 
 def bits(x: np.ndarray) -> np.ndarray:
@@ -88,6 +112,7 @@ def bits(x: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- linear
 
 
+@for_each
 @given(
     T=sizes,
     OUT=sizes,
@@ -102,7 +127,7 @@ def bits(x: np.ndarray) -> np.ndarray:
 def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by, seed):
     rng = np.random.default_rng(seed)
     # Formats of single numbers may have any IN; the others come in whole blocks.
-    IN = blocks * QK - (int(rng.integers(0, QK)) if format.block == 1 else 0)
+    IN = whole_blocks(format, blocks * QK - (int(rng.integers(0, QK)) if format.block == 1 else 0))
     w = exact_weight(rng, format, OUT, IN)
     w = StoredTensor(format, w.shape, unaligned(w.data, by if format.name != "F32" else by // 4 * 4))
     x = unaligned(rng.integers(-8, 9, (T, IN)).astype(np.float32), by // 4 * 4)
@@ -118,10 +143,11 @@ def linear_bound(isa: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return roundings * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T)
 
 
+@for_each
 @given(T=sizes, OUT=sizes, IN=st.integers(1, 1500), seed=seeds)
 def test_linear_is_within_the_rounding_of_its_sum(isa, format, T, OUT, IN, seed):
     rng = np.random.default_rng(seed)
-    IN = -(-IN // format.block) * format.block
+    IN = whole_blocks(format, IN)
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
     assert_within(Kernels(1).linear(x, PackedWeight(w)), expected, linear_bound(isa, x, w.dequantize()))
@@ -137,6 +163,7 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
     assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
 
 
+@for_each
 @given(
     T=st.integers(1, 40),
     OUT=st.integers(1, 70),
@@ -147,8 +174,8 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
 @example(T=200, OUT=33, blocks=33, cut=195, seed=0)
 def test_linear_gives_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
     rng = np.random.default_rng(seed)
-    w = PackedWeight(real_weight(rng, format, OUT, blocks * QK))
-    x = rng.standard_normal((T, blocks * QK), dtype=np.float32)
+    IN = whole_blocks(format, blocks * QK)
+    w, x = PackedWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
     whole = Kernels(1).linear(x, w)
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
@@ -166,9 +193,10 @@ def test_sums_that_vanish_have_the_same_sign(isa, format):
 
 
 def test_linear_gives_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
-    w, x = PackedWeight(real_weight(rng, format, 37, 96)), rng.standard_normal((5, 96), dtype=np.float32)
+    IN = whole_blocks(format, 96)
+    w, x = PackedWeight(real_weight(rng, format, 37, IN)), rng.standard_normal((5, IN), dtype=np.float32)
     whole = Kernels(2).linear(x, w)
-    for work in (1, 96 * 5 * 3, 96 * 5 * 5):  # so short that a call computes 1, 3 or 5 rows a thread
+    for work in (1, IN * 5 * 3, IN * 5 * 5):  # so short that a call computes 1, 3 or 5 rows a thread
         monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
         np.testing.assert_array_equal(bits(Kernels(2).linear(x, w)), bits(whole))
 
@@ -183,24 +211,48 @@ def test_every_half_is_read_rightly(isa):
         np.testing.assert_array_equal(Kernels(2).linear(one, w)[0], w.dequantize()[:, 0])
 
 
-@pytest.mark.parametrize("name", BLOCK_FORMATS)
+@pytest.mark.parametrize("name", HALVES)
 def test_every_scale_times_every_number_is_read_rightly(isa, name, rng):
-    """All finite float16 scales with all small numbers, and some minimum: bit for bit as quantize.py says."""
+    """All finite float16 scales with all small numbers, and some minimum: bit for bit as quantize.py says.
+
+    A K format has too many: there, all scales and, of everything else, any bytes."""
     format = FORMATS[name]
     scales = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     scales = scales[np.isfinite(scales)]
     scales = scales[:: 1 if isa != "scalar" else 37].copy()  # the scalar form takes its time
-    head = format.block_bytes - (QK if name == "Q8_0" else QK // 2)
-    numbers = np.arange(256, dtype=np.uint8).reshape(-1, format.block_bytes - head)  # (blocks, bytes)
-    blocks = np.empty((len(scales), len(numbers), format.block_bytes), np.uint8)
-    blocks[..., :2] = scales.view(np.uint8).reshape(-1, 1, 2)
-    if name == "Q4_1":
-        blocks[..., 2:4] = rng.permutation(scales).view(np.uint8).reshape(-1, 1, 2)
-    blocks[..., head:] = numbers
-    IN = len(numbers) * QK
-    w = StoredTensor(format, (len(scales), IN), blocks.reshape(-1))
-    got = Kernels(2).linear(np.eye(IN, dtype=np.float32), w).T
-    np.testing.assert_array_equal(got, w.dequantize())
+    numbers = (
+        32 if name == "Q8_0" else 16 if format.block == QK else 0
+    )  # bytes of a block that take all values
+    n_blocks = 256 // numbers if numbers else 1
+    blocks = rng.integers(256, size=(len(scales), n_blocks, format.block_bytes), dtype=np.uint8)
+    blocks[..., format.block_bytes - numbers :] = np.arange(n_blocks * numbers).reshape(n_blocks, numbers)
+    for at, half in zip(HALVES[name], (scales, rng.permutation(scales)), strict=False):
+        blocks[..., at : at + 2] = half.view(np.uint8).reshape(-1, 1, 2)
+    assert_read_rightly(StoredTensor(format, (len(scales), n_blocks * format.block), blocks.reshape(-1)))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_every_scale_of_a_sub_block_is_read_rightly(isa, name, rng):
+    """All pairs of 6-bit scale and minimum at each of their 8 places, all signed bytes at each of 16."""
+    format = FORMATS[name]
+    sc, m = all_pairs_of_scales()
+    blocks = rng.integers(256, size=(len(sc), format.block_bytes), dtype=np.uint8)
+    if name == "Q6_K":
+        blocks[:, 192:208] = (np.arange(len(sc))[:, None] + 17 * np.arange(16)) % 256
+    else:
+        blocks[:, 4:16] = packed_scales(sc, m)
+    for at in HALVES[name]:
+        blocks[:, at : at + 2] = rng.normal(size=(len(sc), 1)).astype("<f2").view(np.uint8)
+    assert_read_rightly(StoredTensor(format, (len(sc), format.block), blocks.reshape(-1)))
+
+
+def assert_read_rightly(w: StoredTensor):
+    """Times the unit matrix every weight comes out as it is."""
+    one = np.eye(w.shape[1], dtype=np.float32)
+    for begin in range(0, len(w), 2048):  # what fits the cache is fast
+        some = w.data[begin : begin + 2048]
+        part = StoredTensor(w.format, (len(some), w.shape[1]), some)
+        np.testing.assert_array_equal(Kernels(2).linear(one, part).T, part.dequantize())
 
 
 def test_linear_takes_any_array(isa, rng):
@@ -473,7 +525,7 @@ class Guarded:
 @pytest.mark.parametrize("at_end", [True, False])
 def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
     for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (3, 17, 1), (7, 19, 33), (5, 4, 2)]:
-        guarded, IN = Guarded(), blocks * QK
+        guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
         w = exact_weight(rng, format, OUT, IN)
         w = StoredTensor(w.format, w.shape, guarded.copy(w.data, at_end))
         x = guarded.copy(rng.integers(-8, 9, (T, IN)).astype(np.float32), at_end)
@@ -552,6 +604,94 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert run(code, PYTHONWARNINGS="ignore").stdout == "0\n"  # a child that hangs runs into the timeout
+
+
+CUT = """
+import mmap, os, sys, tempfile
+from numpy_llama.kernels import watch
+
+def mapped(text):
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(bytes(3 * mmap.PAGESIZE))
+    with open(file.name, "r+b") as file:
+        area = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if text: watch(area, text)
+        file.truncate(mmap.PAGESIZE)
+    os.remove(file.name)
+    return area
+
+"""
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_file_that_is_cut_while_it_is_in_use_is_named(at):
+    """Not only the first of the watched, its last byte too, and from the part that is still there nothing."""
+    code = f"""
+first, second = mapped("a.gguf"), mapped("b/wéights.gguf")
+print(second[mmap.PAGESIZE - 1], flush=True)
+second[{at + 1} * mmap.PAGESIZE - 1]
+"""
+    done = run(CUT + code)
+    assert done.returncode == 1
+    assert done.stdout == "0\n"
+    assert done.stderr == "numpy-llama: b/wéights.gguf was cut while it was in use; its weights are gone\n"
+
+
+def test_a_file_that_is_cut_under_the_kernels_is_named():
+    """On a thread of OpenMP, in the middle of a product."""
+    code = """
+import numpy as np
+from numpy_llama import kernels
+from numpy_llama.quantize import FORMATS, StoredTensor
+kernels.WORK_FOR_THREADS = 0
+area = mapped("w.gguf")
+w = StoredTensor(FORMATS["F32"], (48, mmap.PAGESIZE // 64), np.frombuffer(area, np.uint8))
+kernels.Kernels(3).linear(np.ones((1, w.shape[1]), "f"), w)
+"""
+    done = run(CUT + code)
+    assert done.returncode == 1
+    assert done.stderr == "numpy-llama: w.gguf was cut while it was in use; its weights are gone\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'other, watched = mapped(None), mapped("w.gguf"); other[mmap.PAGESIZE]',
+        'watched = mapped("w.gguf"); os.kill(os.getpid(), 7)',
+        'watched = mapped("w.gguf"); del watched; other = mapped(None); other[mmap.PAGESIZE]',
+    ],
+    ids=["elsewhere", "sent", "no longer watched"],
+)
+def test_any_other_sigbus_still_kills(code):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+    done = run(CUT + limit + code.replace("7)", f"{signal.SIGBUS:d})"))
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr == ""
+
+
+def test_a_handler_that_was_there_is_still_asked():
+    code = """
+import faulthandler, resource
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+faulthandler.enable()
+watched, other = mapped("w.gguf"), mapped(None)
+other[mmap.PAGESIZE]
+"""
+    done = run(CUT + code)
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr.startswith("Fatal Python error: Bus error")
+
+
+def test_only_so_many_files_are_watched_at_once():
+    """And those beyond are used all the same; when some are gone there is room again."""
+    code = """
+maps = [mapped(f"{i}.gguf") for i in range(300)]
+del maps[:10]
+late = mapped("late.gguf")
+late[mmap.PAGESIZE]
+"""
+    done = run(CUT + code)
+    assert (done.returncode, done.stderr.split()[1]) == (1, "late.gguf")
 
 
 def test_the_kernels_build_and_agree_without_openmp(tmp_path):

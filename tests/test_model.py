@@ -417,7 +417,7 @@ LEVELS = [
     {"model"},
     {"cache"},
     {"functional"},
-    {"config"},
+    {"config", "presets"},
     {"errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

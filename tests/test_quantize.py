@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from tolerances import U16, U32, assert_within
 
 from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
-from numpy_llama.quantize import FORMATS, MAX_F16, QK, StoredTensor
+from numpy_llama.quantize import FORMATS, MAX_F16, QK, QK_K, StoredTensor
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 every_format = pytest.mark.parametrize("name", FORMATS)
-block_formats = pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1"])
+writable_formats = pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.quantize])
+block_formats = pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.block == QK])
+k_formats = pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.block == QK_K])
 
 TINY_F16 = 2.0**-24  # the least number above 0, and the spacing of the subnormal ones
 
@@ -60,19 +62,19 @@ def test_formats_are_those_of_ggml():
         theirs = gguf.GGMLQuantizationType[name]
         assert (format.name, format.code) == (name, theirs)
         assert (format.block, format.block_bytes) == gguf.GGML_QUANT_SIZES[theirs]
-        assert format.row_bytes(4 * QK) == 4 * QK // format.block * format.block_bytes
+        assert format.row_bytes(4 * QK_K) == 4 * QK_K // format.block * format.block_bytes
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales are NaN and infinite too
 @every_format
 @given(seeds, st.integers(1, 3), st.integers(1, 5))
 def test_dequantize_is_bit_equal_to_gguf(name, rng, rows, blocks):
-    data = any_bytes(rng, name, rows, blocks * QK)
+    data = any_bytes(rng, name, rows, blocks * FORMATS[name].block)
     expected = gguf.dequantize(data, gguf.GGMLQuantizationType[name])
     same_bits(FORMATS[name].dequantize(data), expected)
 
 
-@every_format
+@writable_formats
 @given(weights())
 def test_quantize_is_bit_equal_to_gguf(name, x):
     expected = bits(gguf.quantize(x, gguf.GGMLQuantizationType[name]))
@@ -83,11 +85,10 @@ def test_quantize_is_bit_equal_to_gguf(name, x):
 @given(seeds)
 def test_ties_are_rounded_as_gguf(name, rng):
     """Scales that are powers of two, so that the halves between two codes are met exactly."""
-    top = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15}[name]
-    x = rng.integers(-2 * top, 2 * top + 1, (4, QK)).astype(np.float32) / 2
-    x[:, 0] = {"Q8_0": 127, "Q4_0": -8, "Q4_1": -7.5}[name]
-    x[:, 1] = {"Q8_0": -127, "Q4_0": 7.5, "Q4_1": 7.5}[name]
-    x = np.clip(x, x[:, 1:2].min() if name == "Q8_0" else x[0, 0], x[:, :2].max())
+    low = {"Q8_0": -127, "Q4_0": -8, "Q4_1": -7.5, "Q5_0": -16, "Q5_1": -15.5}[name]
+    high = -low if name in ("Q8_0", "Q4_1", "Q5_1") else -low - 0.5
+    x = rng.integers(round(2 * low), round(2 * high) + 1, (4, QK)).astype(np.float32) / 2
+    x[:, 0], x[:, 1] = low, high
     expected = gguf.quantize(x, gguf.GGMLQuantizationType[name])
     np.testing.assert_array_equal(FORMATS[name].quantize(x), expected)
 
@@ -125,27 +126,29 @@ def test_q8_0_error(x):
     assert_within(blocks_of(round_trip(x, "Q8_0")), blocks_of(x), bound)
 
 
+@pytest.mark.parametrize("name, top", [("Q4_0", 8), ("Q5_0", 16)])
 @given(weights())
-def test_q4_0_error(x):
-    """Away from the largest weight the codes end at 7: what lies there at 8 loses a whole step."""
+def test_q4_0_and_q5_0_error(name, top, x):
+    """Away from the largest weight the codes end at top - 1: what lies there at top loses a whole step."""
     b = blocks_of(x)
     extreme = np.take_along_axis(b, np.abs(b).argmax(-1)[..., None], -1)
-    d = extreme / -8
+    d = extreme / -top
     q = b / np.where(d == 0, 1, d)
-    step = np.where(q > 7.5, q - 7, 0.5)
-    bound = step * np.abs(d) + 8 * np.maximum(U16 * np.abs(d), TINY_F16 / 2) + 64 * U32 * np.abs(d)
-    assert_within(blocks_of(round_trip(x, "Q4_0")), b, bound)
+    step = np.where(q > top - 0.5, q - (top - 1), 0.5)
+    bound = step * np.abs(d) + top * np.maximum(U16 * np.abs(d), TINY_F16 / 2) + 8 * top * U32 * np.abs(d)
+    assert_within(blocks_of(round_trip(x, name)), b, bound)
     assert (step <= 1).all()
 
 
+@pytest.mark.parametrize("name, top", [("Q4_1", 15), ("Q5_1", 31)])
 @given(weights())
-def test_q4_1_error(x):
+def test_q4_1_and_q5_1_error(name, top, x):
     b = blocks_of(x)
     low, high = b.min(-1, keepdims=True), b.max(-1, keepdims=True)
-    d = (high - low) / 15
-    bound = 0.5 * d + 15 * np.maximum(U16 * d, TINY_F16 / 2) + np.maximum(U16 * np.abs(low), TINY_F16 / 2)
-    bound += 64 * U32 * (d + np.abs(low))
-    assert_within(blocks_of(round_trip(x, "Q4_1")), b, bound)
+    d = (high - low) / top
+    bound = 0.5 * d + top * np.maximum(U16 * d, TINY_F16 / 2) + np.maximum(U16 * np.abs(low), TINY_F16 / 2)
+    bound += 4 * (top + 1) * U32 * (d + np.abs(low))
+    assert_within(blocks_of(round_trip(x, name)), b, bound)
 
 
 @block_formats
@@ -165,6 +168,70 @@ def test_a_second_round_trip_changes_nothing(name, x):
         assert_within(again.dequantize(), once.dequantize(), 2 * U16 * np.abs(once.dequantize()))
     else:
         np.testing.assert_array_equal(again.data, once.data)
+
+
+# --- K formats, by hand -----------------------------------------------------------------------------------
+
+
+def packed_scales(sc, m):
+    """(blocks, 8) numbers of 6 bits each -> (blocks, 12) bytes, bit by bit as quantize.py draws them."""
+    place = {}  # (array, sub-block, bit): (byte, bit)
+    for j in range(4):
+        for bit in range(6):
+            place["sc", j, bit] = (j, bit)
+            place["m", j, bit] = (j + 4, bit)
+        for bit in range(4):
+            place["sc", j + 4, bit] = (j + 8, bit)
+            place["m", j + 4, bit] = (j + 8, bit + 4)
+        for bit in range(4, 6):
+            place["sc", j + 4, bit] = (j, bit + 2)
+            place["m", j + 4, bit] = (j + 4, bit + 2)
+    assert len(set(place.values())) == 12 * 8
+    packed = np.zeros((len(sc), 12), np.uint8)
+    for (name, j, bit), (byte, to) in place.items():
+        packed[:, byte] |= (({"sc": sc, "m": m}[name][:, j] >> bit & 1) << to).astype(np.uint8)
+    return packed
+
+
+def all_pairs_of_scales():
+    """(4096, 8) each: at every place of a block, every pair of two 6-bit numbers."""
+    pair = (np.arange(4096)[:, None] + 509 * np.arange(8)) % 4096
+    return pair // 64, pair % 64
+
+
+def two_halves(d, m):
+    return np.stack([d, m], axis=-1).astype("<f2").view(np.uint8)
+
+
+@pytest.mark.parametrize("name, top", [("Q4_K", 16), ("Q5_K", 32)])
+def test_q4_k_and_q5_k_by_hand(name, top, rng):
+    """The value of every weight from numbers that were packed here: d sc q - dmin m, rounded once."""
+    sc, m = all_pairs_of_scales()
+    d, dmin = rng.normal(size=(2, len(sc))).astype(np.float16)
+    q = rng.integers(top, size=(len(sc), QK_K))
+    pairs = q.reshape(-1, 4, 2, 32) & 15
+    parts = [two_halves(d, dmin), packed_scales(sc, m)]
+    if name == "Q5_K":
+        fifth = q.reshape(-1, 8, 32) >> 4
+        parts.append((fifth << np.arange(8)[:, None]).sum(axis=1))
+    parts.append((pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128))
+    rows = np.concatenate([part.astype(np.uint8) for part in parts], axis=-1)
+    d, dmin = d.astype(np.float64)[:, None], dmin.astype(np.float64)[:, None]
+    expected = d * np.repeat(sc, 32, axis=1) * q - dmin * np.repeat(m, 32, axis=1)
+    np.testing.assert_array_equal(FORMATS[name].dequantize(rows), expected.astype(np.float32))
+
+
+def test_q6_k_by_hand(rng):
+    sc = rng.integers(-128, 128, (512, 16))
+    sc[:256] = np.arange(-128, 128)[:, None]
+    d = rng.normal(size=(512, 1)).astype(np.float16)
+    q = rng.integers(64, size=(512, 2, 4, 32))  # four times 32 weights share the bytes of the upper bits
+    low = q[:, :, :2] & 15 | (q[:, :, 2:] & 15) << 4
+    upper = (q >> 4 << np.int64([[0], [2], [4], [6]])).sum(axis=2)
+    parts = [low.reshape(512, 128), upper.reshape(512, 64), sc, d.astype("<f2").view(np.uint8)]
+    rows = np.concatenate([part.astype(np.uint8) for part in parts], axis=-1)
+    expected = d.astype(np.float64) * np.repeat(sc, 16, axis=1) * (q.reshape(512, QK_K) - 32)
+    np.testing.assert_array_equal(FORMATS["Q6_K"].dequantize(rows), expected)
 
 
 # --- float16 and bfloat16, exhaustively -------------------------------------------------------------------
@@ -247,6 +314,19 @@ def test_float_formats_keep_nan_and_infinity(name):
     np.testing.assert_array_equal(round_trip(x, name), x)
 
 
+@k_formats
+def test_k_formats_are_read_only(name):
+    with pytest.raises(UnsupportedError, match=f"{name} can be read but not written; there are F32, F16"):
+        StoredTensor.quantize(np.ones((1, QK_K)), name)
+
+
+@k_formats
+@pytest.mark.parametrize("n", [1, 32, 255, 288])
+def test_rows_of_k_formats_must_be_whole_blocks(name, n):
+    with pytest.raises(MismatchError, match=f"rows of {n} weights, {name} needs a multiple of 256"):
+        StoredTensor(FORMATS[name], (2, n), np.zeros(2 * 210, np.uint8))
+
+
 @block_formats
 @pytest.mark.parametrize("n", [1, 31, 33, 63])
 def test_rows_must_be_whole_blocks(name, n, rng):
@@ -264,20 +344,22 @@ def test_unknown_formats_are_refused():
 # --- StoredTensor -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @every_format
-@given(weights(), seeds)
-def test_indexing_is_indexing_of_the_dequantized(name, x, rng):
-    stored = StoredTensor.quantize(x, name)
+@given(seeds, st.integers(1, 3), st.integers(1, 4))
+def test_indexing_is_indexing_of_the_dequantized(name, rng, rows, blocks):
+    shape = (rows, blocks * QK_K)
+    stored = StoredTensor(FORMATS[name], shape, any_bytes(rng, name, *shape))
     whole = stored.dequantize()
-    assert stored.shape == whole.shape == x.shape and len(stored) == len(x) and whole.dtype == np.float32
-    ids = rng.integers(len(x), size=(2, 3))
+    assert stored.shape == whole.shape == shape and len(stored) == rows and whole.dtype == np.float32
+    ids = rng.integers(rows, size=(2, 3))
     for index in [0, -1, slice(0, 1), slice(None, None, -1), [0], ids, ...]:
         np.testing.assert_array_equal(stored[index], whole[index])
         assert stored[index].dtype == np.float32
     assert stored.dequantize(np.float64).dtype == np.float64
 
 
-@every_format
+@writable_formats
 def test_a_vector_is_stored_as_one_row(name, rng):
     x = rng.normal(size=2 * QK).astype(np.float32)
     stored = StoredTensor.quantize(x, name)
@@ -285,7 +367,7 @@ def test_a_vector_is_stored_as_one_row(name, rng):
     np.testing.assert_array_equal(stored.dequantize(), StoredTensor.quantize(x[None], name).dequantize()[0])
 
 
-@every_format
+@writable_formats
 def test_quantize_takes_any_layout(name, rng):
     x = rng.normal(size=(2 * QK, 2 * QK))
     expected = StoredTensor.quantize(x.astype(np.float32), name).data

@@ -9,18 +9,53 @@ from pathlib import Path
 import numpy as np
 
 from ..config import ModelArgs
-from ..errors import ParameterError, UnsupportedError
+from ..errors import FormatError, ParameterError, UnsupportedError, escape
 from ..model import Transformer
 from ..quantize import StoredTensor
 from .base import Checkpoint
+from .files import MappedFile
+from .gguf import HEADER_BYTES
 from .gguf_model import GGUFCheckpoint
+from .huggingface import HuggingFaceCheckpoint
+from .llama2c import Llama2cCheckpoint, looks_like_llama2c
+from .meta import MetaCheckpoint
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, by what its first bytes say."""
+    """The checkpoint at `path`: a folder by the files in it, a file by what it begins with."""
+    if path.is_dir():
+        return _open_folder(path)
+    file = MappedFile(path, "a model", HEADER_BYTES)
+    head, size = bytes(file.map[:256]), file.size
+    del file  # its reader will map it too, and address space may be scarce (ulimit -v)
+    if looks_like_llama2c(head, size):
+        return Llama2cCheckpoint(path)
+    for looks_so, what in [
+        (head.startswith(b"PK\x03\x04") or head.startswith(b"\x80\x02"), "PyTorch's weights"),
+        (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size, "safetensors"),
+        (head.startswith(b"{"), "JSON"),
+    ]:
+        if looks_so:
+            wanted = (
+                "name its folder, with params.json (Meta) or config.json (Hugging Face) in it"
+            )
+            raise FormatError(f"{path} holds {what}: {wanted}")
     return GGUFCheckpoint(path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    """Meta's and Hugging Face's models are folders, told apart by the file that holds the hyperparameters."""
+    has_meta, has_hf = (path / "params.json").exists(), (path / "config.json").exists()
+    if has_meta and (not has_hf or any(path.glob("consolidated.*.pth"))):
+        return MetaCheckpoint(path)
+    if has_hf:
+        return HuggingFaceCheckpoint(path)
+    found = ", ".join(escape(entry.name, 40) for entry in sorted(path.iterdir())[:5]) or "nothing"
+    raise FormatError(
+        f"{path} is a folder with neither params.json (Meta) nor config.json (Hugging Face) but {found}"
+    )
 
 
 def build(

@@ -14,8 +14,11 @@ from .files import MappedFile
 MAX_BYTES = 1 << 20  # of a configuration; real ones have a few thousand
 
 
-def parse_json(data: bytes, source: object) -> Any:
-    """The value that the text says; `source` names it in messages."""
+def parse_json(data: bytes, source: object, nonfinite: bool = False) -> Any:
+    """The value that the text says; `source` names it in messages.
+
+    nonfinite: NaN and Infinity, as Python writes them, are numbers; the caller checks each one's range.
+    """
 
     def refuse(what: object) -> NoReturn:
         raise FormatError(f"{source} is no JSON that can be read: {escape(what)}")
@@ -29,9 +32,8 @@ def parse_json(data: bytes, source: object) -> Any:
 
     try:
         text = str(data, "utf-8")
-        return json.loads(
-            text, object_pairs_hook=unique, parse_constant=lambda name: refuse(f"it has {name}")
-        )
+        constant = float if nonfinite else lambda name: refuse(f"it has {name}")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except RecursionError:
         refuse("it is nested too deeply")
     except ValueError as error:  # not UTF-8, not JSON, or a number too long
@@ -41,13 +43,19 @@ def parse_json(data: bytes, source: object) -> Any:
 class JsonFile:
     """A file that holds one JSON object; `get` checks each value's kind and names file and key."""
 
-    def __init__(self, path: Path, max_bytes: int = MAX_BYTES, values: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int = MAX_BYTES,
+        values: dict[str, Any] | None = None,
+        nonfinite: bool = False,
+    ):
         self.path = path
         if values is None:
             file = MappedFile(path, "a JSON file")
             if file.size > max_bytes:
                 raise FormatError(f"{path} has {file.size} bytes, at most {max_bytes} are read")
-            values = parse_json(file.map[:], path)
+            values = parse_json(file.map[:], path, nonfinite)
         if not isinstance(values, dict):
             raise FormatError(f"{path} holds {escape(values, 60)}, wanted a JSON object")
         self.values = values

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import sys
 
+from ..chat import CHAT_FORMATS
 from ..errors import ContextOverflowError, ParameterError, TextError
 from ..llama import Llama
 from ..tokenizer import check_text
@@ -18,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="ask this, print the answer and end")
     parser.add_argument(
         "--system", metavar="TEXT", help="what the model is told to be [the model's own words]"
+    )
+    parser.add_argument(
+        "--chat-format", choices=CHAT_FORMATS, help="how turns are written [as the model's template says]"
     )
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=None)
@@ -32,14 +36,21 @@ def run(args: argparse.Namespace) -> None:
     if question is None:
         if args.json:
             raise ParameterError("--json prints one answer: give a question")
-        converse(common.load_model(args), messages, options)
+        converse(load_model(args), messages, options)
         return
     if not question.strip():
         raise ParameterError("the question is empty")
-    llama = common.load_model(args)
+    llama = load_model(args)
     messages.append({"role": "user", "content": question})
     with common.prefill_bar() as on_prefill:
         common.run_stream(llama.stream_chat(messages, on_prefill=on_prefill, **options), args.json)
+
+
+def load_model(args: argparse.Namespace) -> Llama:
+    llama = common.load_model(args)
+    if args.chat_format is not None:
+        llama.chat_format = CHAT_FORMATS[args.chat_format]
+    return llama
 
 
 def converse(llama: Llama, messages: list, options: dict) -> None:
@@ -69,6 +80,10 @@ def converse(llama: Llama, messages: list, options: dict) -> None:
                 common.show(common.collect(stream, answer))
         except KeyboardInterrupt:
             pass  # what was said so far stays said
+        except TextError as error:
+            common.note(str(error))
+            del messages[-1]
+            continue
         except ContextOverflowError as error:
             raise ContextOverflowError(f"{error}; begin a new conversation") from None
         messages.append({"role": "assistant", "content": "".join(answer)})

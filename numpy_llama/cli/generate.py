@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     if prompt is None:
         if sys.stdin.isatty():
             raise ParameterError('nothing to continue: numpy-llama generate "Once upon a time"')
-        prompt = common.read_stdin()
+        if not (prompt := common.read_stdin()):  # a model that begins with BOS would go on from there
+            raise ParameterError("nothing to continue: the prompt is empty")
     llama = common.load_model(args)
     with common.prefill_bar() as on_prefill:
         common.run_stream(llama.stream(prompt, on_prefill=on_prefill, **options), args.json)

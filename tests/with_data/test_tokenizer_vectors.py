@@ -10,28 +10,32 @@ from test_tokenizer import hugging_face, hugging_face_ids
 
 from numpy_llama.chat import ChatTemplate
 from numpy_llama.checkpoint.gguf import GGUFFile
+from numpy_llama.checkpoint.tokenizers import open_tokenizer
 from numpy_llama.tokenizer import tokenizer_from_gguf
 
 VOCABULARIES = {
     "spm": DATA / "tokenizers/ggml-vocab-llama-spm.gguf",
+    "spm.model": DATA / "tokenizers/llama2_tokenizer.model",
+    "spm.bin": DATA / "tokenizers/llama2_tokenizer.bin",
     "bpe": DATA / "tokenizers/ggml-vocab-llama-bpe.gguf",
+    "bpe.model": DATA / "tokenizers/llama3_tokenizer.model",
     "stories260K": DATA / "models/stories260K.gguf",
 }
+LLAMA2, LLAMA3 = ["spm", "spm.model", "spm.bin"], ["bpe", "bpe.model"]
 
 
 @cache
 def vocabulary(name):
-    path = VOCABULARIES[name]
-    return tokenizer_from_gguf(GGUFFile(path).metadata, str(path))
+    return open_tokenizer(VOCABULARIES[name])
 
 
 def read_json(path):
     return json.loads((DATA / path).read_text())
 
 
-@pytest.mark.parametrize("name", ["spm", "bpe"])
+@pytest.mark.parametrize("name", LLAMA2 + LLAMA3)
 def test_vectors_of_ggml(name):
-    tokenizer, path = vocabulary(name), str(VOCABULARIES[name])
+    tokenizer, path = vocabulary(name), str(VOCABULARIES[name.partition(".")[0]])
     with open(path + ".inp", encoding="utf-8", newline="") as file:
         texts = file.read().split("\n__ggml_vocab_test__\n")[:-1]
     with open(path + ".out", encoding="utf-8") as file:
@@ -41,8 +45,9 @@ def test_vectors_of_ggml(name):
     assert [tokenizer.decode(ids) for ids in expected] == texts
 
 
-def test_vectors_of_llama_tokenizer_js():
-    tokenizer, vectors = vocabulary("spm"), read_json("tokenizers/l2_js_vectors.json")
+@pytest.mark.parametrize("name", LLAMA2)
+def test_vectors_of_llama_tokenizer_js(name):
+    tokenizer, vectors = vocabulary(name), read_json("tokenizers/l2_js_vectors.json")
     for case in vectors["encode_with_bos"]:
         assert tokenizer.encode(case["text"], bos=True) == case["ids"]
         assert tokenizer.decode(case["ids"]) == case["text"]
@@ -52,8 +57,9 @@ def test_vectors_of_llama_tokenizer_js():
         assert tokenizer.decode(case["ids"], start_of_text=start) == text
 
 
-def test_vectors_of_llama3_tokenizer_js():
-    tokenizer, vectors = vocabulary("bpe"), read_json("tokenizers/l3_js_vectors.json")
+@pytest.mark.parametrize("name", LLAMA3)
+def test_vectors_of_llama3_tokenizer_js(name):
+    tokenizer, vectors = vocabulary(name), read_json("tokenizers/l3_js_vectors.json")
     for case in vectors["encode_decode"]:
         if "<|" not in case["text"]:
             assert tokenizer.encode(case["text"]) == case["ids"]
@@ -61,7 +67,7 @@ def test_vectors_of_llama3_tokenizer_js():
     for case in vectors["encode"]:
         options = case["options"] or {"bos": True, "eos": True}
         assert tokenizer.encode(case["text"], **options) == case["ids"]
-    # The file is Llama 3's, the vectors are of 3.1, which gave names to some of the reserved tokens.
+    # The GGUF file is Llama 3's, the vectors are of 3.1, which gave names to some of the reserved tokens.
     for case in vectors["decode"]:
         if set(re.findall(r"<\|\w+\|>", case["text"])) <= set(tokenizer.control_tokens):
             assert "".join(map(tokenizer.piece, case["ids"])) == case["text"]
@@ -75,8 +81,9 @@ LLAMA3_TEMPLATE = (
 )
 
 
-def test_vectors_of_meta():
-    tokenizer, vectors = vocabulary("bpe"), read_json("golden/meta_llama3_test_tokenizer_vectors.json")
+@pytest.mark.parametrize("name", LLAMA3)
+def test_vectors_of_meta(name):
+    tokenizer, vectors = vocabulary(name), read_json("golden/meta_llama3_test_tokenizer_vectors.json")
     for text, ids in vectors["encode_bos_eos"].items():
         assert tokenizer.encode(text, bos=True, eos=True) == ids
     template = ChatTemplate(LLAMA3_TEMPLATE)
@@ -85,7 +92,8 @@ def test_vectors_of_meta():
         assert template.encode(tokenizer, message, add_generation_prompt=False)[1:] == ids
     dialog = vectors["encode_dialog"]
     assert template.encode(tokenizer, dialog["dialog"]) == dialog["ids"]
-    assert {tokenizer.piece(i) for i in tokenizer.eos_ids} == {"<|end_of_text|>", "<|eot_id|>"}
+    ends = {tokenizer.piece(i) for i in tokenizer.eos_ids}
+    assert ends - {"<|eom_id|>"} == {"<|end_of_text|>", "<|eot_id|>"}
 
 
 def test_stories260K_as_llama_cpp_read_them():

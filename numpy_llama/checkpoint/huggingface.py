@@ -1,0 +1,297 @@
+"""Hugging Face folders: config.json, the weights in one file or in shards, and what goes with a tokenizer.
+
+What this file promises: what in config.json would change the mathematics is honoured or refused by its name,
+never passed over. Weights stay where they lie: the rows of q_proj and k_proj have another order than in the
+model, and no more than that order is kept.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..chat import MAX_SOURCE, ChatFormat, ChatTemplate, format_for
+from ..config import LIMITS, ModelArgs, RopeScaling
+from ..errors import (
+    ConfigError,
+    FormatError,
+    MismatchError,
+    TemplateError,
+    TruncatedError,
+    UnsupportedError,
+    escape,
+)
+from ..quantize import StoredTensor
+from ..tokenizer import Tokenizer
+from .base import Checkpoint, TensorInfo
+from .files import MappedFile
+from .json_file import JsonFile
+from .names import interleaved_rows, matched_names
+from .safetensors_file import SafetensorsFile
+from .torch_file import TorchFile
+
+# Where the weights may be: a file, or an index of files. The first of these that there is.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SHARD = re.compile(r"[\w.+-]+", re.ASCII)  # a plain file name: an index reaches no other folder
+ANGLES = re.compile(r"\.rotary_emb\.inv_freq$")  # old files hold RoPE's frequencies; they follow from theta
+MAX_TOKENIZER_CONFIG = 16 << 20  # bytes: it lists every added token
+
+# What else a LLaMA's config.json could say about the mathematics, and where that says nothing new.
+PLAIN: dict[str, tuple] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "partial_rotary_factor": (1,),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+}
+ROPES_NOT_RUN = ("yarn", "longrope", "su", "mrope")
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A model in a folder, as transformers' `save_pretrained` writes it."""
+
+    format = "Hugging Face"
+
+    def __init__(self, folder: Path):
+        self.path = Path(folder)
+        self.config = JsonFile(self.path / "config.json")
+        self._args = model_args(self.config)  # a model of another kind is refused before its weights are
+        name = next((name for name in WEIGHTS if os.path.lexists(self.path / name)), None)
+        if name is None:
+            raise FormatError(f"{folder} has no weights; looked for {', '.join(WEIGHTS)}")
+        if name.endswith(".index.json"):
+            self._holders = self._shards(JsonFile(self.path / name))
+        else:
+            file = _open(self.path / name)
+            self._holders = dict.fromkeys(file.tensors, file)
+        self.files = [file.file for file in dict.fromkeys(self._holders.values())]
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: file.tensors[name] for name, file in self._holders.items()
+        }
+
+    def _shards(self, index: JsonFile) -> dict[str, SafetensorsFile | TorchFile]:
+        """The file of each tensor: those that the index names, and in each of them exactly what it says."""
+        weight_map, wanted = index.values.get("weight_map"), dict[str, set[str]]()
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FormatError(f"{index.path} has no weight_map, or an empty one")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or not SHARD.fullmatch(name):
+                where = f"{index.path}: weight_map has {escape(tensor, 80)}"
+                raise FormatError(f"{where} in {escape(name, 80)}, which is no plain file name")
+            wanted.setdefault(name, set()).add(tensor)
+        missing = [name for name in sorted(wanted) if not (self.path / name).is_file()]
+        if missing:
+            what = f"{len(missing)} of {len(wanted)} files are missing: {escape(', '.join(missing))}"
+            raise TruncatedError(f"{index.path}: {what}; incomplete download?")
+        holders: dict[str, SafetensorsFile | TorchFile] = {}
+        for name in sorted(wanted):
+            file = _open(self.path / name)
+            if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys() if not ANGLES.search(tensor)}:
+                what = f"{len(odd)} tensors are in only one of the two: {escape(', '.join(sorted(odd)))}"
+                raise MismatchError(f"{file.path} and {index.path.name} disagree: {what}")
+            holders |= dict.fromkeys(file.tensors, file)
+        return holders
+
+    @cached_property
+    def args(self) -> ModelArgs:
+        self._names()
+        return self._args
+
+    def _names(self) -> dict[str, str]:
+        """Our name of each weight -> its name here."""
+        tied = self.config.get("tie_word_embeddings", bool, False)
+        shapes = {name: info.shape for name, info in self.tensors.items() if not ANGLES.search(name)}
+        if tied:
+            shapes.pop("lm_head.weight", None)
+        return matched_names(self.path, "hf", self._args, shapes, tied)
+
+    def weights(self) -> dict[str, StoredTensor]:
+        args, names = self._args, self._names()
+        stored = {theirs: self._holders[theirs].tensor(theirs) for theirs in names.values()}
+        if names["output.weight"] != "lm_head.weight" and "lm_head.weight" in self.tensors:
+            self._check_tied(stored[names["output.weight"]])
+        order = {
+            "wq": interleaved_rows(args.n_heads, args.head_dim),
+            "wk": interleaved_rows(args.n_kv_heads, args.head_dim),
+        }
+        for ours, theirs in names.items():
+            if (matrix := ours.split(".")[-2]) in order:
+                stored[theirs] = _reordered(stored[theirs], order[matrix])
+        return {ours: stored[theirs] for ours, theirs in names.items()}
+
+    def _check_tied(self, embedding: StoredTensor) -> None:
+        """Old versions of transformers ignore a tied model's output matrix, new ones use it if it differs."""
+        head = self._holders["lm_head.weight"].tensor("lm_head.weight")
+        same = (head.format, head.shape) == (embedding.format, embedding.shape)
+        left, right = head.data, embedding.data
+        rows = range(0, len(head), 4096)  # never two whole matrices in memory
+        if not same or not all(np.array_equal(left[i : i + 4096], right[i : i + 4096]) for i in rows):
+            what = "is true, but there is an lm_head.weight, and it is not the embedding"
+            raise MismatchError(f"{self.config.path}: tie_word_embeddings {what}")
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from .tokenizers import tokenizer_of_folder
+
+        return tokenizer_of_folder(self.path)
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def chat_format(self) -> ChatFormat | None:
+        if (source := chat_template(self.path)) is not None:
+            return ChatTemplate(source)
+        return format_for(self.tokenizer())
+
+
+def _open(path: Path) -> SafetensorsFile | TorchFile:
+    # The name says what was meant; what it is each reader sees for itself, and there is no second try.
+    return SafetensorsFile(path) if path.name.endswith(".safetensors") else TorchFile(path)
+
+
+def _reordered(tensor: StoredTensor, rows: np.ndarray) -> StoredTensor:
+    data = tensor.data if tensor.in_place else lambda: tensor.data
+    return StoredTensor(tensor.format, tensor.shape, data, rows)
+
+
+def model_args(config: JsonFile) -> ModelArgs:
+    """The hyperparameters. Where a key is absent: transformers' default, or an error."""
+    context = _context(config)
+    _check_plain(config)
+    dim, n_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    if config.get("head_dim", int) is None and dim % n_heads:
+        raise ConfigError(f"{config.path}: hidden_size {dim} cannot be divided among {n_heads} heads")
+    theta, scaling = _rope(config)
+    values: dict[str, Any] = {
+        "dim": dim,
+        "n_layers": _size(config, "num_hidden_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": _size(config, "num_key_value_heads", n_heads),
+        "head_dim": _size(config, "head_dim", dim // n_heads),
+        "hidden_dim": _size(config, "intermediate_size"),
+        "vocab_size": _size(config, "vocab_size"),
+        "norm_eps": config.require("rms_norm_eps", float),
+        "rope_theta": theta,
+        "max_seq_len": min(context, LIMITS["max_seq_len"]),
+    }
+    try:
+        return ModelArgs(**values, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: {error}") from None
+
+
+def _size(config: JsonFile, key: str, default: int | None = None) -> int:
+    value = config.require(key, int) if default is None else config.get(key, int, default)
+    if value < 1:
+        raise ConfigError(f"{config.path}: {key} is {value}, it must be 1 or more")
+    return value
+
+
+def _context(config: JsonFile) -> int:
+    """Which model this is, and so how many positions it has."""
+    kind, names = config.get("model_type", str), config.get("architectures", list, [])
+    context = _size(config, "max_position_embeddings", 2048)
+    if (kind, names) == ("mistral", ["MistralForCausalLM"]) and "sliding_window" in config.values:
+        # Mistral is a LLaMA whose queries look back over one window. A context that fits into the window
+        # knows no difference, so it may be no longer.
+        return min(context, _size(config, "sliding_window", context))
+    if kind in (None, "llama") and names in ([], ["LlamaForCausalLM"]) and (kind or names):
+        return context
+    known = "LlamaForCausalLM (llama), and MistralForCausalLM (mistral) that states its sliding_window"
+    found = f"architectures {escape(names)}, model_type {escape(kind)}"
+    raise UnsupportedError(f"{config.path}: {found}; this program runs {known}")
+
+
+def _check_plain(config: JsonFile) -> None:
+    if (quantized := config.values.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedError(f"{config.path}: the weights are quantised by {escape(method)}, not run here")
+    for key, plain in PLAIN.items():
+        if (value := config.values.get(key)) is not None and value not in plain:
+            raise UnsupportedError(
+                f"{config.path}: {key} is {escape(value, 60)}; only {plain[0]!r} is run here"
+            )
+
+
+def _rope(config: JsonFile) -> tuple[float, dict[str, Any] | None]:
+    """theta, and what RopeScaling takes.
+
+    transformers 5 has all of it in `rope_parameters`; before, there was rope_theta, and `rope_scaling`.
+    """
+    given = [part for key in ("rope_parameters", "rope_scaling") if (part := config.part(key)) is not None]
+    if len(given) == 2 and given[0].values != given[1].values:
+        raise ConfigError(f"{config.path}: rope_parameters and rope_scaling say different things")
+    rope = given[0] if given else JsonFile(config.path, values={})
+    _check_plain(rope)
+    thetas = [config.get("rope_theta", float), rope.get("rope_theta", float)]
+    theta = _agreed(config, "rope_theta", thetas, 10000.0)
+    kinds = [rope.get("rope_type", str), rope.get("type", str)]
+    kind = _agreed(config, "rope_type", kinds, None if "factor" in rope.values else "default")
+    if kind == "default":
+        return theta, None
+    if kind in ROPES_NOT_RUN:
+        raise UnsupportedError(
+            f"{config.path}: RoPE scaling {escape(kind)}; only linear, dynamic, llama3 are run"
+        )
+    if kind not in ("linear", "dynamic", "llama3"):
+        raise ConfigError(f"{config.path}: rope_type is {escape(kind)}, it must be linear, dynamic or llama3")
+    factor = rope.require("factor", float)
+    if not factor > 0:
+        raise ConfigError(f"{config.path}: the factor of the RoPE scaling is {factor}, it must be above 0")
+    if kind == "dynamic":
+        # "NTK-aware": theta grows with a text beyond max_position_embeddings. Our context ends there.
+        return theta, None
+    if kind == "linear":
+        return theta, {"factor": factor, "type": "linear"}
+    return theta, {
+        "factor": factor,
+        "low_freq_factor": rope.require("low_freq_factor", float),
+        "high_freq_factor": rope.require("high_freq_factor", float),
+        "original_max_seq_len": rope.require("original_max_position_embeddings", int),
+    }
+
+
+def _agreed(config: JsonFile, key: str, values: list, default: Any) -> Any:
+    """The one value that is given, in however many places."""
+    given = [value for value in values if value is not None]
+    if given and given.count(given[0]) < len(given):
+        raise ConfigError(
+            f"{config.path}: {key} is given as {escape(given[0], 60)} and {escape(given[1], 60)}"
+        )
+    return given[0] if given else default
+
+
+def chat_template(folder: Path) -> str | None:
+    """The Jinja source, from wherever the versions of transformers have put it; the newest place first."""
+    path = folder / "chat_template.jinja"
+    if os.path.lexists(path):
+        file = MappedFile(path, "a chat template")
+        if file.size > 4 * MAX_SOURCE:
+            raise TemplateError(f"{path} has {file.size} bytes, at most {4 * MAX_SOURCE} are read")
+        try:
+            return str(file.map[:], "utf-8")
+        except UnicodeDecodeError as error:
+            raise TemplateError(f"{path}: byte {error.start} is not UTF-8") from None
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = folder / name
+        found = None
+        if os.path.lexists(path):
+            found = JsonFile(path, MAX_TOKENIZER_CONFIG).get("chat_template", (str, list))
+        if isinstance(found, list):  # several, by name
+            parts = [part for part in found if isinstance(part, dict) and part.get("name") == "default"]
+            found = parts[0].get("template") if parts else None
+            if not isinstance(found, str | None):
+                raise TemplateError(f"{path}: the default chat template is no text")
+        if found is not None:
+            return found
+    return None

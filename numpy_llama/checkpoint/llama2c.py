@@ -1,0 +1,199 @@
+"""llama2.c's files: the .bin of Andrej Karpathy's run.c and runq.c, versions 0, 1 and 2.
+
+    version 0   7 numbers i32, of which a negative vocab_size says that the output matrix is stored too;
+                then float32, and between the weights two tables of angles that nobody reads any more
+    version 1   256 bytes: magic "24ka", version i32, the 7 numbers, u8: 1 if the embedding is the output
+                matrix too; then float32
+    version 2   the same with the group size i32 behind that byte; then the norms in float32, and of every
+                other weight its int8 numbers and behind them a float32 scale for each group of them
+
+The 7 numbers are dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len; all is
+little-endian. Of each kind of weight all layers follow one another. Rows are in Meta's order.
+
+What this file promises: the size that these numbers make is exactly the file's before anything is used.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from ..chat import ChatFormat, format_for
+from ..config import ModelArgs
+from ..errors import ConfigError, FormatError, NumpyLlamaError, TokenizerError, UnsupportedError
+from ..quantize import FORMATS, StoredTensor
+from ..tokenizer import Tokenizer
+from .base import Checkpoint, TensorInfo
+from .files import MappedFile
+from .names import expected_shape
+
+MAGIC = b"24ka"
+NUMBERS = struct.Struct("<7i")
+HEADER = struct.Struct("<4si7iBi")  # magic, version, 7 numbers, tied, group size
+HEADER_BYTES = 256
+# run.c has these two as literals: the format has no place for them.
+NORM_EPS, ROPE_THETA = 1e-5, 1e4
+
+ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+FEED_FORWARD = ("feed_forward.w_gate", "feed_forward.w_down", "feed_forward.w_up")
+ANGLES = ("freqs_cos", "freqs_sin")  # [max_seq_len, head_dim / 2] each
+ORDER_0 = (
+    "tok_embeddings", "attention_norm", *ATTENTION, "ffn_norm", *FEED_FORWARD, "norm", *ANGLES, "output",
+)  # fmt: skip
+ORDER = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *ATTENTION, *FEED_FORWARD, "output")
+ONCE = {"tok_embeddings", "norm", "output", *ANGLES}  # the others once a layer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the first bytes of a file say, and so what all others must be."""
+
+    version: int
+    args: ModelArgs
+    tied: bool
+    group: int  # weights that share a scale, in version 2
+    start: int
+
+    @classmethod
+    def read(cls, head: bytes) -> "Layout":
+        """From the first bytes, up to 256 of them; messages name no file."""
+        head = head.ljust(HEADER_BYTES, b"\0")
+        magic, version, *numbers, tied, group = HEADER.unpack_from(head)
+        start = HEADER_BYTES
+        if magic != MAGIC:
+            version, numbers, start = 0, list(NUMBERS.unpack_from(head)), NUMBERS.size
+            tied, numbers[5] = int(numbers[5] > 0), abs(numbers[5])
+        elif version not in (1, 2):
+            raise UnsupportedError(f"version {version} of llama2.c's format; this program reads 0, 1, 2")
+        if tied > 1:
+            raise FormatError(f"byte 36 is {tied}, it must be 1 (the embedding is the output too) or 0")
+        if version == 2 and group < 1:
+            raise FormatError(f"the group size at byte 37 is {group}, it must be 1 or more")
+        dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = numbers
+        if n_heads < 1 or dim % n_heads:
+            raise ConfigError(f"dim {dim} cannot be divided among {n_heads} heads")
+        args = ModelArgs(
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=dim // n_heads,
+            hidden_dim=hidden_dim,
+            vocab_size=vocab_size,
+            norm_eps=NORM_EPS,
+            rope_theta=ROPE_THETA,
+            max_seq_len=max_seq_len,
+        )
+        return cls(version, args, bool(tied), group if version == 2 else 0, start)
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """All of them, in the order of the file, which has no names: they are ours."""
+        at = self.start
+        for kind in ORDER if self.version else ORDER_0:
+            if kind == "output" and self.tied:
+                continue
+            prefixes = [""] if kind in ONCE else [f"layers.{i}." for i in range(self.args.n_layers)]
+            for prefix in prefixes:
+                info = self._tensor(f"{prefix}{kind}", at)
+                at += info.nbytes
+                yield info
+
+    def _tensor(self, name: str, at: int) -> TensorInfo:
+        if name in ANGLES:
+            shape: tuple[int, ...] = (self.args.max_seq_len, self.args.head_dim // 2)
+        else:
+            name += ".weight"
+            shape = expected_shape(name, self.args)
+        n = prod(shape)
+        if not self.group or len(shape) == 1:
+            return TensorInfo(name, "F32", shape, at, 4 * n)
+        # Groups are cut from the whole matrix: they may run on from one row to the next.
+        if n % self.group:
+            raise FormatError(f"{name} has {n} weights, no multiple of the group size {self.group}")
+        return TensorInfo(name, "Q8", shape, at, n + 4 * (n // self.group))
+
+
+def looks_like_llama2c(head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes that begins with `head` (256 bytes, or all of it) is one of these.
+
+    Version 0 has no magic: it is one if its numbers are possible and make exactly that size.
+    """
+    if head.startswith(MAGIC):
+        return True
+    try:
+        *_, last = Layout.read(head).tensors()
+    except NumpyLlamaError:
+        return False
+    return last.offset + last.nbytes == size
+
+
+class Llama2cCheckpoint(Checkpoint):
+    """A model in one .bin file, its tokenizer beside it."""
+
+    format = "llama2.c"
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.file = MappedFile(path, "a llama2.c model", NUMBERS.size)
+        head = self.file.map[:HEADER_BYTES]
+        self.file.checked_end(0, HEADER_BYTES if head.startswith(MAGIC) else NUMBERS.size, "the header")
+        try:
+            self.layout = Layout.read(head)
+            self.tensors = {info.name: info for info in self.layout.tensors()}
+        except NumpyLlamaError as error:
+            raise type(error)(f"{path}: {error}") from None
+        last = next(reversed(self.tensors.values()))
+        end = self.file.checked_end(last.offset, last.nbytes, last.name)
+        if end != self.file.size:
+            raise FormatError(f"{path}: the weights end at byte {end}, the file has {self.file.size}")
+        self.files = [self.file]
+
+    @cached_property
+    def args(self) -> ModelArgs:
+        return self.layout.args
+
+    def weights(self) -> dict[str, StoredTensor]:
+        found = {name: self._stored(info) for name, info in self.tensors.items() if name not in ANGLES}
+        return {"output.weight": found["tok_embeddings.weight"]} | found
+
+    def _stored(self, info: TensorInfo) -> StoredTensor:
+        """In place, or, of int8 numbers, made when it is asked for: ggml's Q8_0 has float16 scales."""
+        if info.type_name == "Q8":
+            return StoredTensor(FORMATS["F32"], info.shape, lambda: self._dequantized(info))
+        return StoredTensor(
+            FORMATS["F32"], info.shape, self.file.bytes_at(info.offset, info.nbytes, info.name)
+        )
+
+    def _dequantized(self, info: TensorInfo) -> np.ndarray:
+        data = self.file.bytes_at(info.offset, info.nbytes, info.name)
+        n = prod(info.shape)
+        q, scales = data[:n].view(np.int8), data[n:].view("<f4")
+        # The first exporter of version 2 put all scales at the end of the file, under the same number.
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            where = f"behind the int8 numbers of {info.name}, at byte {info.offset + n}"
+            raise FormatError(f"{self.path}: {where}, are no scales; written by an early llama2.c?")
+        weights = q.reshape(-1, self.layout.group) * scales[:, None]
+        self.file.forget(info.offset, info.nbytes)
+        return weights.view(np.uint8)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from .tokenizers import open_tokenizer
+
+        # llama2.c names a vocabulary of its own by its size; tokenizer.bin is Llama 2's.
+        names = (f"tok{self.args.vocab_size}.bin", "tokenizer.bin", "tokenizer.model")
+        for path in map(self.path.with_name, names):
+            if path.exists():
+                return open_tokenizer(path)
+        wanted = f"looked beside it for {', '.join(names)}"
+        raise TokenizerError(f"{self.path}: a llama2.c model has no tokenizer in it; {wanted}")
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def chat_format(self) -> ChatFormat | None:
+        return format_for(self.tokenizer())

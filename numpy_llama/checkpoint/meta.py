@@ -1,0 +1,220 @@
+"""Meta's own files: params.json and consolidated.00.pth, or 2, 4 or 8 shards of it.
+
+Each shard is what one GPU held: of most matrices some of the rows, of those that follow them some of the
+columns, and of the norms all. A shard stays where it lies; a matrix is joined when it is asked for, one at a
+time. params.json leaves much unsaid, and what it leaves is written down here with its reason.
+"""
+
+import json
+import math
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..chat import ChatFormat, format_for
+from ..config import LIMITS, ModelArgs, RopeScaling
+from ..errors import ConfigError, MismatchError, TruncatedError, UnsupportedError, escape
+from ..quantize import StoredTensor
+from ..tokenizer import Tokenizer
+from .base import Checkpoint, TensorInfo
+from .json_file import JsonFile
+from .names import matched_names
+from .torch_file import TorchFile
+
+N_SHARDS = (1, 2, 4, 8)
+# The axis along which a matrix is cut. Of tok_embeddings it is told by the shapes.
+AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+# What in params.json makes another model: quantised, adapted, of experts, with eyes, Llama 4, Mistral.
+OTHER_MODELS = (
+    "quantization", "lora", "moe", "vision", "use_qk_norm", "nope_layer", "attention_chunk",
+    "attn_temperature", "rope_high_freq_factor", "sliding_window",
+)  # fmt: skip
+# Llama 3.2 1B and 3B, by dim and n_layers. Their params.json says use_scaled_rope, as Llama 3.1's does, but
+# they were trained with factor 32: so Hugging Face's config.json of them; Meta's own code has 8 for all.
+FACTOR_32 = {(2048, 16), (3072, 28)}
+
+
+class MetaCheckpoint(Checkpoint):
+    """A model in a folder, as Meta's download.sh leaves it."""
+
+    format = "Meta"
+
+    def __init__(self, folder: Path):
+        self.path = Path(folder)
+        self.params = JsonFile(self.path / "params.json", nonfinite=True)
+        model_args(self.params)  # refused before a file of gigabytes is looked at
+        self.shards = [TorchFile(path) for path in shard_paths(self.path)]
+        self.files = [shard.file for shard in self.shards]
+        for shard in self.shards[1:]:
+            if odd := shard.tensors.keys() ^ self.shards[0].tensors.keys():
+                raise MismatchError(f"{shard.path} and the first shard differ in having {escape(min(odd))}")
+        self.tensors = {name: self._joined(name) for name in self.shards[0].tensors}
+
+    @cached_property
+    def args(self) -> ModelArgs:
+        rows = {name: info.shape[0] for name, info in self.tensors.items() if info.shape}
+        args = model_args(
+            self.params, rows.get("tok_embeddings.weight"), rows.get("layers.0.feed_forward.w1.weight")
+        )
+        self._names(args)
+        return args
+
+    def weights(self) -> dict[str, StoredTensor]:
+        return {ours: self._weight(theirs) for ours, theirs in self._names(self.args).items()}
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from .tokenizers import find_tokenizer, open_tokenizer
+
+        return open_tokenizer(find_tokenizer(self.path))
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def chat_format(self) -> ChatFormat | None:
+        return format_for(self._tokenizer)
+
+    def _names(self, args: ModelArgs) -> dict[str, str]:
+        # RoPE's frequencies follow from the arguments.
+        shapes = {name: t.shape for name, t in self.tensors.items() if not name.endswith("rope.freqs")}
+        return matched_names(self.path, "meta", args, shapes, tied=False)
+
+    def _axis(self, name: str) -> int | None:
+        """The axis along which the shards of a tensor are joined; None where each has all of it."""
+        stem, shape = name.split(".")[-2:][0], self.shards[0].tensors[name].shape
+        if len(self.shards) == 1 or len(shape) != 2:
+            return None
+        if stem == "tok_embeddings":  # columns in LLaMA 1 and 2, rows in Llama 3: these have whole rows
+            return 0 if shape[1] == self.params.values["dim"] else 1
+        return AXES.get(stem)
+
+    def _joined(self, name: str) -> TensorInfo:
+        parts = [shard.tensors[name] for shard in self.shards]
+        first, axis = parts[0], self._axis(name)
+        if odd := [p for p in parts if (p.type_name, p.shape) != (first.type_name, first.shape)]:
+            found, wanted = ((p.type_name, p.shape) for p in (odd[0], first))
+            raise MismatchError(f"{self.path}: {escape(name)} is {wanted} in one shard, {found} in another")
+        if axis is None:
+            return first
+        shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
+        return TensorInfo(name, first.type_name, shape, first.offset, first.nbytes * len(parts))
+
+    def _weight(self, name: str) -> StoredTensor:
+        parts = [shard.tensor(name) for shard in self.shards]
+        first, axis = parts[0], self._axis(name)
+        if axis is None:
+            if any(part.data.tobytes() != first.data.tobytes() for part in parts[1:]):
+                raise MismatchError(f"{self.path}: {escape(name)} must be the same in all shards, it is not")
+            return first
+        info = self.tensors[name]
+
+        def join() -> np.ndarray:
+            joined = np.empty((info.shape[0], first.format.row_bytes(info.shape[1])), np.uint8)
+            places = np.split(joined, len(parts), axis)
+            for shard, part, place in zip(self.shards, parts, places, strict=True):
+                place[...] = part.data
+                shard.file.forget(shard.tensors[name].offset, shard.tensors[name].nbytes)
+            return joined
+
+        return StoredTensor(first.format, info.shape, join)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """consolidated.00.pth and those that follow, with none missing."""
+    found = {path.name for path in folder.glob("consolidated.*.pth")}
+    n = next((n for n in N_SHARDS if n >= len(found)), len(found))
+    wanted = [f"consolidated.{i:02}.pth" for i in range(max(n, 1))]
+    if missing := [name for name in wanted if name not in found]:
+        what = f"{len(found)} files consolidated.NN.pth; {missing[0]} is missing"
+        raise TruncatedError(f"{folder} has {what}; incomplete download?")
+    if n not in N_SHARDS:
+        raise UnsupportedError(f"{folder} has {n} shards; Meta's models have 1, 2, 4 or 8")
+    return [folder / name for name in wanted]
+
+
+def model_args(params: JsonFile, vocab_rows: int | None = None, hidden_rows: int | None = None) -> ModelArgs:
+    """The hyperparameters. What params.json leaves to the weights is 1 as long as these are not known."""
+    for key, value in params.values.items():
+        if key.startswith(OTHER_MODELS) and value not in (None, False, 0, -1):
+            raise UnsupportedError(
+                f"{params.path}: {escape(key)} is {escape(value, 60)}, which cannot be run"
+            )
+    dim, n_layers, n_heads = (_size(params, key) for key in ("dim", "n_layers", "n_heads"))
+    head_dim, rest = divmod(dim, n_heads)
+    if rest and params.values.get("head_dim") is None:
+        raise ConfigError(f"{params.path}: dim is {dim}, it must be a multiple of n_heads {n_heads}")
+    hidden_dim = _hidden_dim(params, dim) or hidden_rows or 1
+    # LLaMA 1 and 2 say -1: Meta's code takes it from the tokenizer, which need not be here.
+    from_weights = params.get("vocab_size", int, -1) == -1
+    values: dict[str, Any] = {
+        "dim": dim,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": _size(params, "n_kv_heads", n_heads),
+        "head_dim": _size(params, "head_dim", head_dim),
+        "hidden_dim": _size(params, "hidden_dim", hidden_dim),
+        "vocab_size": (vocab_rows or 1) if from_weights else _size(params, "vocab_size"),
+        "norm_eps": _number(params, "norm_eps"),
+        "rope_theta": _number(params, "rope_theta", 10000.0),
+        "max_seq_len": _size(params, "max_seq_len", 1),
+    }
+    factor = _number(params, "rope_scaling_factor", 32.0 if (dim, n_layers) in FACTOR_32 else 8.0)
+    try:
+        args = ModelArgs(**values)
+        if params.get("use_scaled_rope", bool, False):
+            args = replace(args, rope_scaling=RopeScaling(factor))
+    except ConfigError as error:
+        raise ConfigError(f"{params.path}: {error}") from None
+    if params.values.get("max_seq_len") is None:
+        args = replace(args, max_seq_len=_context(args))
+    return args
+
+
+def _hidden_dim(params: JsonFile, dim: int) -> int | None:
+    """Meta's rule: two thirds of 4 dim, times ffn_dim_multiplier, up to a multiple of multiple_of.
+
+    None where the rule cannot be applied, for want of multiple_of. 4096, 256 -> 11008.
+    """
+    multiplier, limit = _number(params, "ffn_dim_multiplier", 1.0), LIMITS["hidden_dim"]
+    if multiplier * 3 * dim > limit:
+        raise ConfigError(
+            f"{params.path}: ffn_dim_multiplier is {multiplier}, it must not make hidden_dim exceed {limit}"
+        )
+    if params.values.get("multiple_of") is None:
+        return None
+    multiple_of = _size(params, "multiple_of", limit=limit)
+    return -(-int(multiplier * int(2 * 4 * dim / 3)) // multiple_of) * multiple_of
+
+
+def _context(args: ModelArgs) -> int:
+    """For how many positions a model was trained: no params.json says it, but each generation has its own."""
+    if args.rope_scaling:
+        return 131072  # Llama 3.1, 3.2, 3.3
+    if args.rope_theta == 5e5:
+        return 8192  # Llama 3
+    if args.rope_theta == 1e6:
+        return 16384  # Code Llama
+    # LLaMA 1 has norm_eps 1e-6, but for 65B, which has as many layers as Llama 2 70B but no grouped heads.
+    if args.norm_eps < 1e-5 or (args.n_layers == 80 and args.n_kv_heads == args.n_heads):
+        return 2048
+    return 4096  # Llama 2
+
+
+def _size(params: JsonFile, key: str, default: int | None = None, limit: int = 0) -> int:
+    value = params.require(key, int) if default is None else params.get(key, int, default)
+    limit = limit or LIMITS[key]
+    if not 0 < value <= limit:
+        found = escape(value, 60)
+        raise ConfigError(f"{params.path}: {key} is {found}, it must be a whole number from 1 to {limit}")
+    return value
+
+
+def _number(params: JsonFile, key: str, default: float | None = None) -> float:
+    value = params.require(key, float) if default is None else params.get(key, float, default)
+    if not 0 < value < math.inf:
+        found = json.dumps(value)  # as it is spelled there: NaN, Infinity
+        raise ConfigError(f"{params.path}: {key} is {found}, it must be a finite number above 0")
+    return value

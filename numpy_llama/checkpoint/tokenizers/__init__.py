@@ -1,0 +1,167 @@
+"""Tokenizer files: one reader a format, all of them into GGUF's form, and one constructor for that.
+
+What a file is, its first bytes say, never its name: two quite different things are called tokenizer.model.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import MismatchError, TokenizerError, TruncatedError, escape
+from ...tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer, tokenizer_from_gguf
+from ..files import MappedFile
+from ..gguf import GGUFFile
+from ..json_file import JsonFile, parse_json
+from .json_tokenizer import json_metadata
+from .llama2c_file import llama2c_metadata
+from .sentencepiece_file import sentencepiece_metadata
+from .tiktoken_file import tiktoken_metadata
+
+MAX_BYTES = 32 << 20  # Llama 4's tokenizer.json has 28 million bytes, no LLaMA's more
+WANTED = "a tokenizer: SentencePiece's or tiktoken's tokenizer.model, tokenizer.json, llama2.c's .bin, GGUF"
+# Files that stand in a tokenizer's place, by what they begin with.
+MISTAKEN = {
+    b"version https://git-lfs": "a Git LFS pointer: the file itself was never downloaded",
+    b"<!DOCTYPE": "an HTML page",
+    b"<html": "an HTML page",
+    b"PK\x03\x04": "a zip archive, perhaps PyTorch's",
+    b"\x80": "a Python pickle",
+}
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file, by what the file holds."""
+    return tokenizer_from_gguf(_metadata(Path(path)), str(path))
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The tokenizer's file in a folder, or beside the folder: Meta's download puts it there."""
+    places = [place / name for place in (folder, folder.absolute().parent) for name in NAMES]
+    for path in places:
+        if path.is_file():
+            return path
+    raise TokenizerError(f"there is no tokenizer: neither {' nor '.join(map(str, places))}")
+
+
+NAMES = ("tokenizer.model", "tokenizer.json")
+
+
+def tokenizer_of_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, with what the files beside it say of special tokens."""
+    paths = [folder / name for name in reversed(NAMES)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise TokenizerError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
+    metadata = _metadata(path)
+    _Beside(folder).complete(metadata)
+    return tokenizer_from_gguf(metadata, str(path))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """GGUF's form of the tokenizer in a file."""
+    try:
+        file = MappedFile(path, WANTED)
+    except TruncatedError:
+        raise TokenizerError(f"{path} has 0 bytes; wanted {WANTED}") from None
+    head = file.map[:64]
+    if head.startswith(b"GGUF"):
+        return dict(GGUFFile(path).metadata)
+    if file.size > MAX_BYTES:
+        raise TokenizerError(f"{path} has {file.size} bytes, at most {MAX_BYTES} are read; wanted {WANTED}")
+    data, source = file.map[:], str(path)
+    if head.lstrip().startswith((b"{", b"[")):
+        return json_metadata(JsonFile(path, values=parse_json(data, path)))
+    if head[8:17] == b"\x05\0\0\0<unk>":
+        return llama2c_metadata(data, source)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?(\n|$)", head):
+        return tiktoken_metadata(data, source)
+    if head[0] in (0x0A, 0x12, 0x1A, 0x22, 0x2A):  # fields 1 to 5 of a protobuf message
+        return sentencepiece_metadata(data, source)
+    looks = next((what for start, what in MISTAKEN.items() if head.startswith(start)), None)
+    raise TokenizerError(f"{path} begins with {escape(head[:16])}: {looks or 'unknown'}; wanted {WANTED}")
+
+
+class _Beside:
+    """What stands beside a tokenizer in a Hugging Face folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config, self.map = self.read("tokenizer_config"), self.read("special_tokens_map")
+        self.added, self.generation = self.read("added_tokens"), self.read("generation_config")
+        self.model = self.read("config")
+
+    def read(self, name: str) -> JsonFile:
+        path = self.folder / f"{name}.json"
+        return JsonFile(path) if path.is_file() else JsonFile(path, values={})
+
+    def complete(self, metadata: dict[str, Any]) -> None:
+        """Put into GGUF's form what only these files know: added tokens, BOS, and what ends a turn."""
+        self.add_tokens(metadata)
+        ids = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+        for name in ("bos", "eos"):
+            text = self.named(f"{name}_token")
+            numbers = [ids[text]] if text in ids else _numbers(self.model, f"{name}_token_id")
+            if numbers:
+                metadata[f"tokenizer.ggml.{name}_token_id"] = numbers[0]
+        ends = _numbers(self.generation, "eos_token_id") or _numbers(self.model, "eos_token_id")
+        if ends:
+            metadata["numpy_llama.tokenizer.end_token_ids"] = np.array(ends, np.int32)
+        add_bos = self.config.get("add_bos_token", bool)
+        if add_bos is not None:
+            metadata["tokenizer.ggml.add_bos_token"] = add_bos
+
+    def named(self, key: str) -> str | None:
+        """The token that the files call bos_token, for example: a text, or an object with its content."""
+        for file in (self.config, self.map):
+            value = file.get(key, (str, dict))
+            if value is not None:
+                return (
+                    value
+                    if isinstance(value, str)
+                    else JsonFile(file.path, values=value).require("content", str)
+                )
+        return None
+
+    def add_tokens(self, metadata: dict[str, Any]) -> None:
+        special = {self.named(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+        found = {i: (text, text in special) for text, i in self.added.values.items()}
+        decoder = self.config.get("added_tokens_decoder", dict, {})
+        for number, values in decoder.items():
+            entry = JsonFile(self.config.path, values=values)
+            text = entry.require("content", str)
+            i = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number
+            found[i] = text, entry.get("special", bool, False) or text in special
+        tokens = list(metadata["tokenizer.ggml.tokens"])
+        kinds = metadata["tokenizer.ggml.token_type"].tolist()
+        before = len(tokens)
+        for i in sorted(found, key=lambda i: i if type(i) is int else -1):
+            text, is_special = found[i]
+            if type(i) is not int or not 0 <= i <= len(tokens):
+                raise TokenizerError(
+                    f"{self.folder}: added token {escape(text, 60)} has id {escape(i, 60)}, "
+                    f"the vocabulary has {len(tokens)} tokens"
+                )
+            if i == len(tokens):
+                tokens.append(text)
+                kinds.append(USER_DEFINED)
+            elif tokens[i] != text:
+                what = f"added token {escape(text, 60)} has id {i}, which is {escape(tokens[i], 60)}"
+                raise MismatchError(f"{self.folder}: {what}")
+            if is_special and kinds[i] in (NORMAL, USER_DEFINED, UNUSED):
+                kinds[i] = CONTROL
+        metadata["tokenizer.ggml.tokens"] = tokens
+        metadata["tokenizer.ggml.token_type"] = np.array(kinds, np.int32)
+        if "tokenizer.ggml.scores" in metadata:
+            scores = metadata["tokenizer.ggml.scores"]
+            metadata["tokenizer.ggml.scores"] = np.append(scores, np.zeros(len(tokens) - before, np.float32))
+
+
+def _numbers(file: JsonFile, key: str) -> list[int]:
+    """One id or several; null and absent are none."""
+    value = file.get(key, (int, list), [])
+    numbers = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in numbers):
+        raise MismatchError(f"{file.path}: {key} is {escape(value, 60)}, wanted ids of tokens")
+    return numbers

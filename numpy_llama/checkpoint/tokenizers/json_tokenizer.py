@@ -1,0 +1,241 @@
+"""Hugging Face's tokenizer.json, as LLaMA's come: BPE, byte-level or like SentencePiece's.
+
+    byte-level          pre_tokenizer ByteLevel, with a pattern of its own before it or GPT-2's
+    like SentencePiece  model.byte_fallback; spaces become U+2581 by the normalizer or by Metaspace
+
+What this file promises: every part of the file that changes ids is understood, or refused by its name.
+"""
+
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ...errors import ConfigError, TokenizerError, UnsupportedError, escape
+from ...tokenizer import (
+    BYTE,
+    CONTROL,
+    CUSTOM,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    WORDS,
+    is_control_name,
+    order_of_merging,
+)
+from ..json_file import JsonFile
+
+SPACE = "\u2581"
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+# What a file may have there, because it does not change ids.
+ANY_DECODER = {"ByteLevel", "Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
+def json_metadata(file: JsonFile) -> dict[str, Any]:
+    """GGUF's form of a tokenizer.json."""
+    try:
+        return _TokenizerJson(file).metadata()
+    except ConfigError as error:  # a part is of the wrong kind
+        raise TokenizerError(str(error)) from None
+
+
+class _TokenizerJson:
+    def __init__(self, file: JsonFile):
+        self.source = str(file.path)
+        self.file = file
+        model = file.part("model")
+        if model is None:
+            raise TokenizerError(f"{file.path} is JSON, but no tokenizer.json: it has no model")
+        self.model = model
+        self.tokens, self.kinds = self.vocabulary()
+        self.ids = {text: i for i, text in enumerate(self.tokens)}
+
+    def unsupported(self, what: str) -> NoReturn:
+        raise UnsupportedError(f"{self.source}: {what}")
+
+    def steps(self, key: str) -> list[dict[str, Any]]:
+        """A part of the file, which may be a sequence of parts."""
+        part = self.file.get(key, dict)
+        if part is None:
+            return []
+        if part.get("type") != "Sequence":
+            return [part]
+        lists = [value for value in part.values() if isinstance(value, list)]
+        if len(lists) != 1 or not all(isinstance(step, dict) for step in lists[0]):
+            raise TokenizerError(f"{self.source}: {key} is a Sequence without a list of steps")
+        return lists[0]
+
+    def metadata(self) -> dict[str, Any]:
+        kind = self.model.get("type", str, "BPE")
+        if kind != "BPE":
+            self.unsupported(f"the model is of type {escape(kind)}; LLaMA's are BPE")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if self.model.values.get(key):
+                self.unsupported(f"the model has {key} = {escape(self.model.values[key], 60)}")
+        for step in self.steps("decoder"):
+            if step.get("type") not in ANY_DECODER:
+                self.unsupported(f"decoder {escape(step.get('type'))} is not understood")
+        steps = self.steps("pre_tokenizer")
+        byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+        out = self.byte_level(steps) if byte_level else self.like_sentencepiece(steps)
+        bos = self.bos_of_post_processor()
+        out["tokenizer.ggml.add_bos_token"] = bos is not None
+        if bos is not None:
+            out["tokenizer.ggml.bos_token_id"] = bos
+        return out | {
+            "tokenizer.ggml.tokens": self.tokens,
+            "tokenizer.ggml.token_type": np.array(self.kinds, np.int32),
+        }
+
+    def vocabulary(self) -> tuple[list[str], list[int]]:
+        """The model's tokens and those added to them: ids must run from 0 without a gap."""
+        texts: dict[int, str] = {}
+        added: dict[int, bool] = {}  # whether it is special
+        for text, i in self.model.require("vocab", dict).items():
+            if type(i) is not int or texts.setdefault(i, text) != text:
+                raise TokenizerError(f"{self.source}: token {escape(text, 60)} has id {escape(i, 60)}")
+        for values in self.file.get("added_tokens", list, []):
+            entry = JsonFile(self.file.path, values=values)
+            i, text = entry.require("id", int), entry.require("content", str)
+            if i in added or texts.setdefault(i, text) != text:
+                what = f"added token {escape(text, 60)} has id {i}, which is {escape(texts[i], 60)}"
+                raise TokenizerError(f"{self.source}: {what}")
+            added[i] = entry.get("special", bool, False)
+            for option in ("lstrip", "rstrip", "single_word"):
+                if entry.get(option, bool, False):
+                    self.unsupported(f"added token {escape(text, 60)} has {option}")
+        if sorted(texts) != list(range(len(texts))):
+            gap = next((i for i, found in enumerate(sorted(texts)) if i != found), 0)
+            raise TokenizerError(
+                f"{self.source}: ids do not run from 0 to {len(texts) - 1}: {gap} is missing"
+            )
+        unknown = self.model.get("unk_token", str) if self.model.get("byte_fallback", bool, False) else None
+        kinds = [NORMAL] * len(texts)
+        for i, text in texts.items():
+            if text == unknown:
+                kinds[i] = UNKNOWN
+            elif i in added:
+                kinds[i] = CONTROL if added[i] else USER_DEFINED
+            elif unknown is not None and text in BYTES:
+                kinds[i] = BYTE
+        return [texts[i] for i in range(len(texts))], kinds
+
+    def merges(self) -> list[str]:
+        """As "a b"; since 2024 files also spell them ["a", "b"]."""
+        merges = self.model.require("merges", list)
+        for i, merge in enumerate(merges):
+            if type(merge) is list and len(merge) == 2 and all(type(part) is str for part in merge):
+                merges[i] = merge = f"{merge[0]} {merge[1]}"
+            if type(merge) is not str or merge.count(" ") != 1:
+                raise TokenizerError(f"{self.source}: merges[{i}] is {escape(merge, 60)}, wanted two tokens")
+        return merges
+
+    def bos_of_post_processor(self) -> int | None:
+        """The token that is put before every text, if there is one; nothing else may be put anywhere."""
+        bos = None
+        for step in self.steps("post_processor"):
+            if step.get("type") == "ByteLevel":  # it moves offsets, not ids
+                continue
+            if step.get("type") != "TemplateProcessing" or not isinstance(step.get("single"), list):
+                self.unsupported(f"post_processor {escape(step.get('type'))} is not understood")
+            single = step["single"]
+            names = [next(iter(part), None) for part in single if isinstance(part, dict)]
+            if names == ["SpecialToken", "Sequence"]:
+                special = single[0]["SpecialToken"]
+                name = special.get("id") if isinstance(special, dict) else None
+                bos = self.ids.get(name) if isinstance(name, str) else None
+                if bos is None:
+                    raise TokenizerError(f"{self.source}: post_processor adds {escape(name)}, no token of it")
+            elif names != ["Sequence"]:
+                self.unsupported(f"post_processor puts {escape(single, 100)} together; LLaMA's adds BOS")
+        return bos
+
+    # -------------------------------------------------------------------------------- byte-level
+
+    def byte_level(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.steps("normalizer"):
+            kinds = [step.get("type") for step in self.steps("normalizer")]
+            self.unsupported(f"normalizer {escape(kinds)}; a byte-level LLaMA has none")
+        added = {text for text, kind in zip(self.tokens, self.kinds, strict=True) if kind == USER_DEFINED}
+        merges = self.merges()
+        if found := added and added.intersection(merge.replace(" ", "") for merge in merges):
+            self.unsupported(f"added token {escape(min(found), 60)} is one that merges make")
+        pattern = self.pattern(steps)
+        whole_words = self.model.get("ignore_merges", bool, False)
+        names = {(WORDS["gpt-2"], False): "gpt-2", (WORDS["smollm"], False): "smollm"}
+        names[WORDS["llama-bpe"], True] = "llama-bpe"
+        out: dict[str, Any] = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": names.get((pattern, whole_words), CUSTOM),
+            "tokenizer.ggml.merges": merges,
+        }
+        if out["tokenizer.ggml.pre"] == CUSTOM:
+            out["numpy_llama.tokenizer.pattern"] = pattern
+            out["numpy_llama.tokenizer.whole_words"] = whole_words
+        return out
+
+    def pattern(self, steps: list[dict[str, Any]]) -> str:
+        """One pattern for all steps; the last is ByteLevel, which may bring GPT-2's."""
+        *before, last = steps
+        gpt2 = last.get("use_regex", True)
+        if last.get("type") == "ByteLevel" and not last.get("add_prefix_space", True):
+            match before:
+                case [] if gpt2:
+                    return WORDS["gpt-2"]
+                case [{"type": "Digits", "individual_digits": True}] if gpt2:
+                    return WORDS["smollm"]
+                case [
+                    {
+                        "type": "Split",
+                        "behavior": "Isolated",
+                        "invert": False,
+                        "pattern": {"Regex": str(pattern)},
+                    }
+                ] if not gpt2:
+                    return pattern
+        self.unsupported(f"pre_tokenizer {escape(steps, 600)} is not understood")
+
+    # -------------------------------------------------------------------------------- like SentencePiece
+
+    def like_sentencepiece(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.get("byte_fallback", bool, False):
+            self.unsupported("the model has no byte_fallback and no ByteLevel: some texts had no ids")
+        if self.model.get("ignore_merges", bool, False):
+            self.unsupported("the model has ignore_merges without ByteLevel")
+        prefix, only_if_none = self.spaces(steps)
+        for i, kind in enumerate(self.kinds):
+            if kind == USER_DEFINED and not is_control_name(self.tokens[i]):
+                name = escape(self.tokens[i], 60)
+                self.unsupported(f"added token {name} is not special; understood in byte-level BPE only")
+        merges = []
+        for i, merge in enumerate(self.merges()):
+            left, _, right = merge.partition(" ")
+            if left not in self.ids or right not in self.ids or left + right not in self.ids:
+                what = f"merges[{i}] is {escape(merge, 60)}, it must be two tokens that make a third"
+                raise TokenizerError(f"{self.source}: {what}")
+            merges.append((left, right))
+        normal = [text for text, kind in zip(self.tokens, self.kinds, strict=True) if kind == NORMAL]
+        longer = [text for text in normal if len(text) > 1]
+        order = order_of_merging(merges, self.source, longer)
+        return {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.scores": np.array(
+                [-order.get(text, len(order)) for text in self.tokens], np.float32
+            ),
+            "tokenizer.ggml.add_space_prefix": prefix,
+            "numpy_llama.tokenizer.space_if_none": only_if_none,
+        }
+
+    def spaces(self, steps: list[dict[str, Any]]) -> tuple[bool, bool]:
+        """-> whether a space is put before a text; whether only before a text that has none there."""
+        normalizer = self.steps("normalizer")
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        prepend = {"type": "Prepend", "prepend": SPACE}
+        if not steps and normalizer in ([replace], [prepend, replace]):
+            return prepend in normalizer, False
+        match steps:
+            case [{"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}]:
+                if not normalizer and scheme in ("always", "first", "never"):
+                    return scheme != "never", True
+        found = f"normalizer {escape(normalizer)} with pre_tokenizer {escape(steps)}"
+        self.unsupported(f"{found} is not understood")

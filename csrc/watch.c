@@ -4,7 +4,7 @@
  * thread. There is no way to go on: the weights are gone. So one handler looks whether the address lies in
  * a watched range, writes one line that names the file, and ends the process. Any other SIGBUS goes to
  * whoever would have had it. A handler may only do what is async-signal-safe: here, read a fixed table
- * whose text is ready, write(2), _exit(2) and sigaction(2). */
+ * whose text is ready, write(2), pause(2), _exit(2) and sigaction(2). */
 #define _XOPEN_SOURCE 700 /* SA_SIGINFO */
 
 #include <signal.h>
@@ -28,11 +28,15 @@ static struct {
 
 static struct sigaction before;
 
+static atomic_flag said = ATOMIC_FLAG_INIT;
+
 static void on_sigbus(int signal, siginfo_t *info, void *context) {
     const uintptr_t at = info->si_code > 0 ? (uintptr_t)info->si_addr : FREE; /* <= 0: sent by a process */
     for (int i = 0; i < RANGES; i++) {
         const uintptr_t begin = atomic_load(&table[i].begin);
         if (begin > BUSY && begin <= at && at < table[i].end) {
+            while (atomic_flag_test_and_set(&said))
+                pause(); /* another thread is saying it, and then ends us */
             const ssize_t written = write(STDERR_FILENO, table[i].line, (size_t)table[i].length);
             (void)written;
             _exit(1);

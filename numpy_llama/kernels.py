@@ -111,7 +111,7 @@ def watch(file_map: mmap.mmap, name: str) -> None:
     # Only the address is kept: a buffer would keep the map alive.
     begin = ffi.cast("void *", int(ffi.cast("uintptr_t", ffi.from_buffer(file_map))))
     lib.nl_watch(begin, len(file_map), name.encode(errors="backslashreplace"))
-    weakref.finalize(file_map, lib.nl_unwatch, begin).atexit = False
+    weakref.finalize(file_map, lib.nl_unwatch, begin)
 
 
 class PackedWeight:

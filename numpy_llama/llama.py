@@ -15,7 +15,6 @@ import numpy as np
 
 from . import checkpoint
 from .chat import ChatFormat
-from .checkpoint.tokenizers import open_tokenizer
 from .errors import MismatchError, ParameterError, ResourceLimitError, TemplateError
 from .generate import Context, generate
 from .memory import available_memory, memory_plan
@@ -236,12 +235,13 @@ def load(
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
+    if backend == "c":
+        opened.watch()
     transformer = checkpoint.build(opened.args, weights, dtype, backend, threads, progress)
     room = plan.context_within(available)
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Only the tokenizer: of a model, or of a file that holds nothing else."""
-    path = locate(path)
-    return open_tokenizer(path) if path.is_file() else checkpoint.open_checkpoint(path).tokenizer()
+    """Only the tokenizer: of a model, or of a file or folder that holds nothing else."""
+    return checkpoint.load_tokenizer(locate(path))

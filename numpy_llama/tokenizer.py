@@ -188,8 +188,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         add_bos, add_space, encode_text = _byte_level(read, kinds, meanings)
     else:
         add_bos, add_space, encode_text = _sentencepiece(read, kinds)
-    # As in ggml, LLaMA's own numbers where a file gives none.
-    usual = {name: i for name, i in (("bos", 1), ("eos", 2)) if model == "llama" and kinds[i] == CONTROL}
+    usual = {}
+    if model == "llama":  # as in ggml, LLaMA's own numbers where a file gives none
+        names = {"bos": (1, "<s>"), "eos": (2, "</s>")}
+        usual = {key: i for key, (i, name) in names.items() if read.tokens[i] == name and kinds[i] == CONTROL}
     bos, *ends, _ = (read.token_id(name, usual.get(name)) for name in ("bos", "eos", "eot", "eom", "unknown"))
     add_bos = read.get("add_bos_token", bool, add_bos) and bos is not None
     control = {text: i for i, text in enumerate(read.tokens) if kinds[i] in (CONTROL, UNKNOWN)}
@@ -281,7 +283,7 @@ def _meaning(text: str, kind: int, model: str) -> bytes:
     if kind == NORMAL and model == "gpt2":
         return text.translate(_BYTE_OF_CHAR).encode("latin-1")
     if kind in (CONTROL, UNKNOWN):
-        return b""
+        return text.encode()[:0]  # JSON may spell half a surrogate pair
     if kind == BYTE:
         return _BYTE_TOKENS[text]
     return (text.replace("\u2581", " ") if model == "llama" else text).encode()
@@ -402,7 +404,7 @@ def order_of_merging(
         left_goes = right_goes = limit  # the rank of what takes each of them up
         a, b = rank.get(left, -1), rank.get(right, -1)
         proven = (len(left) == 1 or left in parts) and (len(right) == 1 or right in parts)
-        if not proven or a >= limit or b >= limit:
+        if not proven:
             return False
         while a >= 0 or b >= 0:
             if b >= a:  # made later: of equals, the left one merges first
@@ -475,8 +477,7 @@ def _in_chunks(encode: Callable[[Data], list[int]], data: Data, lengths: list[in
         back = 2 * max(lengths)
         while True:
             kept, start = len(ids), end - CHUNK
-            # The later bytes of a character have length 0: it is taken whole.
-            while kept and (end - CHUNK - start < back or not lengths[ids[kept]]):
+            while kept and end - CHUNK - start < back:
                 kept -= 1
                 start -= lengths[ids[kept]]
             again = encode(data[start:end])

@@ -264,7 +264,8 @@ def test_a_format_needs_its_control_tokens():
 def test_the_format_of_a_vocabulary():
     assert format_for(LLAMA3_VOCABULARY) is CHAT_FORMATS["llama3"]
     assert format_for(BYTE_LEVEL) is None
-    assert format_for(renamed(im_start="<s>")) is None  # byte-level, whatever it calls its tokens
+    # Byte-level, whatever it calls its tokens.
+    assert format_for(renamed(**{"im_start": "<s>", "[INST]": "<x>"})) is None
 
     def sentence_piece(*others: str):
         metadata = sentencepiece_metadata()
@@ -520,7 +521,8 @@ GROWTH = {
     + "{% call m() %}" * 18
     + "x" * 1000
     + "{% endcall %}" * 18,
-    "slices": A + "".join(f"{{% set a{i} = a[1:] %}}" for i in range(500)),
+    "slices": A + "".join(f"{{% set a{i} = a[1:] %}}" for i in range(200)),
+    "capitals": A + "".join(f"{{% set a{i} = a | upper %}}" for i in range(200)),
     "join": A + "{{ ([a] * 1000) | join }}",
     "join by it": "{% set b = 'a' * 90000 %}{{ ([1] * 5000) | join(b) }}",
     "join's method": "{% set b = 'a' * 90000 %}{{ b.join(['x'] * 5000) }}",
@@ -530,7 +532,7 @@ GROWTH = {
     "map": "{% set b = 'a' * 50000 %}{{ range(99999) | map('default', 1) | map('replace', '', b) | list }}",
     "text of a list": A + "{{ ([a] * 1000) | string }}",
     "a list as it is": A + "{{ [a, a, a, a, a, a, a, a] * 100 }}",
-    "indents": "{% set a = [1] * 9999 %}" + "{% set a = [a] %}" * 300 + "{{ a | tojson(indent=8) }}",
+    "indents": "{% set a = [1] * 6000 %}" + "{% set a = [a] %}" * 300 + "{{ a | tojson(indent=8) }}",
     "pieces": "{{ ('ab ' * 80000).split() }}",
     "%": "{{ ('%1000000000d' ~ '') % 1 }}",
     "dates": "{{ strftime_now('%999d' * 40000) }}",
@@ -549,9 +551,14 @@ def test_a_template_has_room_for_so_much(source):
             TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter|longer"
         ):
             ChatTemplate(source).render(conversation("hi"), BYTE_LEVEL)
-        assert tracemalloc.get_traced_memory()[1] < 24 << 20
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_namespaces_in_each_other_have_no_long_text():
+    source = "{% set a = namespace() %}" + "{% set a = namespace(x=a, y=a) %}" * 20 + "{{ a }}"
+    assert ChatTemplate(source).render(conversation("hi"), BYTE_LEVEL) == "<namespace>"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import test_every_format as every
 
 import numpy_llama as nl
 
@@ -93,12 +94,24 @@ def test_the_numpy_path_says_the_same(smollm2_path):
     assert done.stdout == b"The capital of France is Paris.\n"
 
 
-def test_info_tells_the_arguments_and_the_formats(smollm2_path):
-    lines = dict(
-        line.split(maxsplit=1) for line in run("info", str(smollm2_path)).stdout.decode().splitlines()
-    )
+def test_info_tells_what_is_in_the_file_and_what_it_takes(smollm2_path):
+    done = run("info", str(smollm2_path))
+    first, kinds = done.stdout.decode().split("\n\n")
+    lines = dict(line.split(maxsplit=1) for line in first.splitlines())
     assert lines["dim"] == "576" and lines["n_kv_heads"] == "3" and lines["vocab_size"] == "49152"
-    assert lines["Q4_1"].startswith("210 tensors")
+    assert lines["Q4_1"].startswith("210 tensors") and lines["parameters"] == "134,515,008"
+    assert lines["chat"] == "template    the model's own"
+    assert lines["weights"] == "92.1 MiB, used where they lie in the file"
+    assert lines["available"].endswith("GiB: it fits")
+    assert "blk.N.attn_q.weight" in kinds and "576 x 576" in kinds and len(kinds.splitlines()) == 11
+
+
+def test_info_on_a_folder_without_a_tokenizer(tmp_path):
+    (tmp_path / "m").mkdir()
+    every.FORMATS["HF, sharded"]("Llama 3", tmp_path / "m")
+    done = run("info", str(tmp_path / "m"))
+    assert done.returncode == 0 and b"tokenizer        none" in done.stdout
+    assert_refused(run("generate", "-m", str(tmp_path / "m"), "x"), 1, "no tokenizer")
 
 
 def test_tokenize_shows_ids_and_pieces(smollm2_path):

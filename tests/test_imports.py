@@ -55,11 +55,20 @@ def test_the_command_line_runs(command):
     assert (done.returncode, done.stdout) == (0, f"numpy-llama {nl.__version__}\n")
 
 
-BEGIN = "import os, sys; from numpy_llama.__main__ import main; os.write(1, b'.'); sys.exit(main())"
+# Announces itself where `main` imports the command line, and then waits for standard input.
+BEGIN = """
+import os, sys
+from numpy_llama.__main__ import main
+class Announce:
+    def find_spec(self, name, *where):
+        if name == "numpy_llama.cli":
+            os.write(1, b".")
+sys.meta_path.insert(0, Announce())
+sys.exit(main())
+"""
 
 
 def begin(**options) -> subprocess.Popen:
-    """The program at the point where Python has handed over to it; it will wait for standard input."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", BEGIN, "generate"], **pipes, **options)
     assert process.stdout.read(1) == b"."
@@ -68,21 +77,20 @@ def begin(**options) -> subprocess.Popen:
 
 @pytest.mark.parametrize("milliseconds", range(0, 400, 25))
 def test_ctrl_c_during_the_imports_is_quiet(milliseconds):
-    process = begin()
-    time.sleep(milliseconds / 1000)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
-    process.communicate()
+    with begin() as process:
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
 def test_ctrl_c_is_ignored_by_those_who_were_started_so():
-    process = begin(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    for _ in range(10):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.03)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 2 and b"Traceback" not in told  # there was nothing to read
+    with begin(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as process:
+        for _ in range(10):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.03)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 2 and b"Traceback" not in told  # there was nothing to read
 
 
 def test_ctrl_c_is_pythons_own_again_when_all_is_imported():

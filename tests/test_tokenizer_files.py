@@ -5,6 +5,7 @@ import io
 import json
 import struct
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from numpy_llama.errors import (
 )
 from numpy_llama.tokenizer import (
     BYTE,
+    RANKS,
     USER_DEFINED,
     WORDS,
     order_of_merging,
@@ -80,6 +82,7 @@ SENTENCEPIECE = [
     {"user_defined_symbols": "hello,<|,  ,\u2581fox"},
     {"bos_id": 5, "eos_id": 4, "pad_id": 3, "unk_id": 1},
     {"bos_piece": "<bos>", "eos_piece": "<eos>"},
+    {"bos_id": -1, "eos_id": 1},
 ]
 
 
@@ -98,8 +101,9 @@ def test_sentencepiece_model(folder, options):
 
     compare()
     assert tokenizer.vocab_size == reference.vocab_size()
-    assert (tokenizer.bos_id, tokenizer.eos_ids[0]) == (reference.bos_id(), reference.eos_id())
-    assert tokenizer.add_bos
+    bos = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+    assert (bos, tokenizer.eos_ids[0]) == (reference.bos_id(), reference.eos_id())
+    assert tokenizer.add_bos == (bos >= 0)
     assert tokenizer.add_space == options.get("add_dummy_prefix", True)
 
 
@@ -240,6 +244,7 @@ def test_tiktoken_ranks(folder):
         (300, b"no-space"),
         (300, b"!?=a 300"),
         (300, b"YWE 300"),  # no padding
+        (300, b"e!np6 300"),
         (300, base64.b64encode(b"zzz") + b" -1"),
         (300, base64.b64encode(b"zzz") + b" 299"),
         (300, base64.b64encode(b"zzz") + b" 301"),
@@ -288,7 +293,7 @@ SPLITS = {
     "one digit": {"Regex": r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"},
     "gaps": {"Regex": r"\p{L}+|[0-9]{2}"},
 }
-ADDED = ["<think>", "<thinker>", "\n\n ", "\u00e9 "]
+ADDED = ["<think", "<thinker>", "\n\n ", "\u00e9 "]
 
 
 def split(name: str):
@@ -336,7 +341,7 @@ def test_byte_level_json(folder, name, ignore_merges):
     tokenizer, reference = open_tokenizer(write_json(folder, source)), without_special(source)
 
     @given(text=ADDED_TEXTS)
-    @example(text="<thinker><think>").via("the longest of several")
+    @example(text="<thinker><think").via("the longest of several")
     def compare(text):
         ids = tokenizer.encode(text)
         assert ids == reference.encode(text, add_special_tokens=False).ids
@@ -464,13 +469,13 @@ def test_bos_of_the_post_processor(folder, steps):
         ("model.merges", None, TokenizerError, "no merges"),
         ("added_tokens", lambda tokens: [*tokens, added(id=267, content="the", special=False)],
          UnsupportedError, "added token 'the' is one that merges make"),
-        ("added_tokens.0.id", 3, TokenizerError, "added token '<think>' has id 3"),
+        ("added_tokens.0.id", 3, TokenizerError, "added token '<think' has id 3"),
         ("added_tokens.0.id", 1 << 31, TokenizerError, "missing"),
         ("added_tokens.0.content", 3, TokenizerError, "content is 3"),
-        ("added_tokens.0.lstrip", True, UnsupportedError, "'<think>' has lstrip"),
+        ("added_tokens.0.lstrip", True, UnsupportedError, "'<think' has lstrip"),
         ("added_tokens.0.rstrip", True, UnsupportedError, "has rstrip"),
         ("added_tokens.0.single_word", True, UnsupportedError, "has single_word"),
-        ("added_tokens", lambda tokens: [*tokens, tokens[0]], TokenizerError, "added token '<think>'"),
+        ("added_tokens", lambda tokens: [*tokens, tokens[0]], TokenizerError, "added token '<think'"),
         ("added_tokens", [7], FormatError, "wanted a JSON object"),
         ("normalizer", {"type": "NFC"}, UnsupportedError, "normalizer .*NFC"),
         ("normalizer", {"type": "Sequence", "steps": [{"type": "Lowercase"}]}, UnsupportedError, "Lowercase"),
@@ -485,6 +490,10 @@ def test_bos_of_the_post_processor(folder, steps):
         ("pre_tokenizer", {"type": "Whitespace"}, UnsupportedError, "byte_fallback"),
         ("pre_tokenizer", None, UnsupportedError, "byte_fallback"),
         ("decoder", {"type": "WordPiece"}, UnsupportedError, "decoder 'WordPiece'"),
+        ("decoder", {"type": []}, UnsupportedError, r"decoder \[\]"),
+        ("post_processor", TEMPLATE | {"single": [7, *TEMPLATE["single"]]}, UnsupportedError, "adds BOS"),
+        ("added_tokens.0.content", "\ud800", TokenizerError, "ud800"),
+        ("added_tokens.3.content", "\ud800", TokenizerError, "ud800"),
         ("post_processor", {"type": "BertProcessing"}, UnsupportedError, "BertProcessing"),
         ("post_processor", TEMPLATE | {"single": EOS_TOO}, UnsupportedError, "LLaMA's adds BOS"),
         ("post_processor", TEMPLATE | {"single": [{"SpecialToken": {"id": "<none>"}}, {"Sequence": {}}]},
@@ -515,6 +524,38 @@ def test_a_json_like_sentencepiece_that_is_refused(folder, path, new, error, mes
     good = json.loads(like_sentencepiece_json("Llama 2"))
     with pytest.raises(error, match=message):
         open_tokenizer(write_json(folder, changed(good, path, new)))
+
+
+def test_a_byte_without_a_token(folder):
+    """As if it were not there, unless an unk_token stands for it."""
+    value = json.loads(byte_level_json("gpt-2"))
+    value["model"]["vocab"] = {spelled(b"\xf1"): -1} | value["model"]["vocab"]
+    del value["model"]["vocab"][spelled(b"\xf1")]
+    taken = {i for i in value["model"]["vocab"].values()} | {token["id"] for token in value["added_tokens"]}
+    value["added_tokens"].append(added(id=min(set(range(999)) - taken), content="<fill>", special=True))
+    tokenizer = open_tokenizer(write_json(folder, value))
+    assert tokenizer.encode("a\U00041234b") == without_special(json.dumps(value)).encode("a\U00041234b").ids
+    assert len(tokenizer.encode("\U00041234")) == 3
+    value["model"]["unk_token"] = "a"
+    with pytest.raises(UnsupportedError, match="an unk_token in its place"):
+        open_tokenizer(write_json(folder, value))
+
+
+def test_a_piece_that_scores_would_make_and_merges_do_not(folder):
+    value = json.loads(like_sentencepiece_json("Mistral"))
+    left, right = value["model"]["merges"].pop()
+    with pytest.raises(UnsupportedError, match="ranks do not make token"):
+        open_tokenizer(write_json(folder, value))
+    del value["model"]["vocab"][left + right]
+    open_tokenizer(write_json(folder, value))
+
+
+def test_only_a_control_token_is_bos(folder):
+    path = folder / "named"
+    path.write_bytes(good_model() + field(2, field(46, "\u2581the".encode())))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert reference.bos_id() == -1
+    assert open_tokenizer(path).bos_id in (None, 1)  # GGUF's form cannot say that <s> is not BOS
 
 
 def test_metaspace_that_splits_is_refused(folder):
@@ -645,6 +686,8 @@ def test_written_into_gguf_it_is_the_same_tokenizer(folder):
         for text in [*CORPUS[:3], "  hello  <|fox|>  ", " a", "\n\n the<think>", "zqjx 12345"]:
             assert again.encode(text) == tokenizer.encode(text), name
         assert again.metadata.keys() == tokenizer.metadata.keys()
+        assert {"tokenizer.ggml.merges", "tokenizer.ggml.scores"} & again.metadata.keys()
+        assert RANKS not in again.metadata
 
 
 def test_a_file_is_what_it_holds_not_what_it_is_called(folder):
@@ -762,6 +805,7 @@ def test_added_tokens(tmp_path):
         ({"added_tokens": {"<x>": 421}}, TokenizerError, "'<x>' has id 421, the vocabulary has 420 tokens"),
         ({"added_tokens": {"<x>": -1}}, TokenizerError, "has id -1"),
         ({"added_tokens": {"<x>": "1"}}, TokenizerError, "has id '1'"),
+        ({"added_tokens": {"<x>": [], "<y>": 420}}, TokenizerError, r"has id \[\]"),
         ({"added_tokens": {"<x>": 3}}, MismatchError, "'<x>' has id 3, which is "),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<x>"}}}}, TokenizerError, "id 'x'"),
         ({"generation_config": {"eos_token_id": 420}}, MismatchError, "end of turn 420"),
@@ -797,21 +841,30 @@ def random_merges(rng: np.random.Generator) -> list[tuple[str, str]]:
 def test_what_ranks_can_say_they_say_exactly(seed):
     """The claim behind `order_of_merging`: where it agrees, tiktoken does what `tokenizers` does."""
     rng = np.random.default_rng(seed)
-    merges = random_merges(rng)
-    texts = list(dict.fromkeys(["a", "b", "c", *("".join(merge) for merge in merges)]))
-    vocabulary = {text: i for i, text in enumerate(texts)}
+    for _ in range(20):
+        compare_rules(random_merges(rng), rng)
+
+
+def compare_rules(merges: list[tuple[str, str]], rng: np.random.Generator) -> None:
     try:
         order = order_of_merging(merges, "x")
     except UnsupportedError:
         return
-    by_list = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    table = {text.encode(): i for i, text in enumerate(["a", "b", "c", *order])}
-    table |= {bytes([b]): 1000 + b for b in range(256) if b not in b"abc"}
-    by_rank = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=table, special_tokens={})
-    for _ in range(40):
+    texts = dict.fromkeys(["a", "b", "c", *map("".join, merges)])
+    by_list = models.BPE({text: i for i, text in enumerate(texts)}, merges)
+    for _ in range(20):
         text = "".join(rng.choice(list("abc"), rng.integers(1, 24)))
-        expected = [token.value for token in by_list.model.tokenize(text)]
-        assert [by_rank.decode([i]) for i in by_rank._encode_single_piece(text.encode())] == expected
+        expected = [token.value for token in by_list.tokenize(text)]
+        assert by_rank(text, order) == expected, (merges, text)
+
+
+def by_rank(text: str, rank: dict[str, int]) -> list[str]:
+    """tiktoken's rule in three lines: merge the neighbours whose union has the lowest rank, the leftmost."""
+    parts = list(text)
+    while found := [(rank[u], i) for i, u in enumerate(map("".join, pairwise(parts))) if u in rank]:
+        _, i = min(found)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 def test_ranks_can_say_most_lists_but_not_all():
@@ -891,6 +944,21 @@ def test_a_word_may_be_encoded_in_parts(folder, monkeypatch):
                 assert tokenizer.encode(text) == expected, name
 
     compare()
+
+
+@pytest.mark.parametrize("chunk", range(1, 27))
+def test_what_follows_may_change_what_came_long_before(folder, monkeypatch, chunk):
+    """yz merges first, then xy, wx and so on: whether ab or bc is a token, the last letter says."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pairs = [pair.encode() for pair in map("".join, pairwise(letters))]
+    tokens = [bytes([byte]) for byte in range(256)] + pairs[::-1]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
+    tokenizer = open_tokenizer(tiktoken_file(folder, lines))
+    expected = {n: tokenizer.encode(letters[:n] + letters) for n in range(27)}
+    assert tokenizer.piece(tokenizer.encode(letters)[0]) == "ab"
+    assert tokenizer.piece(tokenizer.encode(letters[:-1])[0]) == "a"
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    assert {n: tokenizer.encode(letters[:n] + letters) for n in range(27)} == expected
 
 
 def test_no_call_is_long(monkeypatch):

@@ -12,6 +12,7 @@ from ..config import ModelArgs
 from ..errors import FormatError, ParameterError, UnsupportedError, escape
 from ..model import Transformer
 from ..quantize import StoredTensor
+from ..tokenizer import Tokenizer
 from .base import Checkpoint
 from .files import MappedFile
 from .gguf import HEADER_BYTES
@@ -19,6 +20,7 @@ from .gguf_model import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint
 from .llama2c import Llama2cCheckpoint, looks_like_llama2c
 from .meta import MetaCheckpoint
+from .tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -38,9 +40,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         (head.startswith(b"{"), "JSON"),
     ]:
         if looks_so:
-            wanted = (
-                "name its folder, with params.json (Meta) or config.json (Hugging Face) in it"
-            )
+            wanted = "name its folder, with params.json (Meta) or config.json (Hugging Face) in it"
             raise FormatError(f"{path} holds {what}: {wanted}")
     return GGUFCheckpoint(path)
 
@@ -56,6 +56,17 @@ def _open_folder(path: Path) -> Checkpoint:
     raise FormatError(
         f"{path} is a folder with neither params.json (Meta) nor config.json (Hugging Face) but {found}"
     )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model, or of a file or folder that holds nothing else; no weights are needed."""
+    if path.is_dir():
+        is_meta = (path / "params.json").exists() and not (path / "config.json").exists()
+        return open_tokenizer(find_tokenizer(path)) if is_meta else tokenizer_of_folder(path)
+    file = MappedFile(path, "a tokenizer or a model")
+    is_model = looks_like_llama2c(bytes(file.map[:256]), file.size)
+    del file
+    return Llama2cCheckpoint(path).tokenizer() if is_model else open_tokenizer(path)
 
 
 def build(

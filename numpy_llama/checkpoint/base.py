@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..chat import ChatFormat
+from ..chat import ChatFormat, ChatTemplate, format_for
 from ..config import ModelArgs
 from ..quantize import StoredTensor
 from ..tokenizer import Tokenizer
@@ -42,13 +42,36 @@ class Checkpoint(ABC):
         """Every weight under our name; nothing is missing, too many, or of another shape."""
 
     @abstractmethod
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer_path(self) -> Path:
+        """The file that holds the vocabulary; a TokenizerError where there is none."""
 
     @abstractmethod
+    def read_tokenizer(self) -> Tokenizer: ...
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self.read_tokenizer()
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def chat_template(self) -> str | None:
+        """The Jinja template that came with the model."""
+        return None
+
     def chat_format(self) -> ChatFormat | None:
-        """How a conversation is written for this model, if it is known."""
+        """How a conversation is written: by the model's own template, or as Meta does with such tokens."""
+        source = self.chat_template()
+        return format_for(self.tokenizer()) if source is None else ChatTemplate(source)
 
     def check_unchanged(self) -> None:
         """FileChangedError if a file has changed since it was opened."""
         for file in self.files:
             file.check_unchanged()
+
+    def watch(self) -> None:
+        """A file that is cut while it is mapped will end the process with one line, not by a signal."""
+        from ..kernels import watch
+
+        for file in self.files:
+            watch(file.map, str(file.path))

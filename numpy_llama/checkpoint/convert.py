@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..chat import CHAT_FORMATS, ChatTemplate
+from ..chat import CHAT_FORMATS
 from ..config import ModelArgs
 from ..errors import FormatError, MismatchError, ParameterError, ResourceLimitError
 from ..functional import scale_freqs
@@ -91,7 +91,9 @@ def convert(
         _replace(out, write)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise ResourceLimitError(f"{out} was not written: {error.strerror}; nothing was changed") from None
+            raise ResourceLimitError(
+                f"{out} was not written: {error.strerror}; nothing was changed"
+            ) from None
         raise FormatError(f"{out} cannot be written: {error.strerror}") from None
     return out
 
@@ -204,7 +206,7 @@ def padded(vocabulary: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 def chat_metadata(source: Checkpoint) -> dict[str, Any]:
     """The model's template, or the name of the format that is written out in chat.py."""
-    chat = source.chat_format()
-    if isinstance(chat, ChatTemplate):
-        return {"tokenizer.chat_template": chat.source}
-    return {"numpy_llama.chat_format": name for name, known in CHAT_FORMATS.items() if known is chat}
+    if (template := source.chat_template()) is not None:
+        return {"tokenizer.chat_template": template}
+    known = next((name for name, f in CHAT_FORMATS.items() if f is source.chat_format()), None)
+    return {} if known is None else {"numpy_llama.chat_format": known}

@@ -7,10 +7,11 @@ so nothing is permuted here.
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..chat import CHAT_FORMATS, ChatFormat, ChatTemplate
+from ..chat import CHAT_FORMATS, ChatFormat
 from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import ConfigError, MismatchError, UnsupportedError, escape
 from ..functional import scale_freqs
@@ -39,13 +40,19 @@ class GGUFCheckpoint(Checkpoint):
     def weights(self) -> dict[str, StoredTensor]:
         return weights(self.file, self.args)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer_path(self) -> Path:
+        return self.file.path
+
+    def read_tokenizer(self) -> Tokenizer:
         return tokenizer_from_gguf(self.file.metadata, str(self.path))
 
+    def chat_template(self) -> str | None:
+        return self.file.get("tokenizer.chat_template", str)
+
     def chat_format(self) -> ChatFormat | None:
-        source = self.file.get("tokenizer.chat_template", str)
+        """A GGUF file without a template is not meant to be talked with, unless `convert` noted how."""
         known = self.file.get("numpy_llama.chat_format", str)
-        return CHAT_FORMATS.get(known) if source is None else ChatTemplate(source)
+        return super().chat_format() if self.chat_template() is not None else CHAT_FORMATS.get(known)
 
 
 def model_args(file: GGUFFile) -> ModelArgs:
@@ -64,7 +71,7 @@ def model_args(file: GGUFFile) -> ModelArgs:
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (found := _size(file, key, "head_dim", head_dim)) != head_dim:
             raise UnsupportedError(f"{file.path}: {key} is {found}, only head_dim {head_dim} can be run")
-    values = {
+    values: dict[str, Any] = {
         "dim": dim,
         "n_layers": _size(file, "llama.block_count", "n_layers"),
         "n_heads": n_heads,

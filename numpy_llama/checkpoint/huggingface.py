@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..chat import MAX_SOURCE, ChatFormat, ChatTemplate, format_for
+from ..chat import MAX_SOURCE
 from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import (
     ConfigError,
@@ -32,6 +32,7 @@ from .files import MappedFile
 from .json_file import JsonFile
 from .names import interleaved_rows, matched_names
 from .safetensors_file import SafetensorsFile
+from .tokenizers import find_tokenizer, tokenizer_of_folder
 from .torch_file import TorchFile
 
 # Where the weights may be: a file, or an index of files. The first of these that there is.
@@ -54,6 +55,7 @@ PLAIN: dict[str, tuple] = {
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
 }
+ROWS_COMPARED = 4096  # at a time: never two whole matrices in memory
 ROPES_NOT_RUN = ("yarn", "longrope", "su", "mrope")
 
 
@@ -134,24 +136,19 @@ class HuggingFaceCheckpoint(Checkpoint):
         head = self._holders["lm_head.weight"].tensor("lm_head.weight")
         same = (head.format, head.shape) == (embedding.format, embedding.shape)
         left, right = head.data, embedding.data
-        rows = range(0, len(head), 4096)  # never two whole matrices in memory
-        if not same or not all(np.array_equal(left[i : i + 4096], right[i : i + 4096]) for i in rows):
+        parts = [slice(i, i + ROWS_COMPARED) for i in range(0, len(head), ROWS_COMPARED)]
+        if not same or not all(np.array_equal(left[part], right[part]) for part in parts):
             what = "is true, but there is an lm_head.weight, and it is not the embedding"
             raise MismatchError(f"{self.config.path}: tie_word_embeddings {what}")
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        from .tokenizers import tokenizer_of_folder
+    def tokenizer_path(self) -> Path:
+        return find_tokenizer(self.path)
 
+    def read_tokenizer(self) -> Tokenizer:
         return tokenizer_of_folder(self.path)
 
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    def chat_format(self) -> ChatFormat | None:
-        if (source := chat_template(self.path)) is not None:
-            return ChatTemplate(source)
-        return format_for(self.tokenizer())
+    def chat_template(self) -> str | None:
+        return chat_template(self.path)
 
 
 def _open(path: Path) -> SafetensorsFile | TorchFile:
@@ -205,7 +202,8 @@ def _context(config: JsonFile) -> int:
         # Mistral is a LLaMA whose queries look back over one window. A context that fits into the window
         # knows no difference, so it may be no longer.
         return min(context, _size(config, "sliding_window", context))
-    if kind in (None, "llama") and names in ([], ["LlamaForCausalLM"]) and (kind or names):
+    spellings: tuple[list, ...] = ([], ["LlamaForCausalLM"], ["LLaMAForCausalLM"])  # the last for some weeks in 2023
+    if kind in (None, "llama") and names in spellings and (kind or names):
         return context
     known = "LlamaForCausalLM (llama), and MistralForCausalLM (mistral) that states its sliding_window"
     found = f"architectures {escape(names)}, model_type {escape(kind)}"

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatFormat, format_for
 from ..config import ModelArgs
 from ..errors import ConfigError, FormatError, NumpyLlamaError, TokenizerError, UnsupportedError
 from ..quantize import FORMATS, StoredTensor
@@ -30,6 +29,7 @@ from ..tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo
 from .files import MappedFile
 from .names import expected_shape
+from .tokenizers import open_tokenizer
 
 MAGIC = b"24ka"
 NUMBERS = struct.Struct("<7i")
@@ -180,20 +180,14 @@ class Llama2cCheckpoint(Checkpoint):
         self.file.forget(info.offset, info.nbytes)
         return weights.view(np.uint8)
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        from .tokenizers import open_tokenizer
-
+    def tokenizer_path(self) -> Path:
         # llama2.c names a vocabulary of its own by its size; tokenizer.bin is Llama 2's.
         names = (f"tok{self.args.vocab_size}.bin", "tokenizer.bin", "tokenizer.model")
         for path in map(self.path.with_name, names):
             if path.exists():
-                return open_tokenizer(path)
+                return path
         wanted = f"looked beside it for {', '.join(names)}"
         raise TokenizerError(f"{self.path}: a llama2.c model has no tokenizer in it; {wanted}")
 
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    def chat_format(self) -> ChatFormat | None:
-        return format_for(self.tokenizer())
+    def read_tokenizer(self) -> Tokenizer:
+        return open_tokenizer(self.tokenizer_path())

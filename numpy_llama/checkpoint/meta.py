@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ..chat import ChatFormat, format_for
 from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import ConfigError, MismatchError, TruncatedError, UnsupportedError, escape
 from ..quantize import StoredTensor
@@ -22,6 +21,7 @@ from ..tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo
 from .json_file import JsonFile
 from .names import matched_names
+from .tokenizers import find_tokenizer, open_tokenizer
 from .torch_file import TorchFile
 
 N_SHARDS = (1, 2, 4, 8)
@@ -65,17 +65,11 @@ class MetaCheckpoint(Checkpoint):
     def weights(self) -> dict[str, StoredTensor]:
         return {ours: self._weight(theirs) for ours, theirs in self._names(self.args).items()}
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        from .tokenizers import find_tokenizer, open_tokenizer
+    def tokenizer_path(self) -> Path:
+        return find_tokenizer(self.path)
 
-        return open_tokenizer(find_tokenizer(self.path))
-
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    def chat_format(self) -> ChatFormat | None:
-        return format_for(self._tokenizer)
+    def read_tokenizer(self) -> Tokenizer:
+        return open_tokenizer(self.tokenizer_path())
 
     def _names(self, args: ModelArgs) -> dict[str, str]:
         # RoPE's frequencies follow from the arguments.

@@ -23,7 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, or a name that `pull` knows [%(default)s]",
+        help="a file, a folder, or a name that `pull` knows [%(default)s]",
     )
     group.add_argument(
         "-t", "--threads", type=whole_number(1), metavar="N", help="threads of the C kernels [all CPUs]"

@@ -1,17 +1,25 @@
-"""What is in a model's file, and what it takes to run it; from the headers alone."""
+"""What is in a model, and what it takes to run it; from the headers alone."""
 
 import argparse
+import re
 from collections import Counter
+from dataclasses import fields
+from math import prod
 
-from ..checkpoint import open_checkpoint
-from ..config import ModelArgs
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import NumpyLlamaError, escape
+from ..memory import LEAST_CONTEXT, available_memory, gib, memory_plan
 from ..pull import DEFAULT_MODEL, locate
 from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="a file or a name [%(default)s]"
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a file, a folder or a name [%(default)s]",
     )
 
 
@@ -19,33 +27,64 @@ def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
         path = locate(args.model, progress)
     checkpoint = open_checkpoint(path)
-    model_args = checkpoint.args
-    tensors = checkpoint.tensors.values()
+    weights = checkpoint.weights()  # names and shapes are held against the arguments before a word is said
+    for name, value in [*contents(checkpoint), *arguments(checkpoint), *text(checkpoint)]:
+        print(f"{name:<16} {value}")
+    plan = memory_plan(checkpoint.args, weights, "c")
+    for name, value in memory(plan, available_memory(plan.mapped)):
+        print(f"{name:<16} {value}")
+    print()
+    for name, shape, type_name, n in kinds(checkpoint):
+        print(f"{name:<44} {shape:<14} {type_name:<6} {n}")
+
+
+def contents(checkpoint: Checkpoint):
+    files, tensors = checkpoint.files, checkpoint.tensors.values()
+    yield "model", checkpoint.path
+    number = f"{len(files)} files, " if len(files) > 1 else ""
+    yield "format", f"{checkpoint.format}, {number}{sum(file.size for file in files):,} bytes"
+    yield "parameters", f"{sum(prod(t.shape) for t in tensors):,}"
     count = Counter(t.type_name for t in tensors)
     size = Counter({name: sum(t.nbytes for t in tensors if t.type_name == name) for name in count})
-    parameters = sum(_product(t.shape) for t in tensors)
-
-    print(f"file             {path}")
-    print(f"format           {checkpoint.format}, {path.stat().st_size:,} bytes")
-    print(f"parameters       {parameters:,}")
     for name, nbytes in size.most_common():
-        print(f"  {name:<14} {count[name]} tensors, {_mib(nbytes)}")
-    for name in ModelArgs.__dataclass_fields__:
-        print(f"{name:<16} {getattr(model_args, name)}")
-    print(f"chat template    {'yes' if checkpoint.chat_format() else 'none'}")
-    per_token = 2 * 4 * model_args.n_layers * model_args.n_kv_heads * model_args.head_dim
-    print(
-        f"KV cache         {_mib(1024 * per_token)} for 1,024 tokens, "
-        f"{_mib(model_args.max_seq_len * per_token)} for all"
+        yield f"  {name}", f"{count[name]} tensors, {gib(nbytes)}"
+
+
+def kinds(checkpoint: Checkpoint):
+    """Tensors that differ only in the number of their layer, as one."""
+    seen = Counter(
+        (re.sub(r"\b\d+\b", "N", info.name), info.shape, info.type_name)
+        for info in checkpoint.tensors.values()
     )
+    for (name, shape, type_name), n in seen.items():
+        yield escape(name)[1:-1], " x ".join(map(str, shape)), type_name, n
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    n = 1
-    for length in shape:
-        n *= length
-    return n
+def arguments(checkpoint: Checkpoint):
+    for field in fields(checkpoint.args):
+        value = getattr(checkpoint.args, field.name)
+        yield field.name, "none" if value is None else value
 
 
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
+def text(checkpoint: Checkpoint):
+    try:
+        yield "tokenizer", checkpoint.tokenizer_path().name
+    except NumpyLlamaError:
+        yield "tokenizer", "none"
+    yield "chat template", "none" if checkpoint.chat_template() is None else "the model's own"
+
+
+def memory(plan, available: int):
+    if plan.mapped:
+        yield "weights", f"{gib(plan.mapped)}, used where they lie in the file"
+    if plan.made:
+        yield "weights made", f"{gib(plan.made)}, joined or expanded on loading"
+    yield "KV cache", f"{gib(1024 * plan.kv_per_position)} for 1,024 tokens"
+    yield "scratch", f"{gib(plan.scratch)}, with Python and the tokenizer"
+    fits = plan.context_within(available)
+    for positions in sorted({min(LEAST_CONTEXT, plan.max_seq_len), plan.max_seq_len}):
+        yield "peak", f"{gib(plan.peak(positions))} with a context of {positions:,} tokens"
+    verdict = f"room for {fits:,} tokens" if fits < plan.max_seq_len else "it fits"
+    if fits < min(LEAST_CONTEXT, plan.max_seq_len):
+        verdict = "it does not fit"
+    yield "available", f"{gib(available)}: {verdict}"

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from ..checkpoint import open_checkpoint
 from ..errors import ParameterError
+from ..llama import load_tokenizer
 from ..pull import DEFAULT_MODEL, locate
 from . import common
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, or a name that `pull` knows [%(default)s]",
+        help="a model, a tokenizer's file, or a name that `pull` knows [%(default)s]",
     )
 
 
@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> None:
         raise ParameterError('nothing to tokenize: numpy-llama tokenize "Once upon a time"')
     text = common.read_stdin() if args.text is None else args.text
     with common.transfer_bar() as progress:
-        path = locate(args.model, progress)
-    tokenizer = open_checkpoint(path).tokenizer()
+        tokenizer = load_tokenizer(locate(args.model, progress))
     for token in tokenizer.encode(text, bos=tokenizer.add_bos):
         whole = token in tokenizer.control_tokens.values() or _is_utf8(tokenizer.token_bytes(token))
         shown = tokenizer.piece(token) if whole else tokenizer.token_bytes(token)

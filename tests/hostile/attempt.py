@@ -172,10 +172,11 @@ def main() -> None:
         wanted.remove("--reference")
     else:
         models.warm_up(root)
-    for id, case in (CONTROLS | CASES).items():
+    order = sorted(CASES, key=lambda id: ("GSPTCJUF".index(id[0]), id))
+    for id in [*CONTROLS, *order]:
         if wanted and id not in wanted:
             continue
-        folder = root / id
+        case, folder = (CONTROLS | CASES)[id], root / id
         for variant in variants(case, folder):
             if not reference:
                 record = attempt(perform, variant, variant.patience)

@@ -147,7 +147,7 @@ def test_llama2c_has_the_same_vocabulary(bin, model):
 
 
 def all_splits(tokens: list[str], known: set[str]) -> list[tuple[str, str]]:
-    """As Hugging Face's converters make merges of a vocabulary that has none: each pair that makes a token."""
+    """As Hugging Face makes merges of a vocabulary that has none: each pair that makes a token."""
     cuts = ((text[:i], text[i:]) for text in tokens for i in range(1, len(text)))
     return [(left, right) for left, right in cuts if left in known and right in known]
 

@@ -117,32 +117,27 @@ class _Beside:
         for file in (self.config, self.map):
             value = file.get(key, (str, dict))
             if value is not None:
-                return (
-                    value
-                    if isinstance(value, str)
-                    else JsonFile(file.path, values=value).require("content", str)
-                )
+                whole = JsonFile(file.path, values={"content": value} if isinstance(value, str) else value)
+                return whole.require("content", str)
         return None
 
     def add_tokens(self, metadata: dict[str, Any]) -> None:
         special = {self.named(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-        found = {i: (text, text in special) for text, i in self.added.values.items()}
-        decoder = self.config.get("added_tokens_decoder", dict, {})
-        for number, values in decoder.items():
+        found = {text: (i, text in special) for text, i in self.added.values.items()}
+        for number, values in self.config.get("added_tokens_decoder", dict, {}).items():
             entry = JsonFile(self.config.path, values=values)
             text = entry.require("content", str)
-            i = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number
-            found[i] = text, entry.get("special", bool, False) or text in special
+            i = int(number) if re.fullmatch("[0-9]{1,9}", number) else number
+            found[text] = i, entry.get("special", bool, False) or text in special
         tokens = list(metadata["tokenizer.ggml.tokens"])
         kinds = metadata["tokenizer.ggml.token_type"].tolist()
         before = len(tokens)
-        for i in sorted(found, key=lambda i: i if type(i) is int else -1):
-            text, is_special = found[i]
+        wrong = [text for text, (i, _) in found.items() if type(i) is not int]
+        for text in wrong or sorted(found, key=found.__getitem__):
+            i, is_special = found[text]
             if type(i) is not int or not 0 <= i <= len(tokens):
-                raise TokenizerError(
-                    f"{self.folder}: added token {escape(text, 60)} has id {escape(i, 60)}, "
-                    f"the vocabulary has {len(tokens)} tokens"
-                )
+                what = f"added token {escape(text, 60)} has id {escape(i, 60)}"
+                raise TokenizerError(f"{self.folder}: {what}, the vocabulary has {len(tokens)} tokens")
             if i == len(tokens):
                 tokens.append(text)
                 kinds.append(USER_DEFINED)

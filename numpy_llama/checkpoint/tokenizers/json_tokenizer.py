@@ -21,13 +21,14 @@ from ...tokenizer import (
     WORDS,
     is_control_name,
     order_of_merging,
+    spelled,
 )
 from ..json_file import JsonFile
 
 SPACE = "\u2581"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 # What a file may have there, because it does not change ids.
-ANY_DECODER = {"ByteLevel", "Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+ANY_DECODER = ("ByteLevel", "Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
 
 
 def json_metadata(file: JsonFile) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class _TokenizerJson:
         for i, merge in enumerate(merges):
             if type(merge) is list and len(merge) == 2 and all(type(part) is str for part in merge):
                 merges[i] = merge = f"{merge[0]} {merge[1]}"
-            if type(merge) is not str or merge.count(" ") != 1:
+            if type(merge) is not str:
                 raise TokenizerError(f"{self.source}: merges[{i}] is {escape(merge, 60)}, wanted two tokens")
         return merges
 
@@ -137,16 +138,15 @@ class _TokenizerJson:
                 continue
             if step.get("type") != "TemplateProcessing" or not isinstance(step.get("single"), list):
                 self.unsupported(f"post_processor {escape(step.get('type'))} is not understood")
-            single = step["single"]
-            names = [next(iter(part), None) for part in single if isinstance(part, dict)]
-            if names == ["SpecialToken", "Sequence"]:
-                special = single[0]["SpecialToken"]
-                name = special.get("id") if isinstance(special, dict) else None
-                bos = self.ids.get(name) if isinstance(name, str) else None
-                if bos is None:
-                    raise TokenizerError(f"{self.source}: post_processor adds {escape(name)}, no token of it")
-            elif names != ["Sequence"]:
-                self.unsupported(f"post_processor puts {escape(single, 100)} together; LLaMA's adds BOS")
+            match step["single"]:
+                case [{"SpecialToken": {"id": str(name)}}, {"Sequence": _}]:
+                    bos = self.ids.get(name)
+                    if bos is None:
+                        raise TokenizerError(f"{self.source}: post_processor adds {escape(name)}, no token")
+                case [{"Sequence": _}]:
+                    pass
+                case other:
+                    self.unsupported(f"post_processor makes {escape(other, 100)}; LLaMA's adds BOS")
         return bos
 
     # -------------------------------------------------------------------------------- byte-level
@@ -159,6 +159,9 @@ class _TokenizerJson:
         merges = self.merges()
         if found := added and added.intersection(merge.replace(" ", "") for merge in merges):
             self.unsupported(f"added token {escape(min(found), 60)} is one that merges make")
+        alphabet = {spelled(bytes([byte])) for byte in range(256)}
+        if self.model.get("unk_token", str) is not None and not alphabet <= self.ids.keys():
+            self.unsupported("the model has no token for some byte, and an unk_token in its place")
         pattern = self.pattern(steps)
         whole_words = self.model.get("ignore_merges", bool, False)
         names = {(WORDS["gpt-2"], False): "gpt-2", (WORDS["smollm"], False): "smollm"}

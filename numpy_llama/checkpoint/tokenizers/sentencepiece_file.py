@@ -12,7 +12,7 @@ it in another way than by BPE, is refused by its name.
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,11 +29,11 @@ NORMALIZER = {1: (LENGTH, b""), 2: (LENGTH, b""), 3: (VARINT, 1), 4: (VARINT, 1)
 
 def sentencepiece_metadata(data: bytes, source: str) -> dict[str, Any]:
     """GGUF's form of a SentencePiece model of type BPE."""
-    reader = _Protobuf(data, source)
+    reader = _Protobuf(source)
     tokens: list[str] = []
     scores, kinds = [], []
     specs = {2: b"", 3: b"", 5: b""}
-    for number, wire, value in reader.fields(data, 0):
+    for number, wire, value in reader.fields(data):
         if number == 1 or number in specs:
             if wire != LENGTH:
                 reader.malformed(f"field {number} has wire type {wire}")
@@ -79,30 +79,31 @@ def sentencepiece_metadata(data: bytes, source: str) -> dict[str, Any]:
 class _Protobuf:
     """The wire format: each field is a varint, number << 3 | wire type, and a value."""
 
-    def __init__(self, data: bytes, source: str):
+    def __init__(self, source: str):
         self.source = source
 
-    def malformed(self, what: str) -> Any:
+    def malformed(self, what: str) -> NoReturn:
         raise TokenizerError(f"{self.source}: malformed protobuf: {what}")
 
     def text(self, data: bytes) -> str:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            return self.malformed(f"{escape(data, 60)} is not UTF-8")
+            self.malformed(f"{escape(data, 60)} is not UTF-8")
 
     def message(self, data: bytes, known: dict[int, tuple[int, Any]]) -> dict[int, Any]:
         """The known fields of a message; of several values of one field the last one holds."""
         found = {number: default for number, (_, default) in known.items()}
-        for number, wire, value in self.fields(data, 0):
+        for number, wire, value in self.fields(data):
             if number in known:
                 if wire != known[number][0]:
                     self.malformed(f"field {number} has wire type {wire}, it must be {known[number][0]}")
                 found[number] = struct.unpack("<f", value)[0] if wire == FOUR_BYTES else value
         return found
 
-    def fields(self, data: bytes, at: int) -> Iterator[tuple[int, int, Any]]:
+    def fields(self, data: bytes) -> Iterator[tuple[int, int, Any]]:
         """(number, wire type, value): an int for VARINT, bytes for the others."""
+        at = 0
         while at < len(data):
             tag, at = self.varint(data, at)
             number, wire = tag >> 3, tag & 7
@@ -134,4 +135,4 @@ class _Protobuf:
                 if number >= 1 << 64:
                     break
                 return number, at + i + 1
-        return self.malformed("a number of more than 64 bits")
+        self.malformed("a number of more than 64 bits")

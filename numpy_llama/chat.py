@@ -324,7 +324,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def tojson(self, value: Any, indent: int | None = None) -> str:
         """Jinja's own escapes what means something in HTML."""
         encoder = json.JSONEncoder(ensure_ascii=False, indent=None if indent is None else min(indent, 8))
-        return self.text(*encoder.iterencode(value))
+        return "".join(map(self.weigh, encoder.iterencode(value)))
 
     def strftime_now(self, form: str) -> str:
         if len(form) > MAX_ARGUMENT:

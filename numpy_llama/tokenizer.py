@@ -18,7 +18,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -328,6 +328,7 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
         whole_words = read.own("whole_words", bool, False)
     else:
         words, whole_words = regex.compile(WORDS[pre]).findall, WORDS[pre] is _LLAMA3
+    words = _of_older_unicode(words)
     # Llama 3 takes a word that is a token as it is; that matters where no merging makes the token.
     whole = {meanings[i]: [i] for i in ids.values() if meanings[i] not in ranks} if whole_words else {}
     lengths = [len(meaning) for meaning in meanings]
@@ -343,6 +344,35 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
         return out
 
     return WORDS.get(pre) is _LLAMA3, False, _between_added(read, kinds, encode_text)
+
+
+_BYTES_ALONE = {bytes([byte]): byte for byte in range(256)}
+_LETTER_OR_NUMBER = r"[\p{L}\p{N}]"
+_asked: set[str] = set()
+_newer: dict[int, str] = {}  # character -> a stand-in that is neither letter nor number nor space
+
+
+def _of_older_unicode(words: Callable[[str], Iterable[str]]) -> Callable[[str], Iterable[str]]:
+    """The same cutting, but a character is a letter or a number only if tiktoken thinks so too.
+
+    Its tables, and those of Hugging Face's tokenizers, are of an older Unicode than regex's. Some 17,000
+    characters have become letters since, and a model was trained on what its tokenizer took them for.
+    """
+    judge = tiktoken.Encoding("", pat_str=_LETTER_OR_NUMBER, mergeable_ranks=_BYTES_ALONE, special_tokens={})
+
+    def cut(text: str) -> Iterable[str]:
+        characters = set(text)
+        if new := characters - _asked:
+            ours = regex.findall(_LETTER_OR_NUMBER, "".join(new))
+            theirs = bytes(judge.encode_ordinary("".join(ours))).decode()
+            _newer.update((ord(c), "\ufffd") for c in set(ours).difference(theirs))
+            _asked.update(new)
+        if _newer.keys().isdisjoint(map(ord, characters)):
+            return words(text)
+        ends = accumulate(map(len, words(text.translate(_newer))), initial=0)
+        return [text[begin:end] for begin, end in pairwise(ends)]
+
+    return cut
 
 
 def _custom_words(pattern: str, source: str) -> Callable[[str], Iterable[str]]:

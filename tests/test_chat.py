@@ -532,7 +532,7 @@ GROWTH = {
     "map": "{% set b = 'a' * 50000 %}{{ range(99999) | map('default', 1) | map('replace', '', b) | list }}",
     "text of a list": A + "{{ ([a] * 1000) | string }}",
     "a list as it is": A + "{{ [a, a, a, a, a, a, a, a] * 100 }}",
-    "indents": "{% set a = [1] * 6000 %}" + "{% set a = [a] %}" * 300 + "{{ a | tojson(indent=8) }}",
+    "indents": "{% set a = [1] * 9000 %}" + "{% set a = [a] %}" * 200 + "{{ a | tojson(indent=8) }}",
     "pieces": "{{ ('ab ' * 80000).split() }}",
     "%": "{{ ('%1000000000d' ~ '') % 1 }}",
     "dates": "{{ strftime_now('%999d' * 40000) }}",
@@ -544,12 +544,11 @@ GROWTH = {
 
 
 @pytest.mark.parametrize("source", GROWTH.values(), ids=GROWTH)
-def test_a_template_has_room_for_so_much(source):
+def test_a_template_has_room_for_so_much(source, monkeypatch):
+    monkeypatch.setattr("numpy_llama.chat.MAX_SECONDS", 60.0)  # memory is traced here, which takes time
     tracemalloc.start()
     try:
-        with pytest.raises(
-            TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter|longer"
-        ):
+        with pytest.raises(TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter"):
             ChatTemplate(source).render(conversation("hi"), BYTE_LEVEL)
         assert tracemalloc.get_traced_memory()[1] < 12 << 20
     finally:

@@ -202,7 +202,11 @@ def _context(config: JsonFile) -> int:
         # Mistral is a LLaMA whose queries look back over one window. A context that fits into the window
         # knows no difference, so it may be no longer.
         return min(context, _size(config, "sliding_window", context))
-    spellings: tuple[list, ...] = ([], ["LlamaForCausalLM"], ["LLaMAForCausalLM"])  # the last for some weeks in 2023
+    spellings: tuple[list, ...] = (
+        [],
+        ["LlamaForCausalLM"],
+        ["LLaMAForCausalLM"],
+    )  # the last for some weeks in 2023
     if kind in (None, "llama") and names in spellings and (kind or names):
         return context
     known = "LlamaForCausalLM (llama), and MistralForCausalLM (mistral) that states its sliding_window"

@@ -7,7 +7,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-import regex
 import sentencepiece
 import tiktoken
 import tokenizers
@@ -62,25 +61,8 @@ def random_texts(n: int = 10_000) -> list[str]:
 CODES = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 
 
-@cache
-def newer() -> set[int]:
-    """Letters and numbers of a Unicode that our regex follows, but not yet tiktoken or `tokenizers`."""
-    everything, found = "".join(map(chr, CODES)), set()
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for kind in (r"\p{L}", r"\p{N}", r"\s"):
-        here = set(regex.findall(kind, everything))
-        by_tiktoken = tiktoken.Encoding("x", pat_str=kind, mergeable_ranks=ranks, special_tokens={})
-        there = set(by_tiktoken.decode(by_tiktoken.encode_ordinary(everything)))
-        pieces = pre_tokenizers.Split(tokenizers.Regex(kind), "removed").pre_tokenize_str(everything)
-        there_too = set(everything) - set("".join(piece for piece, _ in pieces))
-        assert here >= there | there_too  # Unicode only ever grows
-        found |= here - (there & there_too)
-    assert len(found) < 20_000
-    return set(map(ord, found))
-
-
 def character(code: int) -> str:
-    return " " if 0xD800 <= code < 0xE000 or code in newer() else chr(code)
+    return " " if 0xD800 <= code < 0xE000 else chr(code)
 
 
 @cache

@@ -13,8 +13,8 @@ import numpy as np
 
 import numpy_llama as nl
 from numpy_llama import kernels
+from numpy_llama.download import DEFAULT_MODEL
 from numpy_llama.generate import PREFILL_CHUNK, Context, forward
-from numpy_llama.pull import DEFAULT_MODEL
 
 
 def measure(model: nl.Transformer, prompt: list[int], n: int) -> tuple[float, float]:

@@ -6,9 +6,7 @@ llama = nl.load("smollm2-135m-instruct")
 print(llama.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 TYPE_CHECKING = False  # type checkers know better; to import `typing` would take longer than all of this
 
@@ -31,7 +29,7 @@ _HOME = {
     "Transformer": "model",
     "load": "llama",
     "load_tokenizer": "llama",
-    "pull": "pull",
+    "pull": "download",
 }
 __all__ = [*_HOME]
 
@@ -40,6 +38,7 @@ if TYPE_CHECKING:  # the same, for those who read and do not run
     from .chat import ChatTemplate as ChatTemplate
     from .config import ModelArgs as ModelArgs
     from .config import RopeScaling as RopeScaling
+    from .download import pull as pull
     from .errors import NumpyLlamaError as NumpyLlamaError
     from .generate import Context as Context
     from .llama import Completion as Completion
@@ -48,7 +47,6 @@ if TYPE_CHECKING:  # the same, for those who read and do not run
     from .llama import load as load
     from .llama import load_tokenizer as load_tokenizer
     from .model import Transformer as Transformer
-    from .pull import pull as pull
     from .sampling import Sampler as Sampler
     from .tokenizer import Tokenizer as Tokenizer
 else:
@@ -57,13 +55,6 @@ else:
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-
-    class _Package(ModuleType):
-        """Python sets an imported module as its package's attribute: `pull` must stay the function."""
-
-        pull = property(lambda self: __getattr__("pull"), lambda self, module: None)
-
-    sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -50,9 +50,11 @@ def generate(
     max_tokens: int | None = None,
     stop_ids: Collection[int] = (),
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    vocab_size: int | None = None,
 ) -> Generator[int, None, str]:
     """Yield new ids until one is in `stop_ids` (which is not yielded): -> "stop"; or until `max_tokens` are
     made or the context is full: -> "length". `on_prefill(done, total)` hears how far the prompt is read.
+    Ids from `vocab_size` on are never chosen: rows that only pad the embedding, of which no token is told.
     """
     context.user = me = object()
 
@@ -80,7 +82,7 @@ def generate(
         if made:
             logits = step(ids[-1:])
         try:
-            token = sampler(logits, ids, rng)
+            token = sampler(logits[:vocab_size], ids, rng)
         except NumericsError as error:
             raise NumericsError(f"after {len(ids)} tokens, the last of them {ids[-1]}: {error}") from None
         if token in stop_ids:

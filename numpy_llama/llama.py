@@ -15,11 +15,11 @@ import numpy as np
 
 from . import checkpoint
 from .chat import ChatFormat
+from .download import DEFAULT_MODEL, locate
 from .errors import MismatchError, ParameterError, ResourceLimitError, TemplateError
 from .generate import Context, generate
 from .memory import available_memory, memory_plan
 from .model import Transformer
-from .pull import DEFAULT_MODEL, locate
 from .sampling import Sampler
 from .tokenizer import StreamDecoder, Tokenizer
 
@@ -180,6 +180,7 @@ class Llama:
             max_tokens=max_tokens,
             stop_ids=self.tokenizer.eos_ids,
             on_prefill=on_prefill,
+            vocab_size=self.tokenizer.vocab_size,
         )
         while True:
             try:

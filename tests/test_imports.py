@@ -41,7 +41,7 @@ def test_what_type_checkers_see_is_what_there_is():
     }
 
 
-@pytest.mark.parametrize("first", ["", "import numpy_llama.llama", "from numpy_llama.pull import locate"])
+@pytest.mark.parametrize("first", ["", "import numpy_llama.llama", "from numpy_llama.download import locate"])
 def test_pull_is_the_function_and_not_its_module(first):
     code = "import numpy_llama as nl; from numpy_llama import pull; print(nl.pull is pull, callable(pull))"
     assert python(f"{first}\n{code}") == "True True\n"

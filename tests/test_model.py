@@ -408,7 +408,7 @@ PACKAGE = Path(numpy_llama.__file__).parent
 LEVELS = [
     {"__init__", "__main__"},
     {"cli"},
-    {"verify", "bench", "perplexity", "trace", "llama", "convert", "pull", "doctor"},
+    {"verify", "bench", "perplexity", "trace", "llama", "convert", "download", "doctor"},
     {"memory"},
     {"generate"},
     {"checkpoint", "tokenizer", "chat", "sampling"},

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
 
+from ..download import DEFAULT_MODEL
 from ..errors import ParameterError, TextError
 from ..generate import PREFILL_CHUNK
 from ..llama import Completion, Llama, Piece, finish, load
-from ..pull import DEFAULT_MODEL
 from ..sampling import Sampler
 
 

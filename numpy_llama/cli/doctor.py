@@ -9,8 +9,8 @@ import sys
 import numpy as np
 
 from .. import __version__
+from ..download import DEFAULT_MODEL, cache_folder, model_path
 from ..errors import NumpyLlamaError
-from ..pull import DEFAULT_MODEL, cache_folder, model_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,9 @@ from dataclasses import fields
 from math import prod
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..download import DEFAULT_MODEL, locate
 from ..errors import NumpyLlamaError, escape
 from ..memory import LEAST_CONTEXT, available_memory, gib, memory_plan
-from ..pull import DEFAULT_MODEL, locate
 from . import common
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..pull import MODELS, pull
+from ..download import MODELS, pull
 from . import common
 
 

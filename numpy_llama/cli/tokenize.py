@@ -3,9 +3,9 @@
 import argparse
 import sys
 
+from ..download import DEFAULT_MODEL, locate
 from ..errors import ParameterError
 from ..llama import load_tokenizer
-from ..pull import DEFAULT_MODEL, locate
 from . import common
 
 

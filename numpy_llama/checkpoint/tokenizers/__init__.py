@@ -100,12 +100,17 @@ class _Beside:
         """Put into GGUF's form what only these files know: added tokens, BOS, and what ends a turn."""
         self.add_tokens(metadata)
         ids = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
-        for name in ("bos", "eos"):
-            text = self.named(f"{name}_token")
-            numbers = [ids[text]] if text in ids else _numbers(self.model, f"{name}_token_id")
-            if numbers:
-                metadata[f"tokenizer.ggml.{name}_token_id"] = numbers[0]
-        ends = _numbers(self.generation, "eos_token_id") or _numbers(self.model, "eos_token_id")
+        # config.json often has a library's defaults there: it is asked only where nobody else knows.
+        guess = {name: _numbers(self.model, f"{name}_token_id") for name in ("bos", "eos")}
+        for name in guess:
+            key = f"tokenizer.ggml.{name}_token_id"
+            if (text := self.named(f"{name}_token")) in ids:
+                metadata[key] = ids[text]
+            elif key in metadata:
+                guess[name] = []
+            elif guess[name]:
+                metadata[key] = guess[name][0]
+        ends = _numbers(self.generation, "eos_token_id") or guess["eos"]
         if ends:
             metadata["numpy_llama.tokenizer.end_token_ids"] = np.array(ends, np.int32)
         add_bos = self.config.get("add_bos_token", bool)

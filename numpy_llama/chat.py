@@ -6,7 +6,7 @@ What this file promises: whatever a message says, it is ordinary text. It cannot
 or speak in another's name. Where turns are marked by plain text, as in Llama 2, `Llama2Chat` refuses
 messages that have the marks; a template says nothing about its marks, so there nobody can know them.
 A template is code that came with a file: it runs in a sandbox that shows it the messages and nothing
-else, for a second at most, and with room for so much.
+else, for half a second at most, and with room for so much.
 """
 
 import json
@@ -32,7 +32,7 @@ from .tokenizer import Tokenizer, check_text
 ROLES = ("system", "user", "assistant", "tool")
 MAX_SOURCE = 1 << 16  # characters of a template,
 MAX_NODES = 1 << 13  # and of its syntax tree: real ones have some hundreds, and this many compile in a second
-MAX_SECONDS = 1.0  # real templates take milliseconds
+MAX_SECONDS = 0.5  # real templates take milliseconds
 MAX_MADE = 1 << 18  # characters and items that all its steps make together,
 MADE_PER_CHARACTER = 64  # beyond so many for each character of the messages,
 MESSAGE_OVERHEAD = 64  # of which each message counts as having so many more

@@ -63,10 +63,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         is_meta = (path / "params.json").exists() and not (path / "config.json").exists()
         return open_tokenizer(find_tokenizer(path)) if is_meta else tokenizer_of_folder(path)
-    file = MappedFile(path, "a tokenizer or a model")
-    is_model = looks_like_llama2c(bytes(file.map[:256]), file.size)
-    del file
-    return Llama2cCheckpoint(path).tokenizer() if is_model else open_tokenizer(path)
+    if path.is_file() and path.stat().st_size:
+        file = MappedFile(path, "a tokenizer or a model")
+        if looks_like_llama2c(bytes(file.map[:256]), file.size):
+            return Llama2cCheckpoint(path).tokenizer()
+    return open_tokenizer(path)
 
 
 def build(

@@ -66,13 +66,15 @@ def model_path(name: str) -> Path:
 
 def locate(model: str | Path, progress: Progress = lambda what, done, total: None) -> Path:
     """The file of a model: a path as it is, a name fetched if it is not there yet."""
+    if not str(model):
+        raise DownloadError(f"the name of the model is empty; names: {', '.join(MODELS)}")
     try:
         path = Path(model).expanduser()
         if path.exists():
             return path
     except (OSError, RuntimeError) as error:  # a name too long, a user who does not exist
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DownloadError(f"{escape(str(model))} is no path: {reason}") from None
+        raise DownloadError(f"{escape(str(model))} cannot be looked at: {reason}") from None
     if str(model) in MODELS:
         return pull(str(model), progress)
     raise DownloadError(

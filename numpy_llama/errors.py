@@ -6,7 +6,13 @@ A message names the file, the offset or key, the value found and the value wante
 
 
 class NumpyLlamaError(Exception):
-    """The root: `except NumpyLlamaError` catches all of ours and nothing else."""
+    """The root: `except NumpyLlamaError` catches all of ours and nothing else.
+
+    Its text is one printable line, whatever a file is called.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class FormatError(NumpyLlamaError):
@@ -71,6 +77,13 @@ class DownloadError(NumpyLlamaError):
 
 class BuildError(NumpyLlamaError):
     """The compiled extension is missing or does not fit this package."""
+
+
+def printable(text: str) -> str:
+    """`text` with an escape for whatever a terminal would not show as a character, or would obey."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def escape(value: object, limit: int = 200) -> str:

@@ -7,6 +7,7 @@ llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,7 @@ import numpy as np
 from . import checkpoint
 from .chat import ChatFormat
 from .download import DEFAULT_MODEL, locate
-from .errors import MismatchError, ParameterError, ResourceLimitError, TemplateError
+from .errors import BuildError, MismatchError, ParameterError, ResourceLimitError, TemplateError, escape
 from .generate import Context, generate
 from .memory import available_memory, memory_plan
 from .model import Transformer
@@ -123,6 +124,9 @@ class Llama:
         context: a `Context` to go on in. on_prefill(done, total): hears how far the prompt is read.
         And those of `Sampler`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
         """
+        if not isinstance(prompt, str | bytes | Sequence | np.ndarray):
+            found = escape(prompt, 60)
+            raise ParameterError(f"the prompt is {found}, it must be a text or a list of token ids")
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
         elif isinstance(prompt, bytes) or not all(map(_is_whole, prompt)):
@@ -180,7 +184,7 @@ class Llama:
             max_tokens=max_tokens,
             stop_ids=self.tokenizer.eos_ids,
             on_prefill=on_prefill,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self.tokenizer.n_used,
         )
         while True:
             try:
@@ -236,7 +240,7 @@ def load(
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
-    if backend == "c":
+    with suppress(BuildError):  # without the extension NumPy's path does without a watch too
         opened.watch()
     transformer = checkpoint.build(opened.args, weights, dtype, backend, threads, progress)
     room = plan.context_within(available)

@@ -10,7 +10,7 @@ Loading asks `MemoryPlan.check`, which refuses with these numbers, instead of be
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,14 +122,36 @@ def _machine() -> int:
 
 
 def _container() -> int | None:
-    """Control groups, version 2. What only caches files counts as free: the kernel takes it back."""
+    """What the control groups leave that this process is in: each has a limit, those around it too.
+
+    What only caches files counts as free: the kernel takes it back.
+    """
+    left = [n for folder in _groups() if (n := _left_in(folder)) is not None]
+    return min(left, default=None)
+
+
+def _groups() -> Iterator[Path]:
+    """The folders of our own group and of all around it, in version 2 and in version 1 of control groups."""
     try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return None
-    if not limit.isdigit():  # "max"
-        return None
-    return int(limit) - int(used) + _numbers(CGROUP / "memory.stat").get("inactive_file", 0)
+        lines = []
+    for line in ["0::/", *lines]:  # in a container its own group is the root
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            inner = CGROUP / controllers / path.lstrip("/")
+            yield from (folder for folder in [inner, *inner.parents] if folder.is_relative_to(CGROUP))
+
+
+def _left_in(group: Path) -> int | None:
+    for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            limit, used = ((group / name).read_text().strip() for name in names)
+        except OSError:
+            continue
+        if limit.isdigit() and used.isdigit():  # not "max"
+            return int(limit) - int(used) + _numbers(group / "memory.stat").get("inactive_file", 0)
+    return None
 
 
 def _own_limit() -> int | None:

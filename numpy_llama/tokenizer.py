@@ -112,6 +112,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.tokens)
 
+    @property
+    def n_used(self) -> int:
+        """How many ids have a meaning: those behind them only fill up the rows of an embedding."""
+        used = np.flatnonzero(self.entries["tokenizer.ggml.token_type"] != UNUSED)
+        return int(used[-1]) + 1 if len(used) else 0
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text, on demand with BOS before and EOS behind. Half a surrogate pair: TextError."""
         before = () if self.bos_id is None else (self.bos_id,)

@@ -12,13 +12,21 @@ import gguf
 import numpy as np
 import pytest
 import test_every_format as every
+from gguf_writer import write_llama
 from test_cli import PROGRAM, assert_refused, run
 
 import numpy_llama as nl
 from numpy_llama.chat import CHAT_FORMATS
 from numpy_llama.checkpoint import build, convert, open_checkpoint
-from numpy_llama.errors import FileChangedError, MismatchError, ParameterError, ResourceLimitError
+from numpy_llama.errors import (
+    FileChangedError,
+    MismatchError,
+    NumericsError,
+    ParameterError,
+    ResourceLimitError,
+)
 from numpy_llama.quantize import FORMATS, StoredTensor
+from numpy_llama.tokenizer import spelled
 
 SOURCES = [
     ("Llama 3.1 (scaled)", "HF, sharded"),
@@ -206,10 +214,58 @@ def test_refusals(source, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(opened.files[0].path)
     for same in (opened.files[0].path, link):
-        with pytest.raises(ParameterError, match="is what is to be converted"):
+        with pytest.raises(ParameterError, match="part of what is to be converted"):
             convert.convert(opened, same, "q8")
     assert_refused(run("convert", str(source), str(tmp_path / "no" / "o"), "--dtype", "q8"), 1, "cannot be")
     assert_refused(run("convert", str(source), str(tmp_path / "o")), 2, "--dtype")
+
+
+def test_nothing_that_belongs_to_the_source_is_overwritten(source):
+    opened = open_checkpoint(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for name in ("tokenizer.model", "config.json", "model.safetensors.index.json"):
+        with pytest.raises(ParameterError, match="part of what is to be converted"):
+            convert.convert(opened, source / name, "q8")
+    assert_untouched(source, before)
+
+
+def test_only_files_are_replaced(source, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ParameterError, match="no regular file"):
+        convert.convert(open_checkpoint(source), tmp_path / "fifo", "q8")
+    assert (tmp_path / "fifo").is_fifo()
+
+
+@pytest.mark.parametrize(
+    "bad, dtype",
+    [(np.nan, "f32"), (np.inf, "bf16"), (7e4, "f16"), (np.nan, "f16"), (7e4, "q8"), (np.nan, "q4")],
+)
+def test_a_weight_that_cannot_be_stored_is_named(bad, dtype, tmp_path, old_out):
+    weights = dict(every.weights_of("Llama 3"))
+    weights["layers.1.feed_forward.w_up.weight"] = weights["layers.1.feed_forward.w_up.weight"].copy()
+    weights["layers.1.feed_forward.w_up.weight"][3, 5] = bad
+    path = write_llama(tmp_path / "bad.gguf", every.LLAMA_3, weights, **byte_vocabulary(576))
+    with pytest.raises(NumericsError, match=r"bad\.gguf: blk\.1\.ffn_up\.weight"):
+        convert.convert(open_checkpoint(path), old_out, dtype)
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+def byte_vocabulary(n: int) -> dict:
+    """256 tokens of a byte each, and unused ones."""
+    tokens = [spelled(bytes([b])) for b in range(256)] + [f"[{i}]" for i in range(256, n)]
+    kinds = np.where(np.arange(n) < 256, 1, 5).astype(np.int32)
+    return {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": kinds, "merges": []}
+
+
+def test_rows_without_a_token_are_not_chosen_after_converting_either(tmp_path, source):
+    """The embedding has 576 rows, the tokenizer 512 ids: greedy or not, no other id may come out."""
+    out = convert.convert(open_checkpoint(source), tmp_path / "out.gguf", "f32")
+    old, new = nl.load(source), nl.load(out)
+    assert (old.tokenizer.vocab_size, new.tokenizer.vocab_size) == (512, 576)
+    for seed in range(3):
+        options = {"max_tokens": 60, "temperature": 5.0, "seed": seed}
+        made = [llama.generate([1, 2, 3], **options).tokens for llama in (old, new)]
+        assert made[0] == made[1] and max(made[0]) < 512
 
 
 def test_the_new_file_has_the_rights_of_any_new_file(source, tmp_path):

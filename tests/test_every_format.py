@@ -6,6 +6,7 @@ numbers that float16 and bfloat16 both hold exactly, so the format must not chan
 """
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -166,11 +167,8 @@ def write_meta(name: str, folder: Path, shards: int, dtype: torch.dtype) -> Path
 
 
 def write_hf(name: str, folder: Path, dtype: torch.dtype, **options) -> Path:
-    model = hugging_face(name)
-    try:
-        model.to(dtype).save_pretrained(folder, **options)
-    finally:
-        model.to(torch.float32)
+    # A copy: a model that was bfloat16 for a moment has lost the last bits of its RoPE frequencies.
+    deepcopy(hugging_face(name)).to(dtype).save_pretrained(folder, **options)
     return folder
 
 

@@ -522,6 +522,10 @@ def test_model_args_defaults(changes, expected):
         ({"attention__value_length": 8}, "UnsupportedError", "value_length is 8, only head_dim 16"),
         ({"rope__dimension_count": 8}, "UnsupportedError", "dimension_count is 8, only head_dim 16"),
         ({"expert_count": 8}, "UnsupportedError", "mixture of 8 experts"),
+        ({"attention__scale": 0.1}, "UnsupportedError", "attention.scale is 0.1"),
+        ({"attention__causal": False}, "UnsupportedError", "causal is False, not True"),
+        ({"logit_scale": 2.0}, "UnsupportedError", "logit_scale is 2.0"),
+        ({"attention__sliding_window": 0}, "ConfigError", "sliding_window is 0"),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "UnsupportedError", "'yarn' by 4.0"),
         ({"rope__scaling__factor": np.nan}, "ConfigError", "rope.scaling: factor is nan"),
         ({"rope__scale_linear": -1.0}, "ConfigError", "rope.scaling: factor is -1.0"),
@@ -672,7 +676,7 @@ def test_a_format_that_is_only_read_is_expanded_when_it_is_used(name, rng, monke
 def test_the_package_that_reads_them_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     file = opened(one_tensor([256], 10, data=bytes(84)))
-    with pytest.raises(errors.UnsupportedError, match=r"stored as Q2_K.*pip install 'numpy_llama\[gguf\]'"):
+    with pytest.raises(errors.UnsupportedError, match=r"stored as Q2_K.*pip install gguf"):
         file.tensor("x")
 
 
@@ -761,3 +765,17 @@ def test_names_and_shapes_are_those_of_hugging_face():
     assert {hf: expected_shape(ours, args) for ours, hf in tensor_names(args, "hf").items()} == theirs
     with pytest.raises(errors.ParameterError, match="no weight is called 'x'"):
         expected_shape("x", ARGS)
+
+
+@pytest.mark.parametrize("window, context", [(8, 8), (32, 32), (1000, 32)])
+def test_a_sliding_window_cuts_the_context(window, context):
+    """Within the window it changes nothing."""
+    metadata = llama_metadata(ARGS) | {"llama.attention.sliding_window": window}
+    assert opened(gguf_bytes(metadata, small_tensors()), model_args).max_seq_len == context
+
+
+@pytest.mark.parametrize("start", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>"])
+def test_what_a_download_left_in_the_place_of_a_model_is_named(tmp_path, start):
+    (tmp_path / "x.gguf").write_bytes(start + b"x" * 100)
+    with pytest.raises(errors.FormatError, match=r"x\.gguf is a(n HTML page| Git LFS pointer)"):
+        open_checkpoint(tmp_path / "x.gguf")

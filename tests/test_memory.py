@@ -144,16 +144,22 @@ def test_a_container_has_a_limit_and_gives_back_what_only_caches(tmp_path, monke
     assert memory._container() == 300
     (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 250\n")
     assert memory._container() == 550
+    version_1 = tmp_path / "memory"
+    version_1.mkdir()
+    (version_1 / "memory.limit_in_bytes").write_text("900\n")
+    (version_1 / "memory.usage_in_bytes").write_text("800\n")
+    assert memory._left_in(version_1) == 100
 
 
 MEASURE = """
 import json, sys
+from pathlib import Path
 import numpy_llama as nl
 from numpy_llama import memory
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
 path, backend = sys.argv[1:]
-opened = open_checkpoint(nl.llama.Path(path))
+opened = open_checkpoint(Path(path))
 plan = memory.memory_plan(opened.args, opened.weights(), backend)
 llama = nl.load(path, backend=backend)
 prompt = [1 + i % 100 for i in range(600)]
@@ -194,4 +200,4 @@ def test_the_context_is_cut_to_what_fits(tmp_path, monkeypatch):
 
 
 class Vocabulary:
-    vocab_size = 40
+    vocab_size = n_used = 40

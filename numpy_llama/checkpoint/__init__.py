@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, bytes done, by
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a folder by the files in it, a file by what it begins with."""
     if path.is_dir():
-        return _open_folder(path)
+        return MetaCheckpoint(path) if is_meta(path) else HuggingFaceCheckpoint(path)
     file = MappedFile(path, "a model", HEADER_BYTES)
     head, size = bytes(file.map[:256]), file.size
     del file  # its reader will map it too, and address space may be scarce (ulimit -v)
@@ -45,24 +46,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GGUFCheckpoint(path)
 
 
-def _open_folder(path: Path) -> Checkpoint:
-    """Meta's and Hugging Face's models are folders, told apart by the file that holds the hyperparameters."""
-    has_meta, has_hf = (path / "params.json").exists(), (path / "config.json").exists()
-    if has_meta and (not has_hf or any(path.glob("consolidated.*.pth"))):
-        return MetaCheckpoint(path)
-    if has_hf:
-        return HuggingFaceCheckpoint(path)
-    found = ", ".join(escape(entry.name, 40) for entry in sorted(path.iterdir())[:5]) or "nothing"
-    raise FormatError(
-        f"{path} is a folder with neither params.json (Meta) nor config.json (Hugging Face) but {found}"
-    )
+def is_meta(folder: Path, must_be_model: bool = True) -> bool:
+    """Whether a folder is Meta's, not Hugging Face's, by the file that holds the hyperparameters."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise FormatError(f"{folder} cannot be read: {error.strerror}") from None
+    if must_be_model and not names & {"params.json", "config.json"}:
+        found = ", ".join(escape(name, 40) for name in sorted(names)[:5]) or "nothing"
+        wanted = "a folder with params.json (Meta) or config.json (Hugging Face)"
+        raise FormatError(f"{folder} is a folder that holds {found}; wanted {wanted}, or a file's name")
+    has_weights = any(fnmatch(name, "consolidated.*.pth") for name in names)
+    return "params.json" in names and ("config.json" not in names or has_weights)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a model, or of a file or folder that holds nothing else; no weights are needed."""
     if path.is_dir():
-        is_meta = (path / "params.json").exists() and not (path / "config.json").exists()
-        return open_tokenizer(find_tokenizer(path)) if is_meta else tokenizer_of_folder(path)
+        return open_tokenizer(find_tokenizer(path)) if is_meta(path, False) else tokenizer_of_folder(path)
     if path.is_file() and path.stat().st_size:
         file = MappedFile(path, "a tokenizer or a model")
         if looks_like_llama2c(bytes(file.map[:256]), file.size):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..chat import ChatFormat, ChatTemplate, format_for
 from ..config import ModelArgs
+from ..errors import TokenizerError
 from ..quantize import StoredTensor
 from ..tokenizer import Tokenizer
 from .files import MappedFile
@@ -63,6 +64,15 @@ class Checkpoint(ABC):
         """How a conversation is written: by the model's own template, or as Meta does with such tokens."""
         source = self.chat_template()
         return format_for(self.tokenizer()) if source is None else ChatTemplate(source)
+
+    def beside(self) -> list[Path]:
+        """Whatever else belongs to the model: of a folder all that is in it, of a file its tokenizer."""
+        if self.path.is_dir():
+            return list(self.path.iterdir())
+        try:
+            return [self.tokenizer_path()]
+        except TokenizerError:
+            return []
 
     def check_unchanged(self) -> None:
         """FileChangedError if a file has changed since it was opened."""

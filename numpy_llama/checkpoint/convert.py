@@ -12,8 +12,8 @@ Whatever stops us (a full disk, Ctrl-C, a kill, a loss of power) happens to a fi
 import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 
 from ..chat import CHAT_FORMATS
 from ..config import ModelArgs
-from ..errors import FormatError, MismatchError, ParameterError, ResourceLimitError
+from ..errors import FormatError, MismatchError, NumericsError, ParameterError, ResourceLimitError
 from ..functional import scale_freqs
 from ..quantize import FORMATS, Format, StoredTensor
 from ..tokenizer import UNUSED
@@ -32,6 +32,7 @@ from .gguf_write import layout, write_tensor
 from .names import tensor_names
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
+EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 BYTES_AT_ONCE = 8 << 20  # of the result: progress is smooth, and memory small
 Progress = Callable[[str, int, int], None]
 
@@ -53,10 +54,9 @@ def convert(
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
     weights, out = source.weights(), Path(os.path.realpath(out))
-    if any(out == Path(os.path.realpath(file.path)) for file in source.files):
-        raise ParameterError(f"{out} is what is to be converted: give another name for the result")
-    if out.is_dir():
-        raise ParameterError(f"{out} is a folder; wanted the name of a file")
+    if out.exists():
+        check_replaceable(source, out)
+    source.watch()
     names = tensor_names(source.args, "gguf")
     if weights["output.weight"] is weights["tok_embeddings.weight"]:
         del names["output.weight"]
@@ -71,12 +71,13 @@ def convert(
     tensors = [weights[ours] for ours in names] + list(extra.values())
 
     def write(part: Path) -> None:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(head)
             done, sums = 0, []
             for info, tensor in zip(infos, tensors, strict=True):
                 digest = hashlib.blake2b()
-                for piece in write_tensor(file, info, converted(tensor, FORMATS[info.type_name], threads)):
+                where = f"{source.path}: {info.name}"
+                for piece in write_tensor(file, info, converted(where, tensor, info.type_name, threads)):
                     digest.update(piece.data)
                     progress("converting", done := done + piece.nbytes, total)
                 sums.append(digest.digest())
@@ -98,16 +99,22 @@ def convert(
     return out
 
 
+def check_replaceable(source: Checkpoint, out: Path) -> None:
+    """ParameterError unless `out` is a file that nobody here reads from."""
+    if out.is_dir():
+        raise ParameterError(f"{out} is a folder; wanted the name of a file")
+    if not out.is_file():
+        raise ParameterError(f"{out} is no regular file; wanted the name of one")
+    used = [os.path.realpath(path) for path in [*(file.path for file in source.files), *source.beside()]]
+    if str(out) in used:
+        raise ParameterError(f"{out} is part of what is to be converted: give another name for the result")
+
+
 def _replace(out: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `out`, and give it that name only when it is whole."""
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent)
-    os.close(handle)
-    part = Path(name)
+    part = out.with_name(f".{out.name[:200]}.{secrets.token_hex(4)}.part")
     try:
         write(part)
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
         os.replace(part, out)
         folder = os.open(out.parent, os.O_RDONLY)
         try:
@@ -118,17 +125,34 @@ def _replace(out: Path, write: Callable[[Path], None]) -> None:
         part.unlink(missing_ok=True)
 
 
-def converted(tensor: StoredTensor, format: Format, threads: int | None) -> Iterator[np.ndarray]:
-    """The bytes of a weight in another format, some rows at a time, in the model's order."""
+def converted(where: str, tensor: StoredTensor, to: str, threads: int | None) -> Iterator[np.ndarray]:
+    """The bytes of a weight in another format, some rows at a time, in the model's order.
+
+    A NumericsError names `where` a weight is NaN, or too large for what it is to become.
+    """
+    format = FORMATS[to]
     if len(tensor.shape) == 1:
-        yield StoredTensor.quantize(tensor.dequantize(), format).data
+        yield finite(where, StoredTensor.quantize(tensor.dequantize(), format).data, to)
         return
     from ..kernels import Kernels  # only here: reading files needs no compiler
 
     kernels, tensor = Kernels(threads), tensor.realize()
     rows = max(1, BYTES_AT_ONCE // format.row_bytes(tensor.shape[-1]))
     for begin in range(0, len(tensor), rows):
-        yield kernels.convert(tensor, format, begin, min(begin + rows, len(tensor)))
+        try:
+            piece = kernels.convert(tensor, format, begin, min(begin + rows, len(tensor)))
+        except ParameterError as error:
+            raise NumericsError(f"{where}: {error}") from None
+        yield finite(where, piece, to)
+
+
+def finite(where: str, data: np.ndarray, to: str) -> np.ndarray:
+    """`data` itself, if no number in it is NaN or infinite: those have all bits of the exponent set."""
+    if to in EXPONENT:
+        type, exponent = EXPONENT[to]
+        if ((data.view(type) & exponent) == exponent).any():
+            raise NumericsError(f"{where}: a weight is NaN, or infinite, or too large for {to}")
+    return data
 
 
 def verify(

@@ -13,6 +13,14 @@ import numpy as np
 
 from ..errors import FileChangedError, FormatError, ResourceLimitError, TruncatedError
 
+# What a download may leave in the place of a file.
+MISTAKEN = {
+    b"version https://git-lfs": "a Git LFS pointer: the file itself was never downloaded",
+    b"<!DOCTYPE": "an HTML page",
+    b"<!doctype": "an HTML page",
+    b"<html": "an HTML page",
+}
+
 
 class MappedFile:
     """A file in memory, read only: `map` is all of its bytes, of which only those used are ever read."""
@@ -44,6 +52,12 @@ class MappedFile:
                 f"the file has {self.size}; incomplete download?"
             )
         return start + nbytes
+
+    def refuse_mistaken(self, wanted: str) -> None:
+        """FormatError for what was put in the place of `wanted` by a download that went wrong."""
+        for start, what in MISTAKEN.items():
+            if self.map[: len(start)] == start:
+                raise FormatError(f"{self.path} is {what}; wanted {wanted}")
 
     def bytes_at(self, start: int, nbytes: int, field: str) -> np.ndarray:
         """Those bytes, where they lie."""

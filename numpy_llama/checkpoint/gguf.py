@@ -190,7 +190,7 @@ def _dequantizer(type_name: str, source: str) -> Callable[[np.ndarray], np.ndarr
     try:
         import gguf
     except ImportError:
-        how = "read through the package gguf, which is not installed: pip install 'numpy_llama[gguf]'"
+        how = "read through the package gguf, which is not installed: pip install gguf"
         raise UnsupportedError(f"{source} is stored as {type_name}; {RUNNABLE}; others are {how}") from None
     try:
         type = gguf.GGMLQuantizationType[type_name]
@@ -230,6 +230,7 @@ class _Reader:
     def __init__(self, path: Path):
         self.path, self.at = path, 0
         self.file = MappedFile(path, "a GGUF file", HEADER_BYTES)
+        self.file.refuse_mistaken("a GGUF file")
         self.map, self.size, self.checked_end = self.file.map, self.file.size, self.file.checked_end
 
     def check(self, holds: object, problem: str, error: type[NumpyLlamaError] = FormatError) -> None:

@@ -21,6 +21,15 @@ from .base import Checkpoint
 from .gguf import GGUFFile, open_gguf
 from .names import matched_names
 
+# What else the metadata could say about the mathematics, and what it says of a LLaMA.
+PLAIN = {
+    "llama.attention.scale": 0.0,
+    "llama.attention.clamp_kqv": 0.0,
+    "llama.attention.causal": True,
+    "llama.logit_scale": 0.0,
+    "llama.use_parallel_residual": False,
+    "llama.rope.scaling.attn_factor": 1.0,
+}
 ROPE_TOLERANCE = 1e-4  # relative: the divisors were computed and stored in float32
 
 
@@ -63,6 +72,9 @@ def model_args(file: GGUFFile) -> ModelArgs:
     if n_experts := file.get("llama.expert_count", int, 0):
         raise UnsupportedError(f"{file.path}: a mixture of {n_experts} experts, only dense models can be run")
 
+    for key, plain in PLAIN.items():
+        if file.metadata.get(key, plain) != plain:
+            raise UnsupportedError(f"{file.path}: {key} is {escape(file.metadata[key], 60)}, not {plain}")
     dim = _size(file, "llama.embedding_length", "dim")
     n_heads = _size(file, "llama.attention.head_count", "n_heads")
     if "llama.attention.key_length" not in file.metadata and dim % n_heads:
@@ -83,6 +95,9 @@ def model_args(file: GGUFFile) -> ModelArgs:
         "rope_theta": _decimal(file.get("llama.rope.freq_base", float, 10000.0)),
         "max_seq_len": _size(file, "llama.context_length", "max_seq_len"),
     }
+    # Within a sliding window nothing changes, so the context may be no longer.
+    window = _size(file, "llama.attention.sliding_window", "max_seq_len", values["max_seq_len"])
+    values["max_seq_len"] = min(values["max_seq_len"], window)
     try:
         args = ModelArgs(**values)
     except ConfigError as error:

@@ -32,7 +32,7 @@ from .files import MappedFile
 from .json_file import JsonFile
 from .names import interleaved_rows, matched_names
 from .safetensors_file import SafetensorsFile
-from .tokenizers import find_tokenizer, tokenizer_of_folder
+from .tokenizers import tokenizer_of_folder, tokenizer_path
 from .torch_file import TorchFile
 
 # Where the weights may be: a file, or an index of files. The first of these that there is.
@@ -142,7 +142,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise MismatchError(f"{self.config.path}: tie_word_embeddings {what}")
 
     def tokenizer_path(self) -> Path:
-        return find_tokenizer(self.path)
+        return tokenizer_path(self.path)
 
     def read_tokenizer(self) -> Tokenizer:
         return tokenizer_of_folder(self.path)

@@ -52,6 +52,7 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.file = MappedFile(self.path, "a safetensors file", LENGTH_BYTES)
+        self.file.refuse_mistaken("a safetensors file")
         header, data_start = self._header()
         self.tensors: Mapping[str, TensorInfo] = self._tensors(header, data_start)
 

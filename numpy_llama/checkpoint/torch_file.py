@@ -60,6 +60,7 @@ class TorchFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.file = MappedFile(path, "a file of torch.save", 22)
+        self.file.refuse_mistaken("a file of torch.save")
         self.records: dict[str, Record] = {}  # of a zip
         begins = self.file.map[:4]
         if b"PK\3\4".startswith(begins):

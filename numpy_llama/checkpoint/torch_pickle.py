@@ -99,7 +99,7 @@ class Unpickler:
         known = OPCODES.get(opcode)
         if known is None:
             self.fail(f"no pickle has the opcode {opcode!r}")
-        problem = f"the pickle has the opcode {known.name}, which torch never writes"
+        problem = f"the pickle has the opcode {known.name}, which torch.save does not write unless asked to"
         if known.name in CALLING:
             self.fail(f"{problem}: it imports or calls", UnsafePickleError)
         self.fail(problem, UnsupportedError if known.proto > 2 else FormatError)

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a question mark, no crash
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: clean up and end
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: clean up and end
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         args = parser().parse_args(argv)
         args.run(args)

@@ -8,7 +8,7 @@ from math import prod
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..download import DEFAULT_MODEL, locate
-from ..errors import NumpyLlamaError, escape
+from ..errors import NumpyLlamaError, escape, printable
 from ..memory import LEAST_CONTEXT, available_memory, gib, memory_plan
 from . import common
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
 def contents(checkpoint: Checkpoint):
     files, tensors = checkpoint.files, checkpoint.tensors.values()
-    yield "model", checkpoint.path
+    yield "model", printable(str(checkpoint.path))
     number = f"{len(files)} files, " if len(files) > 1 else ""
     yield "format", f"{checkpoint.format}, {number}{sum(file.size for file in files):,} bytes"
     yield "parameters", f"{sum(prod(t.shape) for t in tensors):,}"

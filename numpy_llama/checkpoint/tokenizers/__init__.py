@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import MismatchError, TokenizerError, TruncatedError, escape
 from ...tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer, tokenizer_from_gguf
+from .. import files
 from ..files import MappedFile
 from ..gguf import GGUFFile
 from ..json_file import JsonFile, parse_json
@@ -22,10 +23,7 @@ from .tiktoken_file import tiktoken_metadata
 MAX_BYTES = 32 << 20  # Llama 4's tokenizer.json has 28 million bytes, no LLaMA's more
 WANTED = "a tokenizer: SentencePiece's or tiktoken's tokenizer.model, tokenizer.json, llama2.c's .bin, GGUF"
 # Files that stand in a tokenizer's place, by what they begin with.
-MISTAKEN = {
-    b"version https://git-lfs": "a Git LFS pointer: the file itself was never downloaded",
-    b"<!DOCTYPE": "an HTML page",
-    b"<html": "an HTML page",
+MISTAKEN = files.MISTAKEN | {
     b"PK\x03\x04": "a zip archive, perhaps PyTorch's",
     b"\x80": "a Python pickle",
 }
@@ -48,12 +46,17 @@ def find_tokenizer(folder: Path) -> Path:
 NAMES = ("tokenizer.model", "tokenizer.json")
 
 
+def tokenizer_path(folder: Path) -> Path:
+    """The tokenizer's file in a Hugging Face folder: of the two, tokenizer.json says more."""
+    for path in (folder / "tokenizer.json", folder / "tokenizer.model"):
+        if path.is_file():
+            return path
+    raise TokenizerError(f"the folder {folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
+
+
 def tokenizer_of_folder(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder, with what the files beside it say of special tokens."""
-    paths = [folder / name for name in reversed(NAMES)]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise TokenizerError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
+    path = tokenizer_path(folder)
     metadata = _metadata(path)
     _Beside(folder).complete(metadata)
     return tokenizer_from_gguf(metadata, str(path))

@@ -523,7 +523,7 @@ HOSTILE = [
     ("args", "FormatError", "describes no storage", program(storage("0", -4))),
     ("args", "FormatError", "described in two ways", program(storage("0", 8, "HalfStorage"))),
     ("args", "UnsupportedError", "part of another", program(storage("0", 4, "FloatStorage", EMPTY_TUPLE))),
-    ("begin", "FormatError", "begins with b'vers'", b"version https://git-lfs.github.com/spec/v1"),
+    ("begin", "FormatError", "is a Git LFS pointer", b"version https://git-lfs.github.com/spec/v1"),
     ("begin", "TruncatedError", "0 bytes", b""),
 ]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import test_gguf
 from gguf_writer import random_weights, write_llama
 from test_cli import PROGRAM, assert_refused
 
@@ -14,22 +15,10 @@ import numpy_llama as nl
 from numpy_llama import memory
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
-from numpy_llama.config import ModelArgs
 from numpy_llama.errors import ResourceLimitError
 from numpy_llama.quantize import StoredTensor
 
-ARGS = ModelArgs(
-    dim=64,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    hidden_dim=96,
-    vocab_size=40,
-    norm_eps=1e-5,
-    rope_theta=5e5,
-    max_seq_len=4096,
-)
+ARGS = replace(test_gguf.ARGS, max_seq_len=4096)
 PEAK_ERROR = 1.05  # how far beyond the plan a process may go
 PEAK_SLACK = 24 << 20  # and what a plan may leave out: pages of libraries, the allocator's reserves
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
@@ -118,8 +118,9 @@ def read_stdin() -> str:
 
 
 def note(text: str) -> None:
-    """A remark to a person, on stderr."""
-    print(f"numpy-llama: {text}", file=sys.stderr)
+    """A remark to a person, on stderr; if nobody can hear it, the work is done all the same."""
+    with suppress(OSError):
+        print(f"numpy-llama: {text}", file=sys.stderr, flush=True)
 
 
 def written(stream: Iterable[Piece]) -> Iterator[Piece]:

@@ -185,6 +185,20 @@ def test_linear_gives_the_same_bits_however_it_is_split(isa, format, T, OUT, blo
     np.testing.assert_array_equal(bits(np.stack(one_by_one)), bits(whole))
 
 
+@given(shape=st.lists(st.integers(1, 4), max_size=3), OUT=st.integers(1, 40), seed=seeds)
+def test_rows_may_lie_in_another_order(isa, format, shape, OUT, seed):
+    """The outputs come in the model's order, and in one piece: RoPE reads neighbours as complex numbers."""
+    rng = np.random.default_rng(seed)
+    plain = exact_weight(rng, format, OUT, format.block * 2 if format.block > 1 else 40)
+    order = rng.permutation(OUT)
+    w = StoredTensor(format, plain.shape, plain.data, order)
+    np.testing.assert_array_equal(w.dequantize(), plain.dequantize()[order])
+    x = rng.integers(-8, 9, (*shape, plain.shape[1])).astype(np.float32)
+    y = Kernels(2).linear(x, PackedWeight(w))
+    assert y.flags.c_contiguous
+    np.testing.assert_array_equal(y, Kernels(2).linear(x, PackedWeight(plain))[..., order])
+
+
 def test_sums_that_vanish_have_the_same_sign(isa, format):
     """-1e-30 * 1e-30 is -0, and the sum of such is too: for one token as for many."""
     w = StoredTensor.quantize(np.full((4, QK), -1e-30, np.float32), "F32")

@@ -545,7 +545,7 @@ GROWTH = {
 
 @pytest.mark.parametrize("source", GROWTH.values(), ids=GROWTH)
 def test_a_template_has_room_for_so_much(source, monkeypatch):
-    monkeypatch.setattr("numpy_llama.chat.MAX_SECONDS", 60.0)  # memory is traced here, which takes time
+    monkeypatch.setattr("numpy_llama.sandbox.MAX_SECONDS", 60.0)  # memory is traced here, which takes time
     tracemalloc.start()
     try:
         with pytest.raises(TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter"):

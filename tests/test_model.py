@@ -411,7 +411,7 @@ LEVELS = [
     {"verify", "bench", "perplexity", "trace", "llama", "convert", "download", "doctor"},
     {"memory"},
     {"generate"},
-    {"checkpoint", "tokenizer", "chat", "sampling"},
+    {"checkpoint", "tokenizer", "chat", "sandbox", "sampling"},
     {"kernels"},
     {"quantize"},
     {"model"},

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ..chat import MAX_SOURCE
 from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from ..errors import (
     escape,
 )
 from ..quantize import StoredTensor
+from ..sandbox import MAX_SOURCE
 from ..tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo
 from .files import MappedFile

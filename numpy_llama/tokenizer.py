@@ -18,8 +18,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import regex
@@ -37,34 +36,20 @@ from .errors import (
     UnsupportedError,
     escape,
 )
+from .merging import in_chunks, order_of_merging
+from .words import CUSTOM, LLAMA3, WORDS, custom_words, of_older_unicode
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token_type, SentencePiece's numbers
 MAX_TOKENS = 1 << 20
 MAX_TOKEN_TEXT = 65_536  # characters
-MAX_MERGED_TEXT = 512  # characters of a token that merging makes; Llama 3 has one of 128 spaces
-MAX_BY_HAND = 4096  # tokens whose merging must be acted out to be understood; Llama 3 has 695
 MAX_MATCHED = 4096  # tokens that a text is searched for
-CHUNK = 1 << 16  # characters or bytes for one call into C, which Ctrl-C cannot interrupt
-PATTERN_SECONDS = 10.0  # for a file's own pattern and a million characters: real ones take one
 # Where a model ends its turn, by the text of the control token. A vocabulary may have several of them.
 END_TOKENS = {
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>",
     "<|eot|>", "<|eom|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>",
 }  # fmt: skip
 
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Each digit alone, then GPT-2's pattern on what lies between: a digit is to it as the end of the text.
-_SMOLLM = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-WORDS = {  # by tokenizer.ggml.pre
-    "gpt-2": _GPT2, "default": _GPT2, "smollm": _SMOLLM,
-    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3,
-}  # fmt: skip
 RANKS = "numpy_llama.tokenizer.ranks"  # true: no merges, the ids of the normal tokens are tiktoken's ranks
-CUSTOM = "custom"  # our own name for a pattern that has none; it stands in numpy_llama.tokenizer.pattern
 
 # GPT-2 writes a byte as one printable character: itself if it is printable, else the next from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -330,11 +315,11 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
 
     # We cut the text into words and tiktoken merges: its own cutting aborts on long runs of spaces.
     if pre == CUSTOM:
-        words = _custom_words(read.own("pattern", str, ...), read.source)
+        words = custom_words(read.own("pattern", str, ...), read.source)
         whole_words = read.own("whole_words", bool, False)
     else:
-        words, whole_words = regex.compile(WORDS[pre]).findall, WORDS[pre] is _LLAMA3
-    words = _of_older_unicode(words)
+        words, whole_words = regex.compile(WORDS[pre]).findall, WORDS[pre] is LLAMA3
+    words = of_older_unicode(words)
     # Llama 3 takes a word that is a token as it is; that matters where no merging makes the token.
     whole = {meanings[i]: [i] for i in ids.values() if meanings[i] not in ranks} if whole_words else {}
     lengths = [len(meaning) for meaning in meanings]
@@ -346,59 +331,10 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
         out: list[int] = []
         for word in words(text):
             if data := word.encode().translate(None, missing):
-                out += whole.get(data) or _in_chunks(merged, data, lengths)
+                out += whole.get(data) or in_chunks(merged, data, lengths)
         return out
 
-    return WORDS.get(pre) is _LLAMA3, False, _between_added(read, kinds, encode_text)
-
-
-_BYTES_ALONE = {bytes([byte]): byte for byte in range(256)}
-_LETTER_OR_NUMBER = r"[\p{L}\p{N}]"
-_asked: set[str] = set()
-_newer: dict[int, str] = {}  # character -> a stand-in that is neither letter nor number nor space
-
-
-def _of_older_unicode(words: Callable[[str], Iterable[str]]) -> Callable[[str], Iterable[str]]:
-    """The same cutting, but a character is a letter or a number only if tiktoken thinks so too.
-
-    Its tables, and those of Hugging Face's tokenizers, are of an older Unicode than regex's. Some 17,000
-    characters have become letters since, and a model was trained on what its tokenizer took them for.
-    """
-    judge = tiktoken.Encoding("", pat_str=_LETTER_OR_NUMBER, mergeable_ranks=_BYTES_ALONE, special_tokens={})
-
-    def cut(text: str) -> Iterable[str]:
-        characters = set(text)
-        if new := characters - _asked:
-            ours = regex.findall(_LETTER_OR_NUMBER, "".join(new))
-            theirs = bytes(judge.encode_ordinary("".join(ours))).decode()
-            _newer.update((ord(c), "\ufffd") for c in set(ours).difference(theirs))
-            _asked.update(new)
-        if _newer.keys().isdisjoint(map(ord, characters)):
-            return words(text)
-        ends = accumulate(map(len, words(text.translate(_newer))), initial=0)
-        return [text[begin:end] for begin, end in pairwise(ends)]
-
-    return cut
-
-
-def _custom_words(pattern: str, source: str) -> Callable[[str], Iterable[str]]:
-    """What a file's own pattern, written for Oniguruma, finds, and what lies between."""
-    what = f"{source}: the pattern {escape(pattern)} cannot be used"
-    if found := re.search(r"&&|\[[^\]]*(?<!\\)\[(?!:)", pattern):  # sets within sets
-        raise UnsupportedError(f"{what}: {escape(found[0])} means something else here")
-    try:
-        compiled = regex.compile(f"(?:{pattern})|(?s:.+?)(?=(?:{pattern})|\\Z)")
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise UnsupportedError(f"{what}: {escape(str(error))}") from None
-
-    def words(text: str) -> list[str]:
-        try:
-            seconds = PATTERN_SECONDS * (1 + len(text) / 1e6)
-            return [match[0] for match in compiled.finditer(text, timeout=seconds)]
-        except TimeoutError:
-            raise TokenizerError(f"{source}: its pattern takes longer than {seconds:.0f} s") from None
-
-    return words
+    return WORDS.get(pre) is LLAMA3, False, _between_added(read, kinds, encode_text)
 
 
 def _between_added(read: _Reader, kinds: list[int], encode_text: Encoder) -> Encoder:
@@ -416,112 +352,6 @@ def _between_added(read: _Reader, kinds: list[int], encode_text: Encoder) -> Enc
         return [i for n, part in parts for i in ([added[part]] if n % 2 else encode_text(part))]
 
     return encode
-
-
-def order_of_merging(
-    merges: Iterable[tuple[str, str]], source: str, others: Iterable[str] = ()
-) -> dict[str, int]:
-    """The ranks of what a list of merges makes. UnsupportedError if ranks cannot say what the list says.
-
-    There are two rules. By a list (Hugging Face, ggml), the pair that stands highest in it merges next. By
-    rank (tiktoken, SentencePiece), the two neighbours whose union has the lowest rank, whatever they are;
-    `others` are unions of which the list says nothing. In both, the leftmost of equals.
-
-    By rank, a token always comes about from the same two parts, whatever stands around it: nothing
-    crosses its ends before it is whole. So the rules agree if the list has, for each token, these two
-    parts, where it first speaks of that token. This is what is checked here.
-    """
-    rank: dict[str, int] = {}  # of what the list makes; a single character is there from the start: -1
-    parts: dict[str, tuple[str, str]] = {}  # of what is proven
-    unclear: dict[str, list[tuple[str, str]]] = {}  # of the others: all that the list says at first
-
-    def come_together(left: str, right: str, limit: int) -> bool:
-        """Back through time: did the ends that met between the two ever make something else before?"""
-        left_goes = right_goes = limit  # the rank of what takes each of them up
-        a, b = rank.get(left, -1), rank.get(right, -1)
-        proven = (len(left) == 1 or left in parts) and (len(right) == 1 or right in parts)
-        if not proven:
-            return False
-        while a >= 0 or b >= 0:
-            if b >= a:  # made later: of equals, the left one merges first
-                right, right_goes = parts[right][0], b
-                b = rank.get(right, -1)
-            else:
-                left, left_goes = parts[left][1], a
-                a = rank.get(left, -1)
-            if -1 < rank.get(left + right, -1) < left_goes and rank[left + right] <= right_goes:
-                return False
-        return True
-
-    last = ""
-    for pair in merges:
-        before, last = last, pair[0] + pair[1]
-        if last in parts or (last in rank and last != before):
-            continue
-        limit = rank.setdefault(last, len(rank))
-        if come_together(*pair, limit):
-            parts[last] = pair
-            unclear.pop(last, None)
-        else:
-            unclear.setdefault(last, []).append(pair)
-    for text in others:
-        if text not in rank:
-            rank[text], unclear[text] = len(rank), []
-
-    # Tokens that merging never makes, or makes from parts that rank behind them: act it out.
-    if len(unclear) > MAX_BY_HAND:
-        raise UnsupportedError(f"{source}: {len(unclear)} tokens are not what their merges make")
-    if too_long := next((text for text in rank if len(text) > MAX_MERGED_TEXT), None):
-        what = f"has more than {MAX_MERGED_TEXT} characters to merge"
-        raise TokenizerError(f"{source}: token {escape(too_long)} {what}")
-    never = set()
-    for made, pairs in unclear.items():
-        last_two = _merged(made, rank)
-        if len(last_two) > 2:
-            never.add(made)
-        elif (*last_two,) not in pairs:
-            raise UnsupportedError(f"{source}: ranks do not make token {escape(made)} as its merges do")
-    return {made: i for i, made in enumerate(made for made in rank if made not in never)}
-
-
-def _merged(text: str, rank: Mapping[str, int]) -> list[str]:
-    """Merging by rank, to the last step but the one that would make `text` itself."""
-    parts = list(text)
-    while True:
-        unions = map("".join, pairwise(parts))
-        found = [(rank[made], i) for i, made in enumerate(unions) if made in rank and made != text]
-        if not found:
-            return parts
-        _, i = min(found)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-Data = TypeVar("Data", str, bytes)
-
-
-def _in_chunks(encode: Callable[[Data], list[int]], data: Data, lengths: list[int]) -> list[int]:
-    """`encode(data)`, in calls so short that Ctrl-C is heard between them.
-
-    Exact, because merging is local: the ids of a text are those whose neighbours are, two by two, the ids
-    of their own text. So the last ids are made again together with what follows, from so far back that the
-    first of them stays as it was.
-    """
-    if len(data) <= CHUNK:
-        return encode(data)
-    ids: list[int] = []
-    for end in range(CHUNK, len(data) + CHUNK, CHUNK):
-        back = 2 * max(lengths)
-        while True:
-            kept, start = len(ids), end - CHUNK
-            while kept and end - CHUNK - start < back:
-                kept -= 1
-                start -= lengths[ids[kept]]
-            again = encode(data[start:end])
-            if not kept or again[0] == ids[kept]:
-                break
-            back *= 2
-        ids[kept:] = again
-    return ids
 
 
 def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder]:
@@ -562,7 +392,7 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder
             text = f" {text}"
         if single_spaces:
             text = text.rstrip(" \u2581")
-        return _in_chunks(encode, text, lengths)
+        return in_chunks(encode, text, lengths)
 
     return True, add_space, encode_text
 

@@ -412,6 +412,7 @@ LEVELS = [
     {"memory"},
     {"generate"},
     {"checkpoint", "tokenizer", "chat", "sandbox", "sampling"},
+    {"words", "merging"},
     {"kernels"},
     {"quantize"},
     {"model"},

@@ -26,7 +26,7 @@ from test_tokenizer import (
 )
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from numpy_llama import tokenizer as module
+from numpy_llama import merging, words
 from numpy_llama.checkpoint.tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder
 from numpy_llama.errors import (
     FormatError,
@@ -565,7 +565,7 @@ def test_metaspace_that_splits_is_refused(folder):
 
 
 def test_a_pattern_without_end_is_stopped(folder, monkeypatch):
-    monkeypatch.setattr(module, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(words, "PATTERN_SECONDS", 0.05)
     value = json.loads(byte_level_json("one digit"))
     value["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"(?:(?:a?){25}a{25}|(?:a|aa)+)+!"}
     tokenizer = open_tokenizer(write_json(folder, value))
@@ -916,7 +916,7 @@ def test_merges_beyond_the_limits(monkeypatch):
     long = [("a" * n, "a") for n in range(1, 600)]
     with pytest.raises(TokenizerError, match="more than 512 characters"):
         order_of_merging(long, "x")
-    monkeypatch.setattr(module, "MAX_BY_HAND", 0)
+    monkeypatch.setattr(merging, "MAX_BY_HAND", 0)
     with pytest.raises(UnsupportedError, match="1 tokens are not what their merges make"):
         order_of_merging([("a", "b"), ("d", "e"), ("b", "c"), ("bc", "de"), ("a", "bcde")], "x")
 
@@ -947,7 +947,7 @@ def test_a_word_may_be_encoded_in_parts(folder, monkeypatch):
         for name, tokenizer in tokenizers_.items():
             expected = tokenizer.encode(text)
             with monkeypatch.context() as patch:
-                patch.setattr(module, "CHUNK", chunk)
+                patch.setattr(merging, "CHUNK", chunk)
                 assert tokenizer.encode(text) == expected, name
 
     compare()
@@ -964,20 +964,20 @@ def test_what_follows_may_change_what_came_long_before(folder, monkeypatch, chun
     expected = {n: tokenizer.encode(letters[:n] + letters) for n in range(27)}
     assert tokenizer.piece(tokenizer.encode(letters)[0]) == "ab"
     assert tokenizer.piece(tokenizer.encode(letters[:-1])[0]) == "a"
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(merging, "CHUNK", chunk)
     assert {n: tokenizer.encode(letters[:n] + letters) for n in range(27)} == expected
 
 
 def test_no_call_is_long(monkeypatch):
     """Ctrl-C is heard between two calls: none may have more than a chunk and what is done again."""
-    monkeypatch.setattr(module, "CHUNK", 1000)
+    monkeypatch.setattr(merging, "CHUNK", 1000)
     sizes = []
 
     def in_threes(data: bytes) -> list[int]:
         sizes.append(len(data))
         return [3] * (len(data) // 3) + [len(data) % 3] * (len(data) % 3 > 0)
 
-    assert module._in_chunks(in_threes, b"a" * 9001, [0, 1, 2, 3]) == [3] * 3000 + [1]
+    assert merging.in_chunks(in_threes, b"a" * 9001, [0, 1, 2, 3]) == [3] * 3000 + [1]
     assert len(sizes) == 10 and max(sizes) <= 1000 + 2 * 3 + 2
 
 

@@ -221,9 +221,11 @@ def bad_tokenizer_json(folder: Path) -> Iterator[Variant]:
         ("an id twice", {"vocab": vocabulary | {"zz": 0}}),
         ("a vocabulary that is a list", {"vocab": list(vocabulary)}),
     ]:  # fmt: skip
+        # `tokenizers` needs some 5 s for 10^7 merges: its answer would be that of the clock.
+        reference = None if changes.get("merges") == ["<many>"] else "tokenizers"
         data = tokenizer_json(**changes).replace(b'"<many>"', b'"a a",' * (10**7 - 1) + b'"a a"')
         path = written(folder / name.replace(" ", "-"), data, "tokenizer.json")
-        yield tokenizer(name, path, "TokenizerError", use=encodes, reference=("tokenizers", path))
+        yield tokenizer(name, path, "TokenizerError", use=encodes, reference=reference and (reference, path))
 
 
 # ---------------------------------------------------------------- texts

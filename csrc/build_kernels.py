@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["linear.c", "attention.c", "quantize.c", "avx2.c", "avx512.c", "dispatch.c", "watch.c"]
+SOURCES = ["linear.c", "fixed.c", "attention.c", "quantize.c", "probe.c", "avx2.c", "avx512.c", "dispatch.c", "watch.c"]
 
 COMPILE = [
     "-std=c11",

@@ -8,10 +8,13 @@
 #include "kernels.h"
 #include "vec.h"
 
-static const kernels scalar = {"scalar", linear_scalar, attention_scalar, exp_scalar};
+static const kernels scalar = {"scalar",         linear_scalar, fixed_scalar, linear_fixed_scalar,
+                               attention_scalar, exp_scalar,    read_scalar,  fma_scalar};
 #ifdef X86
-static const kernels avx2 = {"avx2", linear_avx2, attention_avx2, exp_avx2};
-static const kernels avx512 = {"avx512", linear_avx512, attention_avx512, exp_avx512};
+static const kernels avx2 = {"avx2",         linear_avx2, fixed_avx2, linear_fixed_avx2,
+                             attention_avx2, exp_avx2,    read_avx2,  fma_avx2};
+static const kernels avx512 = {"avx512",         linear_avx512, fixed_avx512, linear_fixed_avx512,
+                               attention_avx512, exp_avx512,    read_avx512,  fma_avx512};
 #endif
 
 /* The index-th of the tables that can run here, fastest first. */
@@ -22,7 +25,7 @@ static const kernels *available(int index) {
     const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                           __builtin_cpu_supports("avx512vl");
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (has_avx512 && index-- == 0) return &avx512;
     if (has_avx2 && index-- == 0) return &avx2;
 #endif

@@ -16,6 +16,13 @@
 void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
                int64_t begin, int64_t end, int threads);
 
+/* The same with x in fixed point: rounded to 14 bits in blocks of 32, for K formats of 256.      fixed.c
+ *   `fixed` has room for nl_fixed_bytes(T, IN) bytes; nl_fixed fills it from x. Not for F32. */
+int64_t nl_fixed_bytes(int64_t T, int64_t IN);
+void nl_fixed(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads);
+void nl_linear_fixed(float *y, const void *fixed, const void *w, int format, int64_t T, int64_t OUT,
+                     int64_t IN, int64_t begin, int64_t end, int threads);
+
 /* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
  *   q, out (B, T, H, Dh)   k, v (B, S, K, Dh) in format 0 F32 or 1 F16;   Dh at most 256.
  *   k_strides, v_strides: numbers from one batch, one position, one head to the next; Dh lies dense.
@@ -33,6 +40,13 @@ int64_t nl_convert(void *dst, int dst_format, const void *src, int src_format, i
 
 /* y = exp(x), n numbers: the exponential inside attention, for its tests. 0 below -87. */
 void nl_exp(float *y, const float *x, int64_t n);
+
+/* The exclusive or of the 32-bit words of n pieces of memory, as fast as they can be read.      probe.c */
+uint32_t nl_read_probe(const void *const *pieces, const int64_t *nbytes, int n, int threads);
+
+/* Do so many floating-point operations on each thread, a multiple of 384, in registers only: -> 24 a thread,
+ * for any number beyond 20,000. */
+float nl_fma_probe(int64_t operations, int threads);
 
 /* If the nbytes from `begin` on, a mapped file, turn out to be cut: end the process with one line that names
  * the file, instead of by SIGBUS. Returns -1 when too many are watched already.      watch.c */

@@ -55,7 +55,7 @@ INLINE void rows_scalar(const int format, const linear_args *a, int64_t begin, i
                 for (int i = 0; i < 16; i++)
                     w[16 * s + i] = weight(format, a->w + (r * blocks + b) * bytes, s, i);
             for (int64_t t = 0; t < a->T; t++) {
-                const float *x = a->x + t * a->IN + b * weights;
+                const float *x = (const float *)a->x + t * a->IN + b * weights;
                 float sum = a->y[t * a->OUT + r];
                 for (int i = 0; i < weights; i++) sum += w[i] * x[i];
                 a->y[t * a->OUT + r] = sum;
@@ -188,7 +188,8 @@ WORD void one_token(const int format, const linear_args *a, int64_t begin, int64
                         vec u[PARTS];
                         unpack(format, u, w[i] + k / weights * bytes, &s[i], j);
                         for (int l = 0; l < PARTS; l++)
-                            sum[i] = vec_fma(u[l], vec_load(a->x + k + 16 * j + LANES * l), sum[i]);
+                            sum[i] =
+                                vec_fma(u[l], vec_load((const float *)a->x + k + 16 * j + LANES * l), sum[i]);
                     }
             }
             y = _mm_add_ps(y, vec_sums(sum[0], sum[1], sum[2], sum[3]));
@@ -206,7 +207,7 @@ WORD void tile(const int tokens, const linear_args *a, const float *panel, int64
     vec sum[TILE_TOKENS][4];
     for (int i = 0; i < tokens; i++)
         for (int j = 0; j < 4; j++) sum[i][j] = vec_zero();
-    const float *x = a->x + t * a->IN + c;
+    const float *x = (const float *)a->x + t * a->IN + c;
     for (int64_t k = 0; k < n; k += LANES)
         for (int j = 0; j < 4; j++) {
             const vec w = vec_load(panel + j * CHUNK + k);

@@ -25,7 +25,9 @@ WORD void vec_store(float *p, vec a) { _mm256_storeu_ps(p, a); }
 WORD vec vec_add(vec a, vec b) { return _mm256_add_ps(a, b); }
 WORD vec vec_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 WORD vec vec_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+WORD vec vec_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 WORD vec vec_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); } /* a * b + c, rounded once */
+WORD vec vec_xor(vec a, vec b) { return _mm256_xor_ps(a, b); }             /* of their bits */
 WORD vec vec_max(vec a, vec b) { return _mm256_max_ps(a, b); }             /* b where either is NaN */
 WORD vec vec_round(vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
@@ -84,3 +86,75 @@ WORD vec vec_of_fours(__m128 a) { return _mm256_set_m128(a, a); }
 WORD __m128 first_four(vec a) { return _mm256_castps256_ps128(a); }
 WORD __m128 fours_sum(vec a) { return _mm_add_ps(first_four(a), _mm256_extractf128_ps(a, 1)); }
 WORD __m128 fours_max(vec a) { return _mm_max_ps(first_four(a), _mm256_extractf128_ps(a, 1)); }
+
+/* ---------------------------------------------------------------- whole numbers: the words of fixed.c
+ *
+ * `ints` is LANES numbers of 32 bits, or twice as many words of 16. */
+typedef __m256i ints;
+
+WORD ints ints_zero(void) { return _mm256_setzero_si256(); }
+WORD ints ints_all(int32_t a) { return _mm256_set1_epi32(a); }
+WORD ints ints_load(const void *p) { return _mm256_loadu_si256(p); }
+WORD void ints_store(void *p, ints a) { _mm256_storeu_si256(p, a); }
+WORD ints ints_and(ints a, ints b) { return _mm256_and_si256(a, b); }
+WORD ints ints_or(ints a, ints b) { return _mm256_or_si256(a, b); }
+WORD ints ints_left(ints a, int n) { return _mm256_slli_epi32(a, n); }
+WORD ints ints_right(ints a, int n) { return _mm256_srli_epi32(a, n); }
+WORD ints ints_signed_right(ints a, int n) { return _mm256_srai_epi32(a, n); }
+WORD ints ints_max(ints a, ints b) { return _mm256_max_epi32(a, b); }
+WORD ints ints_min(ints a, ints b) { return _mm256_min_epi32(a, b); }
+WORD ints ints_mul(ints a, ints b) { return _mm256_mullo_epi32(a, b); }
+WORD vec vec_from_ints(ints a) { return _mm256_cvtepi32_ps(a); }
+WORD ints ints_from_vec(vec a) { return _mm256_cvtps_epi32(a); } /* to nearest, ties to even */
+WORD ints bits_of_vec(vec a) { return _mm256_castps_si256(a); }
+WORD vec vec_of_bits(ints a) { return _mm256_castsi256_ps(a); }
+WORD int32_t ints_largest(ints a) {
+    __m128i b = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    b = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+WORD __m128i low_words(ints a) { /* numbers that fit 16 bits, or more and cut to the nearest that does */
+    return _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+}
+/* The low 16 bits of each number as a float16. */
+WORD vec vec_from_low_f16(ints a) {
+    return _mm256_cvtph_ps(low_words(_mm256_srai_epi32(_mm256_slli_epi32(a, 16), 16)));
+}
+WORD vec vec_load_8(const float *p) { return _mm256_loadu_ps(p); }
+
+WORD ints words_all(int a) { return _mm256_set1_epi16((int16_t)a); }
+WORD ints words_add(ints a, ints b) { return _mm256_add_epi16(a, b); }
+WORD ints words_mul(ints a, ints b) { return _mm256_mullo_epi16(a, b); }
+WORD ints words_left(ints a, int n) { return _mm256_slli_epi16(a, n); }
+WORD ints words_right(ints a, int n) { return _mm256_srli_epi16(a, n); }
+WORD ints words_signed_right(ints a, int n) { return _mm256_srai_epi16(a, n); }
+/* sum + a0 * b0 + a1 * b1, for the pair of words in each 32 bits. */
+WORD ints dot_pairs(ints sum, ints a, ints b) {
+    ints products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "xm"(b));
+    return sum;
+}
+WORD void store_words(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_words(a)); }
+
+/* Two LANES bytes as words. And "runs": the same sixteen places of LANES / 8 blocks, `next` bytes apart (here
+ * one block): bytes as words, bits as words, and one float16 of each block for its eight lanes. */
+WORD ints words_from_u8(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p)); }
+WORD ints runs_from_u8(const uint8_t *p, int64_t next) { return (void)next, words_from_u8(p); }
+WORD ints runs_from_i8(const uint8_t *p, int64_t next) {
+    return (void)next, _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
+}
+WORD ints runs_from_bits(const uint8_t *p, int64_t next) {
+    const ints own = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                       (int16_t)32768);
+    (void)next;
+    return _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(words_all(load_u16(p)), own), own), 15);
+}
+WORD vec runs_from_f16(const uint8_t *p, int64_t next) { return (void)next, vec_all_f16(p); }
+/* One signed byte for every sixteen words. */
+WORD ints words_from_sixteens(const uint8_t *p) { return words_all((int8_t)*p); }
+
+/* Each lane reads 32 bits of its own row: of the lane's number times the row's length, from p on. */
+WORD ints lane_numbers(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+WORD ints rows_u32(const uint8_t *p, ints offsets) {
+    return _mm256_i32gather_epi32((const void *)p, offsets, 1);
+}

@@ -8,9 +8,8 @@
 #define LANES 16
 #define TILE_TOKENS 6 /* linear.c: 4 rows x 6 tokens, 24 of the 32 registers */
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-#define WORD                                                                                                 \
-    static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define WORD static inline __attribute__((always_inline)) TARGET
 
 typedef __m512 vec;
 typedef __m128i bytes16;
@@ -22,7 +21,9 @@ WORD void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
 WORD vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }
 WORD vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 WORD vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+WORD vec vec_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 WORD vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+WORD vec vec_xor(vec a, vec b) { return _mm512_xor_ps(a, b); }
 WORD vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 WORD vec vec_round(vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
@@ -77,3 +78,65 @@ WORD __m128 fours_max(vec a) {
     const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     return _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
 }
+
+typedef __m512i ints;
+
+WORD ints ints_zero(void) { return _mm512_setzero_si512(); }
+WORD ints ints_all(int32_t a) { return _mm512_set1_epi32(a); }
+WORD ints ints_load(const void *p) { return _mm512_loadu_si512(p); }
+WORD void ints_store(void *p, ints a) { _mm512_storeu_si512(p, a); }
+WORD ints ints_and(ints a, ints b) { return _mm512_and_si512(a, b); }
+WORD ints ints_or(ints a, ints b) { return _mm512_or_si512(a, b); }
+WORD ints ints_left(ints a, int n) { return _mm512_slli_epi32(a, n); }
+WORD ints ints_right(ints a, int n) { return _mm512_srli_epi32(a, n); }
+WORD ints ints_signed_right(ints a, int n) { return _mm512_srai_epi32(a, n); }
+WORD ints ints_max(ints a, ints b) { return _mm512_max_epi32(a, b); }
+WORD vec vec_from_ints(ints a) { return _mm512_cvtepi32_ps(a); }
+WORD ints ints_from_vec(vec a) { return _mm512_cvtps_epi32(a); }
+WORD ints bits_of_vec(vec a) { return _mm512_castps_si512(a); }
+WORD vec vec_of_bits(ints a) { return _mm512_castsi512_ps(a); }
+WORD int32_t ints_largest(ints a) { return _mm512_reduce_max_epi32(a); }
+WORD vec vec_from_low_f16(ints a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+WORD vec vec_load_8(const float *p) { return _mm512_zextps256_ps512(_mm256_loadu_ps(p)); }
+
+WORD ints words_all(int a) { return _mm512_set1_epi16((int16_t)a); }
+WORD ints words_add(ints a, ints b) { return _mm512_add_epi16(a, b); }
+WORD ints words_mul(ints a, ints b) { return _mm512_mullo_epi16(a, b); }
+WORD ints words_left(ints a, int n) { return _mm512_slli_epi16(a, n); }
+WORD ints words_right(ints a, int n) { return _mm512_srli_epi16(a, n); }
+WORD ints words_signed_right(ints a, int n) { return _mm512_srai_epi16(a, n); }
+/* Written out, because gcc 12 copies every sum of a loop to and fro around the intrinsic. */
+WORD ints dot_pairs(ints sum, ints a, ints b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+    return sum;
+}
+WORD void store_words(int16_t *p, ints a) { _mm256_storeu_si256((void *)p, _mm512_cvtsepi32_epi16(a)); }
+
+WORD ints words_from_u8(const uint8_t *p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)p));
+}
+WORD __m256i two_runs(const uint8_t *p, int64_t next) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
+                                   _mm_loadu_si128((const void *)(p + next)), 1);
+}
+WORD ints runs_from_u8(const uint8_t *p, int64_t next) { return _mm512_cvtepu8_epi16(two_runs(p, next)); }
+WORD ints runs_from_i8(const uint8_t *p, int64_t next) { return _mm512_cvtepi8_epi16(two_runs(p, next)); }
+WORD ints runs_from_bits(const uint8_t *p, int64_t next) {
+    return _mm512_maskz_set1_epi16(load_u16(p) | (uint32_t)load_u16(p + next) << 16, 1);
+}
+WORD vec runs_from_f16(const uint8_t *p, int64_t next) {
+    const __m128i a = _mm_set1_epi16((int16_t)load_u16(p)), b = _mm_set1_epi16((int16_t)load_u16(p + next));
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
+}
+WORD ints words_from_sixteens(const uint8_t *p) {
+    const __m256i a = _mm256_set1_epi16((int16_t)load_u16(p));
+    return _mm512_cvtepi8_epi16(
+        _mm256_shuffle_epi8(a, _mm256_setr_epi64x(0, 0, 0x0101010101010101, 0x0101010101010101)));
+}
+
+WORD ints lane_numbers(void) {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+WORD ints ints_min(ints a, ints b) { return _mm512_min_epi32(a, b); }
+WORD ints ints_mul(ints a, ints b) { return _mm512_mullo_epi32(a, b); }
+WORD ints rows_u32(const uint8_t *p, ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }

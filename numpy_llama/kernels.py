@@ -12,6 +12,7 @@ C is only called with what csrc/kernels.h asks for. It is the only importer of t
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ finally:
 # A signal waits until a C call returns, so no call may be long: this many multiply-adds a thread take
 # a few milliseconds in vector code and about 100 in scalar code.
 WORK_PER_CALL = 1 << 27
+# Many tokens go through panels of so many rows: no thread should be given half of one.
+PANEL_ROWS = 32
 # Waking a second thread costs a few microseconds: below this many multiply-adds one is faster.
 WORK_FOR_THREADS = 1 << 18
 # The same for weights that `convert` is to unpack and pack again.
@@ -89,6 +92,18 @@ def openmp_version() -> int:
 def compiler() -> str:
     """The version of the compiler that built the kernels."""
     return ffi.string(lib.nl_compiler()).decode()
+
+
+def read_probe(arrays: Sequence[np.ndarray], threads: int) -> int:
+    """Read every byte once, as fast as can be: -> the exclusive or of the 32-bit words of all arrays."""
+    pieces = [ffi.from_buffer(array) for array in arrays]
+    sizes = [array.nbytes for array in arrays]
+    return lib.nl_read_probe(pieces, sizes, len(pieces), 1 if _forked else threads)
+
+
+def fma_probe(operations: int, threads: int) -> float:
+    """Do so many floating-point operations on each thread, all in registers: -> 24.0 a thread."""
+    return lib.nl_fma_probe(operations, 1 if _forked else threads)
 
 
 if _wanted_isa := os.environ.get("NUMPY_LLAMA_ISA"):
@@ -142,15 +157,19 @@ class PackedWeight:
 
 
 class Kernels:
-    """The two twins, bound to a number of threads. The number never changes a result."""
+    """The two twins, bound to a number of threads. The number never changes a result.
 
-    def __init__(self, threads: int | None = None):
+    `exact`: every weight and every activation is multiplied as the float32 it is. Otherwise x is rounded to
+    14 bits in blocks, and multiplied as whole numbers: linear(x rounded, w), see csrc/fixed.c.
+    """
+
+    def __init__(self, threads: int | None = None, exact: bool = False):
         if threads is None:
             threads = available_cpus()
         whole = type(threads) is int or isinstance(threads, np.integer)
         if not whole or not 1 <= threads <= 1024:
             raise ParameterError(f"threads is {threads!r}, it must be a whole number from 1 to 1024")
-        self.threads = int(threads)
+        self.threads, self.exact = int(threads), exact
 
     def linear(self, x: np.ndarray, w: PackedWeight | StoredTensor | np.ndarray) -> np.ndarray:
         """y = x W^T: (..., IN) float32, (OUT, IN) as stored -> (..., OUT) float32."""
@@ -170,17 +189,23 @@ class Kernels:
             return y
         T = x.size // w.width
         threads = 1 if _forked or T * OUT * w.width < WORK_FOR_THREADS else self.threads
-        y_pointer, x_pointer = (
-            ffi.from_buffer("float[]", y, require_writable=True),
-            ffi.from_buffer("float[]", x),
-        )
-        rows = max(WORK_PER_CALL // (T * w.width), 1) * threads
+        multiply, operand = lib.nl_linear, ffi.from_buffer("float[]", x)
+        # Single numbers are read once for one token, and nothing is won by rounding x for that.
+        if not (self.exact or w.format.name == "F32" or (w.format.block == 1 and T == 1)):
+            multiply, operand = lib.nl_linear_fixed, self._fixed(operand, w, T, threads)
+        y_pointer = ffi.from_buffer("float[]", y, require_writable=True)
+        rows = max(WORK_PER_CALL // (T * w.width * PANEL_ROWS), 1) * PANEL_ROWS * threads
         for begin in range(0, OUT, rows):
             end = min(begin + rows, OUT)
-            lib.nl_linear(
-                y_pointer, x_pointer, w.pointer, w.format.code, T, OUT, w.width, begin, end, threads
-            )
+            multiply(y_pointer, operand, w.pointer, w.format.code, T, OUT, w.width, begin, end, threads)
         return y if w.row_order is None else y.take(w.row_order, axis=-1)  # in one piece, as RoPE needs it
+
+    @staticmethod
+    def _fixed(x, w: PackedWeight, T: int, threads: int):
+        """x in fixed point, in the layout that this weight's format wants."""
+        fixed = ffi.from_buffer(np.empty(lib.nl_fixed_bytes(T, w.width), np.uint8), require_writable=True)
+        lib.nl_fixed(fixed, x, w.format.code, T, w.width, threads)
+        return fixed
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""

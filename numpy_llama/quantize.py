@@ -42,6 +42,7 @@ from .errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
 QK_K = 256  # and in a block of a K format
+X_MAX = np.float32(8191)  # of an activation in fixed point
 MAX_F16 = 65504  # with weights up to here, every format's d and m are finite
 
 
@@ -195,6 +196,18 @@ def quantize_q5_1(x):
     d = (x.max(axis=-1, keepdims=True) - m) / np.float32(31)
     q = np.minimum(np.trunc((x - m) * _inverse(d) + np.float32(0.5)), 31).astype(np.uint8)
     return _blocks([d.astype("<f2"), m.astype("<f2"), _fifth_bits(q), _pairs(q)])
+
+
+def fixed_point(x, block):
+    """x rounded to 14 bits: whole numbers of -8191..8191 times one scale for each `block` of a row.
+
+    What csrc/fixed.c makes of activations before it multiplies them: blocks of 32, for K formats of 256.
+    """
+    x = np.asarray(x, np.float32)
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    largest = np.abs(blocks).max(axis=-1, keepdims=True)
+    inverse = np.divide(X_MAX, largest, out=np.zeros_like(largest), where=~(largest < np.float32(1e-30)))
+    return (np.rint(blocks * inverse) * (largest / X_MAX)).reshape(x.shape)
 
 
 def _inverse(d):

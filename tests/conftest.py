@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from numpy_llama import kernels
 from numpy_llama.download import pull
 
 settings.register_profile("dev", max_examples=50, deadline=None)
@@ -32,3 +33,19 @@ def smollm2_path() -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(params=kernels.available_isas(), scope="module")
+def isa(request):
+    """Each instruction set that this machine has, in turn."""
+    before = kernels.isa()
+    kernels.use_isa(request.param)
+    yield request.param
+    kernels.use_isa(before)
+
+
+@pytest.fixture(scope="module")
+def threads_even_for_little_work():
+    before, kernels.WORK_FOR_THREADS = kernels.WORK_FOR_THREADS, 0
+    yield
+    kernels.WORK_FOR_THREADS = before

@@ -27,7 +27,6 @@ from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
 from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.quantize import FORMATS, QK, StoredTensor
 
-ISAS = kernels.available_isas()
 # Where in a block its float16 numbers lie: the scale, and the minimum (or its scale) if there is one.
 HALVES = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
@@ -37,29 +36,15 @@ LANES = {"scalar": 1, "avx2": 8, "avx512": 16}
 STEPS = 64  # csrc/linear.c: a lane sums this many products, then the lanes are summed, then such chunks
 ODD_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65]
 sizes = st.one_of(st.integers(1, 20), st.sampled_from(ODD_SIZES))
+pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 seeds = st.integers(0, 2**32 - 1)
 # What runs for every format on every instruction set runs more than thirty times: fewer examples each.
 for_each = settings(max_examples=settings().max_examples // 4)
 
 
-@pytest.fixture(params=ISAS, scope="module")
-def isa(request):
-    before = kernels.isa()
-    kernels.use_isa(request.param)
-    yield request.param
-    kernels.use_isa(before)
-
-
 @pytest.fixture(params=FORMATS, scope="module")
 def format(request):
     return FORMATS[request.param]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads_even_for_little_work():
-    before, kernels.WORK_FOR_THREADS = kernels.WORK_FOR_THREADS, 0
-    yield
-    kernels.WORK_FOR_THREADS = before
 
 
 def unaligned(x: np.ndarray, by: int) -> np.ndarray:
@@ -105,6 +90,11 @@ def whole_blocks(format, n: int) -> int:
     return -(-n // format.block) * format.block
 
 
+def exact_kernels(threads: int) -> Kernels:
+    """Those that multiply floats; tests/test_fixed.py has the others."""
+    return Kernels(threads, exact=True)
+
+
 def bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(np.uint32)
 
@@ -132,7 +122,7 @@ def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by,
     w = StoredTensor(format, w.shape, unaligned(w.data, by if format.name != "F32" else by // 4 * 4))
     x = unaligned(rng.integers(-8, 9, (T, IN)).astype(np.float32), by // 4 * 4)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
-    np.testing.assert_array_equal(Kernels(threads).linear(x, PackedWeight(w)), expected)
+    np.testing.assert_array_equal(exact_kernels(threads).linear(x, PackedWeight(w)), expected)
 
 
 def linear_bound(isa: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -150,7 +140,7 @@ def test_linear_is_within_the_rounding_of_its_sum(isa, format, T, OUT, IN, seed)
     IN = whole_blocks(format, IN)
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
-    assert_within(Kernels(1).linear(x, PackedWeight(w)), expected, linear_bound(isa, x, w.dequantize()))
+    assert_within(exact_kernels(1).linear(x, PackedWeight(w)), expected, linear_bound(isa, x, w.dequantize()))
 
 
 def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
@@ -158,7 +148,7 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
     T, OUT, IN = 64, 64, 4096
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
-    error = Kernels(1).linear(x, PackedWeight(w)) - expected
+    error = exact_kernels(1).linear(x, PackedWeight(w)) - expected
     length = IN if isa == "scalar" else STEPS + IN / (STEPS * LANES[isa])
     assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
 
@@ -176,12 +166,12 @@ def test_linear_gives_the_same_bits_however_it_is_split(isa, format, T, OUT, blo
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
     w, x = PackedWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
-    whole = Kernels(1).linear(x, w)
+    whole = exact_kernels(1).linear(x, w)
     for threads in (2, 3):
-        np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
-    parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
+        np.testing.assert_array_equal(bits(exact_kernels(threads).linear(x, w)), bits(whole))
+    parts = [exact_kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
     np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
-    one_by_one = [Kernels(1).linear(row, w) for row in x]
+    one_by_one = [exact_kernels(1).linear(row, w) for row in x]
     np.testing.assert_array_equal(bits(np.stack(one_by_one)), bits(whole))
 
 
@@ -194,25 +184,27 @@ def test_rows_may_lie_in_another_order(isa, format, shape, OUT, seed):
     w = StoredTensor(format, plain.shape, plain.data, order)
     np.testing.assert_array_equal(w.dequantize(), plain.dequantize()[order])
     x = rng.integers(-8, 9, (*shape, plain.shape[1])).astype(np.float32)
-    y = Kernels(2).linear(x, PackedWeight(w))
+    y = exact_kernels(2).linear(x, PackedWeight(w))
     assert y.flags.c_contiguous
-    np.testing.assert_array_equal(y, Kernels(2).linear(x, PackedWeight(plain))[..., order])
+    np.testing.assert_array_equal(y, exact_kernels(2).linear(x, PackedWeight(plain))[..., order])
 
 
 def test_sums_that_vanish_have_the_same_sign(isa, format):
     """-1e-30 * 1e-30 is -0, and the sum of such is too: for one token as for many."""
     w = StoredTensor.quantize(np.full((4, QK), -1e-30, np.float32), "F32")
     x = np.full((2, QK), 1e-30, np.float32)
-    np.testing.assert_array_equal(bits(Kernels(1).linear(x[:1], w)), bits(Kernels(1).linear(x, w)[:1]))
+    np.testing.assert_array_equal(
+        bits(exact_kernels(1).linear(x[:1], w)), bits(exact_kernels(1).linear(x, w)[:1])
+    )
 
 
 def test_linear_gives_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
     IN = whole_blocks(format, 96)
     w, x = PackedWeight(real_weight(rng, format, 37, IN)), rng.standard_normal((5, IN), dtype=np.float32)
-    whole = Kernels(2).linear(x, w)
+    whole = exact_kernels(2).linear(x, w)
     for work in (1, IN * 5 * 3, IN * 5 * 5):  # so short that a call computes 1, 3 or 5 rows a thread
         monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
-        np.testing.assert_array_equal(bits(Kernels(2).linear(x, w)), bits(whole))
+        np.testing.assert_array_equal(bits(exact_kernels(2).linear(x, w)), bits(whole))
 
 
 def test_every_half_is_read_rightly(isa):
@@ -222,7 +214,7 @@ def test_every_half_is_read_rightly(isa):
         rows[:, 0] = np.arange(1 << 16)
         w = StoredTensor(FORMATS[name], rows.shape, rows.view(np.uint8))
         one = np.eye(1, QK, dtype=np.float32)
-        np.testing.assert_array_equal(Kernels(2).linear(one, w)[0], w.dequantize()[:, 0])
+        np.testing.assert_array_equal(exact_kernels(2).linear(one, w)[0], w.dequantize()[:, 0])
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -266,7 +258,7 @@ def assert_read_rightly(w: StoredTensor):
     for begin in range(0, len(w), 2048):  # what fits the cache is fast
         some = w.data[begin : begin + 2048]
         part = StoredTensor(w.format, (len(some), w.shape[1]), some)
-        np.testing.assert_array_equal(Kernels(2).linear(one, part).T, part.dequantize())
+        np.testing.assert_array_equal(exact_kernels(2).linear(one, part).T, part.dequantize())
 
 
 def test_linear_takes_any_array(isa, rng):
@@ -285,14 +277,14 @@ def test_linear_takes_any_array(isa, rng):
         x.astype(">f4"),
         x.astype("f8"),
     ):
-        np.testing.assert_array_equal(Kernels(1).linear(same, w), F.linear(x, w))
+        np.testing.assert_array_equal(exact_kernels(1).linear(same, w), F.linear(x, w))
     for same in (w, np.asfortranarray(w), w.astype(">f4"), np.repeat(w, 3, axis=0)[::3]):
-        np.testing.assert_array_equal(Kernels(1).linear(x[0, 0], same), F.linear(x[0, 0], w))
+        np.testing.assert_array_equal(exact_kernels(1).linear(x[0, 0], same), F.linear(x[0, 0], w))
 
 
 @pytest.mark.parametrize("T, OUT, IN", [(0, 3, 32), (2, 0, 32), (2, 3, 0), (0, 0, 0)])
 def test_linear_of_nothing(isa, T, OUT, IN):
-    y = Kernels(2).linear(np.ones((T, IN), np.float32), np.ones((OUT, IN), np.float32))
+    y = exact_kernels(2).linear(np.ones((T, IN), np.float32), np.ones((OUT, IN), np.float32))
     assert y.shape == (T, OUT) and not y.any()
 
 
@@ -582,15 +574,15 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_the_instruction_set_can_be_chosen_from_outside():
     code = "from numpy_llama import kernels; print(kernels.isa())"
-    for name in ISAS:
+    for name in kernels.available_isas():
         assert run(code, NUMPY_LLAMA_ISA=name).stdout == f"{name}\n"
-    assert run(code).stdout == f"{ISAS[0]}\n"
+    assert run(code).stdout == f"{kernels.available_isas()[0]}\n"
     failed = run(code, NUMPY_LLAMA_ISA="avx9")
     assert "instruction set 'avx9' is not available; there are" in failed.stderr
 
 
 def test_the_scalar_kernels_are_always_there():
-    assert ISAS[-1] == "scalar"
+    assert kernels.available_isas()[-1] == "scalar"
 
 
 def test_tiny_numbers_are_not_flushed_to_zero(isa):

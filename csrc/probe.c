@@ -1,0 +1,92 @@
+/* probe: what this machine could do at best. numpy_llama/bench.py holds the model against it.
+ *
+ *     read   every byte once, from where it lies into a register      decode can be no faster
+ *     fma    multiply-adds of registers, no memory at all             nor prefill, where it computes in
+ * floats
+ *
+ * There is no clock here: whoever calls looks at one. What is returned is proof that the work was done, and
+ * keeps the compiler from leaving it out; tests/test_bench.py knows both results beforehand.
+ *
+ * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar form,
+ * and from avx2.c and avx512.c for the vector form. */
+#include "dispatch.h"
+#include "kernels.h"
+#include "vec.h"
+
+/* An FMA takes 4 cycles (on Zen and on Intel since Skylake) and two begin in each: 8 chains, none of which
+ * waits for another, keep both units busy, and 12 leave some slack. With the two constants they are 14 of the
+ * 16 registers of AVX2. */
+enum { CHAINS = 12 };
+
+#ifndef LANES
+/* Every thread reads its share of every piece, as it does in linear.c, but none ever waits for another. */
+uint32_t nl_read_probe(const void *const *pieces, const int64_t *nbytes, int n, int threads) {
+    const kernels *k = chosen_kernels();
+    uint32_t sum = 0;
+#pragma omp parallel for num_threads(threads) reduction(^ : sum) schedule(static) if (threads > 1)
+    for (int i = 0; i < threads; i++)
+        for (int j = 0; j < n; j++) {
+            const int64_t share = (nbytes[j] / threads / 64 + 1) * 64; /* whole words, whole cache lines */
+            const int64_t begin = i * share, left = nbytes[j] - begin;
+            if (left > 0) sum ^= k->read((const uint8_t *)pieces[j] + begin, left < share ? left : share);
+        }
+    return sum;
+}
+
+float nl_fma_probe(int64_t operations, int threads) {
+    const kernels *k = chosen_kernels();
+    float sum = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static) if (threads > 1)
+    for (int i = 0; i < threads; i++) sum += k->fma(operations);
+    return sum;
+}
+
+/* ---------------------------------------------------------------- scalar */
+
+uint32_t read_scalar(const uint8_t *p, int64_t nbytes) {
+    uint32_t sum = 0;
+    int64_t i = 0;
+    for (; i + 4 <= nbytes; i += 4) sum ^= load_u32(p + i);
+    for (; i < nbytes; i++) sum ^= (uint32_t)p[i] << i % 4 * 8;
+    return sum;
+}
+
+float fma_scalar(int64_t operations) {
+    float x[CHAINS], sum = 0;
+    for (int j = 0; j < CHAINS; j++) x[j] = (float)j;
+    for (int64_t i = 0; i < operations / (2 * CHAINS); i++)
+        for (int j = 0; j < CHAINS; j++) x[j] = x[j] * 0.5f + 1.0f; /* goes to 2, from wherever it began */
+    for (int j = 0; j < CHAINS; j++) sum += x[j];
+    return sum;
+}
+
+#else
+/* ---------------------------------------------------------------- vectors: the same, LANES at a time
+ *
+ * A load of 64 bytes from memory takes some hundred cycles; the core has several dozen on their way at once,
+ * if no instruction waits for one. Hence four sums, and one long stream a thread, which is what the
+ * processor's own prefetching follows best. */
+
+enum { VEC_BYTES = 4 * LANES };
+
+TARGET uint32_t VEC(read)(const uint8_t *p, int64_t nbytes) {
+    vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+    int64_t i = 0;
+    for (; i + 4 * VEC_BYTES <= nbytes; i += 4 * VEC_BYTES)
+        for (int j = 0; j < 4; j++) sum[j] = vec_xor(sum[j], vec_load(p + i + j * VEC_BYTES));
+    float words[LANES];
+    vec_store(words, vec_xor(vec_xor(sum[0], sum[1]), vec_xor(sum[2], sum[3])));
+    return read_scalar((const uint8_t *)words, VEC_BYTES) ^ read_scalar(p + i, nbytes - i);
+}
+
+TARGET float VEC(fma)(int64_t operations) {
+    vec x[CHAINS];
+    for (int j = 0; j < CHAINS; j++) x[j] = vec_all((float)j); /* all different: equal ones would be one */
+    for (int64_t i = 0; i < operations / (2 * CHAINS * LANES); i++)
+        for (int j = 0; j < CHAINS; j++) x[j] = vec_fma(x[j], vec_all(0.5f), vec_all(1.0f));
+    for (int j = 1; j < CHAINS; j++) x[0] = vec_add(x[0], x[j]);
+    float sum[LANES];
+    vec_store(sum, x[0]);
+    return sum[0];
+}
+#endif

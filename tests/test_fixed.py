@@ -1,0 +1,213 @@
+"""linear in fixed point (csrc/fixed.c): x rounded as NumPy rounds it, and y = linear(x rounded, w) within the
+rounding of its float32 sums, on every instruction set that this machine has.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy_llama._kernels import ffi, lib
+from test_kernels import (
+    HALVES,
+    Guarded,
+    bits,
+    exact_weight,
+    for_each,
+    real_weight,
+    seeds,
+    sizes,
+    unaligned,
+    whole_blocks,
+)
+from tolerances import U32, assert_within
+
+from numpy_llama import kernels
+from numpy_llama.kernels import Kernels, PackedWeight
+from numpy_llama.quantize import FORMATS, QK, X_MAX, StoredTensor, fixed_point
+
+pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
+
+
+@pytest.fixture(params=[name for name in FORMATS if name != "F32"], scope="module")
+def format(request):
+    return FORMATS[request.param]
+
+
+def x_block(format) -> int:
+    return max(format.block, QK)
+
+
+def rounded(x, format):
+    """What is multiplied. For one token and weights that are single numbers x is left as it is."""
+    return x if format.block == 1 and len(x) == 1 else fixed_point(x, x_block(format))
+
+
+def expected_and_bound(x, w: StoredTensor, isa):
+    """linear(x rounded, w) in float64, and how far float32 sums may lie from it.
+
+    Every block takes at most four roundings, and joining the lanes a few. A block's d * q and m are each up
+    to three times as large as its largest weight. For many tokens F16 and BF16 weights too are rounded to 14
+    bits.
+    """
+    format, dense = w.format, w.dequantize(np.float64)
+    x = rounded(x, format).astype(np.float64)
+    blocks = np.abs(dense).reshape(len(dense), -1, QK).max(axis=-1)
+    size = np.abs(x) @ np.repeat(blocks, QK, axis=-1).T
+    single = format.block == 1
+    terms = x.shape[-1] if single or isa == "scalar" else 4 * x.shape[-1] / QK
+    bound = (terms + 16) * U32 * 3 * size
+    if single and len(x) > 1:
+        bound += size / (2 * float(X_MAX)) * 1.01
+    return x @ dense.T, bound
+
+
+def assert_linear(x, w: StoredTensor, isa, threads=1):
+    expected, bound = expected_and_bound(x, w, isa)
+    assert_within(Kernels(threads).linear(x, PackedWeight(w)), expected, bound)
+
+
+@for_each
+@given(
+    T=sizes,
+    OUT=sizes,
+    blocks=st.integers(1, 40),
+    threads=st.integers(1, 3),
+    by=st.integers(0, 63),
+    seed=seeds,
+)
+@example(T=1, OUT=4, blocks=17, threads=1, by=0, seed=0)  # an odd number of blocks
+@example(T=6, OUT=32, blocks=8, threads=2, by=1, seed=0)  # one whole panel, one whole tile
+@example(T=517, OUT=33, blocks=9, threads=2, by=0, seed=0)  # all tokens at once and one, a panel and a row
+def test_it_is_linear_of_x_rounded(isa, format, T, OUT, blocks, threads, by, seed):
+    rng = np.random.default_rng(seed)
+    IN = whole_blocks(format, blocks * QK)
+    w = real_weight(rng, format, OUT, IN)
+    w = StoredTensor(format, w.shape, unaligned(w.data, by))
+    scale = 10.0 ** rng.uniform(-12, 12, (T, IN // QK, 1))  # of each block its own
+    x = (rng.standard_normal((T, IN // QK, QK)) * scale).astype(np.float32).reshape(T, IN)
+    assert_linear(unaligned(x, by // 4 * 4), w, isa, threads)
+
+
+def test_every_weight_is_read_rightly(isa, format, rng):
+    """x has one number that is not 0, so each output is one weight."""
+    IN = 3 * x_block(format)
+    w = real_weight(rng, format, 37, IN)
+    one = np.eye(IN, dtype=np.float32) * X_MAX
+    assert_linear(one, w, isa)
+    for row in one[:: 1 if isa != "scalar" else 7]:
+        assert_linear(row[None], w, isa)
+
+
+def test_x_is_rounded_as_numpy_rounds(rng):
+    """Bit for bit; the scalar form keeps x as floats."""
+    before = kernels.isa()
+    kernels.use_isa("scalar")
+    x = (rng.standard_normal((7, 512)) * 10.0 ** rng.integers(-40, 38, (7, 512))).astype(np.float32)
+    x[0], x[1, 3] = 0, 1e-35
+    for format in (FORMATS["Q4_0"], FORMATS["Q4_K"]):
+        out = np.zeros(lib.nl_fixed_bytes(*x.shape) // 4, np.float32)
+        lib.nl_fixed(ffi.from_buffer(out), ffi.from_buffer("float[]", x), format.code, *x.shape, 1)
+        np.testing.assert_array_equal(out[: x.size].reshape(x.shape), fixed_point(x, x_block(format)))
+    kernels.use_isa(before)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_do_not_overflow(isa, format, sign):
+    """Every number as large as it can be, and of one sign."""
+    for byte in (0xFF, 0x7F, 0x80, 0x00):
+        OUT, IN = 5, 1024
+        blocks = np.full((OUT * IN // x_block(format), format.row_bytes(x_block(format))), byte, np.uint8)
+        if format.block == 1:
+            blocks = np.full((OUT, IN), 60000, np.float32)
+            blocks = StoredTensor.quantize(blocks, format).data.copy()
+        for at in HALVES.get(format.name, ()):
+            blocks[:, at : at + 2] = np.float16([1]).view(np.uint8)
+        w = StoredTensor(format, (OUT, IN), blocks.reshape(-1))
+        for x in (np.full((9, IN), sign, np.float32), np.full((1, IN), sign, np.float32)):
+            assert_linear(x, w, isa)
+            assert_linear(x * np.sign(w.dequantize()[0]), w, isa)
+
+
+@for_each
+@given(
+    T=st.integers(2, 40),
+    OUT=st.integers(1, 70),
+    blocks=st.integers(1, 40),
+    cut=st.integers(2, 38),
+    seed=seeds,
+)
+@example(T=525, OUT=33, blocks=3, cut=517, seed=0)
+def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
+    """Any number of threads, and any parts of the tokens, but that one alone is summed in another order."""
+    rng = np.random.default_rng(seed)
+    IN = whole_blocks(format, blocks * QK)
+    w, x = PackedWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
+    whole, one = Kernels(1).linear(x, w), Kernels(1).linear(x[:1], w)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
+        np.testing.assert_array_equal(bits(Kernels(threads).linear(x[:1], w)), bits(one))
+    if 2 <= cut <= T - 2:
+        parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
+        np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
+
+
+def test_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
+    IN = whole_blocks(format, 96)
+    w = PackedWeight(real_weight(rng, format, 133, IN))
+    for T in (1, 5):
+        x = rng.standard_normal((T, IN), dtype=np.float32)
+        whole = Kernels(2).linear(x, w)
+        monkeypatch.setattr(kernels, "WORK_PER_CALL", 1)  # one panel a thread
+        np.testing.assert_array_equal(bits(Kernels(2).linear(x, w)), bits(whole))
+        monkeypatch.undo()
+        monkeypatch.setattr(kernels, "WORK_FOR_THREADS", 0)
+
+
+@pytest.mark.parametrize("T", [1, 2, 9])
+def test_what_is_not_finite_stays_with_its_token(isa, format, T, rng):
+    IN = 2 * x_block(format)
+    w, x = real_weight(rng, format, 35, IN), rng.standard_normal((T, IN), dtype=np.float32)
+    clean = Kernels(1).linear(x, w)
+    for wrong in (np.nan, np.inf, -np.inf):
+        x[T - 1, IN - 3] = wrong
+        y = Kernels(1).linear(x, w)
+        assert not np.isfinite(y[T - 1]).any()
+        np.testing.assert_array_equal(bits(y[: T - 1]), bits(clean[: T - 1]))
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_a_weight_that_is_not_finite_stays_with_its_row(isa, format, T, rng):
+    w, x = real_weight(rng, format, 35, 512), rng.standard_normal((T, 512), dtype=np.float32)
+    at = HALVES.get(format.name, (6,))[0]
+    for wrong in (np.nan, np.inf):
+        half = FORMATS["BF16" if format.name == "BF16" else "F16"].quantize(np.array([[wrong]], np.float32))
+        w.data[33, at : at + 2] = half
+        y = Kernels(1).linear(x, w)
+        np.testing.assert_array_equal(~np.isfinite(y), (np.arange(35) == 33) & np.ones((T, 1), bool))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_next_to_nothing_is_nothing(isa, format, T, rng):
+    if format.block == 1 and T == 1:
+        return  # not rounded
+    w = real_weight(rng, format, 4, 512)
+    assert not Kernels(1).linear(np.full((T, 512), 9e-31, np.float32), w).any()
+    assert not Kernels(1).linear(np.zeros((T, 512), np.float32), w).any()
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
+    for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (3, 17, 1), (7, 33, 33), (5, 4, 2)]:
+        if format.block == 1 and T == 1:
+            continue  # nl_linear's
+        guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
+        w = exact_weight(rng, format, OUT, IN)
+        w = StoredTensor(w.format, w.shape, guarded.copy(w.data, at_end))
+        x = guarded.copy(rng.standard_normal((T, IN), dtype=np.float32), at_end)
+        y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
+        room = guarded.copy(np.zeros(lib.nl_fixed_bytes(T, IN), np.uint8), at_end)
+        y_, x_, w_, room_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data, room))
+        lib.nl_fixed(room_, x_, format.code, T, IN, 2)
+        lib.nl_linear_fixed(y_, room_, w_, format.code, T, OUT, IN, 0, OUT, 2)
+        expected, bound = expected_and_bound(x, w, isa)
+        assert_within(y, expected, bound)

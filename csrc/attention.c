@@ -1,15 +1,29 @@
-/* attention: softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without ever storing the (T, S) scores.
+/* attention: softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without ever
+ * storing the (T, S) scores.
  *
- * The T queries are the last T of the S positions: query t sees positions 0 .. t + S - T.
- * H / K query heads share one key/value head (GQA): head h reads key/value head h / (H / K).
+ * The T queries are the last T of the S positions: query t sees positions 0 ..
+ * t + S - T. H / K query heads share one key/value head (GQA): head h reads
+ * key/value head h / (H / K).
  *
- * Streaming softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1): walk the positions once and
- * keep, for each query, the largest score so far m, the sum l of exp(score - m) and the sum of
- * exp(score - m) v. When a larger score comes, what was summed is scaled by exp(old m - new m).
+ * Streaming softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1):
+ * walk the positions once and keep, for each query, the largest score so far m,
+ * the sum l of exp(score - m) and the sum of exp(score - m) v. When a larger
+ * score comes, what was summed is scaled by exp(old m - new m).
  *
- * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar
- * form, and from avx2.c and avx512.c for the vector form. tests/test_kernels.py holds every form to
- * NumPy, and any split of T and of the threads to the same bits. */
+ *     positions    0              SPAN            2 SPAN         S
+ *     a query      |---------------|---------------|-------------|
+ *                   m, l, sum       m, l, sum       m, l, sum       each span
+ * is walked as if it were alone,
+ *                       `-- merge -------`- merge ------'           and then
+ * joins what lies before it
+ *
+ * So it does not matter who walks the spans, one thread or several: the sums
+ * are the same, bit for bit.
+ *
+ * Like linear.c, this file is compiled three times: as it is, for the loop over
+ * threads and the scalar form, and from avx2.c and avx512.c for the vector
+ * form. tests/test_attention_kernel.py holds every form to NumPy, and any split
+ * of T and of the threads to the same bits. */
 #include <float.h>
 #include <stdlib.h>
 
@@ -17,10 +31,10 @@
 #include "kernels.h"
 #include "vec.h"
 
-/* An item of work: one batch, one key/value head, and 16 of the queries that read it. Its rows are the
- * pairs (t, which of the n_rep heads), so that queries which read the same keys lie side by side. */
-enum { ITEM_ROWS = 16, BLOCK = 64, MAX_DH = 256 };
-enum { SCRATCH = 2 * ITEM_ROWS * MAX_DH + 2 * BLOCK * MAX_DH };
+/* An item of work: one batch, one key/value head, and up to ITEM_ROWS of the
+ * queries that read it. Its rows are the pairs (t, which of the n_rep heads),
+ * so that queries which read the same keys lie side by side. */
+enum { ITEM_ROWS = 240, SPAN = 1024, BLOCK = 64, MAX_DH = 256 };
 
 typedef struct {
     int64_t b, kv, first, rows, n_rep;
@@ -37,7 +51,8 @@ INLINE item_rows rows_of(const attention_args *a, int64_t item) {
                        left < ITEM_ROWS ? left : ITEM_ROWS, n_rep};
 }
 
-/* Where row i's query, and its output, begins; and how many positions it sees. */
+/* Where row i's query, and its output, begins; and how many positions it sees.
+ */
 INLINE int64_t query_at(const attention_args *a, const item_rows *it, int64_t i) {
     const int64_t t = a->begin + (it->first + i) / it->n_rep,
                   h = it->kv * it->n_rep + (it->first + i) % it->n_rep;
@@ -47,67 +62,143 @@ INLINE int64_t sees(const attention_args *a, const item_rows *it, int64_t i) {
     return a->begin + (it->first + i) / it->n_rep + a->S - a->T + 1;
 }
 
-INLINE const uint8_t *position(const attention_args *a, const uint8_t *base, const int64_t strides[3],
-                               int64_t b, int64_t j, int64_t head) {
-    return base + (b * strides[0] + j * strides[1] + head * strides[2]) * (a->format == F16 ? 2 : 4);
+INLINE int64_t number_bytes(const int format) { return format == F16 ? 2 : 4; }
+INLINE float number(const int format, const uint8_t *p, int64_t i) {
+    return format == F16 ? load_f16(p + 2 * i) : load_f32(p + 4 * i);
 }
 
-INLINE float number(const attention_args *a, const uint8_t *p, int64_t i) {
-    return a->format == F16 ? half_to_float(load_u16(p + 2 * i)) : load_f32(p + 4 * i);
+INLINE const uint8_t *position(const attention_args *a, const uint8_t *base, const int64_t strides[3],
+                               const item_rows *it, int64_t j) {
+    return base + (it->b * strides[0] + j * strides[1] + it->kv * strides[2]) * number_bytes(a->format);
+}
+
+/* What is known of an item's rows after some positions: m, l and sum (rows,
+ * Dp). Dp is Dh in whole registers; and there is room for MORE_ROWS than asked
+ * for, since tiles take four rows where there may be one. */
+typedef struct {
+    float *sum, *m, *l;
+} knowledge;
+
+enum { MORE_ROWS = 3 };
+
+INLINE int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+INLINE int64_t knowledge_size(int64_t rows, int64_t Dh) {
+    return (rows + MORE_ROWS) * padded(Dh) + 2 * padded(rows + MORE_ROWS);
+}
+INLINE knowledge knowledge_in(float *room, int64_t rows, int64_t Dh) {
+    float *m = room + (rows + MORE_ROWS) * padded(Dh);
+    return (knowledge){room, m, m + padded(rows + MORE_ROWS)};
+}
+
+/* What walking a span needs beside: q, scores, two numbers a row, and a panel
+ * of keys or values. */
+INLINE int64_t scratch_size(int64_t rows) {
+    return (rows + MORE_ROWS) * (MAX_DH + BLOCK) + 2 * padded(rows + MORE_ROWS) + 32 * MAX_DH;
 }
 
 #ifndef LANES
+/* The span from `begin` on joins what is known of all before. */
+static void merge(const attention_args *a, const item_rows *it, float *known, float *span, int64_t begin) {
+    const knowledge all = knowledge_in(known, it->rows, a->Dh), part = knowledge_in(span, it->rows, a->Dh);
+    for (int64_t i = 0; i < it->rows; i++) {
+        if (sees(a, it, i) <= begin) continue;
+        const float m = part.m[i] > all.m[i] ? part.m[i] : all.m[i];
+        const float before = expf(all.m[i] - m), here = expf(part.m[i] - m);
+        float *sum = all.sum + i * padded(a->Dh), *more = part.sum + i * padded(a->Dh);
+        for (int64_t d = 0; d < a->Dh; d++) sum[d] = sum[d] * before + more[d] * here;
+        all.l[i] = all.l[i] * before + part.l[i] * here;
+        all.m[i] = m;
+    }
+}
+
+static void finish(const attention_args *a, const item_rows *it, float *known) {
+    const knowledge all = knowledge_in(known, it->rows, a->Dh);
+    for (int64_t i = 0; i < it->rows; i++) {
+        const float *sum = all.sum + i * padded(a->Dh), share = 1 / all.l[i];
+        for (int64_t d = 0; d < a->Dh; d++) a->out[query_at(a, it, i) + d] = sum[d] * share;
+    }
+}
+
+static float *new_floats(int64_t n) { return aligned_alloc(128, padded(n) * sizeof(float)); }
+
 int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T,
                  int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
                  const int64_t *v_strides, int64_t begin, int64_t end, int threads) {
+    if (begin >= end) return 0;
     attention_args a = {q, k, v, out, format, B, T, S, H, K, Dh, {0}, {0}, begin, end};
     memcpy(a.k_strides, k_strides, sizeof a.k_strides);
     memcpy(a.v_strides, v_strides, sizeof a.v_strides);
     const kernels *kernel = chosen_kernels();
-    const int64_t items = B * K * items_a_head(&a);
-    int out_of_memory = 0;
+    const int64_t items = B * K * items_a_head(&a), spans = (S + SPAN - 1) / SPAN;
+    const int64_t rows = rows_of(&a, 0).rows, size = knowledge_size(rows, Dh);
+    /* One item a head, as in decoding, would be few for many threads: then each
+     * span is an item. */
+    const int64_t parts = items == B * K ? spans : 1;
+    float *known = new_floats(parts > 1 ? items * parts * size : 1);
+    int out_of_memory = known ? 0 : -1;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *scratch = malloc(SCRATCH * sizeof(float));
-        if (!scratch) {
+        float *room = new_floats(2 * size + scratch_size(rows));
+        if (!room) {
 #pragma omp atomic write
             out_of_memory = -1;
         }
-        /* Later queries see more positions, so equal shares would not be equal work. */
+        /* Later queries see more positions, so equal shares would not be equal
+         * work. */
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items; i++)
-            if (scratch) kernel->attention(&a, i, scratch);
-        free(scratch);
+        for (int64_t i = 0; i < items * parts; i++) {
+            if (!room || !known) continue;
+            const item_rows it = rows_of(&a, i / parts);
+            float *all = parts > 1 ? known + i * size : room, *part = room + size, *scratch = part + size;
+            kernel->attention(&a, i / parts, i % parts * SPAN, all, scratch);
+            if (parts > 1) continue;
+            for (int64_t from = SPAN; from < sees(&a, &it, it.rows - 1); from += SPAN) {
+                kernel->attention(&a, i, from, part, scratch);
+                merge(&a, &it, all, part, from);
+            }
+            finish(&a, &it, all);
+        }
+#pragma omp for
+        for (int64_t i = 0; i < (parts > 1 && !out_of_memory ? items : 0); i++) {
+            const item_rows it = rows_of(&a, i);
+            float *all = known + i * parts * size;
+            for (int64_t p = 1; p < parts; p++) merge(&a, &it, all, all + p * size, p * SPAN);
+            finish(&a, &it, all);
+        }
+        free(room);
     }
+    free(known);
     return out_of_memory;
 }
 
 void nl_exp(float *y, const float *x, int64_t n) { chosen_kernels()->exp(y, x, n); }
 
-/* ---------------------------------------------------------------- scalar: the definition in C */
+/* ---------------------------------------------------------------- scalar: the
+ * definition in C */
 
-void attention_scalar(const attention_args *a, int64_t item, float *scratch) {
+void attention_scalar(const attention_args *a, int64_t item, int64_t begin, float *known, float *scratch) {
     const item_rows it = rows_of(a, item);
+    const knowledge to = knowledge_in(known, it.rows, a->Dh);
     const float scale = 1 / sqrtf((float)a->Dh);
-    float *sum = scratch;
+    (void)scratch;
     for (int64_t i = 0; i < it.rows; i++) {
         const float *q = a->q + query_at(a, &it, i);
-        float m = -FLT_MAX, l = 0; /* not -INFINITY: -inf - -inf would be NaN */
+        float *sum = to.sum + i * padded(a->Dh), m = -FLT_MAX, l = 0; /* not -INFINITY: -inf - -inf is NaN */
         for (int64_t d = 0; d < a->Dh; d++) sum[d] = 0;
-        for (int64_t j = 0; j < sees(a, &it, i); j++) {
-            const uint8_t *k = position(a, a->k, a->k_strides, it.b, j, it.kv);
-            const uint8_t *v = position(a, a->v, a->v_strides, it.b, j, it.kv);
+        for (int64_t j = begin; j < begin + SPAN && j < sees(a, &it, i); j++) {
+            const uint8_t *k = position(a, a->k, a->k_strides, &it, j);
+            const uint8_t *v = position(a, a->v, a->v_strides, &it, j);
             float score = 0;
-            for (int64_t d = 0; d < a->Dh; d++) score += q[d] * number(a, k, d);
+            for (int64_t d = 0; d < a->Dh; d++) score += q[d] * number(a->format, k, d);
             score *= scale;
             const float new_m = score > m ? score : m;
             const float old = expf(m - new_m), p = expf(score - new_m);
-            for (int64_t d = 0; d < a->Dh; d++) sum[d] = sum[d] * old + p * number(a, v, d);
+            for (int64_t d = 0; d < a->Dh; d++) sum[d] = sum[d] * old + p * number(a->format, v, d);
             l = l * old + p;
             m = new_m;
         }
-        for (int64_t d = 0; d < a->Dh; d++) a->out[query_at(a, &it, i) + d] = sum[d] / l;
+        to.m[i] = m, to.l[i] = l;
     }
 }
 
@@ -118,28 +209,36 @@ void exp_scalar(float *y, const float *x, int64_t n) {
 #else
 /* ---------------------------------------------------------------- vectors
  *
- * The same walk, 64 positions at a time and four queries together, so that each key and value that is
- * loaded serves four queries. A block's scores lie as s[j][4]: position j of each of the four.
+ * The same walk, BLOCK positions at a time. Both products are one and the same
+ * loop, `product`: rows of numbers, each put into all lanes, times a panel two
+ * registers wide.
  *
- *     scores   4 queries x 3 positions = 12 accumulators along Dh, as in linear.c's tile
- *     softmax  max, exp and sum down the columns of s: LANES / 4 positions in one register
- *     values   4 queries x 2 registers of the Dh = 8 accumulators along the positions, ascending
+ *     scores   s[row][position]  =  sum over d of         q[row][d]         *
+ * k[d][position]     (turned) values   sum[row][d]      +=  sum over positions
+ * of p[row][position]  *  v[position][d]
  *
- * Blocks begin at fixed positions and every query adds in this order, whichever queries stand beside
- * it: splitting T never changes a bit. A position that a query may not see gets the score -inf, and
- * its value is not even read, for 0 * NaN would be NaN. */
+ * With TILE_ROWS rows all sums stay in registers, and a step needs 2 loads and
+ * a broadcast a row for two FMA a row: the FMA units are the limit. Nothing is
+ * summed across lanes but the 64 of the softmax.
+ *
+ * Keys and values are turned and widened once for all rows of an item. Where
+ * there are only a FEW rows, as in decoding, the limit is the memory: each key
+ * is used the moment it is turned, each value where it lies, and while the keys
+ * are worked on, the values are asked for, line by line, and the other way
+ * round.
+ *
+ * Every score adds in the order of d, every sum in the order of the positions,
+ * whichever rows stand beside it: splitting T never changes a bit. Positions
+ * that a query may not see get the score -inf, and their values are not even
+ * read for it, for 0 * NaN would be NaN. */
 
-enum { GROUP = 4, ACROSS = LANES / GROUP };
+enum { WIDE = 2 * LANES, FEW = 8 };
 
-typedef struct {
-    const float *p;
-    int64_t stride;
-} block;
-
-/* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN.
- * x = n ln2 + r with n whole, |r| <= ln2 / 2; exp(x) = 2^n exp(r); exp(r) = 1 + r + r^2 p(r), where p was
- * fitted by least squares at Chebyshev nodes, reweighted until its error was level. All 288 million
- * floats from -87 to -2^-28 were tried: the largest error is 1.01 units in the last place. */
+/* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0,
+ * NaN for NaN. x = n ln2 + r with n whole, |r| <= ln2 / 2; exp(x) = 2^n exp(r);
+ * exp(r) = 1 + r + r^2 p(r), where p was fitted by least squares at Chebyshev
+ * nodes, reweighted until its error was level. All 288 million floats from -87
+ * to -2^-28 were tried: the largest error is 1.01 units in the last place. */
 WORD vec vec_exp(vec x) {
     const vec lowest = vec_all(-87.0f), clamped = vec_max(lowest, x);
     const vec n = vec_round(vec_mul(clamped, vec_all(1.44269504f)));
@@ -154,125 +253,226 @@ WORD vec vec_exp(vec x) {
     return vec_zero_below(x, lowest, vec_times_2_to(n, p));
 }
 
-/* Positions j .. j + n of one head as float32, Dh padded with zeros to whole registers: where they
- * lie if they lie so already, else copied to `room`. */
-WORD block load_block(const attention_args *a, const uint8_t *base, const int64_t strides[3],
-                      const item_rows *it, int64_t j, int64_t n, float *room) {
-    const int64_t Dp = (a->Dh + LANES - 1) / LANES * LANES;
-    const uint8_t *p = position(a, base, strides, it->b, j, it->kv);
-    if (a->format == F32 && Dp == a->Dh) return (block){(const float *)(const void *)p, strides[1]};
-    for (int64_t i = 0; i < n; i++, p = position(a, base, strides, it->b, j + i, it->kv)) {
-        int64_t d = 0;
-        for (; d + LANES <= a->Dh; d += LANES)
-            vec_store(room + i * Dp + d, a->format == F16 ? vec_from_f16(p + 2 * d) : vec_load(p + 4 * d));
-        for (; d < Dp; d++) room[i * Dp + d] = d < a->Dh ? number(a, p, d) : 0;
-    }
-    return (block){room, Dp};
+WORD vec load_vec(const int format, const uint8_t *p) {
+    return format == F16 ? vec_from_f16(p) : vec_load(p);
 }
 
-/* s[j][g] = scale * q[g] . k[j] for `count` positions. */
-WORD void scores(const int count, float *s, const float *q, const float *k, int64_t k_stride, int64_t Dp,
-                 __m128 scale) {
-    vec sum[3][GROUP];
-    for (int j = 0; j < count; j++)
-        for (int g = 0; g < GROUP; g++) sum[j][g] = vec_zero();
-    for (int64_t d = 0; d < Dp; d += LANES)
-        for (int g = 0; g < GROUP; g++) {
-            const vec x = vec_load(q + g * Dp + d);
-            for (int j = 0; j < count; j++) sum[j][g] = vec_fma(x, vec_load(k + j * k_stride + d), sum[j][g]);
+/* The memory that `ask_for` names is on its way while something else is
+ * computed; nothing waits for it. */
+WORD void ask_for(const uint8_t *p, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+/* c[r] = old[r] * c[r] + sum over i < n of x[r][i] * panel[i], WIDE numbers
+ * each. Without `old`, c begins at 0. `ahead`: as many bytes as the panel has
+ * are asked for from there. */
+WORD void product(const int rows, float *c, int64_t c_stride, const float *old, const float *x,
+                  const int64_t x_stride, const int format, const uint8_t *panel, int64_t stride, int64_t n,
+                  const uint8_t *ahead) {
+    const int64_t half = LANES * number_bytes(format);
+    vec sum[TILE_ROWS][2];
+    for (int r = 0; r < rows; r++)
+        for (int w = 0; w < 2; w++)
+            sum[r][w] = old ? vec_mul(vec_all(old[r]), vec_load(c + r * c_stride + w * LANES)) : vec_zero();
+    for (int64_t i = 0; i < n; i++, x++, panel += stride) {
+        const vec left = load_vec(format, panel), right = load_vec(format, panel + half);
+        if (ahead) ask_for(ahead + i * 2 * half, 2 * half);
+        for (int r = 0; r < rows; r++) {
+            const vec a = vec_all(x[r * x_stride]);
+            sum[r][0] = vec_fma(a, left, sum[r][0]);
+            sum[r][1] = vec_fma(a, right, sum[r][1]);
         }
-    for (int j = 0; j < count; j++)
-        _mm_storeu_ps(s + j * GROUP, _mm_mul_ps(scale, vec_sums(sum[j][0], sum[j][1], sum[j][2], sum[j][3])));
-}
-
-/* sum[g][d .. d + LANES wide] = old[g] * sum + p[j][g] * v[j], over the positions that each query sees. */
-WORD void values(const int wide, float *sum, int64_t Dp, const float *old, const float *p, const float *v,
-                 int64_t v_stride, const int64_t seen[GROUP], int64_t all_see, int64_t any_sees) {
-    vec acc[GROUP][2];
-    for (int g = 0; g < GROUP; g++)
-        for (int i = 0; i < wide; i++)
-            acc[g][i] = vec_mul(vec_load(sum + g * Dp + LANES * i), vec_all(old[g]));
-    for (int64_t j = 0; j < all_see; j++)
-        for (int g = 0; g < GROUP; g++)
-            for (int i = 0; i < wide; i++)
-                acc[g][i] =
-                    vec_fma(vec_all(p[j * GROUP + g]), vec_load(v + j * v_stride + LANES * i), acc[g][i]);
-    for (int64_t j = all_see; j < any_sees; j++)
-        for (int g = 0; g < GROUP; g++)
-            if (j < seen[g])
-                for (int i = 0; i < wide; i++)
-                    acc[g][i] =
-                        vec_fma(vec_all(p[j * GROUP + g]), vec_load(v + j * v_stride + LANES * i), acc[g][i]);
-    for (int g = 0; g < GROUP; g++)
-        for (int i = 0; i < wide; i++) vec_store(sum + g * Dp + LANES * i, acc[g][i]);
-}
-
-/* One block of positions for one group of four queries: m, l and sum go on from where they were. */
-WORD void group_block(float *m, float *l, float *sum, const float *q, block k, block v, int64_t Dp,
-                      const int64_t seen[GROUP], float scale) {
-    _Alignas(32) float s[BLOCK * GROUP], old[GROUP];
-    int64_t all_see = seen[0], any_sees = seen[0], j = 0;
-    for (int g = 1; g < GROUP; g++) {
-        all_see = seen[g] < all_see ? seen[g] : all_see;
-        any_sees = seen[g] > any_sees ? seen[g] : any_sees;
     }
-    for (; j + 3 <= any_sees; j += 3)
-        scores(3, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
-    for (; j < any_sees; j++)
-        scores(1, s + j * GROUP, q, k.p + j * k.stride, k.stride, Dp, _mm_set1_ps(scale));
-    for (int g = 0; g < GROUP; g++) /* what a query may not see; and more, to fill the last register */
-        for (j = seen[g]; j < (any_sees + ACROSS - 1) / ACROSS * ACROSS; j++) s[j * GROUP + g] = -INFINITY;
-
-    vec largest = vec_all(-INFINITY), added = vec_zero();
-    for (j = 0; j < any_sees; j += ACROSS) largest = vec_max(largest, vec_load(s + j * GROUP));
-    const __m128 old_m = _mm_loadu_ps(m), new_m = _mm_max_ps(old_m, fours_max(largest));
-    const vec shift = vec_of_fours(new_m);
-    for (j = 0; j < any_sees; j += ACROSS) {
-        const vec p = vec_exp(vec_sub(vec_load(s + j * GROUP), shift));
-        vec_store(s + j * GROUP, p);
-        added = vec_add(added, p);
-    }
-    const __m128 scaled = first_four(vec_exp(vec_of_fours(_mm_sub_ps(old_m, new_m))));
-    _mm_store_ps(old, scaled);
-    _mm_storeu_ps(m, new_m);
-    _mm_storeu_ps(l, _mm_add_ps(_mm_mul_ps(_mm_loadu_ps(l), scaled), fours_sum(added)));
-
-    int64_t d = 0;
-    for (; d + 2 * LANES <= Dp; d += 2 * LANES)
-        values(2, sum + d, Dp, old, s, v.p + d, v.stride, seen, all_see, any_sees);
-    for (; d < Dp; d += LANES) values(1, sum + d, Dp, old, s, v.p + d, v.stride, seen, all_see, any_sees);
+    for (int r = 0; r < rows; r++)
+        for (int w = 0; w < 2; w++) vec_store(c + r * c_stride + w * LANES, sum[r][w]);
 }
 
-TARGET void VEC(attention)(const attention_args *a, int64_t item, float *scratch) {
-    const item_rows it = rows_of(a, item);
-    const int64_t Dp = (a->Dh + LANES - 1) / LANES * LANES, groups = (it.rows + GROUP - 1) / GROUP;
+/* A block of n positions from j on, for all rows of an item. Strides: q MAX_DH,
+ * s BLOCK, sums padded(Dh). */
+typedef struct {
+    const attention_args *a;
+    item_rows it;
+    int64_t j, n;
+    float *q, *s, *old, *added, *panel;
+    knowledge known;
+} block;
+
+/* How many of the block's positions row i sees. Rows behind the last see what
+ * it sees. */
+WORD int64_t seen(const block *b, int64_t i) {
+    const int64_t left = sees(b->a, &b->it, i < b->it.rows ? i : b->it.rows - 1) - b->j;
+    return left < 0 ? 0 : left < b->n ? left : b->n;
+}
+
+/* Where the keys of LANES positions lie; behind the block's last there are
+ * zeros. */
+WORD void keys_at(const uint8_t *k[LANES], const block *b, int64_t from) {
+    static const uint8_t zeros[4 * MAX_DH];
+    for (int i = 0; i < LANES; i++)
+        k[i] = from + i < b->n ? position(b->a, b->a->k, b->a->k_strides, &b->it, b->j + from + i) : zeros;
+}
+
+/* x[i] = number d + i of LANES keys, each in a lane of its own. */
+WORD void turned(vec x[LANES], const int format, const uint8_t *const k[LANES], int64_t d, int64_t Dh) {
+    if (d + LANES <= Dh) {
+        for (int i = 0; i < LANES; i++) x[i] = load_vec(format, k[i] + d * number_bytes(format));
+        vec_transpose(x);
+        return;
+    }
+    float rest[LANES][LANES] = {{0}};
+    for (int i = 0; i < LANES; i++)
+        for (int64_t e = d; e < Dh; e++) rest[e - d][i] = number(format, k[i], e);
+    for (int i = 0; i < LANES; i++) x[i] = vec_load(rest[i]);
+}
+
+/* The block's scores of four rows from r on, each key used the moment it is
+ * turned. */
+WORD void few_scores(const int format, const block *b, int64_t r) {
+    const int64_t Dh = b->a->Dh;
+    const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j), *k[LANES];
+    for (int64_t from = 0; from < b->n; from += LANES) {
+        vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()}, x[LANES];
+        keys_at(k, b, from);
+        for (int64_t d = 0; d < Dh; d += LANES) {
+            turned(x, format, k, d, Dh);
+            ask_for(v + (from * Dh + d * LANES) * number_bytes(format), LANES * LANES * number_bytes(format));
+            for (int i = 0; i < LANES; i++)
+                for (int row = 0; row < 4; row++)
+                    sum[row] = vec_fma(vec_all(b->q[(r + row) * MAX_DH + d + i]), x[i], sum[row]);
+        }
+        for (int row = 0; row < 4; row++) vec_store(b->s + (r + row) * BLOCK + from, sum[row]);
+    }
+}
+
+/* The panel of WIDE turned keys: [d][position]. */
+WORD void turn_keys(const int format, const block *b, int64_t from) {
+    const uint8_t *k[LANES];
+    vec x[LANES];
+    for (int64_t side = 0; side < WIDE; side += LANES) {
+        keys_at(k, b, from + side);
+        for (int64_t d = 0; d < b->a->Dh; d += LANES) {
+            turned(x, format, k, d, b->a->Dh);
+            for (int i = 0; i < LANES; i++) vec_store(b->panel + (d + i) * WIDE + side, x[i]);
+        }
+    }
+}
+
+/* The panel of numbers d .. d + WIDE of the block's values: [position][d].
+ * Behind Dh zeros. */
+WORD void widen_values(const int format, const block *b, int64_t d) {
+    for (int64_t i = 0; i < b->n; i++) {
+        const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j + i);
+        float *to = b->panel + i * WIDE;
+        if (d + WIDE <= b->a->Dh)
+            for (int w = 0; w < WIDE; w += LANES)
+                vec_store(to + w, load_vec(format, v + (d + w) * number_bytes(format)));
+        else
+            for (int w = 0; w < WIDE; w++) to[w] = d + w < b->a->Dh ? number(format, v, d + w) : 0;
+    }
+}
+
+/* From scores to exp(score - m); m and l go on, and `old` is what the sums so
+ * far are to be scaled by. */
+WORD void softmax(const block *b) {
+    for (int64_t r = 0; r < b->it.rows; r++) {
+        float *s = b->s + r * BLOCK;
+        const int64_t n = seen(b, r), whole = (n + LANES - 1) / LANES * LANES;
+        for (int64_t i = n; i < whole; i++) s[i] = -INFINITY;
+        vec largest = vec_all(b->known.m[r]), added = vec_zero();
+        for (int64_t i = 0; i < whole; i += LANES) largest = vec_max(largest, vec_load(s + i));
+        const float m = vec_largest(largest);
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const vec p = vec_exp(vec_sub(vec_load(s + i), vec_all(m)));
+            vec_store(s + i, p);
+            added = vec_add(added, p);
+        }
+        b->old[r] = b->known.m[r] - m;
+        b->added[r] = vec_sum(added);
+        b->known.m[r] = m;
+    }
+    for (int64_t r = 0; r < b->it.rows; r += LANES) {
+        const vec old = vec_exp(vec_load(b->old + r));
+        vec_store(b->old + r, old);
+        vec_store(b->known.l + r, vec_fma(vec_load(b->known.l + r), old, vec_load(b->added + r)));
+    }
+}
+
+WORD void scores(const int rows, const block *b, int64_t r, int64_t from) {
+    if (from < seen(b, r + rows - 1))
+        product(rows, b->s + r * BLOCK + from, BLOCK, NULL, b->q + r * MAX_DH, MAX_DH, F32,
+                (const uint8_t *)b->panel, WIDE * sizeof(float), b->a->Dh, NULL);
+}
+
+WORD void values(const int rows, const block *b, int64_t r, int64_t d, const int format, const uint8_t *v,
+                 int64_t stride, const uint8_t *ahead) {
+    const int64_t Dp = padded(b->a->Dh), all_see = seen(b, r);
+    const float *p = b->s + r * BLOCK, as_it_is = 1;
+    float *sum = b->known.sum + r * Dp + d;
+    product(rows, sum, Dp, b->old + r, p, BLOCK, format, v, stride, all_see, ahead);
+    if (seen(b, r + rows - 1) == all_see) return;
+    for (int i = 0; i < rows; i++) /* the diagonal: what only some may see */
+        product(1, sum + i * Dp, Dp, &as_it_is, p + i * BLOCK + all_see, BLOCK, format, v + all_see * stride,
+                stride, seen(b, r + i) - all_see, NULL);
+}
+
+WORD void few_rows(const int format, const block *b) {
+    const attention_args *a = b->a;
+    const int64_t nbytes = number_bytes(format);
+    const uint8_t *v = position(a, a->v, a->v_strides, &b->it, b->j);
+    const uint8_t *next = position(a, a->k, a->k_strides, &b->it, b->j + BLOCK);
+    for (int64_t r = 0; r < b->it.rows; r += 4) few_scores(format, b, r);
+    softmax(b);
+    for (int64_t d = 0; d < a->Dh; d += WIDE)
+        for (int64_t r = 0; r < b->it.rows; r += 4)
+            values(4, b, r, d, format, v + d * nbytes, a->v_strides[1] * nbytes, next + d * BLOCK * nbytes);
+}
+
+WORD void many_rows(const int format, const block *b) {
+    const uint8_t *panel = (const uint8_t *)b->panel;
+    const int64_t rows = b->it.rows, in_tiles = rows / TILE_ROWS * TILE_ROWS;
+    for (int64_t from = 0; from < b->n; from += WIDE) {
+        turn_keys(format, b, from);
+        for (int64_t r = 0; r < in_tiles; r += TILE_ROWS) scores(TILE_ROWS, b, r, from);
+        for (int64_t r = in_tiles; r < rows; r += 4) scores(4, b, r, from);
+    }
+    softmax(b);
+    for (int64_t d = 0; d < b->a->Dh; d += WIDE) {
+        widen_values(format, b, d);
+        for (int64_t r = 0; r < in_tiles; r += TILE_ROWS)
+            values(TILE_ROWS, b, r, d, F32, panel, WIDE * sizeof(float), NULL);
+        for (int64_t r = in_tiles; r < rows; r += 4)
+            values(4, b, r, d, F32, panel, WIDE * sizeof(float), NULL);
+    }
+}
+
+TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin, float *known,
+                           float *scratch) {
+    block b = {a, rows_of(a, item), begin, 0, scratch, NULL, NULL, NULL, NULL, {0}};
+    const int64_t rows = b.it.rows + MORE_ROWS, any_sees = sees(a, &b.it, b.it.rows - 1);
+    const int64_t end = any_sees < begin + SPAN ? any_sees : begin + SPAN;
     const float scale = 1 / sqrtf((float)a->Dh);
-    float *q = scratch, *sum = q + ITEM_ROWS * Dp, *k_room = sum + ITEM_ROWS * Dp,
-          *v_room = k_room + BLOCK * Dp;
-    float m[ITEM_ROWS], l[ITEM_ROWS] = {0};
-    memset(scratch, 0, 2 * ITEM_ROWS * Dp * sizeof(float));
-    for (int64_t i = 0; i < ITEM_ROWS; i++) m[i] = -FLT_MAX;
-    for (int64_t i = 0; i < it.rows; i++)
-        memcpy(q + i * Dp, a->q + query_at(a, &it, i), a->Dh * sizeof(float));
-
-    const int64_t any_sees = sees(a, &it, it.rows - 1);
-    for (int64_t j = 0; j < any_sees; j += BLOCK) {
-        const int64_t n = j + BLOCK < any_sees ? BLOCK : any_sees - j;
-        const block k = load_block(a, a->k, a->k_strides, &it, j, n, k_room);
-        const block v = load_block(a, a->v, a->v_strides, &it, j, n, v_room);
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t seen[GROUP]; /* of this block; the rows beyond the last are copies of it, never written */
-            for (int i = 0; i < GROUP; i++) {
-                const int64_t row = g * GROUP + i < it.rows ? g * GROUP + i : it.rows - 1;
-                const int64_t left = sees(a, &it, row) - j;
-                seen[i] = left < 0 ? 0 : left < n ? left : n;
-            }
-            const int64_t row = g * GROUP;
-            group_block(m + row, l + row, sum + row * Dp, q + row * Dp, k, v, Dp, seen, scale);
-        }
+    b.known = knowledge_in(known, b.it.rows, a->Dh);
+    b.s = b.q + rows * MAX_DH;
+    b.old = b.s + rows * BLOCK, b.added = b.old + padded(rows), b.panel = b.added + padded(rows);
+    memset(known, 0, knowledge_size(b.it.rows, a->Dh) * sizeof(float));
+    memset(scratch, 0, (b.panel - scratch) * sizeof(float));
+    for (int64_t i = 0; i < rows; i++) b.known.m[i] = -FLT_MAX;
+    for (int64_t i = 0; i < b.it.rows; i++) {
+        const float *q = a->q + query_at(a, &b.it, i);
+        for (int64_t d = 0; d < a->Dh; d++) b.q[i * MAX_DH + d] = q[d] * scale;
     }
-    for (int64_t i = 0; i < it.rows; i++)
-        for (int64_t d = 0; d < a->Dh; d++) a->out[query_at(a, &it, i) + d] = sum[i * Dp + d] / l[i];
+    const int few = b.it.rows <= FEW && a->Dh % WIDE == 0;
+    for (; b.j < end; b.j += BLOCK) {
+        b.n = end - b.j < BLOCK ? end - b.j : BLOCK;
+        if (few && a->format == F16)
+            few_rows(F16, &b);
+        else if (few)
+            few_rows(F32, &b);
+        else if (a->format == F16)
+            many_rows(F16, &b);
+        else
+            many_rows(F32, &b);
+    }
 }
 
 TARGET void VEC(exp)(float *y, const float *x, int64_t n) {

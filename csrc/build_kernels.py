@@ -19,6 +19,9 @@ COMPILE = [
     "-O3",
     # Only an FMA that is written is one: otherwise the compiler's choice would decide the last bit.
     "-ffp-contract=off",
+    # Vectors are written by hand: of what is put together in whole numbers beside them, and of what is stored
+    # to be loaded into all lanes, gcc makes shuffles, for which a CPU has one unit.
+    "-fno-tree-slp-vectorize",
     "-Wall",
     "-Wextra",
 ]

@@ -25,7 +25,8 @@ typedef struct {
 
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void fixed_group(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group);
-typedef void attention_item(const attention_args *a, int64_t item, float *scratch);
+typedef void attention_span(const attention_args *a, int64_t item, int64_t begin, float *known,
+                            float *scratch);
 typedef void exp_many(float *y, const float *x, int64_t n);
 typedef uint32_t read_all(const uint8_t *p, int64_t nbytes);
 typedef float fma_chains(int64_t operations);
@@ -35,7 +36,7 @@ typedef struct {
     linear_rows *linear;
     fixed_group *fixed;
     linear_rows *linear_fixed;
-    attention_item *attention;
+    attention_span *attention;
     exp_many *exp;
     read_all *read;
     fma_chains *fma;
@@ -46,7 +47,7 @@ const kernels *chosen_kernels(void);
 linear_rows linear_scalar, linear_avx2, linear_avx512;
 fixed_group fixed_scalar, fixed_avx2, fixed_avx512;
 linear_rows linear_fixed_scalar, linear_fixed_avx2, linear_fixed_avx512;
-attention_item attention_scalar, attention_avx2, attention_avx512;
+attention_span attention_scalar, attention_avx2, attention_avx512;
 exp_many exp_scalar, exp_avx2, exp_avx512;
 read_all read_scalar, read_avx2, read_avx512;
 fma_chains fma_scalar, fma_avx2, fma_avx512;

@@ -22,6 +22,8 @@ INLINE int is_k(int format) { return block_weights(format) == QK_K; }
 INLINE int has_minima(int format) {
     return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
 }
+/* What a stored number stands for, less itself. */
+INLINE int zero_of(int format) { return format == Q4_0 ? -8 : format == Q5_0 ? -16 : 0; }
 INLINE int64_t groups_of(int64_t T) { return T == 1 ? 1 : (T + TOKENS - 1) / TOKENS; }
 
 #ifndef LANES
@@ -81,12 +83,12 @@ void linear_fixed_scalar(const linear_args *a, int64_t begin, int64_t end) { lin
 #else
 /* ---------------------------------------------------------------- vectors: x
  *
- * One token lies as the bytes of the weights want it: of LANES / 8 blocks the first sixteens, then the second
+ * One token lies as the bytes of the weights want it: of BESIDE blocks the first sixteens, then the second
  * ones (byte i of Q4_0 holds weights i and i + 16); K formats as it is. Many tokens lie in groups of TOKENS,
  * token beside token in pairs (k, k + 2): a byte's neighbour but one is half of the same 32 bits.
  *
- *     one    words: int16[IN]     offsets: for each lane, -8 (Q4_0), -16 (Q5_0) or dx times the sum of its q
- *            dx: for each lane; K formats: for each 256, and the sums for each 32
+ *     one    words: int16[IN]     dx, sums: for four rows at once, those of a step's blocks four times over;
+ *            K formats: dx for each 256, sums for each 32
  *     many   pairs: [groups][IN / 2][TOKENS]     dx, sums: [groups][IN / 32][TOKENS] */
 
 typedef struct {
@@ -95,11 +97,11 @@ typedef struct {
 } fixed_x;
 
 WORD fixed_x parts_of(const void *fixed, const int format, int64_t T, int64_t IN) {
-    const int64_t per_step = LANES / 8 * QK, steps = (IN + per_step - 1) / per_step;
-    const int64_t n = T > 1 ? groups_of(T) * TOKENS * IN : is_k(format) ? IN : steps * per_step;
-    const int64_t scales = T > 1 || is_k(format) ? n / QK : steps * LANES;
+    const int64_t steps = (IN / QK + BESIDE - 1) / BESIDE;
+    const int64_t n = T > 1 ? groups_of(T) * TOKENS * IN : is_k(format) ? IN : steps * BESIDE * QK;
+    const int64_t scales = T > 1 || is_k(format) ? n / QK : steps * 4 * BESIDE;
     int16_t *words = (int16_t *)fixed;
-    float *dx = (float *)(words + n);
+    float *dx = (float *)(void *)(words + n);
     return (fixed_x){words, dx, dx + scales};
 }
 
@@ -123,30 +125,25 @@ WORD int32_t sum_of(const int16_t *words, int n) {
 
 WORD void fixed_one(void *fixed, const float *x, const int format, int64_t IN) {
     const fixed_x to = parts_of(fixed, format, 1, IN);
-    const int zero = format == Q4_0 ? -8 : format == Q5_0 ? -16 : 0, has_m = format == Q4_1 || format == Q5_1;
-    int16_t words[QK_K];
+    const int64_t blocks = IN / QK;
     if (is_k(format)) {
-        for (int64_t b = 0; b < IN / QK; b++) {
+        for (int64_t b = 0; b < blocks; b++) {
             if (b % 8 == 0) to.dx[b / 8] = round_block(to.words + b * QK, x + b * QK, QK_K);
             to.sums[b] = -to.dx[b / 8] * (float)sum_of(to.words + b * QK, QK);
         }
         return;
     }
-    const int64_t blocks = IN / QK, beside = LANES / 8, steps = (blocks + beside - 1) / beside;
-    for (int64_t b = 0; b < steps * beside; b++) {
-        float dx = 0;
-        memset(words, 0, 2 * QK);
-        if (b < blocks) dx = round_block(words, x + b * QK, QK);
-        int16_t *halves = to.words + b / beside * beside * QK + b % beside * 16;
+    for (int64_t b = 0; b < (blocks + BESIDE - 1) / BESIDE * BESIDE; b++) {
+        int16_t words[QK] = {0};
+        const float dx = b < blocks ? round_block(words, x + b * QK, QK) : 0;
+        const int32_t sum = sum_of(words, QK);
+        int16_t *halves = to.words + b / BESIDE * BESIDE * QK + b % BESIDE * 16;
         memcpy(halves, words, 32);
-        memcpy(halves + beside * 16, words + 16, 32);
-        for (int i = 0; i < 8; i++) {
-            const int32_t sum = sum_of(words + 2 * i, 2) + sum_of(words + 16 + 2 * i, 2);
-            to.dx[8 * b + i] = dx;
-            if (has_m)
-                to.sums[8 * b + i] = dx * (float)sum;
-            else
-                ((int32_t *)to.sums)[8 * b + i] = zero * sum;
+        memcpy(halves + BESIDE * 16, words + 16, 32);
+        for (int i = 0; i < 4; i++) {
+            const int64_t at = b / BESIDE * 4 * BESIDE + i * BESIDE + b % BESIDE;
+            to.dx[at] = dx;
+            to.sums[at] = has_minima(format) ? dx * (float)sum : (float)(zero_of(format) * sum);
         }
     }
 }
@@ -190,7 +187,7 @@ TARGET void VEC(fixed)(void *fixed, const float *x, int format, int64_t T, int64
  * As in linear.c four rows together, a quarter of the thread's share apart. A lane holds the sum over its
  * places of a block; it is scaled as a float, and the lanes are summed at the end. */
 
-/* The first and the second sixteen weights of each of LANES / 8 blocks: q' without its zero point. */
+/* The first and the second sixteen weights of each of BESIDE blocks: q' without its zero point. */
 WORD void halves_of(const int format, ints half[2], const uint8_t *p, int64_t next) {
     const int start = format == Q8_0 ? 2 : format == Q4_0 ? 2 : format == Q4_1 ? 4 : format == Q5_0 ? 6 : 8;
     if (format == Q8_0) {
@@ -206,52 +203,72 @@ WORD void halves_of(const int format, ints half[2], const uint8_t *p, int64_t ne
             half[i] = ints_or(half[i], words_left(runs_from_bits(p + start - 4 + 2 * i, next), 4));
 }
 
-WORD vec block_sum(const int format, vec sum, const uint8_t *p, int64_t next, const fixed_x *x,
-                   int64_t step) {
-    const int has_m = has_minima(format);
-    const int16_t *words = x->words + step * 4 * LANES;
-    ints half[2];
-    halves_of(format, half, p, next);
-    ints dot = has_m || format == Q8_0 ? ints_zero() : ints_load(x->sums + step * LANES);
-    dot = dot_pairs(dot_pairs(dot, half[0], ints_load(words)), half[1], ints_load(words + 2 * LANES));
-    if (has_m) sum = vec_fma(runs_from_f16(p + 2, next), vec_load(x->sums + step * LANES), sum);
-    return vec_fma(vec_from_ints(dot), vec_mul(runs_from_f16(p, next), vec_load(x->dx + step * LANES)), sum);
+/* The float16 at p of the step's blocks of four rows, as floats: row beside row. */
+WORD vec_scales four_rows_f16(const uint8_t *const w[4], int64_t at, int64_t next) {
+    uint64_t halves[2] = {0, 0};
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < BESIDE; j++) {
+            const int place = i * BESIDE + j;
+            halves[place / 4] |= (uint64_t)load_u16(w[i] + at + j * next) << 16 * (place % 4);
+        }
+    return scales_from_f16(halves);
 }
 
-/* The eight sub-scales of a Q4_K or Q5_K block as pairs of words; -> its minima. */
+/* A step of four rows: BESIDE blocks of each. `minima` sums what is the same for all 32 weights of a block.
+ */
+WORD void block_sums(const int format, vec sum[4], vec_scales *minima, const uint8_t *const w[4], int64_t at,
+                     int64_t next, const fixed_x *x, int64_t step) {
+    const int16_t *words = x->words + step * 4 * LANES;
+    const vec_scales sums = scales_load(x->sums + step * 4 * BESIDE);
+    const vec_scales d = scales_mul(four_rows_f16(w, at, next), scales_load(x->dx + step * 4 * BESIDE));
+    if (has_minima(format)) *minima = scales_fma(four_rows_f16(w, at + 2, next), sums, *minima);
+    if (zero_of(format)) *minima = scales_fma(d, sums, *minima);
+    float scale[4 * BESIDE];
+    scales_store(scale, d);
+    STAYS_STORED(scale);
+    for (int i = 0; i < 4; i++) {
+        ints half[2];
+        halves_of(format, half, w[i] + at, next);
+        const ints dot = dot_pairs(dot_pairs(ints_zero(), half[0], ints_load(words)), half[1],
+                                   ints_load(words + 2 * LANES));
+        sum[i] = vec_fma(vec_from_ints(dot), runs_from_floats(scale + i * BESIDE), sum[i]);
+    }
+}
+
+/* The eight sub-scales of a Q4_K or Q5_K block, each as a pair of words; -> its minima. */
 WORD vec k_scales(uint32_t pairs[8], const uint8_t *p) {
     const uint32_t low = load_u32(p + 4), middle = load_u32(p + 8), high = load_u32(p + 12);
     const uint32_t upper_sc = (high & 0x0f0f0f0f) | (low >> 2 & 0x30303030);
     const uint32_t upper_m = (high >> 4 & 0x0f0f0f0f) | (middle >> 2 & 0x30303030);
-    for (int i = 0; i < 4; i++) pairs[i] = (low & 0x3f3f3f3f) >> 8 * i & 255;
-    for (int i = 0; i < 4; i++) pairs[4 + i] = upper_sc >> 8 * i & 255;
-    for (int i = 0; i < 8; i++) pairs[i] |= pairs[i] << 16;
+    store_pairs(pairs, (low & 0x3f3f3f3f) | (uint64_t)upper_sc << 32);
+    STAYS_STORED(*(uint32_t (*)[8])pairs);
     return vec_from_8_bytes((middle & 0x3f3f3f3f) | (uint64_t)upper_m << 32);
 }
 
 /* A block of 256: its sub-scales are multiplied into the words, 13 bits at most, so that one sum goes
  * through. */
-WORD vec k_block_sum(const int format, vec sum, const uint8_t *p, const fixed_x *x, int64_t b) {
+WORD vec k_block_sum(const int format, vec sum, const uint8_t *p, const fixed_x *x, int64_t b, float d,
+                     float dmin) {
     const int16_t *words = x->words + b * QK_K;
     const uint8_t *fifth = p + 16, *pairs = p + 16 + (format == Q5_K ? 32 : 0);
     ints dot = ints_zero();
-    vec d;
     if (format == Q6_K) {
+        sixteens sc16;
+        load_sixteens(&sc16, p + 192);
         for (int i = 0; i < 8; i++)
             for (int h = 0; h < 32; h += 2 * LANES) {
                 const ints low = words_from_u8(p + i / 4 * 64 + i % 2 * 32 + h);
                 const ints upper = words_from_u8(p + 128 + i / 4 * 32 + h);
                 const ints q = ints_or(ints_and(words_right(low, i % 4 / 2 * 4), words_all(15)),
                                        words_left(ints_and(words_right(upper, i % 4 * 2), words_all(3)), 4));
-                const ints sc = words_from_sixteens(p + 192 + 2 * i + h / 16);
+                const ints sc = words_of_sixteens(&sc16, 2 * i + h / 16);
                 dot = dot_pairs(dot, words_mul(words_add(q, words_all(-32)), sc),
                                 ints_load(words + 32 * i + h));
             }
-        d = vec_all_f16(p + 208);
     } else {
         uint32_t sc[8];
         const vec m = k_scales(sc, p);
-        sum = vec_fma(vec_mul(m, vec_all_f16(p + 2)), vec_load_8(x->sums + 8 * b), sum);
+        sum = vec_fma(vec_mul(m, vec_all(dmin)), vec_load_8(x->sums + 8 * b), sum);
         for (int i = 0; i < 8; i += 2)
             for (int h = 0; h < 32; h += 2 * LANES) {
                 const ints bytes = words_from_u8(pairs + 16 * i + h);
@@ -265,32 +282,50 @@ WORD vec k_block_sum(const int format, vec sum, const uint8_t *p, const fixed_x 
                                     ints_load(words + 32 * (i + j) + h));
                 }
             }
-        d = vec_all_f16(p);
     }
-    return vec_fma(vec_from_ints(dot), vec_mul(d, vec_all(x->dx[b])), sum);
+    return vec_fma(vec_from_ints(dot), vec_all(d), sum);
+}
+
+WORD void k_block_sums(const int format, vec sum[4], const uint8_t *const w[4], int64_t at, const fixed_x *x,
+                       int64_t b) {
+    float d[4 * BESIDE], dmin[4 * BESIDE] = {0};
+    scales_store(d, scales_mul(four_rows_f16(w, at + (format == Q6_K ? 208 : 0), 0), scales_all(x->dx[b])));
+    if (has_minima(format)) scales_store(dmin, four_rows_f16(w, at + 2, 0));
+    STAYS_STORED(d);
+    STAYS_STORED(dmin);
+    for (int i = 0; i < 4; i++)
+        sum[i] = k_block_sum(format, sum[i], w[i] + at, x, b, d[i * BESIDE], dmin[i * BESIDE]);
 }
 
 WORD void one_token_fixed(const int format, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t weights = block_weights(format), bytes = block_bytes(format), blocks = a->IN / weights;
-    const int64_t quarter = (end - begin + 3) / 4, beside = is_k(format) ? 1 : LANES / 8;
+    const int64_t quarter = (end - begin + 3) / 4;
     const fixed_x x = parts_of(a->x, format, 1, a->IN);
     for (int64_t r = begin; r < begin + quarter; r++) {
         const uint8_t *w[4];
         vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+        vec_scales minima = scales_zero();
         for (int i = 0; i < 4; i++) {
             const int64_t row = r + i * quarter;
             w[i] = a->w + (row < end ? row : end - 1) * blocks * bytes;
         }
-        for (int64_t b = 0; b < blocks; b += beside) {
-            const int64_t next = b + 1 < blocks ? bytes : 0; /* beside the last block itself, with dx = 0 */
-            for (int i = 0; i < 4; i++)
-                sum[i] = is_k(format) ? k_block_sum(format, sum[i], w[i] + b * bytes, &x, b)
-                                      : block_sum(format, sum[i], w[i] + b * bytes, next, &x, b / beside);
-        }
-        float four[4];
+        if (is_k(format))
+            for (int64_t b = 0; b < blocks; b++) k_block_sums(format, sum, w, b * bytes, &x, b);
+        else
+            for (int64_t b = 0; b < blocks; b += BESIDE) {
+                const int64_t next =
+                    b + 1 < blocks ? bytes : 0; /* beside the last lies itself, with dx = 0 */
+                block_sums(format, sum, &minima, w, b * bytes, next, &x, b / BESIDE);
+            }
+        float four[4], more[4 * BESIDE];
         _mm_storeu_ps(four, vec_sums(sum[0], sum[1], sum[2], sum[3]));
+        scales_store(more, minima);
         for (int i = 0; i < 4; i++)
-            if (r + i * quarter < end) a->y[r + i * quarter] = four[i];
+            if (r + i * quarter < end) {
+                float y = four[i];
+                for (int j = 0; j < BESIDE; j++) y += more[i * BESIDE + j];
+                a->y[r + i * quarter] = y;
+            }
     }
 }
 
@@ -336,7 +371,6 @@ WORD void unpack_block(const int format, panel *to, int64_t b, int half, const u
             put(to, at + 2 * j + 1, half, words_signed_right(four, 8));
         }
     } else {
-        const int zero = format == Q4_0 ? -8 : format == Q5_0 ? -16 : 0;
         ints fifth = ints_zero();
         if (format == Q5_0 || format == Q5_1) fifth = rows_u32(p + start - 4, rows);
         for (int j = 0; j < 4; j++) {
@@ -351,7 +385,7 @@ WORD void unpack_block(const int format, panel *to, int64_t b, int half, const u
                         const ints other = ints_and(ints_right(fifth, bit + 2), ints_all(1));
                         q[i] = ints_or(q[i], ints_or(ints_left(one, 4), ints_left(other, 20)));
                     }
-                    put(to, at + 8 * upper + 2 * j + i, half, words_add(q[i], words_all(zero)));
+                    put(to, at + 8 * upper + 2 * j + i, half, words_add(q[i], words_all(zero_of(format))));
                 }
             }
         }

@@ -1,8 +1,7 @@
 /* probe: what this machine could do at best. numpy_llama/bench.py holds the model against it.
  *
  *     read   every byte once, from where it lies into a register      decode can be no faster
- *     fma    multiply-adds of registers, no memory at all             nor prefill, where it computes in
- * floats
+ *     fma    multiply-adds of registers, no memory at all             nor can prefill in floats
  *
  * There is no clock here: whoever calls looks at one. What is returned is proof that the work was done, and
  * keeps the compiler from leaving it out; tests/test_bench.py knows both results beforehand.

@@ -20,6 +20,9 @@ enum { Q4_K = 12, Q5_K = 13, Q6_K = 14, QK = 32, QK_K = 256 };
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* A number that is stored is loaded into all lanes for nothing; gcc would shuffle it out of its register. */
+#define STAYS_STORED(array) __asm__("" : "+m"(array))
+
 #if defined(__x86_64__) || defined(__i386__)
 #define X86 1
 #endif

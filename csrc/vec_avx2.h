@@ -9,7 +9,9 @@
 
 #define VEC(name) name##_avx2
 #define LANES 8
+#define BESIDE 1
 #define TILE_TOKENS 3 /* linear.c: 4 rows x 3 tokens fill the 16 registers */
+#define TILE_ROWS 6   /* attention.c: x 2 registers, 12 of the 16 */
 
 /* A target for each function instead of a compiler flag: what is not a kernel must run anywhere. */
 #define TARGET __attribute__((target("avx2,fma,f16c")))
@@ -81,11 +83,36 @@ WORD __m128 vec_sums(vec a, vec b, vec c, vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
 }
 
-/* Four floats: repeated to fill a register, the first of one, and its fours added or compared. */
-WORD vec vec_of_fours(__m128 a) { return _mm256_set_m128(a, a); }
-WORD __m128 first_four(vec a) { return _mm256_castps256_ps128(a); }
-WORD __m128 fours_sum(vec a) { return _mm_add_ps(first_four(a), _mm256_extractf128_ps(a, 1)); }
-WORD __m128 fours_max(vec a) { return _mm_max_ps(first_four(a), _mm256_extractf128_ps(a, 1)); }
+/* The lanes of one register added, or the largest of them: always in the same tree. */
+WORD float vec_sum(vec a) {
+    const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+    return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
+}
+WORD float vec_largest(vec a) {
+    const __m128 fours = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 twos = _mm_max_ps(fours, _mm_movehl_ps(fours, fours));
+    return _mm_cvtss_f32(_mm_max_ss(twos, _mm_movehdup_ps(twos)));
+}
+
+/* LANES registers as a square: rows become columns. Pairs, then fours, then the two halves. */
+WORD void vec_transpose(vec x[LANES]) {
+    vec y[LANES];
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0x44);
+            x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
+        y[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++) x[i] = y[i];
+}
 
 /* ---------------------------------------------------------------- whole numbers: the words of fixed.c
  *
@@ -136,8 +163,8 @@ WORD ints dot_pairs(ints sum, ints a, ints b) {
 }
 WORD void store_words(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_words(a)); }
 
-/* Two LANES bytes as words. And "runs": the same sixteen places of LANES / 8 blocks, `next` bytes apart (here
- * one block): bytes as words, bits as words, and one float16 of each block for its eight lanes. */
+/* Two LANES bytes as words. And "runs": the same sixteen places of BESIDE blocks, `next` bytes apart (here
+ * one block): bytes as words, bits as words, and one float of each block for its eight lanes. */
 WORD ints words_from_u8(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p)); }
 WORD ints runs_from_u8(const uint8_t *p, int64_t next) { return (void)next, words_from_u8(p); }
 WORD ints runs_from_i8(const uint8_t *p, int64_t next) {
@@ -149,9 +176,36 @@ WORD ints runs_from_bits(const uint8_t *p, int64_t next) {
     (void)next;
     return _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(words_all(load_u16(p)), own), own), 15);
 }
-WORD vec runs_from_f16(const uint8_t *p, int64_t next) { return (void)next, vec_all_f16(p); }
-/* One signed byte for every sixteen words. */
-WORD ints words_from_sixteens(const uint8_t *p) { return words_all((int8_t)*p); }
+WORD vec runs_from_floats(const float *p) { return _mm256_broadcast_ss(p); }
+/* Four float16 for each of these blocks, and the arithmetic of as many floats. */
+typedef __m128 vec_scales;
+WORD vec_scales scales_zero(void) { return _mm_setzero_ps(); }
+WORD vec_scales scales_all(float a) { return _mm_set1_ps(a); }
+WORD vec_scales scales_load(const float *p) { return _mm_loadu_ps(p); }
+WORD void scales_store(float *p, vec_scales a) { _mm_storeu_ps(p, a); }
+WORD vec_scales scales_mul(vec_scales a, vec_scales b) { return _mm_mul_ps(a, b); }
+WORD vec_scales scales_fma(vec_scales a, vec_scales b, vec_scales c) { return _mm_fmadd_ps(a, b, c); }
+WORD vec_scales scales_from_f16(const uint64_t halves[2]) {
+    return _mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)halves[0]));
+}
+/* Eight bytes as eight pairs of words, both the byte. */
+WORD void store_pairs(uint32_t to[8], uint64_t bytes) {
+    const __m256i a = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+    _mm256_storeu_si256((void *)to, _mm256_or_si256(a, _mm256_slli_epi32(a, 16)));
+}
+/* Sixteen signed bytes, of which the i-th is wanted in sixteen words. */
+typedef struct {
+    uint32_t pairs[16];
+} sixteens;
+WORD void load_sixteens(sixteens *to, const uint8_t *p) {
+    for (int i = 0; i < 2; i++) {
+        const __m256i a = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8 * i)));
+        _mm256_storeu_si256((void *)(to->pairs + 8 * i),
+                            _mm256_blend_epi16(a, _mm256_slli_epi32(a, 16), 0xaa));
+    }
+    STAYS_STORED(to->pairs);
+}
+WORD ints words_of_sixteens(const sixteens *a, int i) { return ints_all((int32_t)a->pairs[i]); }
 
 /* Each lane reads 32 bits of its own row: of the lane's number times the row's length, from p on. */
 WORD ints lane_numbers(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }

@@ -6,7 +6,9 @@
 
 #define VEC(name) name##_avx512
 #define LANES 16
+#define BESIDE 2      /* fixed.c: blocks whose halves fill a register of words */
 #define TILE_TOKENS 6 /* linear.c: 4 rows x 6 tokens, 24 of the 32 registers */
+#define TILE_ROWS 12  /* attention.c: x 2 registers, 24 of the 32 */
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define WORD static inline __attribute__((always_inline)) TARGET
@@ -68,15 +70,36 @@ WORD __m128 vec_sums(vec a, vec b, vec c, vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
 }
 
-WORD vec vec_of_fours(__m128 a) { return _mm512_broadcast_f32x4(a); }
-WORD __m128 first_four(vec a) { return _mm512_castps512_ps128(a); }
-WORD __m128 fours_sum(vec a) {
+WORD float vec_sum(vec a) {
     const __m256 b = halves_sum(a);
-    return _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+    return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
 }
-WORD __m128 fours_max(vec a) {
-    const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-    return _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+WORD float vec_largest(vec a) { return _mm512_reduce_max_ps(a); }
+
+/* As in vec_avx2.h; then the four quarters. */
+WORD void vec_transpose(vec x[LANES]) {
+    vec y[LANES];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm512_shuffle_ps(y[i + j], y[i + j + 2], 0x44);
+            x[i + 2 * j + 1] = _mm512_shuffle_ps(y[i + j], y[i + j + 2], 0xee);
+        }
+    for (int j = 0; j < 4; j++) { /* x[4 i + j]: columns j, j + 4, j + 8, j + 12 of rows 4 i .. 4 i + 3 */
+        y[j] = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88);
+        y[4 + j] = _mm512_shuffle_f32x4(x[j], x[4 + j], 0xdd);
+        y[8 + j] = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x88);
+        y[12 + j] = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xdd);
+    }
+    for (int j = 0; j < 8; j++) {
+        x[j] = _mm512_shuffle_f32x4(y[j], y[8 + j], 0x88);
+        x[8 + j] = _mm512_shuffle_f32x4(y[j], y[8 + j], 0xdd);
+    }
 }
 
 typedef __m512i ints;
@@ -124,14 +147,31 @@ WORD ints runs_from_i8(const uint8_t *p, int64_t next) { return _mm512_cvtepi8_e
 WORD ints runs_from_bits(const uint8_t *p, int64_t next) {
     return _mm512_maskz_set1_epi16(load_u16(p) | (uint32_t)load_u16(p + next) << 16, 1);
 }
-WORD vec runs_from_f16(const uint8_t *p, int64_t next) {
-    const __m128i a = _mm_set1_epi16((int16_t)load_u16(p)), b = _mm_set1_epi16((int16_t)load_u16(p + next));
-    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
+
+typedef __m256 vec_scales;
+WORD vec_scales scales_zero(void) { return _mm256_setzero_ps(); }
+WORD vec_scales scales_all(float a) { return _mm256_set1_ps(a); }
+WORD vec_scales scales_load(const float *p) { return _mm256_loadu_ps(p); }
+WORD void scales_store(float *p, vec_scales a) { _mm256_storeu_ps(p, a); }
+WORD vec_scales scales_mul(vec_scales a, vec_scales b) { return _mm256_mul_ps(a, b); }
+WORD vec_scales scales_fma(vec_scales a, vec_scales b, vec_scales c) { return _mm256_fmadd_ps(a, b, c); }
+WORD vec_scales scales_from_f16(const uint64_t halves[2]) {
+    return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)halves[1], (int64_t)halves[0]));
 }
-WORD ints words_from_sixteens(const uint8_t *p) {
-    const __m256i a = _mm256_set1_epi16((int16_t)load_u16(p));
-    return _mm512_cvtepi8_epi16(
-        _mm256_shuffle_epi8(a, _mm256_setr_epi64x(0, 0, 0x0101010101010101, 0x0101010101010101)));
+WORD vec runs_from_floats(const float *p) {
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(p[0]), 0xff00, _mm_load_ss(p + 1));
+}
+WORD void store_pairs(uint32_t to[8], uint64_t bytes) {
+    const __m256i a = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+    _mm256_storeu_si256((void *)to, _mm256_or_si256(a, _mm256_slli_epi32(a, 16)));
+}
+typedef ints sixteens;
+WORD void load_sixteens(sixteens *to, const uint8_t *p) {
+    *to = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)));
+}
+WORD ints words_of_sixteens(const sixteens *a, int i) {
+    const ints which = _mm512_mask_mov_epi32(words_all(i), 0xff00, words_all(i + 1));
+    return _mm512_permutexvar_epi16(which, *a);
 }
 
 WORD ints lane_numbers(void) {

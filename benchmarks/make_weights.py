@@ -2,10 +2,12 @@
 
     python benchmarks/make_weights.py llama-3-8b FOLDER                 Hugging Face, bfloat16, shards of 5 GB
     python benchmarks/make_weights.py llama-2-7b FOLDER --format meta   consolidated.00.pth and params.json
+    python benchmarks/make_weights.py llama-3-8b OUT.gguf --format gguf --dtype Q4_K_M
     numpy-llama convert FOLDER OUT.gguf --dtype q4                      and from there any other
 
-The tokenizer that comes with them knows the 256 bytes and Llama 3's control tokens. Nothing is held in memory
-but one pool of random numbers, of which each weight takes a stretch of its own.
+--layers makes it shorter, which leaves all shapes as they are. The tokenizer that comes with them knows the
+256 bytes, and in a folder Llama 3's control tokens. Nothing is held in memory but one pool of random numbers
+for each width and format, of which each weight takes a stretch of its own.
 """
 
 import argparse
@@ -18,39 +20,63 @@ import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from numpy_llama.checkpoint.convert import model_metadata, rope_divisors
+from numpy_llama.checkpoint.gguf_write import layout, write_tensor
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
-from numpy_llama.cli.common import transfer_bar
+from numpy_llama.cli.common import transfer_bar, whole_number
 from numpy_llama.config import ModelArgs
 from numpy_llama.presets import PRESETS
-from numpy_llama.quantize import quantize_bf16
+from numpy_llama.quantize import FORMATS, Format
 
 SHARD_BYTES = 5_000_000_000  # as the Hugging Face hub cuts them
 POOL = 1 << 24  # random numbers
 PIECE = 1 << 22  # numbers written at once
 
+# Random bytes are random blocks of any format, if only their scales are sane: where those lie in a block,
+# and what they must be for a mean of 0 and a standard deviation of 1. Numbers of 4, 5, 6 and 8 bits, each as
+# likely as any other, deviate by 4.61, 9.23, 18.5 and 73.9; sc q - 7.5 m, of 6, 4 and 6 bits, by 258; and
+# sc q - 15.5 m, where q has 5 bits, by 527.
+SCALES = {
+    "Q8_0": {0: 1 / 73.9},
+    "Q4_0": {0: 1 / 4.61},
+    "Q4_1": {0: 1 / 4.61, 2: -7.5 / 4.61},
+    "Q5_0": {0: 1 / 9.23},
+    "Q5_1": {0: 1 / 9.23, 2: -15.5 / 9.23},
+    "Q4_K": {0: 1 / 258, 2: 7.5 / 258},
+    "Q5_K": {0: 1 / 527, 2: 15.5 / 527},
+    "Q6_K": {208: 1 / 18.5 / 73.9},
+}
+
 
 @cache
-def pool(width: int) -> np.ndarray:
-    """Normal numbers in bfloat16, so scaled that a row of `width` of them keeps the size of its input."""
-    numbers = np.random.default_rng(0).standard_normal(POOL, dtype=np.float32)
-    return quantize_bf16(numbers * np.float32(width**-0.5)).view(np.uint16)
+def pool(format: Format, width: int) -> np.ndarray:
+    """Random blocks, so scaled that a row of `width` numbers keeps the size of its input: (n, bytes)."""
+    rng, deviation = np.random.default_rng(0), width**-0.5
+    if format.block == 1:
+        numbers = rng.standard_normal((1, POOL), dtype=np.float32) * np.float32(deviation)
+        return format.quantize(numbers).reshape(-1, format.block_bytes)
+    blocks = rng.integers(0, 256, (POOL // format.block, format.block_bytes), dtype=np.uint8)
+    for at, scale in SCALES[format.name].items():
+        blocks[:, at : at + 2] = np.array([scale * deviation], "<f2").view(np.uint8)
+    return blocks
 
 
-def pieces(shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[bytes]:
+def pieces(format: Format, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[np.ndarray]:
     """The bytes of a weight; those of a norm are ones."""
-    n = int(np.prod(shape))
     if len(shape) == 1:
-        yield quantize_bf16(np.ones(n, np.float32)).tobytes()
+        yield format.quantize(np.ones((1, *shape), np.float32))[0]
         return
-    scaled = pool(shape[-1])
-    for begin in range(0, n, PIECE):
-        start = int(rng.integers(POOL - PIECE))
-        yield scaled[start : start + min(PIECE, n - begin)].tobytes()
+    blocks = pool(format, shape[-1])
+    n, at_once = int(np.prod(shape)) // format.block, PIECE // format.block
+    for begin in range(0, n, at_once):
+        start = int(rng.integers(len(blocks) - at_once))
+        yield blocks[start : start + min(at_once, n - begin)].reshape(-1)
 
 
 def write_huggingface(folder: Path, args: ModelArgs, tied: bool, weights, progress) -> None:
@@ -183,6 +209,55 @@ def write_meta(folder: Path, args: ModelArgs, weights, progress) -> None:
     (folder / "params.json").write_text(json.dumps(params))
 
 
+def write_gguf(path: Path, args: ModelArgs, tied: bool, dtype: str, progress) -> None:
+    plan, extra = [], rope_divisors(args)
+    for ours, theirs in tensor_names(args, "gguf").items():
+        shape = expected_shape(ours, args)
+        if not (tied and ours == "output.weight"):
+            plan.append((theirs, gguf_format(ours, args, tied, dtype), shape))
+    plan += [(name, tensor.format, tensor.shape) for name, tensor in extra.items()]
+    head, infos = layout(plan, model_metadata(args) | vocabulary(args.vocab_size))
+    rng = np.random.default_rng(0)
+    with path.open("xb") as file:
+        file.write(head)
+        for info, (name, format, shape) in zip(infos, plan, strict=True):
+            parts = [extra[name].data] if name in extra else pieces(format, shape, rng)
+            for piece in write_tensor(file, info, parts):
+                progress(piece.nbytes)
+
+
+def gguf_format(ours: str, args: ModelArgs, tied: bool, dtype: str) -> Format:
+    """A weight's format. Q4_K_M is llama.cpp's mixture: the output matrix in Q6_K, and so w_v and w_down in
+    the first eighth of the layers, in the last, and in every third between; all others in Q4_K."""
+    shape = expected_shape(ours, args)
+    if len(shape) == 1:
+        return FORMATS["F32"]
+    if dtype == "Q4_K_M":
+        dtype = "Q6_K" if ours == ("tok_embeddings.weight" if tied else "output.weight") else "Q4_K"
+        if ours.endswith(("wv.weight", "w_down.weight")):
+            i, eighth = int(ours.split(".")[1]), args.n_layers // 8
+            if i < eighth or i >= 7 * args.n_layers // 8 or (i - eighth) % 3 == 2:
+                dtype = "Q6_K"
+    if shape[-1] % FORMATS[dtype].block:
+        sys.exit(f"{ours} has rows of {shape[-1]}; {dtype} needs a multiple of {FORMATS[dtype].block}")
+    return FORMATS[dtype]
+
+
+def vocabulary(n: int) -> dict:
+    """As sentencepiece has it: three control tokens, the bytes, and words that nobody says."""
+    if n < 3 + 256:
+        sys.exit(f"a GGUF vocabulary begins with 3 control tokens and 256 bytes; this model has {n} tokens")
+    bytes_, words = [f"<0x{i:02X}>" for i in range(256)], [f"word{i}" for i in range(n - 3 - 256)]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *bytes_, *words],
+        "tokenizer.ggml.scores": np.zeros(n, np.float32),
+        "tokenizer.ggml.token_type": np.int32([2, 3, 3] + [6] * 256 + [1] * len(words)),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
 def write_tokenizer(folder: Path) -> None:
     lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
     (folder / "tokenizer.model").write_text("".join(lines))
@@ -191,16 +266,28 @@ def write_tokenizer(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--format", choices=["hf", "meta"], default="hf")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder; for GGUF a new file")
+    parser.add_argument("--format", choices=["hf", "meta", "gguf"], default="hf")
+    parser.add_argument("--dtype", choices=[*FORMATS, "Q4_K_M"], help="of the matrices, in GGUF [BF16]")
+    parser.add_argument("--layers", type=whole_number(1), metavar="N", help="how many [as the model has]")
     options = parser.parse_args()
-    preset = PRESETS[options.preset]
-    options.folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    args, tied = preset.args, preset.tied
+    if options.dtype and options.format != "gguf":
+        parser.error("--dtype is for --format gguf; the other formats hold BF16")
+    args, tied = PRESETS[options.preset].args, PRESETS[options.preset].tied
+    if options.layers is not None:
+        args = replace(args, n_layers=options.layers)
     names = [n for n in tensor_names(args, "ours") if not (tied and n == "output.weight")]
-    total = sum(2 * int(np.prod(expected_shape(n, args))) for n in names)
-    free = shutil.disk_usage(options.folder).free
+    dtype, bf16 = options.dtype or "BF16", FORMATS["BF16"]
+
+    def nbytes(ours: str) -> int:
+        shape = expected_shape(ours, args)
+        format = gguf_format(ours, args, tied, dtype) if options.format == "gguf" else bf16
+        return int(np.prod(shape[:-1])) * format.row_bytes(shape[-1])
+
+    total = sum(map(nbytes, names))
+    folder = options.out.parent if options.format == "gguf" else options.out
+    folder.mkdir(parents=True, exist_ok=options.format == "gguf")
+    free = shutil.disk_usage(folder).free
     if free < total + (1 << 30):
         sys.exit(f"{total:,} bytes are to be written, the disk has {free:,} left")
     with transfer_bar() as bar:
@@ -211,14 +298,19 @@ def main() -> None:
             done += nbytes
             bar("writing", done, total)
 
-        def weights(ours: str) -> Iterator[bytes]:
-            return pieces(expected_shape(ours, args), rng)
+        rng = np.random.default_rng(0)
 
+        def weights(ours: str) -> Iterator[np.ndarray]:
+            return pieces(bf16, expected_shape(ours, args), rng)
+
+        if options.format == "gguf":
+            write_gguf(options.out, args, tied, dtype, progress)
+            return
         if options.format == "hf":
-            write_huggingface(options.folder, args, tied, weights, progress)
+            write_huggingface(folder, args, tied, weights, progress)
         else:
-            write_meta(options.folder, args, weights, progress)
-    write_tokenizer(options.folder)
+            write_meta(folder, args, weights, progress)
+    write_tokenizer(folder)
 
 
 if __name__ == "__main__":

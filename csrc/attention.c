@@ -1,29 +1,22 @@
-/* attention: softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without ever
- * storing the (T, S) scores.
+/* attention: softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without ever storing the (T, S) scores.
  *
- * The T queries are the last T of the S positions: query t sees positions 0 ..
- * t + S - T. H / K query heads share one key/value head (GQA): head h reads
- * key/value head h / (H / K).
+ * The T queries are the last T of the S positions: query t sees positions 0 .. t + S - T.
+ * H / K query heads share one key/value head (GQA): head h reads key/value head h / (H / K).
  *
- * Streaming softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1):
- * walk the positions once and keep, for each query, the largest score so far m,
- * the sum l of exp(score - m) and the sum of exp(score - m) v. When a larger
- * score comes, what was summed is scaled by exp(old m - new m).
+ * Streaming softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1): walk the positions once and
+ * keep, for each query, the largest score so far m, the sum l of exp(score - m) and the sum of
+ * exp(score - m) v. When a larger score comes, what was summed is scaled by exp(old m - new m).
  *
  *     positions    0              SPAN            2 SPAN         S
  *     a query      |---------------|---------------|-------------|
- *                   m, l, sum       m, l, sum       m, l, sum       each span
- * is walked as if it were alone,
- *                       `-- merge -------`- merge ------'           and then
- * joins what lies before it
+ *                   m, l, sum       m, l, sum       m, l, sum       each span is walked as if it were alone,
+ *                       `-- merge -------`- merge ------'           and then joins what lies before it
  *
- * So it does not matter who walks the spans, one thread or several: the sums
- * are the same, bit for bit.
+ * So it does not matter who walks the spans, one thread or several: the sums are the same, bit for bit.
  *
- * Like linear.c, this file is compiled three times: as it is, for the loop over
- * threads and the scalar form, and from avx2.c and avx512.c for the vector
- * form. tests/test_attention_kernel.py holds every form to NumPy, and any split
- * of T and of the threads to the same bits. */
+ * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar
+ * form, and from avx2.c and avx512.c for the vector form. tests/test_attention_kernel.py holds every form
+ * to NumPy, and any split of T and of the threads to the same bits. */
 #include <float.h>
 #include <stdlib.h>
 
@@ -31,9 +24,8 @@
 #include "kernels.h"
 #include "vec.h"
 
-/* An item of work: one batch, one key/value head, and up to ITEM_ROWS of the
- * queries that read it. Its rows are the pairs (t, which of the n_rep heads),
- * so that queries which read the same keys lie side by side. */
+/* An item of work: one batch, one key/value head, and up to ITEM_ROWS of the queries that read it. Its rows
+ * are the pairs (t, which of the n_rep heads), so that queries which read the same keys lie side by side. */
 enum { ITEM_ROWS = 240, SPAN = 1024, BLOCK = 64, MAX_DH = 256 };
 
 typedef struct {
@@ -51,8 +43,7 @@ INLINE item_rows rows_of(const attention_args *a, int64_t item) {
                        left < ITEM_ROWS ? left : ITEM_ROWS, n_rep};
 }
 
-/* Where row i's query, and its output, begins; and how many positions it sees.
- */
+/* Where row i's query, and its output, begins; and how many positions it sees. */
 INLINE int64_t query_at(const attention_args *a, const item_rows *it, int64_t i) {
     const int64_t t = a->begin + (it->first + i) / it->n_rep,
                   h = it->kv * it->n_rep + (it->first + i) % it->n_rep;
@@ -72,9 +63,8 @@ INLINE const uint8_t *position(const attention_args *a, const uint8_t *base, con
     return base + (it->b * strides[0] + j * strides[1] + it->kv * strides[2]) * number_bytes(a->format);
 }
 
-/* What is known of an item's rows after some positions: m, l and sum (rows,
- * Dp). Dp is Dh in whole registers; and there is room for MORE_ROWS than asked
- * for, since tiles take four rows where there may be one. */
+/* What is known of an item's rows after some positions: m, l and sum (rows, Dp). Dp is Dh in whole registers;
+ * and there is room for MORE_ROWS than asked for, since tiles take four rows where there may be one. */
 typedef struct {
     float *sum, *m, *l;
 } knowledge;
@@ -90,8 +80,7 @@ INLINE knowledge knowledge_in(float *room, int64_t rows, int64_t Dh) {
     return (knowledge){room, m, m + padded(rows + MORE_ROWS)};
 }
 
-/* What walking a span needs beside: q, scores, two numbers a row, and a panel
- * of keys or values. */
+/* What walking a span needs beside: q, scores, two numbers a row, and a panel of keys or values. */
 INLINE int64_t scratch_size(int64_t rows) {
     return (rows + MORE_ROWS) * (MAX_DH + BLOCK) + 2 * padded(rows + MORE_ROWS) + 32 * MAX_DH;
 }
@@ -131,8 +120,7 @@ int nl_attention(float *out, const float *q, const void *k, const void *v, int f
     const kernels *kernel = chosen_kernels();
     const int64_t items = B * K * items_a_head(&a), spans = (S + SPAN - 1) / SPAN;
     const int64_t rows = rows_of(&a, 0).rows, size = knowledge_size(rows, Dh);
-    /* One item a head, as in decoding, would be few for many threads: then each
-     * span is an item. */
+    /* One item a head, as in decoding, would be few for many threads: then each span is an item. */
     const int64_t parts = items == B * K ? spans : 1;
     float *known = new_floats(parts > 1 ? items * parts * size : 1);
     int out_of_memory = known ? 0 : -1;
@@ -144,8 +132,7 @@ int nl_attention(float *out, const float *q, const void *k, const void *v, int f
 #pragma omp atomic write
             out_of_memory = -1;
         }
-        /* Later queries see more positions, so equal shares would not be equal
-         * work. */
+        /* Later queries see more positions, so equal shares would not be equal work. */
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < items * parts; i++) {
             if (!room || !known) continue;
@@ -174,8 +161,7 @@ int nl_attention(float *out, const float *q, const void *k, const void *v, int f
 
 void nl_exp(float *y, const float *x, int64_t n) { chosen_kernels()->exp(y, x, n); }
 
-/* ---------------------------------------------------------------- scalar: the
- * definition in C */
+/* ---------------------------------------------------------------- scalar: the definition in C */
 
 void attention_scalar(const attention_args *a, int64_t item, int64_t begin, float *known, float *scratch) {
     const item_rows it = rows_of(a, item);
@@ -209,36 +195,29 @@ void exp_scalar(float *y, const float *x, int64_t n) {
 #else
 /* ---------------------------------------------------------------- vectors
  *
- * The same walk, BLOCK positions at a time. Both products are one and the same
- * loop, `product`: rows of numbers, each put into all lanes, times a panel two
- * registers wide.
+ * The same walk, BLOCK positions at a time. Both products are one and the same loop, `product`: rows of
+ * numbers, each put into all lanes, times a panel two registers wide.
  *
- *     scores   s[row][position]  =  sum over d of         q[row][d]         *
- * k[d][position]     (turned) values   sum[row][d]      +=  sum over positions
- * of p[row][position]  *  v[position][d]
+ *     scores   s[row][position]  =  sum over d of         q[row][d]         *  k[d][position]     (turned)
+ *     values   sum[row][d]      +=  sum over positions of p[row][position]  *  v[position][d]
  *
- * With TILE_ROWS rows all sums stay in registers, and a step needs 2 loads and
- * a broadcast a row for two FMA a row: the FMA units are the limit. Nothing is
- * summed across lanes but the 64 of the softmax.
+ * With TILE_ROWS rows all sums stay in registers, and a step needs 2 loads and a broadcast a row for two FMA
+ * a row: the FMA units are the limit. Nothing is summed across lanes but the 64 of the softmax.
  *
- * Keys and values are turned and widened once for all rows of an item. Where
- * there are only a FEW rows, as in decoding, the limit is the memory: each key
- * is used the moment it is turned, each value where it lies, and while the keys
- * are worked on, the values are asked for, line by line, and the other way
- * round.
+ * Keys and values are turned and widened once for all rows of an item. Where there are only a FEW rows, as in
+ * decoding, the limit is the memory: each key is used the moment it is turned, each value where it lies, and
+ * while the keys are worked on, the values are asked for, line by line, and the other way round.
  *
- * Every score adds in the order of d, every sum in the order of the positions,
- * whichever rows stand beside it: splitting T never changes a bit. Positions
- * that a query may not see get the score -inf, and their values are not even
- * read for it, for 0 * NaN would be NaN. */
+ * Every score adds in the order of d, every sum in the order of the positions, whichever rows stand beside
+ * it: splitting T never changes a bit. Positions that a query may not see get the score -inf, and their
+ * values are not even read for it, for 0 * NaN would be NaN. */
 
 enum { WIDE = 2 * LANES, FEW = 8 };
 
-/* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0,
- * NaN for NaN. x = n ln2 + r with n whole, |r| <= ln2 / 2; exp(x) = 2^n exp(r);
- * exp(r) = 1 + r + r^2 p(r), where p was fitted by least squares at Chebyshev
- * nodes, reweighted until its error was level. All 288 million floats from -87
- * to -2^-28 were tried: the largest error is 1.01 units in the last place. */
+/* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN.
+ * x = n ln2 + r with n whole, |r| <= ln2 / 2; exp(x) = 2^n exp(r); exp(r) = 1 + r + r^2 p(r), where p was
+ * fitted by least squares at Chebyshev nodes, reweighted until its error was level. All 288 million
+ * floats from -87 to -2^-28 were tried: the largest error is 1.01 units in the last place. */
 WORD vec vec_exp(vec x) {
     const vec lowest = vec_all(-87.0f), clamped = vec_max(lowest, x);
     const vec n = vec_round(vec_mul(clamped, vec_all(1.44269504f)));
@@ -257,15 +236,13 @@ WORD vec load_vec(const int format, const uint8_t *p) {
     return format == F16 ? vec_from_f16(p) : vec_load(p);
 }
 
-/* The memory that `ask_for` names is on its way while something else is
- * computed; nothing waits for it. */
+/* The memory that `ask_for` names is on its way while something else is computed; nothing waits for it. */
 WORD void ask_for(const uint8_t *p, int64_t nbytes) {
     for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-/* c[r] = old[r] * c[r] + sum over i < n of x[r][i] * panel[i], WIDE numbers
- * each. Without `old`, c begins at 0. `ahead`: as many bytes as the panel has
- * are asked for from there. */
+/* c[r] = old[r] * c[r] + sum over i < n of x[r][i] * panel[i], WIDE numbers each. Without `old`, c begins at
+ * 0. `ahead`: as many bytes as the panel has are asked for from there. */
 WORD void product(const int rows, float *c, int64_t c_stride, const float *old, const float *x,
                   const int64_t x_stride, const int format, const uint8_t *panel, int64_t stride, int64_t n,
                   const uint8_t *ahead) {
@@ -287,8 +264,7 @@ WORD void product(const int rows, float *c, int64_t c_stride, const float *old, 
         for (int w = 0; w < 2; w++) vec_store(c + r * c_stride + w * LANES, sum[r][w]);
 }
 
-/* A block of n positions from j on, for all rows of an item. Strides: q MAX_DH,
- * s BLOCK, sums padded(Dh). */
+/* A block of n positions from j on, for all rows of an item. Strides: q MAX_DH, s BLOCK, sums padded(Dh). */
 typedef struct {
     const attention_args *a;
     item_rows it;
@@ -297,15 +273,13 @@ typedef struct {
     knowledge known;
 } block;
 
-/* How many of the block's positions row i sees. Rows behind the last see what
- * it sees. */
+/* How many of the block's positions row i sees. Rows behind the last see what it sees. */
 WORD int64_t seen(const block *b, int64_t i) {
     const int64_t left = sees(b->a, &b->it, i < b->it.rows ? i : b->it.rows - 1) - b->j;
     return left < 0 ? 0 : left < b->n ? left : b->n;
 }
 
-/* Where the keys of LANES positions lie; behind the block's last there are
- * zeros. */
+/* Where the keys of LANES positions lie; behind the block's last there are zeros. */
 WORD void keys_at(const uint8_t *k[LANES], const block *b, int64_t from) {
     static const uint8_t zeros[4 * MAX_DH];
     for (int i = 0; i < LANES; i++)
@@ -325,8 +299,7 @@ WORD void turned(vec x[LANES], const int format, const uint8_t *const k[LANES], 
     for (int i = 0; i < LANES; i++) x[i] = vec_load(rest[i]);
 }
 
-/* The block's scores of four rows from r on, each key used the moment it is
- * turned. */
+/* The block's scores of four rows from r on, each key used the moment it is turned. */
 WORD void few_scores(const int format, const block *b, int64_t r) {
     const int64_t Dh = b->a->Dh;
     const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j), *k[LANES];
@@ -357,8 +330,7 @@ WORD void turn_keys(const int format, const block *b, int64_t from) {
     }
 }
 
-/* The panel of numbers d .. d + WIDE of the block's values: [position][d].
- * Behind Dh zeros. */
+/* The panel of numbers d .. d + WIDE of the block's values: [position][d]. Behind Dh zeros. */
 WORD void widen_values(const int format, const block *b, int64_t d) {
     for (int64_t i = 0; i < b->n; i++) {
         const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j + i);
@@ -371,8 +343,7 @@ WORD void widen_values(const int format, const block *b, int64_t d) {
     }
 }
 
-/* From scores to exp(score - m); m and l go on, and `old` is what the sums so
- * far are to be scaled by. */
+/* From scores to exp(score - m); m and l go on, and `old` is what the sums so far are to be scaled by. */
 WORD void softmax(const block *b) {
     for (int64_t r = 0; r < b->it.rows; r++) {
         float *s = b->s + r * BLOCK;

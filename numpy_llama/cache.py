@@ -6,11 +6,14 @@ The caller owns it and the model keeps no state: two conversations are two cache
 import numpy as np
 
 from .config import ModelArgs
-from .errors import ContextOverflowError, ParameterError
+from .errors import ContextOverflowError, NumericsError, ParameterError
 
 
 class KVCache:
-    """Room for `max_seq_len` positions of `batch` sequences: 2 * n_layers * K * Dh numbers each."""
+    """Room for `max_seq_len` positions of `batch` sequences: 2 * n_layers * K * Dh numbers each.
+
+    In float16 it takes half the memory, and half the time to read; what float16 cannot hold is refused.
+    """
 
     def __init__(self, args: ModelArgs, batch: int, max_seq_len: int, dtype=np.float32):
         if not 0 < max_seq_len <= args.max_seq_len:
@@ -35,7 +38,16 @@ class KVCache:
             )
         if start_pos > self.filled[layer]:
             raise ParameterError(f"position {start_pos} comes after {self.filled[layer]} stored ones: a gap")
-        self.filled[layer] = end
         k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
-        k[:, start_pos:end], v[:, start_pos:end] = xk, xv
+        try:
+            with np.errstate(over="raise"):  # not an infinity: its score may be -inf, and so count nothing
+                k[:, start_pos:end], v[:, start_pos:end] = xk, xv
+        except FloatingPointError:
+            self.filled[layer] = start_pos
+            raise NumericsError(
+                f"layer {layer}, positions {start_pos}..{end - 1}: a key or value, "
+                f"{max(np.abs(x).max() for x in (xk, xv)):.6g}, is beyond {np.finfo(k.dtype).max:.6g}, "
+                f"the largest {k.dtype}: exact=True keeps a cache of float32"
+            ) from None
+        self.filled[layer] = end
         return k[:, :end], v[:, :end]

@@ -83,20 +83,22 @@ def scale_freqs(freqs, scaling: RopeScaling):
 
 
 def freqs_cis_at(freqs_cis, start_pos, T):
-    """The angles of the T positions from start_pos on: (end, Dh / 2) -> (T, Dh / 2)."""
-    if not 0 <= start_pos <= len(freqs_cis) - T:
-        raise ContextOverflowError(
-            f"positions {start_pos}..{start_pos + T - 1} do not fit a context of {len(freqs_cis)}"
-        )
-    return freqs_cis[start_pos : start_pos + T]
+    """The angles of the T positions from start_pos on: (end, Dh / 2) -> (T, Dh / 2).
+
+    Or of T positions for each of B sequences, from B starts: -> (B, T, Dh / 2).
+    """
+    first, last = np.min(start_pos), np.max(start_pos) + T - 1
+    if first < 0 or last >= len(freqs_cis):
+        raise ContextOverflowError(f"positions {first}..{last} do not fit a context of {len(freqs_cis)}")
+    return freqs_cis[np.asarray(start_pos)[..., None] + np.arange(T)]
 
 
 def apply_rotary_emb(x, freqs_cis):
     """Turn each pair (x_2j, x_2j+1), read as one complex number, by its angle.
 
-    (B, T, H, Dh), (T, Dh / 2) -> (B, T, H, Dh), for example (1, 8, 32, 128), (8, 64).
+    (B, T, H, Dh), (T, Dh / 2) or (B, T, Dh / 2) -> (B, T, H, Dh), for example (1, 8, 32, 128), (8, 64).
     """
-    return (x.view(freqs_cis.dtype) * freqs_cis[:, None, :]).view(x.dtype)
+    return (x.view(freqs_cis.dtype) * freqs_cis[..., None, :]).view(x.dtype)
 
 
 def causal_mask(T, S, dtype=np.float32):

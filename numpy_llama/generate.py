@@ -8,7 +8,7 @@ from .errors import ContextOverflowError, NumericsError, ParameterError
 from .model import Transformer
 from .sampling import Sampler
 
-PREFILL_CHUNK = 192  # tokens a forward pass: large enough for full speed, small enough to report progress
+PREFILL_CHUNK = 512  # tokens a forward pass: large enough for full speed, small enough to report progress
 
 
 class Context:
@@ -41,52 +41,94 @@ def forward(model: Transformer, ids: Sequence[int], context: Context) -> np.ndar
         return model.logits(h[0, -1])
 
 
+class Continuation:
+    """A prompt and what follows it: logits in, the next id out. `reason` tells what ends it, or ended it.
+
+    It ends at an id in `stop_ids` (which is not returned): "stop"; or when `max_tokens` are made or the
+    context is full: "length". Ids from `vocab_size` on are never chosen: rows that only pad the embedding, of
+    which no token is told.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        context: Context,
+        sampler: Sampler,
+        max_tokens: int | None = None,
+        stop_ids: Collection[int] = (),
+        vocab_size: int | None = None,
+    ):
+        if not prompt:
+            raise ParameterError("the prompt is empty: there is nothing to continue")
+        room = context.cache.max_seq_len
+        if len(prompt) >= room:
+            raise ContextOverflowError(
+                f"the prompt has {len(prompt)} tokens, the context {room}: no room for an answer"
+            )
+        self.ids, self.left = list(prompt), room - len(prompt)
+        if max_tokens is not None:
+            self.left = min(self.left, max_tokens)  # ids that may yet be made
+        self.sampler, self.rng = sampler, sampler.new_rng()
+        self.stop_ids, self.vocab_size, self.reason = stop_ids, vocab_size, "length"
+        context.user, self._context = self, context
+
+    @property
+    def context(self) -> Context:
+        if self._context.user is not self:
+            raise ParameterError("the context is in use by a later generation: each at a time needs its own")
+        return self._context
+
+    def choose(self, logits: np.ndarray) -> int | None:
+        """The id that comes next; None where it ends."""
+        if not self.left:
+            return None
+        try:
+            token = self.sampler(logits[: self.vocab_size], self.ids, self.rng)
+        except NumericsError as error:
+            made = f"after {len(self.ids)} tokens, the last of them {self.ids[-1]}"
+            raise NumericsError(f"{made}: {error}") from None
+        if token in self.stop_ids:
+            self.stop()
+            return None
+        self.ids.append(token)
+        self.left -= 1
+        return token
+
+    def stop(self) -> None:
+        self.left, self.reason = 0, "stop"
+
+
+def prefill(
+    model: Transformer,
+    continuation: Continuation,
+    on_prefill: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """Read the prompt, as far as its context does not hold it yet; -> logits (V,) of what comes next."""
+    prompt = continuation.ids
+    for begin in range(continuation.context.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
+        on_prefill(begin, len(prompt))
+        logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], continuation.context)
+    on_prefill(len(prompt), len(prompt))
+    return logits
+
+
 def generate(
     model: Transformer,
     prompt: Sequence[int],
     context: Context,
     sampler: Sampler,
     *,
-    max_tokens: int | None = None,
-    stop_ids: Collection[int] = (),
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
-    vocab_size: int | None = None,
+    **options,
 ) -> Generator[int, None, str]:
-    """Yield new ids until one is in `stop_ids` (which is not yielded): -> "stop"; or until `max_tokens` are
-    made or the context is full: -> "length". `on_prefill(done, total)` hears how far the prompt is read.
-    Ids from `vocab_size` on are never chosen: rows that only pad the embedding, of which no token is told.
+    """Yield new ids until it ends: -> the reason. The options are those of `Continuation`.
+
+    `on_prefill(done, total)` hears how far the prompt is read.
     """
-    context.user = me = object()
-
-    def step(ids: Sequence[int]) -> np.ndarray:
-        if context.user is not me:
-            raise ParameterError("the context is in use by a later generation: each at a time needs its own")
-        return forward(model, ids, context)
-
-    if not prompt:
-        raise ParameterError("the prompt is empty: there is nothing to continue")
-    if len(prompt) >= context.cache.max_seq_len:
-        raise ContextOverflowError(
-            f"the prompt has {len(prompt)} tokens, the context {context.cache.max_seq_len}: "
-            "no room for an answer"
-        )
-    for begin in range(context.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
-        on_prefill(begin, len(prompt))
-        logits = step(prompt[begin : begin + PREFILL_CHUNK])
-    on_prefill(len(prompt), len(prompt))
-
-    rng = sampler.new_rng()
-    ids = list(prompt)
-    room = context.cache.max_seq_len - len(prompt)
-    for made in range(room if max_tokens is None else min(room, max_tokens)):
-        if made:
-            logits = step(ids[-1:])
-        try:
-            token = sampler(logits[:vocab_size], ids, rng)
-        except NumericsError as error:
-            raise NumericsError(f"after {len(ids)} tokens, the last of them {ids[-1]}: {error}") from None
-        if token in stop_ids:
-            return "stop"
-        ids.append(token)
+    this = Continuation(prompt, context, sampler, **options)
+    logits = prefill(model, this, on_prefill)
+    while (token := this.choose(logits)) is not None:
         yield token
-    return "length"
+        if this.left:
+            logits = forward(model, [token], this.context)
+    return this.reason

@@ -46,6 +46,9 @@ PANEL_ROWS = 32
 WORK_FOR_THREADS = 1 << 18
 # The same for weights that `convert` is to unpack and pack again.
 WEIGHTS_PER_CALL = 1 << 23
+# csrc/attention.c unpacks keys and values once for so many rows (queries x the heads that share a key): to be
+# worth it, its calls in vector code are longer, by this factor.
+ATTENTION_ROWS, ATTENTION_WORK = 240, 16
 # What it can pack.
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 MAX_HEAD_DIM = 256
@@ -233,7 +236,9 @@ class Kernels:
             [stride // k.itemsize for stride in k.strides[:3]],
             [stride // v.itemsize for stride in v.strides[:3]],
         )
-        queries = max(WORK_PER_CALL // (B * S * H * Dh), 1) * threads
+        work = WORK_PER_CALL * (1 if isa() == "scalar" else ATTENTION_WORK)
+        queries, whole = max(work // (B * S * H * Dh), 1) * threads, max(ATTENTION_ROWS * K // H, 1)
+        queries = max(queries // whole * whole, min(queries, whole))
         for begin in range(0, T, queries):
             end = min(begin + queries, T)
             if lib.nl_attention(*arguments, begin, end, threads) != 0:

@@ -15,11 +15,12 @@ from typing import cast
 import numpy as np
 
 from . import checkpoint
+from .batch import generate_batch, naming
 from .chat import ChatFormat
 from .download import DEFAULT_MODEL, locate
 from .errors import BuildError, MismatchError, ParameterError, ResourceLimitError, TemplateError, escape
-from .generate import Context, generate
-from .memory import available_memory, memory_plan
+from .generate import Context, Continuation, generate
+from .memory import available_memory, gib, memory_plan
 from .model import Transformer
 from .sampling import Sampler
 from .tokenizer import StreamDecoder, Tokenizer
@@ -78,6 +79,43 @@ class StopTexts:
         return 0
 
 
+class Transcript:
+    """The text of one generation as its ids come: whole characters, cut where a stop text begins."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_texts: StopTexts, at_start: bool):
+        self.decoder, self.stop_texts = StreamDecoder(tokenizer, at_start), stop_texts
+        self.texts: list[str] = []
+        self.tokens: list[int] = []
+        self.began = time.perf_counter()
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_texts.found
+
+    def push(self, token: int) -> str:
+        """The text that this id makes certain; nothing follows once it is `stopped`."""
+        self.last = time.perf_counter()
+        if not self.tokens:
+            self.first = self.last
+        self.tokens.append(token)
+        self.texts.append(self.stop_texts.push(self.decoder.push(token)))
+        return self.texts[-1]
+
+    def finish(self, prompt: list[int], reason: str) -> Piece:
+        """What was held back, with the completion. `reason` is why no more ids came."""
+        text = ""
+        if not self.stopped:
+            text = self.stop_texts.push(self.decoder.flush())
+            text += "" if self.stopped else self.stop_texts.held
+        if not self.tokens:
+            self.first = self.last = time.perf_counter()
+        seconds = self.first - self.began, self.last - self.first
+        reason = "stop" if self.stopped else reason
+        return Piece(
+            text, None, Completion("".join(self.texts) + text, self.tokens, prompt, reason, *seconds)
+        )
+
+
 class Llama:
     """A model that speaks text. It is never changed by use: a conversation lives in its `Context`."""
 
@@ -124,27 +162,62 @@ class Llama:
         context: a `Context` to go on in. on_prefill(done, total): hears how far the prompt is read.
         And those of `Sampler`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
         """
-        if not isinstance(prompt, str | bytes | Sequence | np.ndarray):
-            found = escape(prompt, 60)
-            raise ParameterError(f"the prompt is {found}, it must be a text or a list of token ids")
-        if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
-        elif isinstance(prompt, bytes) or not all(map(_is_whole, prompt)):
-            raise ParameterError("the prompt must be a text or a list of token ids")
-        elif wrong := [i for i in prompt if not 0 <= i < self.model.args.vocab_size]:
-            last = self.model.args.vocab_size - 1
-            raise ParameterError(f"token id {wrong[0]} lies outside the vocabulary, 0..{last}")
-        return self._stream([int(i) for i in prompt], at_start=False, **options)
+        return self._stream(self._encode(prompt), at_start=False, **options)
 
     def stream_chat(self, messages: Sequence[Message], **options) -> Iterator[Piece]:
         """Like `chat`, piece by piece. The options are those of `stream`."""
         return self._stream(self.encode_chat(messages), at_start=True, **options)
+
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[Completion]:
+        """Continue several texts, or lists of ids, at once: faster than one after another.
+
+        The options are those of `stream` but `context` and `on_prefill`. Each prompt is continued as it is
+        alone, with chances of its own from the same seed (so equal prompts become equal texts). In exact mode
+        the kernels give it the same bits as alone; else its logits move by the rounding of activations to 14
+        bits, and its ids may part where two are nearly as likely.
+        """
+        if isinstance(prompts, str | bytes):
+            raise ParameterError("the prompts are one text, they must be a list of texts or of lists of ids")
+        return self._batch(prompts, self._encode, at_start=False, **options)
+
+    def chat_batch(self, conversations: Sequence[Sequence[Message]], **options) -> list[Completion]:
+        """The assistant's next message in each of several conversations, as `generate_batch`."""
+        return self._batch(conversations, self.encode_chat, at_start=True, **options)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation in the model's own format; no text in it becomes a control token."""
         if self.chat_format is None:
             raise TemplateError("this model has no chat template; `generate` continues plain text with it")
         return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt)
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The ids of a prompt, which may be ids already."""
+        if not isinstance(prompt, str | bytes | Sequence | np.ndarray):
+            found = escape(prompt, 60)
+            raise ParameterError(f"the prompt is {found}, it must be a text or a list of token ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        if isinstance(prompt, bytes) or not all(map(_is_whole, prompt)):
+            raise ParameterError("the prompt must be a text or a list of token ids")
+        if wrong := [i for i in prompt if not 0 <= i < self.model.args.vocab_size]:
+            last = self.model.args.vocab_size - 1
+            raise ParameterError(f"token id {wrong[0]} lies outside the vocabulary, 0..{last}")
+        return [int(i) for i in prompt]
+
+    def _room(self, prompt: list[int], max_tokens: int | None) -> int:
+        """The positions that this prompt and its answer may take."""
+        if max_tokens is None:
+            return self.max_context
+        if not _is_whole(max_tokens):
+            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be a whole number")
+        if max_tokens < 0:
+            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
+        return min(self.max_context, len(prompt) + max(max_tokens, 1))
+
+    def _limits(self, max_tokens: int | None) -> dict:
+        """What ends a generation: the options of `Continuation`."""
+        tokenizer = self.tokenizer
+        return {"max_tokens": max_tokens, "stop_ids": tokenizer.eos_ids, "vocab_size": tokenizer.n_used}
 
     def _stream(
         self,
@@ -157,14 +230,8 @@ class Llama:
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         **sampling,
     ) -> Iterator[Piece]:
-        if max_tokens is not None and not _is_whole(max_tokens):
-            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be a whole number")
-        if max_tokens is not None and max_tokens < 0:
-            raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
-        if context is None:
-            most = self.max_context
-            wanted = most if max_tokens is None else len(prompt) + max(max_tokens, 1)
-            context = self.new_context(min(most, wanted))
+        room = self._room(prompt, max_tokens)
+        context = context or self.new_context(room)
         sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
         return self._pieces(prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill)
 
@@ -172,43 +239,57 @@ class Llama:
         self, prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill
     ) -> Iterator[Piece]:
         self.check_unchanged()
-        decoder = StreamDecoder(self.tokenizer, at_start)
-        texts: list[str] = []
-        tokens: list[int] = []
-        began = first = time.perf_counter()
-        ids = generate(
-            self.model,
-            prompt,
-            context,
-            sampler,
-            max_tokens=max_tokens,
-            stop_ids=self.tokenizer.eos_ids,
-            on_prefill=on_prefill,
-            vocab_size=self.tokenizer.n_used,
-        )
-        while True:
+        transcript = Transcript(self.tokenizer, stop_texts, at_start)
+        limits = self._limits(max_tokens)
+        ids = generate(self.model, prompt, context, sampler, on_prefill=on_prefill, **limits)
+        reason = "stop"
+        while not transcript.stopped:
             try:
                 token = next(ids)
             except StopIteration as end:
-                reason, text = end.value, stop_texts.push(decoder.flush())
-                text += "" if stop_texts.found else stop_texts.held
+                reason = end.value
                 break
-            if not tokens:
-                first = time.perf_counter()
-            tokens.append(token)
-            text = stop_texts.push(decoder.push(token))
-            if stop_texts.found:
-                reason = "stop"
-                break
-            texts.append(text)
-            yield Piece(text, token)
-        texts.append(text)
-        reason = "stop" if stop_texts.found else reason
-        ended = time.perf_counter()
-        if not tokens:
-            first = ended
-        completion = Completion("".join(texts), tokens, prompt, reason, first - began, ended - first)
-        yield Piece(text, None, completion)
+            yield Piece(transcript.push(token), token)
+        yield transcript.finish(prompt, reason)
+
+    def _batch(
+        self,
+        prompts: Iterable,
+        encode: Callable[..., list[int]],
+        *,
+        at_start: bool,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling,
+    ) -> list[Completion]:
+        sampler, limits = Sampler(**sampling), self._limits(max_tokens)
+        encoded, sequences = [], []
+        for i, prompt in enumerate(prompts):
+            with naming(i):
+                encoded.append(encode(prompt))
+        rooms = [self._room(prompt, max_tokens) for prompt in encoded]
+        self._check_memory(rooms)
+        for i, (prompt, room) in enumerate(zip(encoded, rooms, strict=True)):
+            with naming(i):
+                sequences.append(Continuation(prompt, self.new_context(room), sampler, **limits))
+        self.check_unchanged()
+        transcripts = [Transcript(self.tokenizer, StopTexts(stop), at_start) for _ in encoded]
+        for i, token in generate_batch(self.model, sequences):
+            transcripts[i].push(token)
+            if transcripts[i].stopped:
+                sequences[i].stop()
+        told = zip(transcripts, encoded, sequences, strict=True)
+        return [cast(Completion, t.finish(prompt, s.reason).completion) for t, prompt, s in told]
+
+    def _check_memory(self, rooms: Sequence[int]) -> None:
+        """ResourceLimitError unless there is memory for KV caches of so many positions."""
+        one = self.model.new_cache(batch=1, max_seq_len=1)
+        nbytes, available = sum(rooms) * (one.k.nbytes + one.v.nbytes), available_memory()
+        if nbytes > available:
+            raise ResourceLimitError(
+                f"{len(rooms)} sequences of up to {max(rooms)} tokens need {gib(nbytes)} of KV cache, "
+                f"{gib(available)} are available; set a lower max_tokens, or take fewer at once"
+            )
 
 
 def _is_whole(number: object) -> bool:
@@ -227,22 +308,25 @@ def load(
     backend: str = "c",
     threads: int | None = None,
     progress: checkpoint.Progress = lambda what, done, total: None,
+    exact: bool = False,
 ) -> Llama:
     """Load a model from a file, a folder, or by a name that `pull` knows (fetched on first use).
 
     dtype: None keeps the weights as they are stored; numpy.float32 or numpy.float64 (backend "numpy" only)
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
+    exact: the C kernels multiply float32 numbers as they are and keep a cache of float32, for reference work;
+    else activations are rounded to 14 bits (csrc/fixed.c), which is faster. NumPy's path is always exact.
     What does not fit into memory is refused before it is begun. progress(what, done, total) counts bytes.
     """
     opened = checkpoint.open_checkpoint(locate(model, progress))
     weights = opened.weights()
-    plan = memory_plan(opened.args, weights, backend, dtype)
+    plan = memory_plan(opened.args, weights, backend, dtype, exact)
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
     with suppress(BuildError):  # without the extension NumPy's path does without a watch too
         opened.watch()
-    transformer = checkpoint.build(opened.args, weights, dtype, backend, threads, progress)
+    transformer = checkpoint.build(opened.args, weights, dtype, backend, threads, progress, exact)
     room = plan.context_within(available)
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
 

@@ -2,7 +2,7 @@
 
     weights used where they lie in the file      as large as the file
     weights made on loading                      joined shards, expanded formats, float32 for the NumPy path
-    KV cache                                     2 * n_layers * K * Dh float32 a position
+    KV cache                                     2 * n_layers * K * Dh numbers a position
     scratch                                      RoPE's table, and the activations of the widest step
 
 Loading asks `MemoryPlan.check`, which refuses with these numbers, instead of being killed half-way.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .checkpoint.base import cache_dtype
 from .checkpoint.convert import target_format
 from .config import ModelArgs
 from .errors import ResourceLimitError
@@ -71,7 +72,9 @@ class MemoryPlan:
         )
 
 
-def memory_plan(args: ModelArgs, weights: Mapping[str, StoredTensor], backend: str, dtype=None) -> MemoryPlan:
+def memory_plan(
+    args: ModelArgs, weights: Mapping[str, StoredTensor], backend: str, dtype=None, exact: bool = False
+) -> MemoryPlan:
     """What this model takes on that path. Only the shapes and formats of the weights are looked at."""
     mapped = made = parameters = 0
     instead = {"`--backend c`": 0} if backend == "numpy" else {}
@@ -100,7 +103,7 @@ def memory_plan(args: ModelArgs, weights: Mapping[str, StoredTensor], backend: s
         positions = min(LEAST_CONTEXT, args.max_seq_len)
         step += itemsize * positions * (4 * PREFILL_CHUNK * args.n_heads + 4 * heads)
     scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + table + max(step, table // 2)
-    kv_per_position = 2 * args.n_layers * kv_heads * itemsize
+    kv_per_position = 2 * args.n_layers * kv_heads * np.dtype(cache_dtype(backend, dtype, exact)).itemsize
     return MemoryPlan(mapped, made, kv_per_position, scratch, args.max_seq_len, parameters, instead)
 
 
@@ -112,6 +115,12 @@ def available_memory(mapped: int = 0) -> int:
     own = _own_limit()
     limits = [_machine(), _container(), None if own is None else own + mapped]
     return max(0, min(limit for limit in limits if limit is not None))
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process ever had in memory, pages of mapped files included."""
+    kib = _numbers("/proc/self/status").get("VmHWM:")
+    return None if kib is None else kib * 1024
 
 
 def _machine() -> int:

@@ -100,11 +100,13 @@ class Transformer:
         weights: Mapping,
         linear: Function = F.linear,
         attention: Function = F.attention,
+        cache_dtype=None,
     ):
         self.args = args
         self.tok_embeddings = weights["tok_embeddings.weight"]
         self.layers = [TransformerBlock(args, i, weights, linear, attention) for i in range(args.n_layers)]
         self.norm = RMSNorm(weights["norm.weight"], args.norm_eps)
+        self.cache_dtype = self.norm.weight.dtype if cache_dtype is None else cache_dtype
         self.output = Linear(weights["output.weight"], linear)
         self.freqs_cis = F.precompute_freqs_cis(
             args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling, self.norm.weight.dtype.type
@@ -113,7 +115,7 @@ class Transformer:
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_seq_len` positions."""
         max_seq_len = self.args.max_seq_len if max_seq_len is None else max_seq_len
-        return KVCache(self.args, batch, max_seq_len, self.norm.weight.dtype)
+        return KVCache(self.args, batch, max_seq_len, self.cache_dtype)
 
     def __call__(self, tokens, start_pos: int = 0, cache: KVCache | None = None):
         """Logits of the next token at every position: (B, T) ids -> (B, T, V)."""
@@ -122,7 +124,8 @@ class Transformer:
     def hidden(self, tokens, start_pos: int = 0, cache: KVCache | None = None):
         """The residual stream after the last layer, (B, T) -> (B, T, D): all of the model but `logits`.
 
-        Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call.
+        Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call. Sequences of
+        different lengths go on side by side from B different start_pos, in batch.py's cache.
         """
         h = F.embedding(np.asarray(tokens), self.tok_embeddings)
         B, T, _ = h.shape

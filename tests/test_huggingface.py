@@ -78,7 +78,7 @@ def assert_same_logits(folder: Path, model, tolerance: float = MODEL_32):
         expected = model(tokens).logits.float()
     checkpoint = HuggingFaceCheckpoint(folder)
     for backend in BACKENDS:
-        logits = build(checkpoint.args, checkpoint.weights(), backend=backend, threads=1)(tokens.numpy())
+        logits = build(checkpoint.args, checkpoint.weights(), backend=backend, threads=1, exact=True)(tokens.numpy())
         assert_near(logits, expected, tolerance)
     return checkpoint
 
@@ -165,7 +165,7 @@ def test_mistral_within_its_window(window, tmp_path):
     with torch.no_grad():
         expected = model(tokens).logits
     for backend in BACKENDS:
-        logits = build(checkpoint.args, checkpoint.weights(), backend=backend)(tokens.numpy())
+        logits = build(checkpoint.args, checkpoint.weights(), backend=backend, exact=True)(tokens.numpy())
         assert_near(logits, expected, MODEL_32)
     if window == 8:  # one token more would be another model: the limit is where it must be
         tokens = tokens_of(model, 9)

@@ -70,7 +70,7 @@ def numpy_model(checkpoint):
 
 @pytest.fixture(scope="module")
 def c_model(checkpoint):
-    return build(checkpoint.args, checkpoint.weights(), backend="c")
+    return build(checkpoint.args, checkpoint.weights(), backend="c", exact=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from ..errors import FormatError, ParameterError, UnsupportedError, escape
 from ..model import Transformer
 from ..quantize import StoredTensor
 from ..tokenizer import Tokenizer
-from .base import Checkpoint
+from .base import Checkpoint, cache_dtype
 from .files import MappedFile
 from .gguf import HEADER_BYTES
 from .gguf_model import GGUFCheckpoint
@@ -78,6 +78,7 @@ def build(
     backend: str = "c",
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
+    exact: bool = False,
 ) -> Transformer:
     """Choose, once and from outside, what the model computes with: functional.py or its C twins.
 
@@ -99,8 +100,8 @@ def build(
             return w.dequantize()
         return PackedWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
 
-    kernels = Kernels(threads)
-    return Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention)
+    kernels, kept = Kernels(threads, exact), cache_dtype(backend, dtype, exact)
+    return Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention, kept)
 
 
 def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:

@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import NumpyLlamaError, ParameterError, TextError
-from . import chat, convert, doctor, generate, info, pull, tokenize
+from . import bench, chat, convert, doctor, generate, info, perplexity, pull, tokenize
 
-VERBS = (generate, chat, info, tokenize, convert, pull, doctor)
+VERBS = (generate, chat, info, tokenize, convert, pull, bench, perplexity, doctor)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -16,7 +16,8 @@ from ..llama import Completion, Llama, Piece, finish, load
 from ..sampling import Sampler
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = False) -> None:
+    """`many_threads`: -t takes several numbers, as a list."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
@@ -26,10 +27,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file, a folder, or a name that `pull` knows [%(default)s]",
     )
     group.add_argument(
-        "-t", "--threads", type=whole_number(1), metavar="N", help="threads of the C kernels [all CPUs]"
+        "-t",
+        "--threads",
+        type=whole_numbers(1) if many_threads else whole_number(1),
+        metavar="N,..." if many_threads else "N",
+        help="threads of the C kernels [all CPUs]",
     )
     group.add_argument(
         "--backend", choices=["c", "numpy"], default="c", help="the C kernels, or plain NumPy [c]"
+    )
+    group.add_argument(
+        "--exact",
+        action="store_true",
+        help="multiply float32 numbers as they are; slower, for reference work",
     )
 
 
@@ -83,6 +93,12 @@ def whole_number(least: int) -> Callable[[str], int]:
     return parse
 
 
+def whole_numbers(least: int) -> Callable[[str], list[int]]:
+    """An argument type: one or more of them, with commas."""
+    one = whole_number(least)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
 def generation_options(args: argparse.Namespace) -> dict:
     """The options of `Llama.stream`, checked before any model is loaded."""
     sampling = {
@@ -99,22 +115,27 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
-        return load(args.model, backend=args.backend, threads=args.threads, progress=progress)
+        options = {"backend": args.backend, "threads": args.threads, "exact": args.exact}
+        return load(args.model, progress=progress, **options)
 
 
 def read_stdin() -> str:
     """All of standard input as text, without the newline that ends the last line."""
-    data = sys.stdin.buffer.read()
+    return as_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
+
+
+def as_text(data: bytes, source: str) -> str:
+    """The text that these bytes of `source` are in UTF-8."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TextError(
-            f"standard input is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
+            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
             "(iconv converts other encodings)"
         ) from None
     if (at := data.find(0)) >= 0:
-        raise TextError(f"standard input is not text: byte 0x00 at offset {at}")
-    return text.removesuffix("\n").removesuffix("\r")
+        raise TextError(f"{source} is not text: byte 0x00 at offset {at}")
+    return text
 
 
 def note(text: str) -> None:
@@ -229,5 +250,25 @@ def prefill_bar() -> Iterator[Callable[[int, int], None]]:
 
     try:
         yield on_prefill
+    finally:
+        bar.close()
+
+
+@contextmanager
+def run_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that counts runs: on_run(done, total)."""
+    bar = _Bar(TextColumn("{task.completed}/{task.total} runs"))
+    try:
+        yield lambda done, total: bar.show(what, done, total)
+    finally:
+        bar.close()
+
+
+@contextmanager
+def window_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that counts windows of a text: progress(what is known so far, done, total)."""
+    bar = _Bar(TextColumn("{task.completed}/{task.total} windows"))
+    try:
+        yield bar.show
     finally:
         bar.close()

@@ -1,0 +1,102 @@
+"""Several sequences side by side: every weight that is fetched serves all of them.
+
+One sequence alone uses each weight once a token, so that decoding waits for the memory. With B sequences a
+step fetches the same bytes and makes B tokens. Prompts are read one after another: there each weight serves
+many tokens already.
+
+    tokens      (B, 1)                     one new id of each sequence
+    start_pos   (B,)                       each at a position of its own
+    linear      (B, 1, IN)                 all of them at once
+    attention   q (1, 1, H, Dh)            each by itself, on its own keys and values where they lie:
+                k, v (1, S_b, K, Dh)       nothing is padded, masked or copied
+
+The model takes no notice: it is handed another cache and another `attention`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+
+import numpy as np
+
+from .cache import KVCache
+from .errors import NumericsError, NumpyLlamaError
+from .generate import Continuation, prefill
+from .model import Function, Transformer
+
+
+class BatchCache:
+    """The caches of B sequences, each of its own length, where the model expects one cache."""
+
+    def __init__(self, caches: Sequence[KVCache]):
+        self.caches = caches
+
+    def update(self, layer, start_pos, xk, xv):
+        """Store each sequence's new keys and values (B, T, K, Dh); return B times (1, S_b, K, Dh) of both."""
+        rows = zip(self.caches, start_pos.tolist(), xk[:, None], xv[:, None], strict=True)
+        return zip(*(cache.update(layer, start, k, v) for cache, start, k, v in rows), strict=True)
+
+
+def one_by_one(attention: Function) -> Function:
+    """`attention` for sequences of different lengths: q (B, T, H, Dh); B times k and v, (1, S_b, K, Dh)."""
+
+    def each(q, keys, values):
+        return np.concatenate([attention(*one) for one in zip(q[:, None], keys, values, strict=True)])
+
+    return each
+
+
+def side_by_side(model: Transformer) -> Transformer:
+    """The same model on the same weights, for sequences that a `BatchCache` holds."""
+    model = copy(model)
+    model.layers = [copy(layer) for layer in model.layers]
+    for layer in model.layers:
+        layer.attention = copy(layer.attention)
+        layer.attention.attention = one_by_one(layer.attention.attention)
+    return model
+
+
+def forward_batch(model: Transformer, going: Mapping[int, Continuation]) -> np.ndarray:
+    """The last id of each behind what its context holds; -> logits (B, V) of what comes next."""
+    contexts = [one.context for one in going.values()]
+    tokens = np.array([one.ids[-1:] for one in going.values()])  # (B, 1)
+    start_pos = np.array([len(context.ids) for context in contexts])
+    hidden: Function = side_by_side(model).hidden
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at here and when sampling
+        h = hidden(tokens, start_pos, BatchCache([context.cache for context in contexts]))[:, -1]
+        for i, context, token, row in zip(going, contexts, tokens[:, 0].tolist(), h, strict=True):
+            context.ids.append(token)
+            if not np.isfinite(row).all():
+                where = f"prompts[{i}]: position {len(context.ids) - 1}"
+                raise NumericsError(f"{where}: the last layer's output is not finite")
+        return model.logits(h)
+
+
+def generate_batch(model: Transformer, sequences: Sequence[Continuation]) -> Iterator[tuple[int, int]]:
+    """Yield (i, a new id of sequence i), until all have ended; `stop` of a sequence ends it earlier.
+
+    Each gets the ids that `generate` gives it alone, where `linear` gives a row the same bits alone and among
+    others: all else is its own, cache, attention and chances.
+    """
+    logits: Sequence[np.ndarray] | np.ndarray = []
+    for i, one in enumerate(sequences):
+        with naming(i):
+            logits = [*logits, prefill(model, one)]
+    going = {i: one for i, one in enumerate(sequences)}
+    while going:
+        for (i, one), row in zip(going.items(), logits, strict=True):
+            with naming(i):
+                token = one.choose(row)
+            if token is not None:
+                yield i, token
+        if going := {i: one for i, one in going.items() if one.left}:
+            logits = forward_batch(model, going)
+
+
+@contextmanager
+def naming(i: int) -> Iterator[None]:
+    """What goes wrong in here is said of prompt i."""
+    try:
+        yield
+    except NumpyLlamaError as error:
+        raise type(error)(f"prompts[{i}]: {error}") from None

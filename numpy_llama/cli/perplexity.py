@@ -1,0 +1,58 @@
+"""How well a model foretells a text.
+
+FILE is plain text, for example WikiText-2's wiki.test.raw. It is cut into windows of --ctx tokens, of which
+the second half is scored: llama.cpp's definition. Prints the perplexity and its standard error.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from ..errors import ContextOverflowError, ParameterError, TextError
+from ..perplexity import LEAST_CTX, perplexity
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="the text")
+    common.add_model_arguments(parser)
+    least = common.whole_number(LEAST_CTX)
+    parser.add_argument("--ctx", type=least, default=512, metavar="N", help="tokens a window [512]")
+    parser.add_argument(
+        "--windows", type=common.whole_number(1), metavar="N", help="stop after so many windows [all]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        data = args.file.read_bytes()
+    except OSError as error:
+        raise TextError(f"{args.file} cannot be read: {error.strerror}") from None
+    text = common.as_text(data, str(args.file))
+    llama = common.load_model(args)
+    if args.ctx > llama.max_context:
+        most = llama.model.args.max_seq_len
+        raise ContextOverflowError(
+            f"--ctx is {args.ctx}, the model's context {most}, and memory has room for {llama.max_context}"
+        )
+    tokenizer = llama.tokenizer
+    ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+    if len(ids) < args.ctx:
+        raise ParameterError(f"{args.file} has {len(ids)} tokens, a window takes {args.ctx}: see --ctx")
+    total = min(len(ids) // args.ctx, args.windows or len(ids))
+    bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+    began = time.perf_counter()
+    with common.window_bar() as bar:
+        bar("perplexity", 0, total)
+        for now in perplexity(llama.model, ids, args.ctx, bos_id, total):
+            bar(f"perplexity {now.perplexity:.4f}", now.windows, total)
+            llama.check_unchanged()
+    if args.json:
+        seconds = round(time.perf_counter() - began, 6)
+        print(json.dumps({**asdict(now), "ctx": args.ctx, "seconds": seconds}))
+    else:
+        told = f"{now.windows} windows of {args.ctx} tokens, {now.tokens} scored"
+        print(f"perplexity {now.perplexity:.4f} +/- {now.standard_error:.4f} ({told})")

@@ -1,0 +1,365 @@
+"""The C attention against its NumPy twin, on every instruction set that this machine has: within the rounding
+of its sums, and with the same bits however queries, positions and threads are cut.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy_llama._kernels import ffi, lib
+from test_kernels import Guarded, bits, for_each, seeds
+from test_model import TINY, random_tokens, random_weights
+from tolerances import MODEL_32, U32, assert_near, assert_within, g
+
+from numpy_llama import functional as F
+from numpy_llama import kernels
+from numpy_llama.cache import KVCache
+from numpy_llama.errors import MismatchError, NumericsError, UnsupportedError
+from numpy_llama.kernels import Kernels
+from numpy_llama.model import Transformer
+from numpy_llama.quantize import FORMATS
+
+pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
+
+SPAN = 1024  # csrc/attention.c: positions that are walked as if they were alone
+
+
+def draw_attention(rng, B, T, S, K, n_rep, Dh, dtype=np.float32):
+    q = rng.standard_normal((B, T, K * n_rep, Dh), dtype=np.float32)
+    k, v = (rng.standard_normal((B, S, K, Dh), dtype=np.float32).astype(dtype) for _ in "kv")
+    return q, k, v
+
+
+def in_cache_layout(x: np.ndarray, poison=np.nan) -> np.ndarray:
+    """The same (B, S, K, Dh), a view of a longer cache whose unused slots are poison."""
+    B, S, K, Dh = x.shape
+    cache = np.full((B, K, S + 5, Dh), poison, x.dtype)
+    view = cache.swapaxes(1, 2)[:, :S]
+    view[...] = x
+    return view
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 3),
+        "T": st.integers(1, 20),
+        "K": st.integers(1, 3),
+        "n_rep": st.integers(1, 5),
+        "Dh": st.one_of(st.integers(1, 20), st.sampled_from([24, 31, 32, 33, 64, 80, 96, 128, 256])),
+    }
+)
+older = st.one_of(st.integers(0, 10), st.integers(55, 75), st.integers(120, 135))
+
+
+def attention_bound(q, k, v) -> np.ndarray:
+    """How far one output may err: the error of a score moves its probability, and the sums are rounded.
+
+    A score errs by delta <= (g(Dh) + 3 u) |q| . |k| / sqrt(Dh), so exp(score - max) by 2 delta and the
+    exp's own 4 u + |score - max| u; numerator and denominator are sums of S terms, rescaled once a block.
+    """
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    H, K, Dh, S = q.shape[2], k.shape[2], q.shape[3], k.shape[1]
+    k, v = F.repeat_kv(k, H // K), F.repeat_kv(v, H // K)
+    products = np.einsum("bthd,bshd->bhts", np.abs(q), np.abs(k)) / np.sqrt(Dh)
+    delta = (g(Dh) + 3 * U32) * products.max(axis=(-2, -1), keepdims=True)
+    spread = 2 * products.max(axis=(-2, -1), keepdims=True)
+    relative = 2 * (2 * delta + (4 + spread) * U32) + 2 * g(S) + 4 * (S / 64 + 2) * U32
+    weights = np.ones_like(products)  # each |v| counts at most once; its share is at most 1
+    reach = np.minimum(np.einsum("bhts,bshd->bhtd", weights, np.abs(v)), np.abs(v).max(axis=1)[:, :, None])
+    return (relative * reach).swapaxes(1, 2)
+
+
+@given(
+    shape=shapes,
+    older=older,
+    dtype=st.sampled_from([np.float32, np.float16]),
+    threads=st.integers(1, 3),
+    seed=seeds,
+)
+def test_attention_is_within_the_rounding_of_its_sums(isa, shape, older, dtype, threads, seed):
+    rng = np.random.default_rng(seed)
+    q, k, v = draw_attention(rng, S=shape["T"] + older, dtype=dtype, **shape)
+    expected = F.attention(*(a.astype(np.float64) for a in (q, k, v)))
+    got = Kernels(threads).attention(q, in_cache_layout(k), in_cache_layout(v))
+    assert_within(got, expected, attention_bound(q, k, v))
+
+
+@given(shape=shapes, older=older, seed=seeds)
+def test_attention_finds_the_one_position_exactly(isa, shape, older, seed):
+    """Scores so far apart that one probability is 1, all others 0: the output is that value, bit for bit."""
+    rng = np.random.default_rng(seed)
+    T, S, K, Dh = shape["T"], shape["T"] + older, shape["K"], shape["Dh"]
+    q, k, v = draw_attention(rng, S=S, **shape)
+    q[...] = 1
+    height = rng.permuted(np.tile(np.arange(S), (shape["B"], K, 1)), axis=-1).swapaxes(1, 2)  # (B, S, K)
+    k[...] = 1024 * height[..., None] / np.float32(np.sqrt(Dh))
+    got = Kernels(2).attention(q, k, v)
+    for t in range(T):
+        best = height[:, : older + t + 1].argmax(axis=1)  # (B, K)
+        expected = np.take_along_axis(v, best[:, None, :, None], axis=1)[:, 0]
+        np.testing.assert_array_equal(got[:, t], np.repeat(expected, shape["n_rep"], axis=1))
+
+
+@given(
+    shape=shapes,
+    older=older,
+    cut=st.integers(0, 20),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    seed=seeds,
+)
+def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cut, dtype, seed):
+    rng = np.random.default_rng(seed)
+    T, S = shape["T"], shape["T"] + older
+    q, k, v = draw_attention(rng, S=S, dtype=dtype, **shape)
+    whole = Kernels(1).attention(q, k, v)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(bits(Kernels(threads).attention(q, k, v)), bits(whole))
+    np.testing.assert_array_equal(
+        bits(Kernels(2).attention(q, in_cache_layout(k), in_cache_layout(v))), bits(whole)
+    )
+    ends = [min(cut, T), T]
+    parts = [
+        Kernels(2).attention(q[:, begin:end], k[:, : older + end], v[:, : older + end])
+        for begin, end in zip([0, ends[0]], ends, strict=True)
+    ]
+    np.testing.assert_array_equal(bits(np.concatenate(parts, axis=1)), bits(whole))
+    one_by_one = [
+        Kernels(1).attention(
+            q[b : b + 1, t : t + 1], k[b : b + 1, : older + t + 1], v[b : b + 1, : older + t + 1]
+        )[0]
+        for b in range(shape["B"])
+        for t in range(T)
+    ]
+    np.testing.assert_array_equal(bits(np.concatenate(one_by_one)), bits(whole.reshape(-1, *whole.shape[2:])))
+
+
+@given(shape=shapes, older=older, seed=seeds)
+def test_attention_never_reads_the_future(isa, shape, older, seed):
+    """NaN in every position that query t may not see leaves its bits as they are."""
+    rng = np.random.default_rng(seed)
+    T, S = shape["T"], shape["T"] + older
+    q, k, v = draw_attention(rng, S=S, **shape)
+    whole = Kernels(1).attention(q, k, v)
+    t = int(rng.integers(0, T))
+    k[:, older + t + 1 :], v[:, older + t + 1 :] = np.nan, np.nan
+    poisoned = Kernels(1).attention(q, k, v)
+    np.testing.assert_array_equal(bits(poisoned[:, : t + 1]), bits(whole[:, : t + 1]))
+    assert np.isnan(poisoned[:, t + 1 :]).all()
+
+
+long = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 2),
+        "T": st.integers(1, 6),
+        "K": st.integers(1, 2),
+        "n_rep": st.integers(1, 9),
+        "Dh": st.sampled_from([3, 8, 32, 48, 64]),
+    }
+)
+
+
+@for_each
+@given(
+    shape=long,
+    spans=st.integers(1, 2),
+    beside=st.integers(-7, 3),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    seed=seeds,
+)
+@example(shape={"B": 1, "T": 1, "K": 1, "n_rep": 4, "Dh": 64}, spans=2, beside=0, dtype=np.float16, seed=0)
+def test_spans_of_positions_merge_to_the_same_bits(isa, shape, spans, beside, dtype, seed):
+    """Cut between threads, or walked in turn; for queries that end before, at and behind a span's end."""
+    rng = np.random.default_rng(seed)
+    older, T = spans * SPAN + beside, shape["T"]
+    q, k, v = draw_attention(rng, S=older + T, dtype=dtype, **shape)
+    whole = Kernels(1).attention(q, k, v)
+    assert_within(whole, F.attention(*(a.astype(np.float64) for a in (q, k, v))), attention_bound(q, k, v))
+    for threads in (2, 3):
+        np.testing.assert_array_equal(bits(Kernels(threads).attention(q, k, v)), bits(whole))
+    for t in range(T):
+        alone = Kernels(2).attention(q[:, t : t + 1], k[:, : older + t + 1], v[:, : older + t + 1])
+        np.testing.assert_array_equal(bits(alone), bits(whole[:, t : t + 1]))
+
+
+def test_a_span_that_a_query_does_not_see_leaves_it_alone(isa):
+    """Even the sign of a sum that vanished: the second query sees one position of the second span."""
+    q, k = np.ones((1, 2, 1, 32), np.float32), np.zeros((1, SPAN + 1, 1, 32), np.float32)
+    v = np.full_like(k, -1e-45)  # times a probability it is -0
+    k[:, 0], v[:, 0] = 1, 0
+    alone = Kernels(1).attention(q[:, :1], k[:, :SPAN], v[:, :SPAN])
+    assert isa == "scalar" or np.signbit(alone).all()
+    np.testing.assert_array_equal(bits(Kernels(1).attention(q, k, v)[:, :1]), bits(alone))
+
+
+@for_each
+@given(
+    T=st.integers(20, 140),
+    n_rep=st.integers(1, 8),
+    older=st.sampled_from([0, 1, 64, SPAN - 70]),
+    Dh=st.sampled_from([5, 32, 40]),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    seed=seeds,
+)
+@example(T=130, n_rep=8, older=SPAN - 129, Dh=32, dtype=np.float32, seed=0)  # one position in a second span
+@example(T=130, n_rep=8, older=SPAN - 64, Dh=32, dtype=np.float16, seed=0)  # items and a span end inside
+def test_many_queries_give_the_bits_of_each_alone(isa, T, n_rep, older, Dh, dtype, seed):
+    """Whole items, what is left of one, tiles and what is left of them; and NaN where nobody may look yet."""
+    rng = np.random.default_rng(seed)
+    q, k, v = draw_attention(rng, 1, T, older + T, 1, n_rep, Dh, dtype)
+    whole = Kernels(2).attention(q, k, v)
+    assert_within(whole, F.attention(*(a.astype(np.float64) for a in (q, k, v))), attention_bound(q, k, v))
+    np.testing.assert_array_equal(bits(Kernels(1).attention(q, k, v)), bits(whole))
+    for t in rng.integers(0, T, 3):
+        seen = older + t + 1
+        alone = Kernels(1).attention(q[:, t : t + 1], k[:, :seen], v[:, :seen])
+        np.testing.assert_array_equal(bits(alone), bits(whole[:, t : t + 1]))
+        k_poisoned, v_poisoned = k.copy(), v.copy()
+        k_poisoned[:, seen:], v_poisoned[:, seen:] = np.nan, np.nan
+        poisoned = Kernels(2).attention(q, k_poisoned, v_poisoned)
+        np.testing.assert_array_equal(bits(poisoned[:, : t + 1]), bits(whole[:, : t + 1]))
+
+
+def test_attention_gives_the_same_bits_in_short_calls(isa, rng, monkeypatch):
+    q, k, v = draw_attention(rng, B=2, T=23, S=70, K=2, n_rep=3, Dh=16)
+    whole = Kernels(2).attention(q, k, v)
+    monkeypatch.setattr(kernels, "ATTENTION_WORK", 1)
+    for rows in (3, 15, 240):  # of which calls take whole numbers, where they are long enough
+        monkeypatch.setattr(kernels, "ATTENTION_ROWS", rows)
+        for work in (1, 2 * 70 * 6 * 16 * 4):  # so short that a call computes 1 or 4 queries a thread
+            monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
+            np.testing.assert_array_equal(bits(Kernels(2).attention(q, k, v)), bits(whole))
+
+
+def test_attention_of_nothing(isa):
+    q, k = np.ones((1, 0, 4, 8), np.float32), np.ones((1, 5, 2, 8), np.float32)
+    assert Kernels(2).attention(q, k, k).shape == (1, 0, 4, 8)
+    assert Kernels(2).attention(q, k[:, :0], k[:, :0]).shape == (1, 0, 4, 8)
+
+
+def test_attention_takes_any_array(isa, rng):
+    q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
+    expected = Kernels(1).attention(q, k, v)
+    for same in (
+        lambda a: a[:, ::-1][:, ::-1],
+        np.asfortranarray,
+        lambda a: a.astype(">f4"),
+        lambda a: np.repeat(a, 2, -1)[..., ::2],
+    ):
+        np.testing.assert_array_equal(Kernels(1).attention(same(q), same(k), same(v)), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q, k[:, 1:], v),
+        lambda q, k, v: (q, k[..., 1:], v[..., 1:]),
+        lambda q, k, v: (q[:, :, 1:], k, v),
+        lambda q, k, v: (q, k[:, :3], v[:, :3]),
+        lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (q, k, v.astype(np.float16)),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(rng, change):
+    q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
+    with pytest.raises(MismatchError):
+        Kernels(1).attention(*change(q, k, v))
+
+
+def test_attention_refuses_heads_that_are_too_wide(rng):
+    with pytest.raises(UnsupportedError, match="head_dim is 257, the C kernel goes up to 256"):
+        Kernels(1).attention(*draw_attention(rng, B=1, T=1, S=1, K=1, n_rep=1, Dh=257))
+
+
+def test_scores_of_minus_infinity_count_nothing(isa):
+    """Also when they come first: -inf - -inf would be NaN."""
+    q = np.full((1, 1, 1, 2), 1e20, np.float32)
+    k = np.zeros((1, 200, 1, 2), np.float32)
+    k[:, :100] = -1e20  # their scores overflow
+    v = np.arange(400, dtype=np.float32).reshape(k.shape)
+    with np.errstate(over="ignore"):
+        expected = F.attention(q, k, v)
+    np.testing.assert_allclose(Kernels(1).attention(q, k, v), expected, rtol=1e-5)
+
+
+def test_exp(isa, rng):
+    """Within 1.1 ulp, 0 below -87, exactly 1 at 0, NaN for NaN."""
+    x = np.concatenate(
+        [-(2.0 ** rng.uniform(-30, np.log2(87), 1 << 20)), np.linspace(-87, 0, 1 << 20), [0.0, -0.0, -87.0]]
+    )
+    x = x.astype(np.float32)
+    y = np.empty_like(x)
+    lib.nl_exp(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", x), len(x))
+    exact = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(y - exact) / np.spacing(exact.astype(np.float32))) <= 1.1
+    assert (y[x == 0] == 1).all()
+    special = np.array([np.nan, -np.inf, -87.1, -1e30], np.float32)
+    y = np.empty_like(special)
+    lib.nl_exp(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", special), len(special))
+    assert np.isnan(y[0]) and (y[1:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype, code", [(np.float32, "F32"), (np.float16, "F16")])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, rng):
+    for T, S, K, n_rep, Dh in [
+        (1, 1, 1, 1, 1),
+        (3, 7, 1, 2, 5),
+        (17, 80, 2, 3, 12),
+        (2, 66, 1, 4, 64),
+        (5, 65, 1, 1, 9),
+        (1, SPAN + 3, 1, 2, 32),
+        (90, 90, 1, 3, 20),
+    ]:
+        guarded = Guarded()
+        q, k, v = (guarded.copy(a, at_end) for a in draw_attention(rng, 1, T, S, K, n_rep, Dh, dtype))
+        out = guarded.copy(np.full_like(q, np.nan), at_end)
+        strides = [S * K * Dh, K * Dh, Dh]
+        pointers = (ffi.cast("void *", a.ctypes.data) for a in (out, q, k, v))
+        failed = lib.nl_attention(
+            *pointers, FORMATS[code].code, 1, T, S, K * n_rep, K, Dh, strides, strides, 0, T, 2
+        )
+        assert failed == 0
+        np.testing.assert_array_equal(bits(out), bits(Kernels(1).attention(q, k, v)))
+
+
+# ---------------------------------------------------------------- a cache of float16
+
+
+def test_a_cache_of_float16_holds_what_was_rounded(rng):
+    cache = KVCache(TINY, 1, 7, np.float16)
+    xk, xv = rng.standard_normal((2, 1, 5, TINY.n_kv_heads, TINY.head_dim), dtype=np.float32)
+    cache.update(0, 0, xk[:, :4], xv[:, :4])
+    keys, values = cache.update(0, 4, xk[:, 4:], xv[:, 4:])
+    np.testing.assert_array_equal(keys, xk.astype(np.float16))
+    np.testing.assert_array_equal(values, xv.astype(np.float16))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("large", [65520.0, -7e4, 1e38])
+def test_what_float16_cannot_hold_is_refused(rng, which, large):
+    """Not stored as an infinity, whose score of minus infinity would silently count nothing."""
+    new = rng.standard_normal((2, 1, 3, TINY.n_kv_heads, TINY.head_dim), dtype=np.float32)
+    cache = KVCache(TINY, 1, 7, np.float16)
+    new[which, 0, 1, 0, 0] = 65519  # is rounded to 65504
+    cache.update(1, 0, *new)
+    new[which, 0, 1, 0, 0] = large
+    with pytest.raises(NumericsError, match=r"layer 1, positions 3\.\.5: a key or value.* beyond 65504"):
+        cache.update(1, 3, *new)
+    with pytest.raises(NumericsError):
+        cache.update(1, 1, *new)
+    assert cache.filled[1] == 1  # what lay behind may be half overwritten
+    KVCache(TINY, 1, 7, np.float32).update(1, 0, *new)
+
+
+def test_a_model_is_told_what_its_cache_is_made_of(rng):
+    """The C twin reads the same rounded numbers as NumPy; and they are other numbers than float32's."""
+    weights, tokens = random_weights(rng, TINY, np.float32), random_tokens(rng, TINY, 2, 9)
+    assert Transformer(TINY, weights).new_cache().k.dtype == np.float32
+    small = [
+        Transformer(TINY, weights, attention=attention, cache_dtype=np.float16)
+        for attention in (F.attention, Kernels(1).attention)
+    ]
+    assert small[0].new_cache().k.dtype == np.float16
+    expected = small[0](tokens)
+    assert_near(small[1](tokens), expected, MODEL_32)
+    assert np.abs(Transformer(TINY, weights)(tokens) - expected).max() > MODEL_32 * np.abs(expected).max()

@@ -1,13 +1,17 @@
-/* The vector forms of linear.c, attention.c and probe.c, compiled in the words of vec_avx2.h. */
+/* The vector forms of linear, attention and the probes, compiled in the words of vec_avx2.h. */
 #include "vec.h"
 #ifdef X86
 #include "vec_avx2.h"
 
-#include "linear.c"
-
 #include "fixed.c"
 
+#include "one_token.c"
+
+#include "many_tokens.c"
+
 #include "attention.c"
+
+#include "layer.c"
 
 #include "probe.c"
 #endif

@@ -12,7 +12,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["linear.c", "fixed.c", "attention.c", "quantize.c", "probe.c", "avx2.c", "avx512.c", "dispatch.c", "watch.c"]
+SOURCES = ["linear.c", "attention.c", "layer.c", "quantize.c", "probe.c", "watch.c"]
+SOURCES += ["avx2.c", "avx512.c", "dispatch.c"]  # the instruction sets, and the choice among them
 
 COMPILE = [
     "-std=c11",
@@ -47,7 +48,7 @@ def make_ffi(module: str = "numpy_llama._kernels", openmp: list[str] | None = No
     """The builder; tests call it to build without OpenMP under another name."""
     openmp = openmp_flags() if openmp is None else openmp
     ffi = FFI()
-    ffi.cdef((HERE / "kernels.h").read_text())
+    ffi.cdef((HERE / "kernels.h").read_text().replace("#pragma once", ""))  # cffi knows no directives
     # abi3: one compiled module serves every Python from 3.10 on; the free-threaded build has no such ABI.
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
     ffi.set_source(

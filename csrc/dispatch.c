@@ -8,13 +8,49 @@
 #include "kernels.h"
 #include "vec.h"
 
-static const kernels scalar = {"scalar",         linear_scalar, fixed_scalar, linear_fixed_scalar,
-                               attention_scalar, exp_scalar,    read_scalar,  fma_scalar};
+static const kernels scalar = {
+    .name = "scalar",
+    .linear = linear_scalar,
+    .linear_exact = linear_scalar,
+    .fixed = fixed_scalar,
+    .linear_fixed = linear_scalar,
+    .attention = attention_scalar,
+    .norm = norm_scalar,
+    .swiglu = swiglu_scalar,
+    .store_head = store_head_scalar,
+    .exp = exp_scalar,
+    .read = read_scalar,
+    .fma = fma_scalar,
+};
 #ifdef X86
-static const kernels avx2 = {"avx2",         linear_avx2, fixed_avx2, linear_fixed_avx2,
-                             attention_avx2, exp_avx2,    read_avx2,  fma_avx2};
-static const kernels avx512 = {"avx512",         linear_avx512, fixed_avx512, linear_fixed_avx512,
-                               attention_avx512, exp_avx512,    read_avx512,  fma_avx512};
+static const kernels avx2 = {
+    .name = "avx2",
+    .linear = linear_avx2,
+    .linear_exact = linear_exact_avx2,
+    .fixed = fixed_avx2,
+    .linear_fixed = linear_fixed_avx2,
+    .attention = attention_avx2,
+    .norm = norm_avx2,
+    .swiglu = swiglu_avx2,
+    .store_head = store_head_avx2,
+    .exp = exp_avx2,
+    .read = read_avx2,
+    .fma = fma_avx2,
+};
+static const kernels avx512 = {
+    .name = "avx512",
+    .linear = linear_avx512,
+    .linear_exact = linear_exact_avx512,
+    .fixed = fixed_avx512,
+    .linear_fixed = linear_fixed_avx512,
+    .attention = attention_avx512,
+    .norm = norm_avx512,
+    .swiglu = swiglu_avx512,
+    .store_head = store_head_avx512,
+    .exp = exp_avx512,
+    .read = read_avx512,
+    .fma = fma_avx512,
+};
 #endif
 
 /* The index-th of the tables that can run here, fastest first. */

@@ -23,10 +23,18 @@ typedef struct {
     int64_t begin, end;                 /* the queries to compute */
 } attention_args;
 
+/* Fixed point: the largest whole number; tokens go in groups of so many, unless there is but one; and in
+ * chunks of so many numbers. */
+enum { X_MAX = 8191, TOKENS = 8, CHUNK = 256 };
+static inline int64_t groups_of(int64_t T) { return T == 1 ? 1 : (T + TOKENS - 1) / TOKENS; }
+
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void fixed_group(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group);
 typedef void attention_span(const attention_args *a, int64_t item, int64_t begin, float *known,
                             float *scratch);
+typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
+typedef void swiglu_many(float *gate, const float *up, int64_t n);
+typedef void store_one_head(uint8_t *to, int format, const float *x, const float *angles, int64_t Dh);
 typedef void exp_many(float *y, const float *x, int64_t n);
 typedef uint32_t read_all(const uint8_t *p, int64_t nbytes);
 typedef float fma_chains(int64_t operations);
@@ -34,9 +42,13 @@ typedef float fma_chains(int64_t operations);
 typedef struct {
     const char *name;
     linear_rows *linear;
+    linear_rows *linear_exact;
     fixed_group *fixed;
     linear_rows *linear_fixed;
     attention_span *attention;
+    norm_token *norm;
+    swiglu_many *swiglu;
+    store_one_head *store_head;
     exp_many *exp;
     read_all *read;
     fma_chains *fma;
@@ -44,10 +56,17 @@ typedef struct {
 
 const kernels *chosen_kernels(void);
 
+/* How many of T tokens one call of `fixed` rounds. */
+int64_t fixed_tokens(int64_t T);
+
 linear_rows linear_scalar, linear_avx2, linear_avx512;
+linear_rows linear_exact_avx2, linear_exact_avx512;
 fixed_group fixed_scalar, fixed_avx2, fixed_avx512;
-linear_rows linear_fixed_scalar, linear_fixed_avx2, linear_fixed_avx512;
+linear_rows linear_fixed_avx2, linear_fixed_avx512;
 attention_span attention_scalar, attention_avx2, attention_avx512;
+norm_token norm_scalar, norm_avx2, norm_avx512;
+swiglu_many swiglu_scalar, swiglu_avx2, swiglu_avx512;
+store_one_head store_head_scalar, store_head_avx2, store_head_avx512;
 exp_many exp_scalar, exp_avx2, exp_avx512;
 read_all read_scalar, read_avx2, read_avx512;
 fma_chains fma_scalar, fma_avx2, fma_avx512;

@@ -1,5 +1,5 @@
 /* Every C function that Python calls. This file is both the C header and the declaration that cffi
- * reads, so it holds prototypes only. Arrays are row-major and float32 unless said otherwise; the
+ * reads, so it holds hardly more than prototypes. Arrays are row-major and float32 unless said otherwise; the
  * letters of the shapes are those of numpy_llama/config.py:
  *
  *   B batch   T new tokens   S all positions   H query heads   K key/value heads   Dh head_dim
@@ -9,12 +9,18 @@
  * No function writes outside its output, reads outside the shapes given or, but for nl_watch, keeps a
  * pointer. numpy_llama/kernels.py checks all shapes before it calls; these functions check nothing. */
 
+#pragma once
+
 /* y[:, begin:end] = x @ w[begin:end].T      linear.c
  *   x (T, IN)   w (OUT, IN) as stored   y (T, OUT);   IN a multiple of 32, in K formats of 256.
  *   format is ggml's number: 0 F32, 1 F16, 30 BF16, 8 Q8_0, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 12 Q4_K, 13 Q5_K,
  *   14 Q6_K (numpy_llama/quantize.py). */
 void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
                int64_t begin, int64_t end, int threads);
+
+/* The same, and one token is summed in the same order as it is among others. */
+void nl_linear_exact(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
+                     int64_t begin, int64_t end, int threads);
 
 /* The same with x in fixed point: rounded to 14 bits in blocks of 32, for K formats of 256.      fixed.c
  *   `fixed` has room for nl_fixed_bytes(T, IN) bytes; nl_fixed fills it from x. Not for F32. */
@@ -30,6 +36,29 @@ void nl_linear_fixed(float *y, const void *fixed, const void *w, int format, int
 int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T,
                  int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
                  const int64_t *v_strides, int64_t begin, int64_t end, int threads);
+
+/* One TransformerBlock: its sizes (D dim, F hidden_dim) and weights, which are kept by whoever made this. */
+typedef struct {
+    int64_t D, H, K, Dh, F;
+    const float *attention_norm, *ffn_norm; /* (D,) */
+    float eps;
+    int exact;
+    const void *weight[7]; /* wq wk wv wo w_gate w_up w_down, as stored */
+    int format[7];
+    const int64_t *q_order, *k_order; /* output i of wq and wk is their row order[i]; NULL: row i */
+} nl_layer_weights;
+
+/* y = TransformerBlock(x), the keys and values of T new positions put behind the `start` old ones. layer.c x,
+ * y (1, T, D)   freqs_cis (T, Dh / 2) complex   D, F, H * Dh multiples of 32;   Dh even, at most 256. keys,
+ * values (start + T, K, Dh) in format 0 F32 or 1 F16;   `position`, `head`: numbers from one to the next.
+ *   scratch has room for nl_layer_bytes(w, T) bytes. All in one call with first = 0, last = 10, part 0 of 1;
+ * or in several, of steps first .. last - 1; one single step also in parts, each of which must be done.
+ *   Returns 0; -1 when there is no memory for the scratch of attention; 1 when float16 cannot hold a
+ *   key or value. */
+int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t T);
+int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *freqs_cis, void *keys,
+             void *values, int cache_format, int64_t position, int64_t head, int64_t T, int64_t start,
+             void *scratch, int first, int last, int64_t part, int64_t parts, int threads);
 
 /* dst = quantize(dequantize(src))      quantize.c
  *   src, dst: `rows` rows of IN weights as stored, in any two of the formats above; dst in F32, F16, BF16,

@@ -14,10 +14,7 @@
 #include "kernels.h"
 #include "vec.h"
 
-/* The bits of 65504, of 0.5 and of -0; those of |x|. */
-enum { MOST = 0x477fe000, HALF = 0x3f000000 };
-#define SIGN 0x80000000u
-INLINE uint32_t bits_of_abs(float x) { return bits_of_float(x) & ~SIGN; }
+enum { MOST = 0x477fe000 }; /* the bits of 65504 */
 
 INLINE int64_t bytes_of(int format, int64_t n) { return n * block_bytes(format) / block_weights(format); }
 
@@ -30,17 +27,6 @@ INLINE void unpack_many(const int format, float *w, const uint8_t *p, int n) {
             for (int s = 0; s < block_weights(format) / 16; s++)
                 for (int i = 0; i < 16; i++)
                     w[k + 16 * s + i] = weight(format, p + bytes_of(format, k), s, i);
-}
-
-/* Rounded to nearest, ties to even; infinite from 65520 on; a NaN stays a NaN. */
-INLINE uint16_t float_to_half(float f) {
-    const uint32_t all = bits_of_abs(f), sign = bits_of_float(f) >> 16 & 0x8000;
-    const uint32_t rest = all < 0x47800000 ? all : 0x47800000; /* 65536: its exponent is that of infinity */
-    const uint32_t normal = (rest + 0x0fff + (rest >> 13 & 1) - 0x38000000) >> 13; /* bias 127 -> 15 */
-    /* In 0.5 + x the last bit counts 2^-24, as it does in a subnormal float16: the addition rounds. */
-    const uint32_t subnormal = bits_of_float(float_of_bits(rest) + 0.5f) - HALF;
-    const uint32_t choose = -(uint32_t)(rest < 0x38800000), nan = (uint32_t)(all > 0x7f800000) << 9;
-    return (uint16_t)(sign | nan | (subnormal & choose) | (normal & ~choose));
 }
 
 INLINE uint16_t float_to_bf16(float f) {

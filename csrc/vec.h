@@ -49,6 +49,15 @@ INLINE int64_t block_bytes(int format) {
     return 0;
 }
 
+/* Of formats whose weights are d * q + m, whether there is an m; and what a stored q stands for, less itself.
+ */
+INLINE int has_minima(int format) {
+    return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
+}
+INLINE int zero_of(int format) { return format == Q4_0 ? -8 : format == Q5_0 ? -16 : 0; }
+INLINE int is_single(int format) { return format == F32 || format == F16 || format == BF16; }
+INLINE int is_k(int format) { return block_weights(format) == QK_K; }
+
 INLINE uint16_t load_u16(const uint8_t *p) {
     uint16_t u;
     memcpy(&u, p, sizeof u);
@@ -88,6 +97,22 @@ INLINE float half_to_float(uint16_t half) {
     const float subnormal = float_of_bits(0x38800000 + rest) - float_of_bits(0x38800000);
     const uint32_t choose = -(uint32_t)(rest < 0x00800000); /* all bits, or none */
     return float_of_bits(sign | (bits_of_float(subnormal) & choose) | ((rest + bias) & ~choose));
+}
+
+/* The bits of 0.5 and of -0; those of |x|. */
+enum { HALF = 0x3f000000 };
+#define SIGN 0x80000000u
+INLINE uint32_t bits_of_abs(float x) { return bits_of_float(x) & ~SIGN; }
+
+/* Rounded to nearest, ties to even; infinite from 65520 on; a NaN stays a NaN. */
+INLINE uint16_t float_to_half(float f) {
+    const uint32_t all = bits_of_abs(f), sign = bits_of_float(f) >> 16 & 0x8000;
+    const uint32_t rest = all < 0x47800000 ? all : 0x47800000; /* 65536: its exponent is that of infinity */
+    const uint32_t normal = (rest + 0x0fff + (rest >> 13 & 1) - 0x38000000) >> 13; /* bias 127 -> 15 */
+    /* In 0.5 + x the last bit counts 2^-24, as it does in a subnormal float16: the addition rounds. */
+    const uint32_t subnormal = bits_of_float(float_of_bits(rest) + 0.5f) - HALF;
+    const uint32_t choose = -(uint32_t)(rest < 0x38800000), nan = (uint32_t)(all > 0x7f800000) << 9;
+    return (uint16_t)(sign | nan | (subnormal & choose) | (normal & ~choose));
 }
 
 INLINE float load_f16(const uint8_t *p) { return half_to_float(load_u16(p)); }

@@ -9,16 +9,15 @@
 
 #define VEC(name) name##_avx2
 #define LANES 8
+#define TILE 4 /* many_tokens.c: tokens, times two registers of rows */
 #define BESIDE 1
-#define TILE_TOKENS 3 /* linear.c: 4 rows x 3 tokens fill the 16 registers */
-#define TILE_ROWS 6   /* attention.c: x 2 registers, 12 of the 16 */
+#define TILE_ROWS 6 /* attention.c: x 2 registers, 12 of the 16 */
 
 /* A target for each function instead of a compiler flag: what is not a kernel must run anywhere. */
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define WORD static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
 typedef __m256 vec;
-typedef __m256i bytes16; /* sixteen bytes, in both halves */
 
 WORD vec vec_zero(void) { return _mm256_setzero_ps(); }
 WORD vec vec_all(float a) { return _mm256_set1_ps(a); }
@@ -47,33 +46,19 @@ WORD vec vec_from_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)
 WORD vec vec_from_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
-WORD vec vec_from_i8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
 WORD vec vec_from_8_bytes(uint64_t a) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&a)));
 }
 WORD vec vec_all_f16(const uint8_t *p) { return _mm256_cvtph_ps(_mm_set1_epi16((int16_t)load_u16(p))); }
 
-/* Sixteen bytes. Of each the bits from `from` on that the mask leaves; four bits and upper ones joined;
- * sixteen single bits put in as the fifth of each byte; and LANES of the bytes as floats. */
-WORD bytes16 load_bytes16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
-WORD bytes16 field(bytes16 a, int from, int mask) {
-    return _mm256_and_si256(_mm256_srli_epi16(a, from), _mm256_set1_epi8((char)mask));
+WORD void vec_store_f16(void *p, vec a) {
+    _mm_storeu_si128(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
-WORD bytes16 join(bytes16 low, bytes16 upper) { return _mm256_or_si256(low, _mm256_slli_epi16(upper, 4)); }
-WORD bytes16 plus_fifth_bits(bytes16 a, uint16_t bits) {
-    const __m256i spread = _mm256_shuffle_epi8(
-        _mm256_set1_epi16((int16_t)bits), _mm256_setr_epi64x(0, 0x0101010101010101, 0, 0x0101010101010101));
-    const __m256i own = _mm256_set1_epi64x((int64_t)0x8040201008040201);
-    return _mm256_or_si256(
-        a, _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own), _mm256_set1_epi8(16)));
-}
-WORD vec vec_from_bytes16(bytes16 a, const int first) {
-    /* One shuffle puts each byte at the bottom of its own 32 bits (a set top bit gives 0). A widening
-     * conversion would do, but that crosses the halves, and Intel's cores have one unit for what does
-     * and two for what does not. */
-    const __m256i pick = _mm256_setr_epi32(first - 256, first - 255, first - 254, first - 253, first - 252,
-                                           first - 251, first - 250, first - 249);
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(a, pick));
+
+/* Neighbours read as one complex number: a * b. */
+WORD vec vec_times_complex(vec a, vec b) {
+    const vec crossed = _mm256_mul_ps(_mm256_permute_ps(a, 0xb1), _mm256_movehdup_ps(b));
+    return _mm256_addsub_ps(_mm256_mul_ps(a, _mm256_moveldup_ps(b)), crossed);
 }
 
 /* The sums of four registers: (sum a, sum b, sum c, sum d). Always in the same tree,
@@ -129,8 +114,6 @@ WORD ints ints_left(ints a, int n) { return _mm256_slli_epi32(a, n); }
 WORD ints ints_right(ints a, int n) { return _mm256_srli_epi32(a, n); }
 WORD ints ints_signed_right(ints a, int n) { return _mm256_srai_epi32(a, n); }
 WORD ints ints_max(ints a, ints b) { return _mm256_max_epi32(a, b); }
-WORD ints ints_min(ints a, ints b) { return _mm256_min_epi32(a, b); }
-WORD ints ints_mul(ints a, ints b) { return _mm256_mullo_epi32(a, b); }
 WORD vec vec_from_ints(ints a) { return _mm256_cvtepi32_ps(a); }
 WORD ints ints_from_vec(vec a) { return _mm256_cvtps_epi32(a); } /* to nearest, ties to even */
 WORD ints bits_of_vec(vec a) { return _mm256_castps_si256(a); }
@@ -207,8 +190,16 @@ WORD void load_sixteens(sixteens *to, const uint8_t *p) {
 }
 WORD ints words_of_sixteens(const sixteens *a, int i) { return ints_all((int32_t)a->pairs[i]); }
 
-/* Each lane reads 32 bits of its own row: of the lane's number times the row's length, from p on. */
-WORD ints lane_numbers(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+/* Each lane reads 32 bits of its own row, or four times 32 bits. */
 WORD ints rows_u32(const uint8_t *p, ints offsets) {
     return _mm256_i32gather_epi32((const void *)p, offsets, 1);
+}
+WORD void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {
+    ints r[4]; /* row i, and row i + 4 in the upper half */
+    for (int i = 0; i < 4; i++)
+        r[i] = _mm256_loadu2_m128i((const void *)(p + at[i + 4]), (const void *)(p + at[i]));
+    const ints low01 = _mm256_unpacklo_epi32(r[0], r[1]), high01 = _mm256_unpackhi_epi32(r[0], r[1]);
+    const ints low23 = _mm256_unpacklo_epi32(r[2], r[3]), high23 = _mm256_unpackhi_epi32(r[2], r[3]);
+    out[0] = _mm256_unpacklo_epi64(low01, low23), out[1] = _mm256_unpackhi_epi64(low01, low23);
+    out[2] = _mm256_unpacklo_epi64(high01, high23), out[3] = _mm256_unpackhi_epi64(high01, high23);
 }

@@ -6,15 +6,14 @@
 
 #define VEC(name) name##_avx512
 #define LANES 16
-#define BESIDE 2      /* fixed.c: blocks whose halves fill a register of words */
-#define TILE_TOKENS 6 /* linear.c: 4 rows x 6 tokens, 24 of the 32 registers */
-#define TILE_ROWS 12  /* attention.c: x 2 registers, 24 of the 32 */
+#define TILE 8       /* many_tokens.c: tokens, times two registers of rows */
+#define BESIDE 2     /* fixed.c: blocks whose halves fill a register of words */
+#define TILE_ROWS 12 /* attention.c: x 2 registers, 24 of the 32 */
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define WORD static inline __attribute__((always_inline)) TARGET
 
 typedef __m512 vec;
-typedef __m128i bytes16;
 
 WORD vec vec_zero(void) { return _mm512_setzero_ps(); }
 WORD vec vec_all(float a) { return _mm512_set1_ps(a); }
@@ -41,23 +40,18 @@ WORD vec vec_from_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 WORD vec vec_from_bf16(const void *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
 }
-WORD vec vec_from_i8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p))); }
 WORD vec vec_from_8_bytes(uint64_t a) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&a)));
 }
 WORD vec vec_all_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)load_u16(p))); }
 
-WORD bytes16 load_bytes16(const void *p) { return _mm_loadu_si128(p); }
-WORD bytes16 field(bytes16 a, int from, int mask) {
-    return _mm_and_si128(_mm_srli_epi16(a, from), _mm_set1_epi8((char)mask));
+WORD void vec_store_f16(void *p, vec a) {
+    _mm256_storeu_si256(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-WORD bytes16 join(bytes16 low, bytes16 upper) { return _mm_or_si128(low, _mm_slli_epi16(upper, 4)); }
-WORD bytes16 plus_fifth_bits(bytes16 a, uint16_t bits) {
-    return _mm_mask_add_epi8(a, bits, a, _mm_set1_epi8(16));
-}
-WORD vec vec_from_bytes16(bytes16 a, const int first) {
-    (void)first; /* all sixteen fit */
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(a));
+
+WORD vec vec_times_complex(vec a, vec b) { /* the fused multiply-add times 1: there is no addsub here */
+    const vec crossed = _mm512_mul_ps(_mm512_permute_ps(a, 0xb1), _mm512_movehdup_ps(b));
+    return _mm512_fmaddsub_ps(vec_all(1), _mm512_mul_ps(a, _mm512_moveldup_ps(b)), crossed);
 }
 
 /* First the two halves of each, then the tree of vec_avx2.h. */
@@ -174,9 +168,17 @@ WORD ints words_of_sixteens(const sixteens *a, int i) {
     return _mm512_permutexvar_epi16(which, *a);
 }
 
-WORD ints lane_numbers(void) {
-    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-WORD ints ints_min(ints a, ints b) { return _mm512_min_epi32(a, b); }
-WORD ints ints_mul(ints a, ints b) { return _mm512_mullo_epi32(a, b); }
 WORD ints rows_u32(const uint8_t *p, ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
+WORD void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {
+    ints r[4];
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(p + at[i])));
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const void *)(p + at[i + 4])), 1);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const void *)(p + at[i + 8])), 2);
+        r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const void *)(p + at[i + 12])), 3);
+    }
+    const ints low01 = _mm512_unpacklo_epi32(r[0], r[1]), high01 = _mm512_unpackhi_epi32(r[0], r[1]);
+    const ints low23 = _mm512_unpacklo_epi32(r[2], r[3]), high23 = _mm512_unpackhi_epi32(r[2], r[3]);
+    out[0] = _mm512_unpacklo_epi64(low01, low23), out[1] = _mm512_unpackhi_epi64(low01, low23);
+    out[2] = _mm512_unpacklo_epi64(high01, high23), out[3] = _mm512_unpackhi_epi64(high01, high23);
+}

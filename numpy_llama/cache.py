@@ -29,15 +29,7 @@ class KVCache:
 
     def update(self, layer, start_pos, xk, xv):
         """Store T new keys and values (B, T, K, Dh) at start_pos; return all S so far, (B, S, K, Dh)."""
-        end = start_pos + xk.shape[1]
-        if len(xk) != self.batch:
-            raise ParameterError(f"{len(xk)} sequences do not fit a cache for {self.batch}")
-        if not 0 <= start_pos <= end <= self.max_seq_len:
-            raise ContextOverflowError(
-                f"positions {start_pos}..{end - 1} do not fit a cache of {self.max_seq_len}"
-            )
-        if start_pos > self.filled[layer]:
-            raise ParameterError(f"position {start_pos} comes after {self.filled[layer]} stored ones: a gap")
+        end = self.check(layer, start_pos, *xk.shape[:2])
         k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
         try:
             with np.errstate(over="raise"):  # not an infinity: its score may be -inf, and so count nothing
@@ -51,3 +43,16 @@ class KVCache:
             ) from None
         self.filled[layer] = end
         return k[:, :end], v[:, :end]
+
+    def check(self, layer, start_pos, B, T):
+        """Where T new positions of B sequences at start_pos end; an error if they have no place there."""
+        end = start_pos + T
+        if self.batch != B:
+            raise ParameterError(f"{B} sequences do not fit a cache for {self.batch}")
+        if not 0 <= start_pos <= end <= self.max_seq_len:
+            raise ContextOverflowError(
+                f"positions {start_pos}..{end - 1} do not fit a cache of {self.max_seq_len}"
+            )
+        if start_pos > self.filled[layer]:
+            raise ParameterError(f"position {start_pos} comes after {self.filled[layer]} stored ones: a gap")
+        return end

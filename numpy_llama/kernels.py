@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import BuildError, MismatchError, ParameterError, UnsupportedError
+from .model import TransformerBlock
 from .quantize import FORMATS, MAX_F16, QK, Format, StoredTensor
 
 # Between two kernels GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a machine
@@ -52,6 +53,8 @@ ATTENTION_ROWS, ATTENTION_WORK = 240, 16
 # What it can pack.
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 MAX_HEAD_DIM = 256
+ATTEND = 3  # the step of nl_layer that is attention
+F32, F16 = (FORMATS[name].code for name in ("F32", "F16"))
 
 # In a forked child the OpenMP threads of the parent do not exist, and a team that waits for them would
 # hang: there the same kernels run on one thread, with the same bits.
@@ -159,6 +162,36 @@ class PackedWeight:
         return self.tensor[index]
 
 
+class PackedLayer:
+    """A TransformerBlock's sizes and weights as nl_layer takes them: made once."""
+
+    def __init__(self, weights: Sequence[PackedWeight], norms: Sequence[np.ndarray], eps, head_dim, exact):
+        wq, wk, _, _, w_gate, _, _ = weights
+        (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
+        orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
+        self.kept = weights, norms, orders  # what the struct points to
+        self.struct = ffi.new("nl_layer_weights *")
+        self.struct.D, self.struct.F, self.struct.Dh = D, F, head_dim
+        self.struct.H, self.struct.K = H_Dh // head_dim, K_Dh // head_dim
+        self.struct.eps, self.struct.exact = eps, exact
+        self.struct.weight, self.struct.format = (
+            [w.pointer for w in weights],
+            [w.format.code for w in weights],
+        )
+        self.struct.attention_norm, self.struct.ffn_norm = (
+            ffi.from_buffer("float[]", norm) for norm in norms
+        )
+        self.struct.q_order, self.struct.k_order = (
+            ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in orders
+        )
+        # Multiply-adds of each of nl_layer's steps, for a token; but of ATTEND for each position it sees.
+        self.steps = (0, (H_Dh + 2 * K_Dh) * D, 0, 2 * H_Dh, 0, H_Dh * D, 0, 2 * F * D, 0, F * D)
+
+    def work(self, T: int, S: int) -> list[int]:
+        """Multiply-adds of each step, for the last T of S positions."""
+        return [T * amount * (S if step == ATTEND else 1) for step, amount in enumerate(self.steps)]
+
+
 class Kernels:
     """The two twins, bound to a number of threads. The number never changes a result.
 
@@ -173,6 +206,7 @@ class Kernels:
         if not whole or not 1 <= threads <= 1024:
             raise ParameterError(f"threads is {threads!r}, it must be a whole number from 1 to 1024")
         self.threads, self.exact = int(threads), exact
+        self._scratch: list = []  # of `layer`; as many as calls have been at work at once
 
     def linear(self, x: np.ndarray, w: PackedWeight | StoredTensor | np.ndarray) -> np.ndarray:
         """y = x W^T: (..., IN) float32, (OUT, IN) as stored -> (..., OUT) float32."""
@@ -192,7 +226,8 @@ class Kernels:
             return y
         T = x.size // w.width
         threads = 1 if _forked or T * OUT * w.width < WORK_FOR_THREADS else self.threads
-        multiply, operand = lib.nl_linear, ffi.from_buffer("float[]", x)
+        multiply = lib.nl_linear_exact if self.exact else lib.nl_linear
+        operand = ffi.from_buffer("float[]", x)
         # Single numbers are read once for one token, and nothing is won by rounding x for that.
         if not (self.exact or w.format.name == "F32" or (w.format.block == 1 and T == 1)):
             multiply, operand = lib.nl_linear_fixed, self._fixed(operand, w, T, threads)
@@ -244,6 +279,52 @@ class Kernels:
             if lib.nl_attention(*arguments, begin, end, threads) != 0:
                 raise MemoryError("no memory for the scratch of the attention kernel")
         return out
+
+    def pack_layer(self, block: TransformerBlock) -> PackedLayer | None:
+        """A layer's weights for `layer`; None where nl_layer does not take their sizes."""
+        a, f = block.attention, block.feed_forward
+        weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
+        norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]
+        whole = all(
+            w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights)
+        )
+        if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
+            return None
+        return PackedLayer(weights, norms, block.attention_norm.eps, a.head_dim, self.exact)
+
+    def layer(self, w: PackedLayer, x, start_pos: int, freqs_cis, keys, values) -> np.ndarray | None:
+        """TransformerBlock: x (1, T, D), T new positions behind start_pos old ones of one layer's cache.
+
+        keys, values (K, max_seq_len, Dh) float32 or float16, with room for them: both lie alike.
+        None if float16 cannot hold what is to be stored there.
+        """
+        x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
+        y, T, (head, position, itemsize) = np.empty_like(x), x.shape[1], keys.strides
+        work = w.work(T, start_pos + T)
+        threads = 1 if _forked or sum(work) < WORK_FOR_THREADS else self.threads
+        scratch = self._scratch.pop() if self._scratch else b""
+        if len(scratch) < (nbytes := lib.nl_layer_bytes(w.struct, T)):
+            scratch = ffi.new("char[]", nbytes)
+        arguments = (
+            *(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", x), w.struct),
+            ffi.from_buffer("float[]", freqs_cis),
+            *(ffi.from_buffer(keys), ffi.from_buffer(values), F16 if itemsize == 2 else F32),
+            *(position // itemsize, head // itemsize, T, start_pos, scratch),
+        )
+        limit = WORK_PER_CALL * threads
+        calls = [(0, len(work), 1)]
+        if sum(work) > limit:
+            work[ATTEND] //= 1 if isa() == "scalar" else ATTENTION_WORK
+            calls = [(step, step + 1, max(-(-amount // limit), 1)) for step, amount in enumerate(work)]
+        for first, last, parts in calls:
+            for part in range(parts):
+                status = lib.nl_layer(*arguments, first, last, part, parts, threads)
+                if status < 0:
+                    raise MemoryError("no memory for the scratch of the attention kernel")
+                if status:
+                    return None
+        self._scratch.append(scratch)
+        return y
 
     def convert(
         self, tensor: StoredTensor, format: Format, begin_row: int = 0, end_row: int | None = None

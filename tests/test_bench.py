@@ -367,7 +367,8 @@ def test_both_are_asked_for_the_same(path, tmp_path):
         assert it["llama_cpp"] == statistics.median(it["runs"]["theirs"])
         assert it["ratio"] == pytest.approx(it["ours"] / it["llama_cpp"])
         model = build(ARGS, stored_weights())
-        cost = bench.cost(model, Task(test[:2], length, 20), 2 * 3 * 2 * 16 * 4)
+        position = model.new_cache(1, 1)
+        cost = bench.cost(model, Task(test[:2], length, 20), position.k.nbytes + position.v.nbytes)
         for share, of, limit in (
             ("share_of_read_bandwidth", cost.nbytes, "read_bandwidth"),
             ("share_of_fma_peak", cost.operations, "fma_peak"),

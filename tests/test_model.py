@@ -413,7 +413,7 @@ LEVELS = [
     {"generate", "batch"},
     {"checkpoint", "tokenizer", "chat", "sandbox", "sampling"},
     {"words", "merging"},
-    {"kernels"},
+    {"kernels", "layer"},
     {"quantize"},
     {"model"},
     {"cache"},

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import ModelArgs
 from ..errors import FormatError, ParameterError, UnsupportedError, escape
+from ..layer import compile_layers
 from ..model import Transformer
 from ..quantize import StoredTensor
 from ..tokenizer import Tokenizer
@@ -101,7 +102,8 @@ def build(
         return PackedWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
 
     kernels, kept = Kernels(threads, exact), cache_dtype(backend, dtype, exact)
-    return Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention, kept)
+    model = Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention, kept)
+    return compile_layers(model, kernels)
 
 
 def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:

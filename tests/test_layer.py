@@ -1,0 +1,272 @@
+"""One C call for a layer (csrc/layer.c) against the layer of model.py, on every instruction set.
+
+In exact mode both round alike but for the order of a few sums. In fixed point a number of x that lies between
+two steps may go either way: one step is 1 / 8191 of the largest of its block.
+"""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_kernels import HALVES, bits, for_each, seeds
+from tolerances import U16, assert_near
+
+from numpy_llama import kernels
+from numpy_llama.batch import BatchCache, side_by_side
+from numpy_llama.cache import KVCache
+from numpy_llama.checkpoint import build
+from numpy_llama.config import ModelArgs
+from numpy_llama.errors import ContextOverflowError, NumericsError, ParameterError
+from numpy_llama.kernels import Kernels, PackedWeight
+from numpy_llama.layer import CompiledBlock, compile_layers
+from numpy_llama.model import Transformer, TransformerBlock
+from numpy_llama.quantize import FORMATS, X_MAX, StoredTensor
+
+pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
+
+CONTEXT = 80
+SMALL = ModelArgs(
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=32,
+    hidden_dim=96,
+    vocab_size=32,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_seq_len=CONTEXT,
+)
+# A layer in float32, relative to its largest output: the rounding of its sums, which the norms magnify.
+LAYER_32 = 1e-5
+# Some of the thousand numbers of a layer are rounded to the other side, each by one step or less.
+ROUNDED = 4 / float(X_MAX)
+
+
+def random_weight(rng, OUT: int, IN: int) -> StoredTensor:
+    """In any format that has such rows; x @ w.T is about as large as x."""
+    format = FORMATS[rng.choice([name for name, format in FORMATS.items() if IN % format.block == 0])]
+    if format.quantize:
+        return StoredTensor.quantize(rng.normal(scale=IN**-0.5, size=(OUT, IN)).astype(np.float32), format)
+    blocks = rng.integers(0, 256, (OUT * IN // format.block, format.block_bytes), dtype=np.uint8)
+    for at in HALVES[format.name]:
+        blocks[:, at : at + 2] = rng.normal(scale=2**-13, size=(len(blocks), 1)).astype("<f2").view(np.uint8)
+    return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
+
+
+def random_weights(rng, args: ModelArgs, half_split: bool = False) -> dict[str, StoredTensor]:
+    """Each weight in a format of its own; q and k, if so asked, with their rows in another order."""
+    D, F, V = args.dim, args.hidden_dim, args.vocab_size
+    q, k = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    weights = {"tok_embeddings": (V, D), "output": (V, D), "norm": (D,)}
+    for i in range(args.n_layers):
+        weights |= {f"layers.{i}.attention.{name}": shape for name, shape in
+                    {"wq": (q, D), "wk": (k, D), "wv": (k, D), "wo": (D, q)}.items()}  # fmt: skip
+        weights |= {f"layers.{i}.feed_forward.{name}": shape for name, shape in
+                    {"w_gate": (F, D), "w_up": (F, D), "w_down": (D, F)}.items()}  # fmt: skip
+        weights |= {f"layers.{i}.{name}": (D,) for name in ("attention_norm", "ffn_norm")}
+    stored = {}
+    for name, shape in weights.items():
+        if len(shape) == 1:
+            w = StoredTensor.quantize(rng.uniform(0.5, 2, shape).astype(np.float32), "F32")
+        else:
+            w = random_weight(rng, *shape)
+        if half_split and name.endswith(("wq", "wk")):
+            w = StoredTensor(w.format, w.shape, w.data, rng.permutation(len(w)))
+        stored[f"{name}.weight"] = w
+    return stored
+
+
+def two_models(args: ModelArgs, weights, threads: int, exact: bool) -> tuple[Transformer, Transformer]:
+    """The same model, computed layer by layer and by the ordinary layers."""
+    packed = {key: w.dequantize() if len(w.shape) == 1 else PackedWeight(w) for key, w in weights.items()}
+    twin = Kernels(threads, exact)
+    return (
+        compile_layers(Transformer(args, packed, twin.linear, twin.attention), twin),
+        Transformer(args, packed, twin.linear, twin.attention),
+    )
+
+
+@st.composite
+def configurations(draw):
+    """Rows that are whole blocks, as C takes them; some of them whole blocks of K formats."""
+    head_dim = draw(st.sampled_from([32, 40, 48, 64, 80, 96, 128, 256]))
+    n_kv_heads, n_rep = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    while n_kv_heads * n_rep * head_dim % 32:
+        n_rep += 1
+    dim, hidden_dim = draw(st.sampled_from([32, 96, 256])), draw(st.sampled_from([32, 160, 512]))
+    sizes = {"dim": dim, "hidden_dim": hidden_dim, "head_dim": head_dim}
+    return replace(SMALL, **sizes, n_layers=1, n_heads=n_kv_heads * n_rep, n_kv_heads=n_kv_heads)
+
+
+def run(model: Transformer, x, lengths, dtype=np.float32) -> tuple[np.ndarray, KVCache]:
+    """x (1, T, D) through the first layer, in chunks of these lengths."""
+    cache, at, parts = KVCache(model.args, 1, CONTEXT, dtype), 0, []
+    for T in lengths:
+        chunk = x[:, at : at + T]
+        parts.append(model.layers[0](chunk, at, model.freqs_cis[at : at + T], cache))
+        at += T
+    assert cache.filled[0] == at
+    return np.concatenate(parts, axis=1), cache
+
+
+lengths = st.lists(st.one_of(st.just(1), st.integers(1, 20)), min_size=1, max_size=4)
+scales = st.sampled_from([0.01, 1, 100])  # what swiglu's exp is given lies within +-2, or beyond +-88
+
+
+@for_each
+@given(configurations(), lengths, st.integers(1, 3), scales, st.booleans(), seeds)
+@example(SMALL, [CONTEXT], 2, 1, True, 0)
+@example(replace(SMALL, n_kv_heads=1, head_dim=128), [13, 1, 1], 3, 100, False, 1)
+def test_a_layer_is_the_layer_of_the_model(isa, args, lengths, threads, scale, half_split, seed):
+    rng = np.random.default_rng(seed)
+    weights = random_weights(rng, args, half_split)
+    up = weights["layers.0.ffn_norm.weight"]
+    weights["layers.0.ffn_norm.weight"] = StoredTensor.quantize(up.dequantize() * np.float32(scale), "F32")
+    compiled, ordinary = two_models(args, weights, threads, exact=True)
+    x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
+    (y, cache), (expected, other) = run(compiled, x, lengths), run(ordinary, x, lengths)
+    assert type(compiled.layers[0]) is CompiledBlock
+    assert_near(y, expected, LAYER_32)
+    T = sum(lengths)
+    assert_near(cache.k[0, 0, :, :T], other.k[0, 0, :, :T], LAYER_32)
+    assert_near(cache.v[0, 0, :, :T], other.v[0, 0, :, :T], LAYER_32)
+    numpy = Transformer(args, {key: w.dequantize() for key, w in weights.items()})
+    assert_near(y, run(numpy, x, lengths)[0], LAYER_32)
+
+
+@for_each
+@given(configurations(), lengths, st.integers(1, 3), st.booleans(), seeds)
+def test_in_fixed_point_too(isa, args, lengths, threads, half_split, seed):
+    rng = np.random.default_rng(seed)
+    compiled, ordinary = two_models(args, random_weights(rng, args, half_split), threads, exact=False)
+    x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
+    assert_near(run(compiled, x, lengths)[0], run(ordinary, x, lengths)[0], ROUNDED)
+
+
+@for_each
+@given(configurations(), lengths, seeds)
+def test_a_cache_of_float16(isa, args, lengths, seed):
+    """What is stored is what NumPy would store, but where a number lies between two float16."""
+    rng = np.random.default_rng(seed)
+    compiled, ordinary = two_models(args, random_weights(rng, args), 2, exact=True)
+    x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
+    y, cache = run(compiled, x, lengths, np.float16)
+    expected, other = run(ordinary, x, lengths, np.float16)
+    assert_near(y, expected, 4 * U16)
+    T = sum(lengths)
+    for mine, theirs in [
+        (cache.k[0, 0, :, :T], other.k[0, 0, :, :T]),
+        (cache.v[0, 0, :, :T], other.v[0, 0, :, :T]),
+    ]:
+        assert_near(mine, theirs.astype(np.float32), 2 * U16)
+        assert (mine != theirs).mean() < 0.05
+
+
+@for_each
+@given(configurations(), lengths, st.booleans(), st.booleans(), seeds)
+def test_threads_and_short_calls_never_change_a_bit(isa, args, lengths, exact, half_split, seed):
+    rng = np.random.default_rng(seed)
+    weights = random_weights(rng, args, half_split)
+    x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
+    results = []
+    for threads, work in [(1, 1 << 27), (2, 1 << 27), (5, 1 << 27), (2, 1000), (3, 1 << 15)]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "WORK_PER_CALL", work)
+            results.append(run(two_models(args, weights, threads, exact)[0], x, lengths)[0])
+    for other in results[1:]:
+        np.testing.assert_array_equal(bits(results[0]), bits(other))
+
+
+def test_what_is_not_finite_stays_so(isa, rng):
+    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=True)
+    x = rng.standard_normal((1, 3, SMALL.dim), dtype=np.float32)
+    for bad in (np.nan, np.inf):
+        x[0, 1, 5] = bad
+        y, _ = run(model, x, [3])
+        assert np.isfinite(y[0, 0]).all() and not np.isfinite(y[0, 1]).any()
+
+
+def test_the_cache_refuses_what_it_always_refused(rng):
+    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    layer, x = model.layers[1], rng.standard_normal((1, 4, SMALL.dim), dtype=np.float32)
+    cache = KVCache(SMALL, 1, 6)
+    layer(x, 0, model.freqs_cis[:4], cache)
+    k, v = cache.k.copy(), cache.v.copy()
+    with pytest.raises(ContextOverflowError, match=r"positions 4\.\.7 do not fit a cache of 6"):
+        layer(x, 4, model.freqs_cis[4:8], cache)
+    with pytest.raises(ContextOverflowError):
+        layer(x, -1, model.freqs_cis[:4], cache)
+    with pytest.raises(ParameterError, match="position 5 comes after 4 stored ones: a gap"):
+        layer(x[:, :1], 5, model.freqs_cis[5:6], cache)
+    with pytest.raises(ParameterError, match="1 sequences do not fit a cache for 2"):
+        layer(x, 0, model.freqs_cis[:4], KVCache(SMALL, 2, 6))
+    assert cache.filled == [0, 4]
+    np.testing.assert_array_equal(cache.k, k)
+    np.testing.assert_array_equal(cache.v, v)
+
+
+@pytest.mark.parametrize("name", ["wk", "wv"])
+def test_what_float16_cannot_hold_is_refused(isa, rng, name):
+    weights = random_weights(rng, SMALL)
+    key = f"layers.0.attention.{name}.weight"
+    weights[key] = StoredTensor.quantize(weights[key].dequantize() * np.float32(1e6), "F32")
+    model, _ = two_models(SMALL, weights, 2, exact=False)
+    cache = KVCache(SMALL, 1, 6, np.float16)
+    with pytest.raises(NumericsError, match=r"layer 0, positions 0\.\.2"):
+        model.layers[0](
+            rng.standard_normal((1, 3, SMALL.dim), dtype=np.float32), 0, model.freqs_cis[:3], cache
+        )
+    assert cache.filled == [0, 0]
+
+
+def test_the_ordinary_way_for_everything_else(rng):
+    """Several sequences, side by side or ragged, and another cache: the same bits as ordinary layers."""
+    compiled, ordinary = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    tokens = rng.integers(0, SMALL.vocab_size, (3, 5))
+    np.testing.assert_array_equal(bits(compiled.hidden(tokens)), bits(ordinary.hidden(tokens)))
+    ragged = []
+    for model in (compiled, ordinary):
+        caches = [KVCache(SMALL, 1, CONTEXT) for _ in range(2)]
+        for cache, n in zip(caches, (2, 4), strict=True):
+            ordinary.hidden(tokens[:1, :n], 0, cache)
+        ragged.append(side_by_side(model).hidden(tokens[:2, :1], np.array([2, 4]), BatchCache(caches)))
+    np.testing.assert_array_equal(bits(ragged[0]), bits(ragged[1]))
+    double = [model.hidden(tokens[:1], 0, KVCache(SMALL, 1, 6, np.float64)) for model in (compiled, ordinary)]
+    np.testing.assert_array_equal(double[0], double[1])
+
+
+@pytest.mark.parametrize("odd", [{"dim": 40}, {"hidden_dim": 33}, {"head_dim": 10}, {"head_dim": 288}])
+def test_sizes_that_c_does_not_take_stay_ordinary(rng, odd):
+    args = replace(SMALL, **odd)
+    model, _ = two_models(args, random_weights(rng, args), 1, exact=False)
+    assert all(type(layer) is TransformerBlock for layer in model.layers)
+
+
+def test_two_python_threads_may_use_one_model(rng):
+    model, _ = two_models(
+        replace(SMALL, dim=256), random_weights(rng, replace(SMALL, dim=256)), 2, exact=False
+    )
+    x = rng.standard_normal((4, 1, 48, 256), dtype=np.float32)
+    alone, together = [run(model, one, [48])[0] for one in x], {}
+
+    def often(i):
+        together[i] = [run(model, x[i], [48])[0] for _ in range(30)]
+
+    threads = [threading.Thread(target=often, args=(i,)) for i in range(len(x))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, one in enumerate(alone):
+        for other in together[i]:
+            np.testing.assert_array_equal(bits(one), bits(other))
+
+
+def test_the_c_backend_is_built_of_such_layers(rng):
+    weights = random_weights(rng, SMALL)
+    assert {type(layer) for layer in build(SMALL, weights).layers} == {CompiledBlock}
+    assert {type(layer) for layer in build(SMALL, weights, backend="numpy").layers} == {TransformerBlock}

@@ -48,17 +48,18 @@ typedef struct {
     const int64_t *q_order, *k_order; /* output i of wq and wk is their row order[i]; NULL: row i */
 } nl_layer_weights;
 
-/* y = TransformerBlock(x), the keys and values of T new positions put behind the `start` old ones. layer.c x,
- * y (1, T, D)   freqs_cis (T, Dh / 2) complex   D, F, H * Dh multiples of 32;   Dh even, at most 256. keys,
- * values (start + T, K, Dh) in format 0 F32 or 1 F16;   `position`, `head`: numbers from one to the next.
- *   scratch has room for nl_layer_bytes(w, T) bytes. All in one call with first = 0, last = 10, part 0 of 1;
- * or in several, of steps first .. last - 1; one single step also in parts, each of which must be done.
- *   Returns 0; -1 when there is no memory for the scratch of attention; 1 when float16 cannot hold a
- *   key or value. */
-int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t T);
-int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *freqs_cis, void *keys,
-             void *values, int cache_format, int64_t position, int64_t head, int64_t T, int64_t start,
-             void *scratch, int first, int last, int64_t part, int64_t parts, int threads);
+/* y = TransformerBlock(x): of B sequences, T new positions each, behind start[b] old ones.      layer.c
+ *   x, y (B, T, D)   freqs_cis (T, Dh / 2) complex, where `angles` is 0; else `angles` numbers for each
+ * sequence. keys[b], values[b] (start[b] + T, K, Dh) in format 0 F32 or 1 F16;   `position`, head[b]: numbers
+ * from one to the next.   D, F, H * Dh multiples of 32;   Dh even, at most 256. scratch has room for
+ * nl_layer_bytes(w, B * T) bytes. All in one call with first = 0, last = 10, part 0 of 1; or in several, of
+ * steps first .. last - 1; one single step also in parts, each of which must be done. Returns 0; -1 when
+ * there is no memory for the scratch of attention; 1 when float16 cannot hold a key or value. */
+int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens);
+int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *freqs_cis, int64_t angles,
+             void *const *keys, void *const *values, int cache_format, int64_t position, const int64_t *head,
+             int64_t B, int64_t T, const int64_t *start, void *scratch, int first, int last, int64_t part,
+             int64_t parts, int threads);
 
 /* dst = quantize(dequantize(src))      quantize.c
  *   src, dst: `rows` rows of IN weights as stored, in any two of the formats above; dst in F32, F16, BF16,

@@ -34,10 +34,10 @@ typedef struct {
     const nl_layer_weights *w;
     const kernels *kernel;
     const float *x, *freqs_cis;
-    uint8_t *keys, *values; /* of position 0 */
+    void *const *keys, *const *values;
+    const int64_t *head, *start;
+    int64_t angles, position, B, T, tokens; /* tokens = B * T: only in heads it counts whose they are */
     int cache_format;
-    int64_t position, head; /* bytes from one to the next */
-    int64_t T, start;
     float *normed, *q_rows, *k_rows, *v_rows, *q, *seen, *h, *gate, *up, *y;
     uint8_t *fixed, *fixed_wide;
     int *beyond; /* set when float16 cannot hold a key or value */
@@ -64,7 +64,7 @@ static void *room(uint8_t **end, int64_t bytes) {
 /* Gives each intermediate result its room; -> where the last one ends. */
 static uint8_t *lay_out(pass *p, uint8_t *scratch) {
     const nl_layer_weights *w = p->w;
-    const int64_t T = p->T * (int64_t)sizeof(float);
+    const int64_t T = p->tokens * (int64_t)sizeof(float);
     uint8_t *end = scratch + (LINE - (uintptr_t)scratch % LINE) % LINE;
     p->normed = room(&end, T * w->D);
     p->q_rows = room(&end, T * w->H * w->Dh);
@@ -75,13 +75,13 @@ static uint8_t *lay_out(pass *p, uint8_t *scratch) {
     p->h = room(&end, T * w->D);
     p->gate = room(&end, T * w->F);
     p->up = room(&end, T * w->F);
-    p->fixed = room(&end, 3 * nl_fixed_bytes(p->T, w->D));
-    p->fixed_wide = room(&end, nl_fixed_bytes(p->T, w->F > w->H * w->Dh ? w->F : w->H * w->Dh));
+    p->fixed = room(&end, 3 * nl_fixed_bytes(p->tokens, w->D));
+    p->fixed_wide = room(&end, nl_fixed_bytes(p->tokens, w->F > w->H * w->Dh ? w->F : w->H * w->Dh));
     return end;
 }
 
-int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t T) {
-    pass p = {.w = w, .T = T};
+int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
+    pass p = {.w = w, .tokens = tokens};
     uint8_t base[1];
     return lay_out(&p, base) - base + LINE;
 }
@@ -89,7 +89,7 @@ int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t T) {
 /* Whether that weight wants x in fixed point: as Kernels.linear decides it. */
 static int is_fixed(const pass *p, int weight) {
     const int format = p->w->format[weight], single = format == F16 || format == BF16;
-    return !(p->w->exact || format == F32 || (single && p->T == 1));
+    return !(p->w->exact || format == F32 || (single && p->tokens == 1));
 }
 
 /* The weights that are multiplied with the same x: q, k and v; gate and up. Of each the first. */
@@ -104,16 +104,16 @@ static int first_like(const pass *p, int weight) {
 
 static uint8_t *fixed_for(const pass *p, int weight) {
     if (weight == WO || weight == W_DOWN) return p->fixed_wide;
-    return p->fixed + (first_like(p, weight) - first_of[weight]) * nl_fixed_bytes(p->T, p->w->D);
+    return p->fixed + (first_like(p, weight) - first_of[weight]) * nl_fixed_bytes(p->tokens, p->w->D);
 }
 
 /* x in fixed point, tokens `s` of it, for the weights first .. last. */
 static void round_tokens(const pass *p, share s, const float *x, int64_t IN, int first, int last) {
-    const int64_t tokens = fixed_tokens(p->T);
+    const int64_t some = fixed_tokens(p->tokens);
     for (int i = first; i <= last; i++)
         if (is_fixed(p, i) && first_like(p, i) == i)
-            for (int64_t t = s.from; t < s.to; t += tokens)
-                p->kernel->fixed(fixed_for(p, i), x, p->w->format[i], p->T, IN, t / tokens);
+            for (int64_t t = s.from; t < s.to; t += some)
+                p->kernel->fixed(fixed_for(p, i), x, p->w->format[i], p->tokens, IN, t / some);
 }
 
 static void norm_tokens(const pass *p, share s, const float *x, const float *weight, int first, int last) {
@@ -127,33 +127,35 @@ static void norm_tokens(const pass *p, share s, const float *x, const float *wei
 static void multiply(const pass *p, share s, float *y, const float *x, int weight, int64_t OUT, int64_t IN) {
     const int fixed = is_fixed(p, weight), format = p->w->format[weight];
     const linear_args a = {
-        fixed ? (const void *)fixed_for(p, weight) : x, p->w->weight[weight], y, format, p->T, OUT, IN};
+        fixed ? (const void *)fixed_for(p, weight) : x, p->w->weight[weight], y, format, p->tokens, OUT, IN};
     linear_rows *const floats = p->w->exact ? p->kernel->linear_exact : p->kernel->linear;
     if (s.from < s.to) (fixed ? p->kernel->linear_fixed : floats)(&a, s.from, s.to);
 }
 
 static void add(const pass *p, share s, float *y, const float *x) {
-    for (int64_t t = 0; t < p->T; t++)
+    for (int64_t t = 0; t < p->tokens; t++)
         for (int64_t d = s.from; d < s.to; d++) y[t * p->w->D + d] += x[t * p->w->D + d];
 }
 
 /* Heads of q, then of k, then of v: turned, but for v, and put where attention reads them. */
 static void store_heads(const pass *p, share s) {
     const nl_layer_weights *w = p->w;
-    const int64_t H = w->H, K = w->K, Dh = w->Dh;
+    const int64_t H = w->H, K = w->K, Dh = w->Dh, size = p->cache_format == F16 ? 2 : 4;
     for (int64_t i = s.from; i < s.to; i++) {
-        const int64_t t = i / (H + 2 * K), head = i % (H + 2 * K);
+        const int64_t token = i / (H + 2 * K), head = i % (H + 2 * K), b = token / p->T, t = token % p->T;
         const int is_q = head < H, is_v = head >= H + K;
         const int64_t h = is_q ? head : is_v ? head - H - K : head - H;
-        const float *row = is_q ? p->q_rows + t * H * Dh : (is_v ? p->v_rows : p->k_rows) + t * K * Dh;
+        const float *row =
+            is_q ? p->q_rows + token * H * Dh : (is_v ? p->v_rows : p->k_rows) + token * K * Dh;
         const int64_t *order = is_q ? w->q_order : is_v ? NULL : w->k_order;
-        uint8_t *to = is_q ? (uint8_t *)(p->q + (t * H + h) * Dh)
-                           : (is_v ? p->values : p->keys) + (p->start + t) * p->position + h * p->head;
+        uint8_t *to = (uint8_t *)(is_v ? p->values[b] : p->keys[b]) +
+                      ((p->start[b] + t) * p->position + h * p->head[b]) * size;
+        if (is_q) to = (uint8_t *)(p->q + (token * H + h) * Dh);
         float in_order[MAX_DH];
         if (order)
             for (int64_t d = 0; d < Dh; d++) in_order[d] = row[order[h * Dh + d]];
         p->kernel->store_head(to, is_q ? F32 : p->cache_format, order ? in_order : row + h * Dh,
-                              is_v ? NULL : p->freqs_cis + t * Dh, Dh);
+                              is_v ? NULL : p->freqs_cis + b * p->angles + t * Dh, Dh);
         int beyond = 0;
         for (int64_t d = 0; d < (!is_q && p->cache_format == F16 ? Dh : 0); d++)
             beyond |= (load_u16(to + 2 * d) & 0x7fff) == 0x7c00;
@@ -168,7 +170,7 @@ static void store_heads(const pass *p, share s) {
 static void do_step(const pass *p, int step, int64_t i, int64_t n) {
     const nl_layer_weights *w = p->w;
     const int64_t D = w->D, H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, F = w->F;
-    const share tokens = share_of(p->T, fixed_tokens(p->T), i, n), of_D = share_of(D, QK, i, n),
+    const share tokens = share_of(p->tokens, fixed_tokens(p->tokens), i, n), of_D = share_of(D, QK, i, n),
                 of_q = share_of(H_Dh, QK, i, n), of_kv = share_of(K_Dh, QK, i, n),
                 of_F = share_of(F, QK, i, n);
     switch (step) {
@@ -178,7 +180,7 @@ static void do_step(const pass *p, int step, int64_t i, int64_t n) {
         multiply(p, of_kv, p->k_rows, p->normed, WK, K_Dh, D);
         multiply(p, of_kv, p->v_rows, p->normed, WV, K_Dh, D);
         break;
-    case ROPE: store_heads(p, share_of(p->T * (w->H + 2 * w->K), 1, i, n)); break;
+    case ROPE: store_heads(p, share_of(p->tokens * (w->H + 2 * w->K), 1, i, n)); break;
     case ROUND_SEEN: round_tokens(p, tokens, p->seen, H_Dh, WO, WO); break;
     case ADD_SEEN:
         multiply(p, of_D, p->h, p->seen, WO, D, H_Dh);
@@ -188,7 +190,7 @@ static void do_step(const pass *p, int step, int64_t i, int64_t n) {
     case WIDEN:
         multiply(p, of_F, p->gate, p->normed, W_GATE, F, D);
         multiply(p, of_F, p->up, p->normed, W_UP, F, D);
-        for (int64_t t = 0; t < p->T; t++)
+        for (int64_t t = 0; t < p->tokens; t++)
             p->kernel->swiglu(p->gate + t * F + of_F.from, p->up + t * F + of_F.from, of_F.to - of_F.from);
         break;
     case ROUND_WIDE: round_tokens(p, tokens, p->gate, F, W_DOWN, W_DOWN); break;
@@ -217,29 +219,22 @@ static void do_steps(const pass *p, int first, int last, int64_t part, int64_t p
     }
 }
 
-int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *freqs_cis, void *keys,
-             void *values, int cache_format, int64_t position, int64_t head, int64_t T, int64_t start,
-             void *scratch, int first, int last, int64_t part, int64_t parts, int threads) {
-    const int64_t bytes = cache_format == F16 ? 2 : 4, strides[3] = {0, position, head};
+int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *freqs_cis, int64_t angles,
+             void *const *keys, void *const *values, int cache_format, int64_t position, const int64_t *head,
+             int64_t B, int64_t T, const int64_t *start, void *scratch, int first, int last, int64_t part,
+             int64_t parts, int threads) {
     int status = 0;
-    pass p = {.w = w,
-              .kernel = chosen_kernels(),
-              .x = x,
-              .freqs_cis = freqs_cis,
-              .keys = keys,
-              .values = values,
-              .cache_format = cache_format,
-              .position = position * bytes,
-              .head = head * bytes,
-              .T = T,
-              .start = start,
-              .y = y,
-              .beyond = &status};
+    pass p = {.w = w, .kernel = chosen_kernels(), .x = x, .y = y, .freqs_cis = freqs_cis, .angles = angles};
+    p.keys = keys, p.values = values, p.cache_format = cache_format, p.position = position, p.head = head;
+    p.B = B, p.T = T, p.tokens = B * T, p.start = start, p.beyond = &status;
     lay_out(&p, scratch);
     do_steps(&p, first, last < ATTEND ? last : ATTEND, part, parts, threads);
-    if (status == 0 && first <= ATTEND && ATTEND < last)
-        status = nl_attention(p.seen, p.q, keys, values, cache_format, 1, T, start + T, w->H, w->K, w->Dh,
-                              strides, strides, T * part / parts, T * (part + 1) / parts, threads);
+    for (int64_t b = 0; b < (first <= ATTEND && ATTEND < last ? B : 0) && status == 0; b++) {
+        const int64_t strides[3] = {0, position, head[b]}, at = b * T * w->H * w->Dh;
+        status =
+            nl_attention(p.seen + at, p.q + at, keys[b], values[b], cache_format, 1, T, start[b] + T, w->H,
+                         w->K, w->Dh, strides, strides, T * part / parts, T * (part + 1) / parts, threads);
+    }
     if (status == 0) do_steps(&p, first > ATTEND ? first : ATTEND + 1, last, part, parts, threads);
     return status;
 }

@@ -169,6 +169,7 @@ class PackedLayer:
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
+        self.D, self.Dh = D, head_dim
         self.kept = weights, norms, orders  # what the struct points to
         self.struct = ffi.new("nl_layer_weights *")
         self.struct.D, self.struct.F, self.struct.Dh = D, F, head_dim
@@ -187,9 +188,9 @@ class PackedLayer:
         # Multiply-adds of each of nl_layer's steps, for a token; but of ATTEND for each position it sees.
         self.steps = (0, (H_Dh + 2 * K_Dh) * D, 0, 2 * H_Dh, 0, H_Dh * D, 0, 2 * F * D, 0, F * D)
 
-    def work(self, T: int, S: int) -> list[int]:
-        """Multiply-adds of each step, for the last T of S positions."""
-        return [T * amount * (S if step == ATTEND else 1) for step, amount in enumerate(self.steps)]
+    def work(self, tokens: int, seen: int) -> list[int]:
+        """Multiply-adds of each step, for so many tokens, who see so many positions together."""
+        return [amount * (seen if step == ATTEND else tokens) for step, amount in enumerate(self.steps)]
 
 
 class Kernels:
@@ -292,24 +293,33 @@ class Kernels:
             return None
         return PackedLayer(weights, norms, block.attention_norm.eps, a.head_dim, self.exact)
 
-    def layer(self, w: PackedLayer, x, start_pos: int, freqs_cis, keys, values) -> np.ndarray | None:
-        """TransformerBlock: x (1, T, D), T new positions behind start_pos old ones of one layer's cache.
+    def layer(self, w: PackedLayer, x, starts, freqs_cis, keys, values) -> np.ndarray | None:
+        """TransformerBlock: x (B, T, D), T new positions of each sequence behind the old ones, starts[b].
 
-        keys, values (K, max_seq_len, Dh) float32 or float16, with room for them: both lie alike.
+        keys, values: for each sequence one layer's cache, (K, max_seq_len, Dh) float32 or float16, with room.
         None if float16 cannot hold what is to be stored there.
         """
         x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
-        y, T, (head, position, itemsize) = np.empty_like(x), x.shape[1], keys.strides
-        work = w.work(T, start_pos + T)
+        y, (B, T, _) = np.empty_like(x), x.shape
+        _, position, itemsize = keys[0].strides
+        if freqs_cis.shape not in ((T, w.Dh // 2), (B, T, w.Dh // 2)) or x.shape[2] != w.D:
+            raise MismatchError(f"x {x.shape} and freqs_cis {freqs_cis.shape} do not fit the layer")
+        if not len(starts) == len(keys) == len(values) == B:
+            raise MismatchError(
+                f"{B} sequences, {len(starts)} starts, {len(keys)} keys, {len(values)} values"
+            )
+        work = w.work(B * T, T * (sum(starts) + B * T))
         threads = 1 if _forked or sum(work) < WORK_FOR_THREADS else self.threads
         scratch = self._scratch.pop() if self._scratch else b""
-        if len(scratch) < (nbytes := lib.nl_layer_bytes(w.struct, T)):
+        if len(scratch) < (nbytes := lib.nl_layer_bytes(w.struct, B * T)):
             scratch = ffi.new("char[]", nbytes)
         arguments = (
             *(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", x), w.struct),
-            ffi.from_buffer("float[]", freqs_cis),
-            *(ffi.from_buffer(keys), ffi.from_buffer(values), F16 if itemsize == 2 else F32),
-            *(position // itemsize, head // itemsize, T, start_pos, scratch),
+            *(ffi.from_buffer("float[]", freqs_cis), 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size),
+            [ffi.from_buffer(k) for k in keys],
+            [ffi.from_buffer(v) for v in values],
+            *(F16 if itemsize == 2 else F32, position // itemsize, [k.strides[0] // itemsize for k in keys]),
+            *(B, T, starts, scratch),
         )
         limit = WORK_PER_CALL * threads
         calls = [(0, len(work), 1)]

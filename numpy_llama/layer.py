@@ -15,7 +15,7 @@ CACHED = (np.float32, np.float16)
 class CompiledBlock(TransformerBlock):
     """A TransformerBlock whose call is `layer` of csrc/layer.c, within the rounding of float32.
 
-    Several sequences at once, or another cache than KVCache, go the ordinary way.
+    A cache that is neither a KVCache nor batch.py's, or in float64, goes the ordinary way.
     """
 
     def __init__(self, block: TransformerBlock, kernels, packed):
@@ -23,15 +23,20 @@ class CompiledBlock(TransformerBlock):
         self.kernels, self.packed = kernels, packed
 
     def __call__(self, x, start_pos, freqs_cis, cache):
-        if len(x) != 1 or type(cache) is not KVCache or cache.k.dtype not in CACHED:
+        caches, starts = getattr(cache, "caches", [cache]), np.atleast_1d(start_pos).tolist()
+        layer, (B, T, _) = self.attention.layer, x.shape
+        usual = all(type(one) is KVCache and one.k.dtype in CACHED for one in caches)
+        if not usual or sum(one.batch for one in caches) != B:
             return super().__call__(x, start_pos, freqs_cis, cache)
-        layer = self.attention.layer
-        end = cache.check(layer, start_pos, *x.shape[:2])
-        k, v = cache.k[layer, 0], cache.v[layer, 0]
-        y = self.kernels.layer(self.packed, x, start_pos, freqs_cis, k, v)
+        ends = [one.check(layer, at, one.batch, T) for one, at in zip(caches, starts, strict=True)]
+        keys = [k for one in caches for k in one.k[layer]]  # of each sequence (K, max_seq_len, Dh)
+        values = [v for one in caches for v in one.v[layer]]
+        starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
+        y = self.kernels.layer(self.packed, x, starts, freqs_cis, keys, values)
         if y is None:  # the ordinary way says best what is wrong with these numbers
             return super().__call__(x, start_pos, freqs_cis, cache)
-        cache.filled[layer] = end
+        for one, end in zip(caches, ends, strict=True):
+            one.filled[layer] = end
         return y
 
 

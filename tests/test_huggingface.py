@@ -78,7 +78,9 @@ def assert_same_logits(folder: Path, model, tolerance: float = MODEL_32):
         expected = model(tokens).logits.float()
     checkpoint = HuggingFaceCheckpoint(folder)
     for backend in BACKENDS:
-        logits = build(checkpoint.args, checkpoint.weights(), backend=backend, threads=1, exact=True)(tokens.numpy())
+        logits = build(checkpoint.args, checkpoint.weights(), backend=backend, threads=1, exact=True)(
+            tokens.numpy()
+        )
         assert_near(logits, expected, tolerance)
     return checkpoint
 

@@ -32,8 +32,7 @@ HALVES = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
-LANES = {"scalar": 1, "avx2": 8, "avx512": 16}
-STEPS = 64  # csrc/linear.c: a lane sums this many products, then the lanes are summed, then such chunks
+CHUNK = 256  # csrc/many_tokens.c: so many products are summed one after another, and then such chunks
 ODD_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65]
 sizes = st.one_of(st.integers(1, 20), st.sampled_from(ODD_SIZES))
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
@@ -126,10 +125,10 @@ def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by,
 
 
 def linear_bound(isa: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """|error| <= g * sum |x w|: lanes in a chunk and then the chunks, or one long sum."""
-    IN, lanes = x.shape[-1], LANES[isa]
-    chunk = STEPS * lanes if isa != "scalar" else IN
-    roundings = g(min(IN, chunk), lanes) + -(-IN // chunk) * U32
+    """|error| <= g * sum |x w|: the chunks and then their sums, or one long sum."""
+    IN = x.shape[-1]
+    chunk = CHUNK if isa != "scalar" else IN
+    roundings = g(min(IN, chunk)) + -(-IN // chunk) * U32
     return roundings * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T)
 
 
@@ -149,7 +148,7 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
     error = exact_kernels(1).linear(x, PackedWeight(w)) - expected
-    length = IN if isa == "scalar" else STEPS + IN / (STEPS * LANES[isa])
+    length = IN if isa == "scalar" else CHUNK + IN / CHUNK
     assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
 
 

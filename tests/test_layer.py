@@ -19,7 +19,7 @@ from numpy_llama.batch import BatchCache, side_by_side
 from numpy_llama.cache import KVCache
 from numpy_llama.checkpoint import build
 from numpy_llama.config import ModelArgs
-from numpy_llama.errors import ContextOverflowError, NumericsError, ParameterError
+from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsError, ParameterError
 from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.layer import CompiledBlock, compile_layers
 from numpy_llama.model import Transformer, TransformerBlock
@@ -223,19 +223,61 @@ def test_what_float16_cannot_hold_is_refused(isa, rng, name):
     assert cache.filled == [0, 0]
 
 
-def test_the_ordinary_way_for_everything_else(rng):
-    """Several sequences, side by side or ragged, and another cache: the same bits as ordinary layers."""
+@for_each
+@given(configurations(), st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 3), seeds)
+def test_a_batch_is_each_sequence_alone(isa, args, starts, T, seed):
+    """Ragged or all of one length, to the bit: in exact mode a row among others is the row alone."""
+    rng = np.random.default_rng(seed)
+    model, ordinary = two_models(args, random_weights(rng, args), 2, exact=True)
+    x = rng.standard_normal((len(starts), max(starts) + T, args.dim), dtype=np.float32)
+    alone = np.concatenate(
+        [run(model, one[None], [n, T])[0][:, n : n + T] for one, n in zip(x, starts, strict=True)]
+    )
+    caches = [run(model, one[None], [n])[1] for one, n in zip(x, starts, strict=True)]
+    new = np.concatenate([one[None, n : n + T] for one, n in zip(x, starts, strict=True)])
+    angles = np.stack([model.freqs_cis[n : n + T] for n in starts])
+    y = model.layers[0](new, np.array(starts), angles, BatchCache(caches))
+    np.testing.assert_array_equal(bits(y), bits(alone))
+    assert [cache.filled[0] for cache in caches] == [n + T for n in starts]
+    together, apart = KVCache(args, len(x), CONTEXT), [KVCache(args, 1, CONTEXT) for _ in x]
+    y = model.layers[0](x, 0, model.freqs_cis[: x.shape[1]], together)
+    for b, cache in enumerate(apart):
+        one = model.layers[0](x[[b]], 0, model.freqs_cis[: x.shape[1]], cache)
+        np.testing.assert_array_equal(bits(y[[b]]), bits(one))
+    assert_near(y, ordinary.layers[0](x, 0, model.freqs_cis[: x.shape[1]], together), LAYER_32)
+
+
+def test_a_batch_is_checked_like_each_alone(rng):
+    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    caches = BatchCache([KVCache(SMALL, 1, 6), KVCache(SMALL, 1, 3)])
+    tokens = rng.integers(0, SMALL.vocab_size, (2, 2))
+    with pytest.raises(ParameterError, match="position 1 comes after 0 stored ones: a gap"):
+        side_by_side(model).hidden(tokens, np.array([0, 1]), caches)
+    with pytest.raises(ContextOverflowError, match=r"positions 2\.\.3 do not fit a cache of 3"):
+        side_by_side(model).hidden(tokens, np.array([0, 2]), caches)
+    assert [cache.filled for cache in caches.caches] == [[0, 0], [0, 0]]
+
+
+def test_what_does_not_fit_is_refused(rng):
+    """Before C is called, which would read and write beyond it."""
+    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    layer, x = model.layers[0], rng.standard_normal((3, 2, SMALL.dim), dtype=np.float32)
+    with pytest.raises(ValueError):
+        layer(x, np.array([0, 0]), model.freqs_cis[:2], BatchCache([KVCache(SMALL, 1, 6) for _ in range(2)]))
+    with pytest.raises(MismatchError, match="freqs_cis"):
+        layer(x, 0, model.freqs_cis[:1], KVCache(SMALL, 3, 6))
+    with pytest.raises(MismatchError, match="do not fit the layer"):
+        layer(x[..., :-1], 0, model.freqs_cis[:2], KVCache(SMALL, 3, 6))
+    with pytest.raises(MismatchError, match="3 sequences, 1 starts"):
+        model.layers[0].kernels.layer(
+            layer.packed, x, [0], model.freqs_cis[:2], *KVCache(SMALL, 3, 6).k[:, :1]
+        )
+
+
+def test_a_cache_of_float64_goes_the_ordinary_way(rng):
     compiled, ordinary = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
-    tokens = rng.integers(0, SMALL.vocab_size, (3, 5))
-    np.testing.assert_array_equal(bits(compiled.hidden(tokens)), bits(ordinary.hidden(tokens)))
-    ragged = []
-    for model in (compiled, ordinary):
-        caches = [KVCache(SMALL, 1, CONTEXT) for _ in range(2)]
-        for cache, n in zip(caches, (2, 4), strict=True):
-            ordinary.hidden(tokens[:1, :n], 0, cache)
-        ragged.append(side_by_side(model).hidden(tokens[:2, :1], np.array([2, 4]), BatchCache(caches)))
-    np.testing.assert_array_equal(bits(ragged[0]), bits(ragged[1]))
-    double = [model.hidden(tokens[:1], 0, KVCache(SMALL, 1, 6, np.float64)) for model in (compiled, ordinary)]
+    tokens = rng.integers(0, SMALL.vocab_size, (1, 5))
+    double = [model.hidden(tokens, 0, KVCache(SMALL, 1, 6, np.float64)) for model in (compiled, ordinary)]
     np.testing.assert_array_equal(double[0], double[1])
 
 

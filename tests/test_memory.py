@@ -37,7 +37,7 @@ def test_weights_in_place_take_what_they_take_in_the_file():
     plan = plan_of(weights)
     assert (plan.mapped, plan.made) == (sum(w.nbytes for w in weights.values()), 0)
     assert plan.parameters == sum(w.dequantize().size for w in weights.values())
-    assert plan.kv_per_position == 2 * 2 * 2 * 16 * 4
+    assert plan.kv_per_position == 2 * 2 * 2 * 16 * 2  # float16
     assert plan.peak(1000) - plan.peak(0) == 1000 * plan.kv_per_position
 
 

@@ -41,7 +41,7 @@ def compare(llama: nl.Llama, case: dict, near_tie: float = NEAR_TIE) -> int:
 @pytest.mark.parametrize("backend", ["numpy", "c"])
 def test_smollm2(backend, smollm2_path):
     golden = json.loads((GOLDEN / "smollm2_dequantf32_llamacpp.json").read_text())
-    llama = nl.load(smollm2_path, backend=backend)
+    llama = nl.load(smollm2_path, backend=backend, exact=True)
     compared = [compare(llama, case) for case in golden["cases"]]
     print(f"{backend}: steps compared {compared}")
     assert compared == [golden["n_predict"]] * len(golden["cases"])
@@ -50,7 +50,7 @@ def test_smollm2(backend, smollm2_path):
 @pytest.mark.parametrize("backend", ["numpy", "c"])
 def test_stories260k(backend):
     golden = json.loads((GOLDEN / "stories260K_llamacpp_f32.json").read_text())
-    llama = nl.load(DATA / "models" / "stories260K.gguf", backend=backend)
+    llama = nl.load(DATA / "models" / "stories260K.gguf", backend=backend, exact=True)
     compared = [compare(llama, case) for case in golden["cases"]]
     print(f"{backend}: steps compared {compared}")
     assert sum(compared) > 0.9 * golden["n_predict"] * len(compared)
@@ -72,7 +72,7 @@ GOLDEN_QUANTS = json.loads((GOLDEN / "quants_golden.json").read_text())
 def test_every_format(name, backend):
     """llama.cpp ran these on dequantised weights; so do we, by definition or by kernel."""
     golden = GOLDEN_QUANTS[name]
-    llama = nl.load(DATA / "quants" / name, backend=backend)
+    llama = nl.load(DATA / "quants" / name, backend=backend, exact=True)
     ids = llama.tokenizer.encode(golden["prompt"], bos=True) if golden["prompt"] else golden["ids"]
     assert ids == golden["ids"]
     assert min(golden["gap"]) > 1e-3  # in nat, a hundred times what the rounding of both sides can do
@@ -87,7 +87,7 @@ def test_there_is_a_golden_file_for_every_format():
 def test_tinyrand_in_float32():
     name = "tinyrand256-F32.gguf"
     file = open_checkpoint(DATA / "quants" / name)
-    numpy_model, c_model = (build(file.args, file.weights(), backend=b) for b in ("numpy", "c"))
+    numpy_model, c_model = (build(file.args, file.weights(), backend=b, exact=True) for b in ("numpy", "c"))
     ids = np.array([GOLDEN_QUANTS[name]["ids"] if name in GOLDEN_QUANTS else list(range(1, 40))])
     expected = numpy_model(ids)
     assert np.abs(c_model(ids) - expected).max() < 1e-5 * np.abs(expected).max()
@@ -96,7 +96,7 @@ def test_tinyrand_in_float32():
 def test_mean_loss_of_tiny_stories():
     """The mean negative log-likelihood of five stories, as llama.cpp computes it."""
     golden = json.loads((GOLDEN / "stories260K_nll_tinystories5.json").read_text())
-    llama = nl.load(DATA / "models" / "stories260K.gguf")
+    llama = nl.load(DATA / "models" / "stories260K.gguf", exact=True)
     texts = (DATA / "text" / "tinystories_sample_5.txt").read_text().split("<|endoftext|>")
     stories = [text.strip() for text in texts if text.strip()]
     for story, expected in zip(stories, golden["docs"], strict=True):

@@ -110,7 +110,7 @@ def write_huggingface(folder: Path, args: ModelArgs, tied: bool, weights, progre
                 for piece in weights(ours_of[theirs]):
                     file.write(piece)
                     progress(len(piece))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     scaling = args.rope_scaling
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -43,7 +43,6 @@ WORD vec vec_from_bf16(const void *p) {
 WORD vec vec_from_8_bytes(uint64_t a) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&a)));
 }
-WORD vec vec_all_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)load_u16(p))); }
 
 WORD void vec_store_f16(void *p, vec a) {
     _mm256_storeu_si256(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

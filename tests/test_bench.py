@@ -44,14 +44,6 @@ TASKS = [Task("pp", 5), Task("pp", LAST, 7), Task("tg", 4), Task("tg", 3, 9), Ta
 ISA = kernels.isa()  # as it is chosen where nobody asks for another
 
 
-@pytest.fixture(params=kernels.available_isas(), scope="module")
-def isa(request):
-    before = kernels.isa()
-    kernels.use_isa(request.param)
-    yield request.param
-    kernels.use_isa(before)
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     weights = random_weights(ARGS, np.random.default_rng(0))

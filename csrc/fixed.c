@@ -25,34 +25,49 @@ WORD int32_t sum_of(const int16_t *words, int n) {
 }
 
 /* One token lies as the bytes of the weights want it: of BESIDE blocks the first sixteens, then the second
- * ones, for byte i of Q4_0 holds weights i and i + 16. K formats take it as it is.
+ * ones, for byte i of Q4_0 holds weights i and i + 16.
  *
  *     words      int16[IN]
- *     dx, sums   for four rows at once: those of a step's blocks, four times over. K formats: dx for each
- * 256, sums for each 32 */
+ *     dx, sums   for four rows at once: those of a step's blocks, four times over
+ *
+ * K formats want bytes, x = 128 hi + lo, and so the sums, too:
+ *
+ *     bytes      [IN / 256][hi, lo][256]
+ *     dx         [IN / 256]
+ *     k_sums     [IN / 256][hi, lo][16]      minus the sum of 32 numbers (eight of them); Q6_K, whose q' is
+ *                                            32 more than the weight: minus 32 times the sum of 16 */
 typedef struct {
     int16_t *words;
+    int8_t *bytes;
     float *dx, *sums;
+    int16_t *k_sums;
 } one_fixed;
 
 WORD one_fixed one_fixed_in(const void *fixed, const int format, int64_t IN) {
-    const int64_t steps = (IN / QK + BESIDE - 1) / BESIDE;
+    const int64_t steps = (IN / QK + BESIDE - 1) / BESIDE, n = is_k(format) ? IN : steps * BESIDE * QK;
     int16_t *words = (int16_t *)fixed;
-    float *dx = (float *)(void *)(words + (is_k(format) ? IN : steps * BESIDE * QK));
-    return (one_fixed){words, dx, dx + (is_k(format) ? IN / QK : steps * 4 * BESIDE)};
+    float *dx = (float *)(void *)(words + n), *sums = dx + (is_k(format) ? IN / QK_K : steps * 4 * BESIDE);
+    return (one_fixed){words, (int8_t *)words, dx, sums, (int16_t *)sums};
+}
+
+WORD void fixed_one_k(const one_fixed *to, const float *x, const int format, int64_t b) {
+    int16_t words[QK_K];
+    int8_t *hi = to->bytes + 2 * QK_K * b, *lo = hi + QK_K;
+    int16_t *sums_hi = to->k_sums + 32 * b, *sums_lo = sums_hi + 16;
+    to->dx[b] = round_block(words, x + b * QK_K, QK_K);
+    for (int i = 0; i < QK_K; i++) hi[i] = (int8_t)(words[i] >> 7), lo[i] = words[i] & 127;
+    const int run = format == Q6_K ? 16 : QK, times = format == Q6_K ? -32 : -1;
+    for (int i = 0; i < QK_K / run; i++) {
+        const int32_t sum = times * sum_of(words + run * i, run);
+        sums_hi[i] = (int16_t)(sum >> 7), sums_lo[i] = (int16_t)(sum & 127); /* 32 * 16 * 8191 / 128 < 2^15 */
+    }
 }
 
 WORD void fixed_one(void *fixed, const float *x, const int format, int64_t IN) {
     const one_fixed to = one_fixed_in(fixed, format, IN);
     const int64_t blocks = IN / QK;
-    if (is_k(format)) {
-        for (int64_t b = 0; b < blocks; b++) {
-            if (b % 8 == 0) to.dx[b / 8] = round_block(to.words + b * QK, x + b * QK, QK_K);
-            to.sums[b] = -to.dx[b / 8] * (float)sum_of(to.words + b * QK, QK);
-        }
-        return;
-    }
-    for (int64_t b = 0; b < (blocks + BESIDE - 1) / BESIDE * BESIDE; b++) {
+    for (int64_t b = 0; b < (is_k(format) ? IN / QK_K : 0); b++) fixed_one_k(&to, x, format, b);
+    for (int64_t b = 0; b < (is_k(format) ? 0 : (blocks + BESIDE - 1) / BESIDE * BESIDE); b++) {
         int16_t words[QK] = {0};
         const float dx = b < blocks ? round_block(words, x + b * QK, QK) : 0;
         const int32_t sum = sum_of(words, QK);

@@ -46,10 +46,6 @@ WORD vec vec_from_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)
 WORD vec vec_from_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
-WORD vec vec_from_8_bytes(uint64_t a) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&a)));
-}
-
 WORD void vec_store_f16(void *p, vec a) {
     _mm_storeu_si128(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -129,7 +125,6 @@ WORD __m128i low_words(ints a) { /* numbers that fit 16 bits, or more and cut to
 WORD vec vec_from_low_f16(ints a) {
     return _mm256_cvtph_ps(low_words(_mm256_srai_epi32(_mm256_slli_epi32(a, 16), 16)));
 }
-WORD vec vec_load_8(const float *p) { return _mm256_loadu_ps(p); }
 
 WORD ints words_all(int a) { return _mm256_set1_epi16((int16_t)a); }
 WORD ints words_add(ints a, ints b) { return _mm256_add_epi16(a, b); }
@@ -170,24 +165,38 @@ WORD vec_scales scales_fma(vec_scales a, vec_scales b, vec_scales c) { return _m
 WORD vec_scales scales_from_f16(const uint64_t halves[2]) {
     return _mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)halves[0]));
 }
-/* Eight bytes as eight pairs of words, both the byte. */
-WORD void store_pairs(uint32_t to[8], uint64_t bytes) {
-    const __m256i a = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
-    _mm256_storeu_si256((void *)to, _mm256_or_si256(a, _mm256_slli_epi32(a, 16)));
+
+/* Bytes, for K formats. a0 * b0 + a1 * b1 for the pairs of bytes in each word, a without a sign; and a | (b &
+ * mask). "Fours": four numbers in each 128 bits, or in their order there. */
+WORD ints bytes_all(int a) { return _mm256_set1_epi8((int8_t)a); }
+WORD ints dot_bytes(ints a, ints b) { return _mm256_maddubs_epi16(a, b); }
+WORD ints ints_or_and(ints a, ints b, ints mask) { return ints_or(a, ints_and(b, mask)); }
+WORD ints ints_fours(int a, int b, int c, int d) { return _mm256_setr_epi32(a, b, c, d, a, b, c, d); }
+#define ints_order(v, a, b, c, d) _mm256_shuffle_epi32(v, (a) | (b) << 2 | (c) << 4 | (d) << 6)
+WORD ints ints_right_each(ints a, ints n) { return _mm256_srlv_epi32(a, n); }
+/* Bytes 8 .. 15 of each 128 bits as words; sixteen bytes, or words, and zeros behind them. */
+WORD ints words_from_upper_u8(ints a) { return _mm256_unpackhi_epi8(a, ints_zero()); }
+WORD ints words_from_16_i8(const uint8_t *p) { return runs_from_i8(p, 0); }
+WORD ints words_load_16(const int16_t *p) { return ints_load(p); }
+/* The same 16 bytes, or 32, as often as there is room. Of the latter the bits moved left (right, where
+ * negative) by n, in the second 32 bytes by m: rightly those that stay in their byte. */
+WORD ints runs_of_16(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
+WORD ints runs_of_32(const uint8_t *p) { return ints_load(p); }
+WORD ints runs_left(ints a, int n, int m) { return (void)m, n < 0 ? ints_right(a, -n) : ints_left(a, n); }
+/* Of runs_of_16 a byte for each 32 weights, from the i-th on, or for each 16: as their words. */
+WORD ints words_of_u8(ints runs, int i) { return _mm256_shuffle_epi8(runs, words_all(0x8000 | i)); }
+WORD ints words_of_i8(ints runs, int i) {
+    const ints upper = _mm256_set_m128i(_mm_set1_epi16((int16_t)((i + 1) << 8 | 0x80)),
+                                        _mm_set1_epi16((int16_t)(i << 8 | 0x80)));
+    return words_signed_right(_mm256_shuffle_epi8(runs, upper), 8);
 }
-/* Sixteen signed bytes, of which the i-th is wanted in sixteen words. */
-typedef struct {
-    uint32_t pairs[16];
-} sixteens;
-WORD void load_sixteens(sixteens *to, const uint8_t *p) {
-    for (int i = 0; i < 2; i++) {
-        const __m256i a = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8 * i)));
-        _mm256_storeu_si256((void *)(to->pairs + 8 * i),
-                            _mm256_blend_epi16(a, _mm256_slli_epi32(a, 16), 0xaa));
-    }
-    STAYS_STORED(to->pairs);
+/* Of LANES / 4 rows 16 bytes; and of as many steps of scales the float, four times. */
+WORD ints rows_of_16(const uint8_t *const w[2], int64_t at) {
+    return _mm256_loadu2_m128i((const void *)(w[1] + at), (const void *)(w[0] + at));
 }
-WORD ints words_of_sixteens(const sixteens *a, int i) { return ints_all((int32_t)a->pairs[i]); }
+WORD vec fours_from_floats(const float *p) {
+    return _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p));
+}
 
 /* Each lane reads 32 bits of its own row, or four times 32 bits. */
 WORD ints rows_u32(const uint8_t *p, ints offsets) {

@@ -40,10 +40,6 @@ WORD vec vec_from_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 WORD vec vec_from_bf16(const void *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
 }
-WORD vec vec_from_8_bytes(uint64_t a) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&a)));
-}
-
 WORD void vec_store_f16(void *p, vec a) {
     _mm256_storeu_si256(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -113,7 +109,6 @@ WORD ints bits_of_vec(vec a) { return _mm512_castps_si512(a); }
 WORD vec vec_of_bits(ints a) { return _mm512_castsi512_ps(a); }
 WORD int32_t ints_largest(ints a) { return _mm512_reduce_max_epi32(a); }
 WORD vec vec_from_low_f16(ints a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
-WORD vec vec_load_8(const float *p) { return _mm512_zextps256_ps512(_mm256_loadu_ps(p)); }
 
 WORD ints words_all(int a) { return _mm512_set1_epi16((int16_t)a); }
 WORD ints words_add(ints a, ints b) { return _mm512_add_epi16(a, b); }
@@ -154,17 +149,51 @@ WORD vec_scales scales_from_f16(const uint64_t halves[2]) {
 WORD vec runs_from_floats(const float *p) {
     return _mm512_mask_broadcastss_ps(_mm512_set1_ps(p[0]), 0xff00, _mm_load_ss(p + 1));
 }
-WORD void store_pairs(uint32_t to[8], uint64_t bytes) {
-    const __m256i a = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
-    _mm256_storeu_si256((void *)to, _mm256_or_si256(a, _mm256_slli_epi32(a, 16)));
+
+WORD ints bytes_all(int a) { return _mm512_set1_epi8((int8_t)a); }
+WORD ints dot_bytes(ints a, ints b) { return _mm512_maddubs_epi16(a, b); }
+WORD ints ints_or_and(ints a, ints b, ints mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }
+WORD ints ints_fours(int a, int b, int c, int d) {
+    return _mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
 }
-typedef ints sixteens;
-WORD void load_sixteens(sixteens *to, const uint8_t *p) {
-    *to = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)));
+#define ints_order(v, a, b, c, d) _mm512_shuffle_epi32(v, (a) | (b) << 2 | (c) << 4 | (d) << 6)
+WORD ints ints_right_each(ints a, ints n) { return _mm512_srlv_epi32(a, n); }
+WORD ints words_from_upper_u8(ints a) { return _mm512_unpackhi_epi8(a, ints_zero()); }
+WORD ints words_from_16_i8(const uint8_t *p) {
+    return _mm512_zextsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)));
 }
-WORD ints words_of_sixteens(const sixteens *a, int i) {
-    const ints which = _mm512_mask_mov_epi32(words_all(i), 0xff00, words_all(i + 1));
-    return _mm512_permutexvar_epi16(which, *a);
+WORD ints words_load_16(const int16_t *p) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256((const void *)p));
+}
+WORD ints runs_of_16(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
+WORD ints runs_of_32(const uint8_t *p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)p)); }
+WORD ints runs_left(ints a, int n, int m) { /* turned, which is as good and takes any n */
+    return _mm512_rolv_epi32(a, _mm512_mask_mov_epi32(ints_all(n), 0xff00, ints_all(m)));
+}
+/* For vpshufb: in each word of quarter i places[i], two numbers of a byte; 0x80 gives a zero. */
+WORD ints in_quarters(const uint64_t places[4]) {
+    int64_t eights[4];
+    for (int i = 0; i < 4; i++) eights[i] = (int64_t)(places[i] * 0x0001000100010001);
+    return _mm512_setr_epi64(eights[0], eights[0], eights[1], eights[1], eights[2], eights[2], eights[3],
+                             eights[3]);
+}
+WORD ints words_of_u8(ints runs, uint64_t i) {
+    const uint64_t places[4] = {0x8000 + i, 0x8000 + i, 0x8001 + i, 0x8001 + i};
+    return _mm512_shuffle_epi8(runs, in_quarters(places));
+}
+WORD ints words_of_i8(ints runs, uint64_t i) {
+    const uint64_t places[4] = {0x80 + (i << 8), 0x180 + (i << 8), 0x280 + (i << 8), 0x380 + (i << 8)};
+    return words_signed_right(_mm512_shuffle_epi8(runs, in_quarters(places)), 8);
+}
+WORD ints rows_of_16(const uint8_t *const w[4], int64_t at) {
+    ints rows = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(w[0] + at)));
+    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(w[1] + at)), 1);
+    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(w[2] + at)), 2);
+    return _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(w[3] + at)), 3);
+}
+WORD vec fours_from_floats(const float *p) {
+    const __m512i own = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+    return _mm512_permutexvar_ps(own, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
 }
 
 WORD ints rows_u32(const uint8_t *p, ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }

@@ -26,7 +26,7 @@
 
 /* An item of work: one batch, one key/value head, and up to ITEM_ROWS of the queries that read it. Its rows
  * are the pairs (t, which of the n_rep heads), so that queries which read the same keys lie side by side. */
-enum { ITEM_ROWS = 240, SPAN = 1024, BLOCK = 64, MAX_DH = 256 };
+enum { ITEM_ROWS = 240, SPAN = 1024, BLOCK = 128, MAX_DH = 256 };
 
 typedef struct {
     int64_t b, kv, first, rows, n_rep;
@@ -202,7 +202,7 @@ void exp_scalar(float *y, const float *x, int64_t n) {
  *     values   sum[row][d]      +=  sum over positions of p[row][position]  *  v[position][d]
  *
  * With TILE_ROWS rows all sums stay in registers, and a step needs 2 loads and a broadcast a row for two FMA
- * a row: the FMA units are the limit. Nothing is summed across lanes but the 64 of the softmax.
+ * a row: the FMA units are the limit. Nothing is summed across lanes but the 128 of the softmax.
  *
  * Keys and values are turned and widened once for all rows of an item. Where there are only a FEW rows, as in
  * decoding, the limit is the memory: each key is used the moment it is turned, each value where it lies, and

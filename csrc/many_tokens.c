@@ -11,9 +11,9 @@
  * multiplied with all tokens. The tile: two registers of the panel x 8 tokens (AVX2: 4) are 16 sums; a step
  * loads the two, and for each token one pair of x into all lanes, and multiplies 16 times. 10 loads take 5
  * cycles, 16 vpdpwssd take 8 (AVX2, 8 vpmaddwd and 8 vpaddd: 8, too). After a unit of 32 weights (K formats:
- * 64 or 128) sums must be scaled, or they would overflow: 32 * 8191 * 8191 < 2^31; Q6_K 64 * 4096 * 8191;
- * Q5_K 128 * 31 * 63 * 8191. The exact way makes floats of the panel, and the same tile multiplies them: an
- * FMA instead, for half as many weights.
+ * more) sums must be scaled, or they would overflow: 32 * 8191 * 8191 < 2^31; Q6_K 64 * 4096 * 8191; Q5_K
+ * 128 * 31 * 63 * 8191; Q4_K 256 * 15 * 63 * 8191. The exact way makes floats of the panel, and the same tile
+ * multiplies them: an FMA instead, for half as many weights.
  *
  * Compiled from avx2.c and avx512.c. tests/test_fixed.py and tests/test_kernels.py hold it to NumPy. */
 #include "dispatch.h"
@@ -29,7 +29,9 @@ typedef struct {
     float floats[CHUNK][2][LANES]; /* the exact way: the weights themselves */
 } panel;
 
-INLINE int unit_of(int format) { return format == Q6_K ? 64 : format == Q4_K || format == Q5_K ? 128 : 32; }
+INLINE int unit_of(int format) {
+    return format == Q4_K ? 256 : format == Q5_K ? 128 : format == Q6_K ? 64 : 32;
+}
 
 /* Where LANES rows lie, from the first of them on: as numbers, and in a register. */
 typedef struct {
@@ -116,7 +118,7 @@ WORD void unpack_floats(const int format, panel *to, int64_t b, int half, const 
 WORD void unpack_q6_k(panel *to, int half, const uint8_t *p, const panel_rows *rows) {
     const vec d = vec_from_low_f16(ints_right(rows_u32(p + 206, rows->lanes), 16));
     ints sc[4], low[8], upper[8];
-    for (int unit = 0; unit < 4; unit++) vec_store(to->d[unit][half], d);
+    for (int unit = 0; unit < QK_K / unit_of(Q6_K); unit++) vec_store(to->d[unit][half], d);
     rows_4_u32(sc, p + 192, rows->at);
     for (int i = 0; i < 8; i++) /* of 32 weights each */
         for (int j = 0; j < 8; j++) {
@@ -141,7 +143,7 @@ WORD void unpack_q4_k_or_q5_k(const int format, panel *to, int half, const uint8
     rows_4_u32(head, p, rows->at);
     const ints low = head[1], middle = head[2], high = head[3];
     const vec d = vec_from_low_f16(head[0]), dmin = vec_from_low_f16(ints_right(head[0], 16));
-    for (int unit = 0; unit < 2; unit++) vec_store(to->d[unit][half], d);
+    for (int unit = 0; unit < QK_K / unit_of(format); unit++) vec_store(to->d[unit][half], d);
     if (format == Q5_K)
         for (int j = 0; j < 8; j += 4) rows_4_u32(fifth + j, p + 16 + 4 * j, rows->at);
     const uint8_t *nibbles = p + 16 + (format == Q5_K ? 32 : 0);

@@ -204,15 +204,15 @@ void exp_scalar(float *y, const float *x, int64_t n) {
  * With TILE_ROWS rows all sums stay in registers, and a step needs 2 loads and a broadcast a row for two FMA
  * a row: the FMA units are the limit. Nothing is summed across lanes but the 128 of the softmax.
  *
- * Keys and values are turned and widened once for all rows of an item. Where there are only a FEW rows, as in
- * decoding, the limit is the memory: each key is used the moment it is turned, each value where it lies, and
- * while the keys are worked on, the values are asked for, line by line, and the other way round.
+ * Keys and values are turned and widened once for all rows of an item. Where there are only FEW_ROWS rows, as
+ * in decoding, the limit is the memory: each key is used the moment it is turned, each value where it lies,
+ * and while the keys are worked on, the values are asked for, line by line, and the other way round.
  *
  * Every score adds in the order of d, every sum in the order of the positions, whichever rows stand beside
  * it: splitting T never changes a bit. Positions that a query may not see get the score -inf, and their
  * values are not even read for it, for 0 * NaN would be NaN. */
 
-enum { WIDE = 2 * LANES, FEW = 8 };
+enum { WIDE = 2 * LANES, FEW_ROWS = 8 };
 
 /* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN.
  * x = n ln2 + r with n whole, |r| <= ln2 / 2; exp(x) = 2^n exp(r); exp(r) = 1 + r + r^2 p(r), where p was
@@ -432,7 +432,7 @@ TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin,
         const float *q = a->q + query_at(a, &b.it, i);
         for (int64_t d = 0; d < a->Dh; d++) b.q[i * MAX_DH + d] = q[d] * scale;
     }
-    const int few = b.it.rows <= FEW && a->Dh % WIDE == 0;
+    const int few = b.it.rows <= FEW_ROWS && a->Dh % WIDE == 0;
     for (; b.j < end; b.j += BLOCK) {
         b.n = end - b.j < BLOCK ? end - b.j : BLOCK;
         if (few && a->format == F16)

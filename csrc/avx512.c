@@ -5,7 +5,7 @@
 
 #include "fixed.c"
 
-#include "one_token.c"
+#include "few_tokens.c"
 
 #include "many_tokens.c"
 

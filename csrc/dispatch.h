@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "kernels.h"
+
 typedef struct {
     const void *x; /* float32, or what `fixed` made of it */
     const uint8_t *w;
@@ -23,10 +25,12 @@ typedef struct {
     int64_t begin, end;                 /* the queries to compute */
 } attention_args;
 
-/* Fixed point: the largest whole number; tokens go in groups of so many, unless there is but one; and in
- * chunks of so many numbers. */
-enum { X_MAX = 8191, TOKENS = 8, CHUNK = 256 };
-static inline int64_t groups_of(int64_t T) { return T == 1 ? 1 : (T + TOKENS - 1) / TOKENS; }
+/* Fixed point: the largest whole number. A few tokens go one by one, more in groups of so many; and in chunks
+ * of so many numbers. */
+enum { X_MAX = 8191, FEW = NL_FEW, TOKENS = 8, CHUNK = 256 };
+static inline int64_t groups_of(int64_t T) { return T <= FEW ? T : (T + TOKENS - 1) / TOKENS; }
+/* Room for the forms of all instruction sets: 4 bytes a number, and one block more where two make a step. */
+static inline int64_t fixed_bytes(int64_t IN) { return (IN + 32) * 4; }
 
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void fixed_group(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group);

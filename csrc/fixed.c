@@ -24,8 +24,8 @@ WORD int32_t sum_of(const int16_t *words, int n) {
     return sum;
 }
 
-/* One token lies as the bytes of the weights want it: of BESIDE blocks the first sixteens, then the second
- * ones, for byte i of Q4_0 holds weights i and i + 16.
+/* A few tokens lie one after the other, each as the bytes of the weights want it: of BESIDE blocks the first
+ * sixteens, then the second ones, for byte i of Q4_0 holds weights i and i + 16.
  *
  *     words      int16[IN]
  *     dx, sums   for four rows at once: those of a step's blocks, four times over
@@ -43,9 +43,9 @@ typedef struct {
     int16_t *k_sums;
 } one_fixed;
 
-WORD one_fixed one_fixed_in(const void *fixed, const int format, int64_t IN) {
+WORD one_fixed one_fixed_in(const void *fixed, const int format, int64_t IN, int64_t token) {
     const int64_t steps = (IN / QK + BESIDE - 1) / BESIDE, n = is_k(format) ? IN : steps * BESIDE * QK;
-    int16_t *words = (int16_t *)fixed;
+    int16_t *words = (int16_t *)((uint8_t *)fixed + token * fixed_bytes(IN));
     float *dx = (float *)(void *)(words + n), *sums = dx + (is_k(format) ? IN / QK_K : steps * 4 * BESIDE);
     return (one_fixed){words, (int8_t *)words, dx, sums, (int16_t *)sums};
 }
@@ -63,9 +63,10 @@ WORD void fixed_one_k(const one_fixed *to, const float *x, const int format, int
     }
 }
 
-WORD void fixed_one(void *fixed, const float *x, const int format, int64_t IN) {
-    const one_fixed to = one_fixed_in(fixed, format, IN);
+WORD void fixed_one(void *fixed, const float *x, const int format, int64_t IN, int64_t token) {
+    const one_fixed to = one_fixed_in(fixed, format, IN, token);
     const int64_t blocks = IN / QK;
+    x += token * IN;
     for (int64_t b = 0; b < (is_k(format) ? IN / QK_K : 0); b++) fixed_one_k(&to, x, format, b);
     for (int64_t b = 0; b < (is_k(format) ? 0 : (blocks + BESIDE - 1) / BESIDE * BESIDE); b++) {
         int16_t words[QK] = {0};
@@ -129,7 +130,9 @@ WORD void fixed_many(void *fixed, const float *x, const int format, int64_t T, i
 
 TARGET void VEC(fixed)(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group) {
 #define CASE(FORMAT)                                                                                         \
-    case FORMAT: T > 1 ? fixed_many(fixed, x, FORMAT, T, IN, group) : fixed_one(fixed, x, FORMAT, IN); break;
+    case FORMAT:                                                                                             \
+        T > FEW ? fixed_many(fixed, x, FORMAT, T, IN, group) : fixed_one(fixed, x, FORMAT, IN, group);       \
+        break;
     switch (format) { EACH_FORMAT(CASE) }
 #undef CASE
 }

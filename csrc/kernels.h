@@ -18,12 +18,17 @@
 void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
                int64_t begin, int64_t end, int threads);
 
-/* The same, and one token is summed in the same order as it is among others. */
+/* Up to so many tokens are summed in another order than more, in either of the fast ways: */
+enum { NL_FEW = 4 };
+
+/* The same as nl_linear, and however many tokens there are, they are summed in the same order. */
 void nl_linear_exact(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
                      int64_t begin, int64_t end, int threads);
 
 /* The same with x in fixed point: rounded to 14 bits in blocks of 32, for K formats of 256.      fixed.c
- *   `fixed` has room for nl_fixed_bytes(T, IN) bytes; nl_fixed fills it from x. Not for F32. */
+ *   `fixed` has room for nl_fixed_bytes(T, IN) bytes; nl_fixed fills it from x. Not for F32.
+ *   nl_is_fixed: whether this is the faster way; for few tokens times single numbers it is not. */
+int nl_is_fixed(int format, int64_t T);
 int64_t nl_fixed_bytes(int64_t T, int64_t IN);
 void nl_fixed(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads);
 void nl_linear_fixed(float *y, const void *fixed, const void *w, int format, int64_t T, int64_t OUT,

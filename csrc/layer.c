@@ -86,10 +86,9 @@ int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
     return lay_out(&p, base) - base + LINE;
 }
 
-/* Whether that weight wants x in fixed point: as Kernels.linear decides it. */
+/* Whether that weight wants x in fixed point. */
 static int is_fixed(const pass *p, int weight) {
-    const int format = p->w->format[weight], single = format == F16 || format == BF16;
-    return !(p->w->exact || format == F32 || (single && p->tokens == 1));
+    return !p->w->exact && nl_is_fixed(p->w->format[weight], p->tokens);
 }
 
 /* The weights that are multiplied with the same x: q, k and v; gate and up. Of each the first. */

@@ -21,7 +21,7 @@
  * linear(x rounded, w), but for the rounding of float32 sums: so tests/test_fixed.py holds it to NumPy.
  *
  * Threads share out the rows of w. This file has the loop over threads and the scalar forms; the vector forms
- * are in one_token.c, where every weight is used once, and in many_tokens.c, where it is used T times. */
+ * are in few_tokens.c, where every weight is used once, and in many_tokens.c, where it is used T times. */
 #include "dispatch.h"
 #include "kernels.h"
 #include "vec.h"
@@ -66,10 +66,11 @@ void nl_linear_fixed(float *y, const void *fixed, const void *w, int format, int
     share_rows(chosen_kernels()->linear_fixed, &a, begin, end, threads);
 }
 
-int64_t fixed_tokens(int64_t T) { return T == 1 ? 1 : TOKENS; }
+int64_t fixed_tokens(int64_t T) { return T <= FEW ? 1 : TOKENS; }
 
-/* Room for the forms of all instruction sets: 4 bytes a number, and one block more where two make a step. */
-int64_t nl_fixed_bytes(int64_t T, int64_t IN) { return groups_of(T) * (T == 1 ? 1 : TOKENS) * (IN + QK) * 4; }
+int64_t nl_fixed_bytes(int64_t T, int64_t IN) { return groups_of(T) * fixed_tokens(T) * fixed_bytes(IN); }
+
+int nl_is_fixed(int format, int64_t T) { return format != F32 && (T > FEW || !is_single(format)); }
 
 void nl_fixed(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads) {
     const kernels *k = chosen_kernels();
@@ -108,8 +109,8 @@ void linear_scalar(const linear_args *a, int64_t begin, int64_t end) {
 
 /* Fixed point: x rounded, as floats again; then the same. */
 void fixed_scalar(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group) {
-    const int64_t block = block_weights(format), first = T == 1 ? 0 : group * TOKENS;
-    for (int64_t t = first; t < T && t < first + TOKENS; t++)
+    const int64_t block = block_weights(format), first = group * fixed_tokens(T);
+    for (int64_t t = first; t < T && t < first + fixed_tokens(T); t++)
         for (int64_t b = 0; b < IN; b += block) {
             const float *from = x + t * IN + b;
             float *to = (float *)fixed + t * IN + b, largest = 0;

@@ -44,6 +44,11 @@ WORD void split(ints out[2], ints four, const int shift, const int mask) {
     for (int i = 0; i < 2; i++)
         out[i] = ints_and(ints_right(four, shift + 8 * i), ints_all(mask | mask << 16));
 }
+/* The bits from `from` on become bits 4 and more of q, which are `mask`: of bytes i and i + 2 again. */
+WORD ints with_upper(ints q, ints four, const int i, const int from, const int mask) {
+    const int left = 4 - from - 8 * i;
+    return ints_or_and(q, runs_left(four, left, left), ints_all(mask | mask << 16));
+}
 WORD void put(panel *to, int64_t pair, int half, ints a) { ints_store(to->pairs[pair][half], a); }
 WORD ints both_words(ints a) { return ints_or(ints_and(a, ints_all(0xffff)), ints_left(a, 16)); }
 
@@ -117,24 +122,23 @@ WORD void unpack_floats(const int format, panel *to, int64_t b, int half, const 
 
 WORD void unpack_q6_k(panel *to, int half, const uint8_t *p, const panel_rows *rows) {
     const vec d = vec_from_low_f16(ints_right(rows_u32(p + 206, rows->lanes), 16));
-    ints sc[4], low[8], upper[8];
+    ints sc[4], low[16], upper[8];
     for (int unit = 0; unit < QK_K / unit_of(Q6_K); unit++) vec_store(to->d[unit][half], d);
     rows_4_u32(sc, p + 192, rows->at);
-    for (int i = 0; i < 8; i++) /* of 32 weights each */
+    for (int i = 0; i < 8;
+         i++) { /* of 32 weights each; four of them share 64 bytes of low bits, 32 of upper */
+        for (int j = 0; j < (i % 4 ? 0 : 16); j += 4) rows_4_u32(low + j, p + i * 16 + 4 * j, rows->at);
+        for (int j = 0; j < (i % 4 ? 0 : 8); j += 4) rows_4_u32(upper + j, p + 128 + i * 8 + 4 * j, rows->at);
         for (int j = 0; j < 8; j++) {
-            if (j % 4 == 0) {
-                rows_4_u32(low + j, p + i / 4 * 64 + i % 2 * 32 + 4 * j, rows->at);
-                rows_4_u32(upper + j, p + 128 + i / 4 * 32 + 4 * j, rows->at);
-            }
             const ints own = ints_signed_right(ints_left(sc[i / 2], 24 - 8 * (i % 2 * 2 + j / 4)), 24);
-            ints q[2], bits[2];
-            split(q, low[j], i % 4 / 2 * 4, 15);
-            split(bits, upper[j], i % 4 * 2, 3);
+            ints q[2];
+            split(q, low[i % 2 * 8 + j], i % 4 / 2 * 4, 15);
             for (int l = 0; l < 2; l++) {
-                q[l] = words_add(ints_or(q[l], ints_left(bits[l], 4)), words_all(-32));
+                q[l] = words_add(with_upper(q[l], upper[j], l, i % 4 * 2, 48), words_all(-32));
                 put(to, 16 * i + 2 * j + l, half, words_mul(q[l], both_words(own)));
             }
         }
+    }
 }
 
 WORD void unpack_q4_k_or_q5_k(const int format, panel *to, int half, const uint8_t *p,
@@ -166,12 +170,12 @@ WORD void unpack_q4_k_or_q5_k(const int format, panel *to, int half, const uint8
         for (int j = 0; j < 8; j += 4) rows_4_u32(pairs + j, nibbles + 32 * run + 4 * j, rows->at);
         for (int i = 2 * run; i < 2 * run + 2; i++)
             for (int j = 0; j < 8; j++) {
-                ints q[2], bit[2] = {ints_zero(), ints_zero()};
+                ints q[2];
                 split(q, pairs[j], i % 2 * 4, 15);
-                if (format == Q5_K) split(bit, fifth[j], i, 1);
-                for (int l = 0; l < 2; l++)
-                    put(to, 16 * i + 2 * j + l, half,
-                        words_mul(ints_or(q[l], ints_left(bit[l], 4)), scales[i]));
+                for (int l = 0; l < 2; l++) {
+                    if (format == Q5_K) q[l] = with_upper(q[l], fifth[j], l, i, 16);
+                    put(to, 16 * i + 2 * j + l, half, words_mul(q[l], scales[i]));
+                }
             }
     }
 }
@@ -324,10 +328,9 @@ WORD void many_tokens(const int format, const int exact, const linear_args *a, i
                     const uint8_t *p =
                         a->w + (r0 + first) * row + c / block_weights(format) * block_bytes(format);
                     fill(format, exact, &w, n, half, p, &lie);
-                    /* Thirty-two rows are more streams than a CPU sees, and what it fetches ahead of each by
-                     * itself is enough for 4 bits; with 8 a few tokens go through twice as fast so. */
+                    /* Thirty-two rows are more streams than a CPU sees. */
                     const int64_t chunk_bytes = CHUNK / block_weights(format) * block_bytes(format);
-                    for (int l = 0; l < (chunk_bytes > 4 * 64 ? LANES : 0); l++)
+                    for (int l = 0; l < LANES; l++)
                         for (int64_t i = 0; i < chunk_bytes; i += 64)
                             __builtin_prefetch(p + lie.at[l] + chunk_bytes + i);
                 }
@@ -361,21 +364,21 @@ TARGET void VEC(linear_exact)(const linear_args *a, int64_t begin, int64_t end) 
 }
 
 TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
-    if (a->T > 1 || !is_single(a->format)) {
+    if (a->T > FEW || !is_single(a->format)) {
         VEC(linear_exact)(a, begin, end);
         return;
     }
     switch (a->format) {
-    case F32: one_token_floats(F32, a, begin, end); break;
-    case F16: one_token_floats(F16, a, begin, end); break;
-    case BF16: one_token_floats(BF16, a, begin, end); break;
+    case F32: few_tokens_floats(F32, a, begin, end); break;
+    case F16: few_tokens_floats(F16, a, begin, end); break;
+    case BF16: few_tokens_floats(BF16, a, begin, end); break;
     }
 }
 
 TARGET void VEC(linear_fixed)(const linear_args *a, int64_t begin, int64_t end) {
 #define CASE(FORMAT)                                                                                         \
     case FORMAT:                                                                                             \
-        a->T > 1 ? many_tokens(FORMAT, 0, a, begin, end) : one_token_fixed(FORMAT, a, begin, end);           \
+        a->T > FEW ? many_tokens(FORMAT, 0, a, begin, end) : few_tokens_fixed(FORMAT, a, begin, end);        \
         break;
     switch (a->format) { EACH_FORMAT(CASE) }
 #undef CASE

@@ -230,8 +230,7 @@ class Kernels:
         threads = 1 if _forked or T * OUT * w.width < WORK_FOR_THREADS else self.threads
         multiply = lib.nl_linear_exact if self.exact else lib.nl_linear
         operand = ffi.from_buffer("float[]", x)
-        # Single numbers are read once for one token, and nothing is won by rounding x for that.
-        if not (self.exact or w.format.name == "F32" or (w.format.block == 1 and T == 1)):
+        if not self.exact and lib.nl_is_fixed(w.format.code, T):
             multiply, operand = lib.nl_linear_fixed, self._fixed(operand, w, T, threads)
         y_pointer = ffi.from_buffer("float[]", y, require_writable=True)
         rows = max(WORK_PER_CALL // (T * w.width * PANEL_ROWS), 1) * PANEL_ROWS * threads

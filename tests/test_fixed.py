@@ -25,6 +25,7 @@ from numpy_llama import kernels
 from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.quantize import FORMATS, QK, X_MAX, StoredTensor, fixed_point
 
+FEW = lib.NL_FEW
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
 
@@ -38,8 +39,8 @@ def x_block(format) -> int:
 
 
 def rounded(x, format):
-    """What is multiplied. For one token and weights that are single numbers x is left as it is."""
-    return x if format.block == 1 and len(x) == 1 else fixed_point(x, x_block(format))
+    """What is multiplied. For a few tokens and weights that are single numbers x is left as it is."""
+    return x if format.block == 1 and len(x) <= FEW else fixed_point(x, x_block(format))
 
 
 def expected_and_bound(x, w: StoredTensor, isa):
@@ -56,7 +57,7 @@ def expected_and_bound(x, w: StoredTensor, isa):
     single = format.block == 1
     terms = x.shape[-1] if single or isa == "scalar" else 4 * x.shape[-1] / QK
     bound = (terms + 16) * U32 * 3 * size
-    if single and len(x) > 1:
+    if single and len(x) > FEW:
         bound += size / (2 * float(X_MAX)) * 1.01
     return x @ dense.T, bound
 
@@ -76,6 +77,9 @@ def assert_linear(x, w: StoredTensor, isa, threads=1):
     seed=seeds,
 )
 @example(T=1, OUT=4, blocks=17, threads=1, by=0, seed=0)  # an odd number of blocks
+@example(T=2, OUT=9, blocks=17, threads=2, by=3, seed=0)
+@example(T=3, OUT=5, blocks=9, threads=1, by=0, seed=0)
+@example(T=4, OUT=67, blocks=16, threads=3, by=7, seed=0)  # the most that go by rows
 @example(T=6, OUT=32, blocks=8, threads=2, by=1, seed=0)  # one whole panel, one whole tile
 @example(T=517, OUT=33, blocks=9, threads=2, by=0, seed=0)  # all tokens at once and one, a panel and a row
 def test_it_is_linear_of_x_rounded(isa, format, T, OUT, blocks, threads, by, seed):
@@ -130,31 +134,34 @@ def test_the_largest_sums_do_not_overflow(isa, format, sign):
 
 @for_each
 @given(
-    T=st.integers(2, 40),
+    T=st.integers(FEW + 1, 40),
     OUT=st.integers(1, 70),
     blocks=st.integers(1, 40),
-    cut=st.integers(2, 38),
+    cut=st.integers(1, 38),
     seed=seeds,
 )
 @example(T=525, OUT=33, blocks=3, cut=517, seed=0)
 def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
-    """Any number of threads, and any parts of the tokens, but that one alone is summed in another order."""
+    """Any number of threads, and any parts of the tokens, but that a few are summed in another order."""
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
     w, x = PackedWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
-    whole, one = Kernels(1).linear(x, w), Kernels(1).linear(x[:1], w)
+    whole, few = Kernels(1).linear(x, w), Kernels(1).linear(x[:FEW], w)
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
-        np.testing.assert_array_equal(bits(Kernels(threads).linear(x[:1], w)), bits(one))
-    if 2 <= cut <= T - 2:
+        np.testing.assert_array_equal(bits(Kernels(threads).linear(x[:FEW], w)), bits(few))
+    if FEW < cut < T - FEW:
         parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
+    if cut < FEW:
+        parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:FEW])]
+        np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(few))
 
 
 def test_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
     IN = whole_blocks(format, 96)
     w = PackedWeight(real_weight(rng, format, 133, IN))
-    for T in (1, 5):
+    for T in (1, 3, 5):
         x = rng.standard_normal((T, IN), dtype=np.float32)
         whole = Kernels(2).linear(x, w)
         monkeypatch.setattr(kernels, "WORK_PER_CALL", 1)  # one panel a thread
@@ -163,7 +170,7 @@ def test_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
         monkeypatch.setattr(kernels, "WORK_FOR_THREADS", 0)
 
 
-@pytest.mark.parametrize("T", [1, 2, 9])
+@pytest.mark.parametrize("T", [1, 2, 4, 9])
 def test_what_is_not_finite_stays_with_its_token(isa, format, T, rng):
     IN = 2 * x_block(format)
     w, x = real_weight(rng, format, 35, IN), rng.standard_normal((T, IN), dtype=np.float32)
@@ -186,9 +193,9 @@ def test_a_weight_that_is_not_finite_stays_with_its_row(isa, format, T, rng):
         np.testing.assert_array_equal(~np.isfinite(y), (np.arange(35) == 33) & np.ones((T, 1), bool))
 
 
-@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("T", [1, 5])
 def test_next_to_nothing_is_nothing(isa, format, T, rng):
-    if format.block == 1 and T == 1:
+    if format.block == 1 and T <= FEW:
         return  # not rounded
     w = real_weight(rng, format, 4, 512)
     assert not Kernels(1).linear(np.full((T, 512), 9e-31, np.float32), w).any()
@@ -197,8 +204,8 @@ def test_next_to_nothing_is_nothing(isa, format, T, rng):
 
 @pytest.mark.parametrize("at_end", [True, False])
 def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
-    for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (3, 17, 1), (7, 33, 33), (5, 4, 2)]:
-        if format.block == 1 and T == 1:
+    for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (4, 17, 1), (7, 33, 33), (5, 4, 2)]:
+        if format.block == 1 and T <= FEW:
             continue  # nl_linear's
         guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
         w = exact_weight(rng, format, OUT, IN)

@@ -204,15 +204,16 @@ void exp_scalar(float *y, const float *x, int64_t n) {
  * With TILE_ROWS rows all sums stay in registers, and a step needs 2 loads and a broadcast a row for two FMA
  * a row: the FMA units are the limit. Nothing is summed across lanes but the 128 of the softmax.
  *
- * Keys and values are turned and widened once for all rows of an item. Where there are only FEW_ROWS rows, as
- * in decoding, the limit is the memory: each key is used the moment it is turned, each value where it lies,
- * and while the keys are worked on, the values are asked for, line by line, and the other way round.
+ * Keys and values are turned and widened once for all rows of an item. For a few tokens, as in decoding, the
+ * limit is the memory, and keys and values in float16 are used where they lie: while the keys are worked on,
+ * the values are asked for, line by line, and the other way round.
  *
- * Every score adds in the order of d, every sum in the order of the positions, whichever rows stand beside
- * it: splitting T never changes a bit. Positions that a query may not see get the score -inf, and their
- * values are not even read for it, for 0 * NaN would be NaN. */
+ * Every sum adds in the order of the positions, whichever rows stand beside it, and every score in the order
+ * of d, but for those few tokens: splitting T into pieces of more than NL_FEW never changes a bit, nor does
+ * it in float32. Positions that a query may not see get the score -inf, and their values are not even read
+ * for it, for 0 * NaN would be NaN. */
 
-enum { WIDE = 2 * LANES, FEW_ROWS = 8 };
+enum { WIDE = 2 * LANES, FEW_BLOCK = 64 };
 
 /* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN.
  * x = n ln2 + r with n whole, |r| <= ln2 / 2; exp(x) = 2^n exp(r); exp(r) = 1 + r + r^2 p(r), where p was
@@ -279,10 +280,10 @@ WORD int64_t seen(const block *b, int64_t i) {
     return left < 0 ? 0 : left < b->n ? left : b->n;
 }
 
-/* Where the keys of LANES positions lie; behind the block's last there are zeros. */
-WORD void keys_at(const uint8_t *k[LANES], const block *b, int64_t from) {
+/* Where n keys lie; behind the block's last there are zeros. */
+WORD void keys_at(const uint8_t *k[], int n, const block *b, int64_t from) {
     static const uint8_t zeros[4 * MAX_DH];
-    for (int i = 0; i < LANES; i++)
+    for (int i = 0; i < n; i++)
         k[i] = from + i < b->n ? position(b->a, b->a->k, b->a->k_strides, &b->it, b->j + from + i) : zeros;
 }
 
@@ -299,21 +300,31 @@ WORD void turned(vec x[LANES], const int format, const uint8_t *const k[LANES], 
     for (int i = 0; i < LANES; i++) x[i] = vec_load(rest[i]);
 }
 
-/* The block's scores of four rows from r on, each key used the moment it is turned. */
-WORD void few_scores(const int format, const block *b, int64_t r) {
-    const int64_t Dh = b->a->Dh;
-    const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j), *k[LANES];
-    for (int64_t from = 0; from < b->n; from += LANES) {
-        vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()}, x[LANES];
-        keys_at(k, b, from);
+/* The block's scores of four rows from r on, keys as they lie: what four rows have of a key is in four
+ * registers, and is summed across lanes. */
+WORD void few_scores(const block *b, int64_t r) {
+    enum { KEYS = LANES / 4 }; /* sixteen sums, or eight */
+    const int64_t Dh = b->a->Dh, nbytes = number_bytes(F16);
+    const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j), *k[KEYS];
+    for (int64_t from = 0; from < b->n; from += KEYS) {
+        vec sum[KEYS][4];
+        for (int i = 0; i < KEYS; i++)
+            for (int row = 0; row < 4; row++) sum[i][row] = vec_zero();
+        keys_at(k, KEYS, b, from);
         for (int64_t d = 0; d < Dh; d += LANES) {
-            turned(x, format, k, d, Dh);
-            ask_for(v + (from * Dh + d * LANES) * number_bytes(format), LANES * LANES * number_bytes(format));
-            for (int i = 0; i < LANES; i++)
-                for (int row = 0; row < 4; row++)
-                    sum[row] = vec_fma(vec_all(b->q[(r + row) * MAX_DH + d + i]), x[i], sum[row]);
+            vec x[KEYS];
+            for (int i = 0; i < KEYS; i++) x[i] = load_vec(F16, k[i] + d * nbytes);
+            ask_for(v + (from * Dh + d * KEYS) * nbytes, KEYS * LANES * nbytes);
+            for (int row = 0; row < 4; row++) {
+                const vec q = vec_load(b->q + (r + row) * MAX_DH + d);
+                for (int i = 0; i < KEYS; i++) sum[i][row] = vec_fma(q, x[i], sum[i][row]);
+            }
         }
-        for (int row = 0; row < 4; row++) vec_store(b->s + (r + row) * BLOCK + from, sum[row]);
+        for (int i = 0; i < KEYS; i++) {
+            float four[4];
+            _mm_storeu_ps(four, vec_sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
+            for (int row = 0; row < 4; row++) b->s[(r + row) * BLOCK + from + i] = four[row];
+        }
     }
 }
 
@@ -322,7 +333,7 @@ WORD void turn_keys(const int format, const block *b, int64_t from) {
     const uint8_t *k[LANES];
     vec x[LANES];
     for (int64_t side = 0; side < WIDE; side += LANES) {
-        keys_at(k, b, from + side);
+        keys_at(k, LANES, b, from + side);
         for (int64_t d = 0; d < b->a->Dh; d += LANES) {
             turned(x, format, k, d, b->a->Dh);
             for (int i = 0; i < LANES; i++) vec_store(b->panel + (d + i) * WIDE + side, x[i]);
@@ -386,16 +397,16 @@ WORD void values(const int rows, const block *b, int64_t r, int64_t d, const int
                 stride, seen(b, r + i) - all_see, NULL);
 }
 
-WORD void few_rows(const int format, const block *b) {
+WORD void few_rows(const block *b) {
     const attention_args *a = b->a;
-    const int64_t nbytes = number_bytes(format);
+    const int64_t nbytes = number_bytes(F16);
     const uint8_t *v = position(a, a->v, a->v_strides, &b->it, b->j);
-    const uint8_t *next = position(a, a->k, a->k_strides, &b->it, b->j + BLOCK);
-    for (int64_t r = 0; r < b->it.rows; r += 4) few_scores(format, b, r);
+    const uint8_t *next = position(a, a->k, a->k_strides, &b->it, b->j + FEW_BLOCK);
+    for (int64_t r = 0; r < b->it.rows; r += 4) few_scores(b, r);
     softmax(b);
     for (int64_t d = 0; d < a->Dh; d += WIDE)
         for (int64_t r = 0; r < b->it.rows; r += 4)
-            values(4, b, r, d, format, v + d * nbytes, a->v_strides[1] * nbytes, next + d * BLOCK * nbytes);
+            values(4, b, r, d, F16, v + d * nbytes, a->v_strides[1] * nbytes, next + d * FEW_BLOCK * nbytes);
 }
 
 WORD void many_rows(const int format, const block *b) {
@@ -432,13 +443,12 @@ TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin,
         const float *q = a->q + query_at(a, &b.it, i);
         for (int64_t d = 0; d < a->Dh; d++) b.q[i * MAX_DH + d] = q[d] * scale;
     }
-    const int few = b.it.rows <= FEW_ROWS && a->Dh % WIDE == 0;
-    for (; b.j < end; b.j += BLOCK) {
-        b.n = end - b.j < BLOCK ? end - b.j : BLOCK;
-        if (few && a->format == F16)
-            few_rows(F16, &b);
-        else if (few)
-            few_rows(F32, &b);
+    const int few = a->format == F16 && a->T <= NL_FEW && a->Dh % WIDE == 0;
+    const int64_t step = few ? FEW_BLOCK : BLOCK;
+    for (; b.j < end; b.j += step) {
+        b.n = end - b.j < step ? end - b.j : step;
+        if (few)
+            few_rows(&b);
         else if (a->format == F16)
             many_rows(F16, &b);
         else

@@ -1,5 +1,5 @@
-/* linear for one token (decode), in vectors: every weight is used once, so all depends on reading w as fast
- * as memory gives it.
+/* linear for one token, or a few (decode), in vectors: every weight is used once or a few times, so all depends
+ * on reading w as fast as memory gives it.
  *
  *     memory     r  ========>           four rows together, a quarter of the thread's share apart: memory is
  *                r + quarter ========>  read fastest as a few long streams; and one row's chain of additions
@@ -7,7 +7,7 @@
  *
  * A row's IN products are summed in lanes, in ascending order; lanes are summed in one tree (vec_sums). A
  * block of 18 bytes (Q4_0) must take no longer than memory takes to bring it: at 13 GB/s a thread 1.4 ns, 4
- * cycles.
+ * cycles. What is unpacked serves all T tokens, and from some five on the panel of many_tokens.c is faster.
  *
  * Compiled from avx2.c and avx512.c. tests/test_fixed.py and tests/test_kernels.py hold it to NumPy. */
 #include "dispatch.h"

@@ -1,5 +1,5 @@
-/* linear for one token, or a few (decode), in vectors: every weight is used once or a few times, so all depends
- * on reading w as fast as memory gives it.
+/* linear for one token, or a few (decode), in vectors: every weight is used once or a few times, so all
+ * depends on reading w as fast as memory gives it.
  *
  *     memory     r  ========>           four rows together, a quarter of the thread's share apart: memory is
  *                r + quarter ========>  read fastest as a few long streams; and one row's chain of additions

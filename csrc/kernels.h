@@ -18,7 +18,8 @@
 void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
                int64_t begin, int64_t end, int threads);
 
-/* Up to so many tokens are summed in another order than more, in either of the fast ways: */
+/* Up to so many tokens are summed in another order than more, in either of the fast ways, and by nl_attention
+ * where keys and values are float16: */
 enum { NL_FEW = 4 };
 
 /* The same as nl_linear, and however many tokens there are, they are summed in the same order. */

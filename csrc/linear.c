@@ -21,7 +21,7 @@
  * linear(x rounded, w), but for the rounding of float32 sums: so tests/test_fixed.py holds it to NumPy.
  *
  * Threads share out the rows of w. This file has the loop over threads and the scalar forms; the vector forms
- * are in few_tokens.c, where every weight is used once, and in many_tokens.c, where it is used T times. */
+ * are in few_tokens.c, for one to four tokens, and in many_tokens.c. */
 #include "dispatch.h"
 #include "kernels.h"
 #include "vec.h"

@@ -140,10 +140,11 @@ WORD ints dot_pairs(ints sum, ints a, ints b) {
 }
 WORD void store_words(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_words(a)); }
 
-/* Two LANES bytes as words. And "runs": the same sixteen places of BESIDE blocks, `next` bytes apart (here
- * one block): bytes as words, bits as words, and one float of each block for its eight lanes. */
-WORD ints words_from_u8(const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p)); }
-WORD ints runs_from_u8(const uint8_t *p, int64_t next) { return (void)next, words_from_u8(p); }
+/* "Runs": the same sixteen places of BESIDE blocks, `next` bytes apart (here one block): bytes as words, bits
+ * as words, and one float of each block for its eight lanes. */
+WORD ints runs_from_u8(const uint8_t *p, int64_t next) {
+    return (void)next, _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
+}
 WORD ints runs_from_i8(const uint8_t *p, int64_t next) {
     return (void)next, _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
 }

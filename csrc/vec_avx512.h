@@ -123,9 +123,6 @@ WORD ints dot_pairs(ints sum, ints a, ints b) {
 }
 WORD void store_words(int16_t *p, ints a) { _mm256_storeu_si256((void *)p, _mm512_cvtsepi32_epi16(a)); }
 
-WORD ints words_from_u8(const uint8_t *p) {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)p));
-}
 WORD __m256i two_runs(const uint8_t *p, int64_t next) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
                                    _mm_loadu_si128((const void *)(p + next)), 1);

@@ -1,23 +1,14 @@
-"""Shared by all tests: Hypothesis profiles, the folder of extra test data, the real model."""
+"""Shared by all tests: the folder of extra test data, the real model."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 
 from numpy_llama import kernels
 from numpy_llama.download import pull
-
-settings.register_profile("dev", max_examples=50, deadline=None)
-settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True)
-settings.register_profile("nightly", max_examples=10_000, deadline=None)
-for _profile in ("dev", "ci", "nightly"):
-    settings.register_profile(
-        _profile, settings.get_profile(_profile), suppress_health_check=[HealthCheck.too_slow]
-    )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+from numpy_llama.proof import laws as laws  # registers the Hypothesis profiles
 
 # A folder of further real files, golden outputs and texts; tests/with_data needs it and is collected with it.
 DATA = Path(os.environ.get("NUMPY_LLAMA_TEST_DATA", "/nonexistent"))

@@ -5,7 +5,6 @@ import pytest
 from gguf_writer import random_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import CHUNKS_32
 
 import numpy_llama as nl
 from numpy_llama import llama as llama_module
@@ -19,6 +18,7 @@ from numpy_llama.errors import (
     TemplateError,
 )
 from numpy_llama.generate import PREFILL_CHUNK, Context, Continuation, generate
+from numpy_llama.proof.bounds import CHUNKS_32
 from numpy_llama.quantize import StoredTensor
 from numpy_llama.sampling import Sampler
 

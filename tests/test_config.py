@@ -2,14 +2,17 @@
 
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import configurations, random_weights, seeds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from numpy_llama.presets import PRESETS, n_parameters
+from numpy_llama.proof.tiny import configurations, random_weights
+
+seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 # Counted by those who published the weights, or from the tensors in their files.
 PUBLISHED = {

@@ -15,15 +15,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import torch_llama
 from gguf_writer import random_weights
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from numpy_llama.checkpoint import build, open_checkpoint
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.config import ModelArgs, RopeScaling
 from numpy_llama.functional import scale_freqs
+from numpy_llama.proof import torch_llama
+from numpy_llama.proof.oracle import transformers_model
 
 logging.disable_progress_bar()
 
@@ -80,45 +81,9 @@ def weights_of(name: str) -> dict[str, np.ndarray]:
     return weights
 
 
-def half_split(w: np.ndarray, n_heads: int) -> np.ndarray:
-    """Meta's wq or wk in Hugging Face's order of rows (transformers' convert_llama_weights_to_hf.py)."""
-    return w.reshape(n_heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-
-
 @cache
 def hugging_face(name: str) -> LlamaForCausalLM:
-    generation = GENERATIONS[name]
-    args = generation.args
-    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling.factor,
-            "low_freq_factor": args.rope_scaling.low_freq_factor,
-            "high_freq_factor": args.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
-        }
-    config = LlamaConfig(
-        hidden_size=args.dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        head_dim=args.head_dim,
-        intermediate_size=args.hidden_dim,
-        vocab_size=args.vocab_size,
-        rms_norm_eps=args.norm_eps,
-        max_position_embeddings=args.max_seq_len,
-        tie_word_embeddings=generation.tied,
-        rope_parameters=rope,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).eval()
-    names, state = tensor_names(args, "hf"), {}
-    for ours, w in weights_of(name).items():
-        heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(ours.split(".")[-2])
-        state[names[ours]] = torch.from_numpy(half_split(w, heads) if heads else w)
-    model.load_state_dict(state)
-    return model
+    return transformers_model(GENERATIONS[name].args, weights_of(name))
 
 
 @cache

@@ -19,10 +19,10 @@ from test_kernels import (
     unaligned,
     whole_blocks,
 )
-from tolerances import U32, assert_within
 
 from numpy_llama import kernels
 from numpy_llama.kernels import Kernels, PackedWeight
+from numpy_llama.proof.bounds import U32, assert_within
 from numpy_llama.quantize import FORMATS, QK, X_MAX, StoredTensor, fixed_point
 
 FEW = lib.NL_FEW

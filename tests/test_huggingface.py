@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tolerances import MODEL_32, MODEL_64, assert_near
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from numpy_llama import errors
@@ -23,6 +21,9 @@ from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint, chat_templ
 from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.config import LIMITS, ModelArgs, RopeScaling
+from numpy_llama.proof import torch_llama
+from numpy_llama.proof.bounds import MODEL_32, MODEL_64, assert_near
+from numpy_llama.proof.oracle import half_split
 
 # No two sizes are equal, so that none can stand for another.
 TINY = {
@@ -178,12 +179,6 @@ def test_mistral_within_its_window(window, tmp_path):
 
 
 # --- against Meta's order of rows -------------------------------------------------------------------------
-
-
-def half_split(weight, n_heads):
-    """Meta keeps the two parts of a rotated pair side by side, Hugging Face half a head apart."""
-    OUT, IN = weight.shape
-    return weight.reshape(n_heads, OUT // n_heads // 2, 2, IN).swapaxes(1, 2).reshape(OUT, IN)
 
 
 @given(

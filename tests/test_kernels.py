@@ -17,14 +17,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy_llama._kernels import ffi, lib
-from test_quantize import all_pairs_of_scales, packed_scales
-from tolerances import U32, assert_within, g
 
 import numpy_llama
 from numpy_llama import functional as F
 from numpy_llama import kernels
 from numpy_llama.errors import MismatchError, ParameterError
 from numpy_llama.kernels import Kernels, PackedWeight
+from numpy_llama.proof.bounds import U32, assert_within, g
+from numpy_llama.proof.test_quantisation import all_pairs_of_scales, packed_scales
 from numpy_llama.quantize import FORMATS, QK, StoredTensor
 
 # Where in a block its float16 numbers lie: the scale, and the minimum (or its scale) if there is one.

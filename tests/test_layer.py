@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_kernels import HALVES, bits, for_each, seeds
-from tolerances import U16, assert_near
 
 from numpy_llama import kernels
 from numpy_llama.batch import BatchCache, side_by_side
@@ -23,6 +22,7 @@ from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsErro
 from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.layer import CompiledBlock, compile_layers
 from numpy_llama.model import Transformer, TransformerBlock
+from numpy_llama.proof.bounds import U16, assert_near
 from numpy_llama.quantize import FORMATS, X_MAX, StoredTensor
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")

@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import GENERATIONS, TINY, random_tokens, random_weights, torch_model
-from tolerances import MODEL_32, assert_near
 from torch_writer import meta_params, write_meta
 
 from numpy_llama import errors
@@ -23,6 +21,9 @@ from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.meta import MetaCheckpoint, model_args
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.config import RopeScaling
+from numpy_llama.proof import torch_ops
+from numpy_llama.proof.bounds import MODEL_32, assert_near
+from numpy_llama.proof.tiny import GENERATIONS, TINY, random_tokens, random_weights
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Every axis that is cut has 8 parts.
@@ -73,7 +74,7 @@ def test_logits_as_torch(tmp_path, rng, generation, n_shards):
     axis = 0 if generation == "llama3" else 1
     checkpoint = MetaCheckpoint(write_meta(tmp_path / "x", args, weights, n_shards, embedding_axis=axis))
     tokens = random_tokens(rng, args)
-    expected = torch_model(args, weights)(torch.from_numpy(tokens))
+    expected = torch_ops.Transformer(args, weights)(tokens)
     for backend in ("numpy", "c"):
         model = build(checkpoint.args, checkpoint.weights(), backend=backend, exact=True)
         assert_near(model(tokens), expected, MODEL_32)
@@ -88,7 +89,7 @@ def test_scaled_rope(tmp_path, rng, factor):
     assert checkpoint.args == args
     tokens = random_tokens(rng, args)
     model = build(checkpoint.args, checkpoint.weights(), backend="numpy")
-    assert_near(model(tokens), torch_model(args, weights)(torch.from_numpy(tokens)), MODEL_32)
+    assert_near(model(tokens), torch_ops.Transformer(args, weights)(tokens), MODEL_32)
 
 
 def test_weights_are_joined_one_at_a_time(tmp_path, rng, monkeypatch):

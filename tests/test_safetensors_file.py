@@ -14,12 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
-from tolerances import assert_within, g
 
 from numpy_llama import errors
 from numpy_llama.checkpoint.safetensors_file import BITS, MAX_HEADER, MAX_MARKS, RUNNABLE, SafetensorsFile
 from numpy_llama.functional import linear
 from numpy_llama.kernels import Kernels, PackedWeight
+from numpy_llama.proof.bounds import assert_within, g
 
 OPENING_SECONDS = 0.1
 OPENING_BYTES = 8 << 20  # the header has 0.1 MB, the file a gigabyte

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from numpy_llama._kernels import lib
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import numpy_llama as nl
 from numpy_llama.checkpoint import build, open_checkpoint
-from numpy_llama.checkpoint.names import tensor_names
+from numpy_llama.proof.oracle import transformers_model
 
 # Logits against PyTorch's, relative to the largest. Measured: at most 3e-6 for NumPy, 4e-6 for C.
 LOGITS_NUMPY = 5e-5
@@ -87,36 +86,11 @@ def numpy_logits(numpy_model, tokens):
     return [numpy_model(t) for t in tokens]
 
 
-def half_split(w: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows of wq or wk from pairs (2j, 2j + 1), Meta's order, to halves (j, j + Dh / 2), Hugging Face's."""
-    return w.reshape(n_heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-
-
 @pytest.fixture(scope="module")
 def torch_logits(checkpoint, tokens):
     """transformers' LlamaForCausalLM holding the same dequantised weights."""
     args, weights = checkpoint.args, checkpoint.weights()
-    config = LlamaConfig(
-        hidden_size=args.dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        head_dim=args.head_dim,
-        intermediate_size=args.hidden_dim,
-        vocab_size=args.vocab_size,
-        rms_norm_eps=args.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        max_position_embeddings=args.max_seq_len,
-        attn_implementation="eager",
-    )
-    state = {}
-    for ours, theirs in tensor_names(args, "hf").items():
-        w = weights[ours].dequantize()
-        if "wq" in ours or "wk" in ours:
-            w = half_split(w, args.n_heads if "wq" in ours else args.n_kv_heads)
-        state[theirs] = torch.from_numpy(np.array(w))
-    model = LlamaForCausalLM(config).eval()
-    model.load_state_dict(state)
+    model = transformers_model(args, {name: w.dequantize() for name, w in weights.items()})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second pool of OpenMP threads beside ours would only disturb both
     with torch.no_grad():

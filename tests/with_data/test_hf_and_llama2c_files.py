@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import DATA
-from tolerances import MODEL_32, assert_near
 
 import numpy_llama as nl
 from numpy_llama.checkpoint import build
@@ -14,6 +13,7 @@ from numpy_llama.checkpoint.gguf_model import GGUFCheckpoint
 from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from numpy_llama.checkpoint.llama2c import Llama2cCheckpoint, looks_like_llama2c
 from numpy_llama.llama import Llama
+from numpy_llama.proof.bounds import MODEL_32, assert_near
 
 MODELS = DATA / "models"
 OPENING_SECONDS = 0.1

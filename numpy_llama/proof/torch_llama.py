@@ -1,4 +1,4 @@
-"""LLaMA in PyTorch, written from the papers with PyTorch's own functions: the oracle of the tests.
+"""LLaMA in PyTorch, written from the papers with PyTorch's own functions.
 
 It shares no code with numpy_llama but the hyperparameters, and it has no cache: each call sees all
 the tokens. Its parameters bear the names of our weights, so `load_state_dict` checks those too.
@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from numpy_llama.config import ModelArgs, RopeScaling
+from ..config import ModelArgs, RopeScaling
 
 
 def scaled_freq(freq: float, s: RopeScaling) -> float:
     """Llama 3.1's rule for one frequency, told by its wavelength (Meta's models/llama3/reference_impl)."""
+    if s.type == "linear":
+        return freq / s.factor
     wavelen = 2 * math.pi / freq
     if wavelen < s.original_max_seq_len / s.high_freq_factor:
         return freq
@@ -34,9 +36,9 @@ def rotary_table(args: ModelArgs, seq_len: int, dtype: torch.dtype) -> torch.Ten
 
 
 def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Pairs (x_2j, x_2j+1) as complex numbers, turned: (B, T, H, Dh) -> (B, T, H, Dh)."""
+    """Pairs (x_2j, x_2j+1) as complex numbers, turned: (B, T, H, Dh), (T, Dh / 2) -> (B, T, H, Dh)."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs_cis[None, :, None, :]).flatten(-2)
+    return torch.view_as_real(pairs * freqs_cis[..., None, :]).flatten(-2)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,96 @@
+"""PyTorch and transformers on whole models, in a process of their own: beside the C kernels two OpenMP
+runtimes would share the CPUs, and each would wait for the other's threads.
+
+    with Oracle() as oracle:
+        of_torch, of_transformers = oracle.both(args, weights, tokens)
+"""
+
+import multiprocessing
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+from ..checkpoint.names import tensor_names
+from ..config import ModelArgs
+
+
+class Oracle:
+    def __enter__(self):
+        self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        return self
+
+    def __exit__(self, *error):
+        self.process.shutdown(cancel_futures=True)
+
+    def both(self, args: ModelArgs, weights: dict, tokens: np.ndarray) -> list[np.ndarray]:
+        """The logits of torch_llama.py, and those of LlamaForCausalLM with its eager attention."""
+        return self.process.submit(_both, args, weights, tokens).result()
+
+
+def _both(args, weights, tokens):
+    try:
+        return [_torch(args, weights, tokens), _transformers(args, weights, tokens)]
+    except Exception as error:  # some of transformers' own do not survive the way back
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _torch(args, weights, tokens):
+    from .torch_ops import Transformer
+
+    return Transformer(args, weights)(tokens)
+
+
+def half_split(weight: np.ndarray, n_heads: int) -> np.ndarray:
+    """Rows of wq or wk in Hugging Face's order: the two of a pair half a head apart, not side by side."""
+    OUT, IN = weight.shape
+    return weight.reshape(n_heads, OUT // n_heads // 2, 2, IN).swapaxes(1, 2).reshape(OUT, IN)
+
+
+def _transformers(args, weights, tokens):
+    import torch
+
+    model = transformers_model(args, weights)
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def transformers_model(args: ModelArgs, weights: dict):
+    """LlamaForCausalLM holding these weights; the head is tied if the embedding is the output matrix."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if s := args.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_seq_len,
+        }
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=args.max_seq_len,
+        rope_parameters=rope,
+        tie_word_embeddings=weights["output.weight"] is weights["tok_embeddings.weight"],
+        attn_implementation="eager",
+    )
+    state = {}
+    for ours, theirs in tensor_names(args, "hf").items():
+        heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(ours.split(".")[-2])
+        w = weights[ours] if heads is None else half_split(weights[ours], heads)
+        state[theirs] = torch.from_numpy(np.array(w))
+    with warnings.catch_warnings():  # what transformers warns of is no affair of ours
+        warnings.simplefilter("ignore")
+        model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,329 @@
+"""RoPE: pairs of numbers turned by an angle that grows with the position (Su et al. 2021), and Llama 3.1's
+scaling of it. Complex numbers of (x_2j, x_2j+1), Meta's layout."""
+
+import cmath
+import math
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from ..checkpoint.names import interleaved_rows
+from ..config import RopeScaling
+from . import torch_ops
+from .bounds import EXACT_64, U32, U64, assert_same, assert_within
+from .laws import assert_refused, assert_that, even_sizes, law, small_sizes, sources
+
+thetas = st.sampled_from([1e4, 1e5, 5e5])
+scalings = st.sampled_from(
+    [RopeScaling(8.0), RopeScaling(32.0), RopeScaling(4.0, 0.5, 3.0, 1024), RopeScaling(4.0, type="linear")]
+)
+positions = st.integers(0, 2000)
+
+
+def table(ops, head_dim, end, theta=1e4, scaling=None):
+    return ops.precompute_freqs_cis(head_dim, end, theta, scaling, np.float64)
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(1, 50))
+def test_the_formula(ops, head_dim, theta, end):
+    """Entry (m, j) is e^(i m theta^(-2j / head_dim))."""
+    m, j = end - 1, head_dim // 2 - 1
+    expected = cmath.exp(1j * m * theta ** (-2 * j / head_dim))
+    actual = table(ops, head_dim, end, theta)
+    assert_that(actual.shape == (end, head_dim // 2), f"(end, head_dim / 2) wanted, {actual.shape} made")
+    assert_within(actual[m, j], expected, (end + 8) * 8 * U64)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.none() | scalings, st.integers(1, 300))
+def test_as_pytorch(ops, head_dim, theta, scaling, end):
+    """The table is that of torch.polar; an angle is up to `end` radians, and its rounding counts so often."""
+    expected = torch_ops.precompute_freqs_cis(head_dim, end, theta, scaling, np.float64)
+    assert_within(table(ops, head_dim, end, theta, scaling), expected, (end + 8) * 8 * U64)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.none() | scalings, st.integers(1, 300))
+def test_the_table_in_float32(ops, head_dim, theta, scaling, end):
+    """In float32 it is complex64, and PyTorch's within the rounding of its angles."""
+    actual = ops.precompute_freqs_cis(head_dim, end, theta, scaling)
+    assert_that(actual.dtype == np.complex64, f"complex64 wanted, {actual.dtype} made")
+    expected = torch_ops.precompute_freqs_cis(head_dim, end, theta, scaling)
+    assert_within(actual, expected, (end + 8) * 8 * U32)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.none() | scalings)
+def test_nothing_turns_at_position_0(ops, head_dim, theta, scaling):
+    """e^0 = 1, exactly."""
+    assert_same(table(ops, head_dim, 1, theta, scaling), np.ones((1, head_dim // 2)))
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(1, 300))
+def test_turns_keep_lengths(ops, head_dim, theta, end):
+    """|e^(i a)| = 1."""
+    assert_within(np.abs(table(ops, head_dim, end, theta)), np.ones((end, head_dim // 2)), EXACT_64)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(2, 300))
+def test_the_first_pair_turns_by_one_radian(ops, head_dim, theta, end):
+    """theta^0 = 1: whatever theta is, pair 0 turns by m at position m."""
+    m = np.arange(end)
+    expected = np.cos(m) + 1j * np.sin(m)
+    assert_within(table(ops, head_dim, end, theta)[:, 0], expected, (end + 8) * 8 * U64)
+
+
+@law("precompute_freqs_cis", st.integers(2, 32), thetas)
+def test_later_pairs_turn_slower(ops, half, theta):
+    """Frequencies fall by the same factor from pair to pair."""
+    freqs = np.angle(table(ops, 2 * half, 2, theta)[1])
+    ratios = freqs[1:] / freqs[:-1]
+    assert_within(ratios, np.full(half - 1, theta ** (-1 / half)), 1e-9)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(2, 100), st.none() | scalings)
+def test_a_longer_table_begins_with_a_shorter_one(ops, head_dim, theta, end, scaling):
+    """A position's angles do not depend on the context."""
+    shorter = table(ops, head_dim, end // 2, theta, scaling)
+    assert_same(table(ops, head_dim, end, theta, scaling)[: end // 2], shorter)
+
+
+@law("precompute_freqs_cis", even_sizes, st.integers(1, 20), scalings)
+def test_scaling_is_used(ops, head_dim, m, scaling):
+    """The angles of the table are m times the scaled frequencies."""
+    freqs = 1e4 ** (-np.arange(0, head_dim, 2) / head_dim)
+    scaled = torch_ops.scale_freqs(freqs, scaling)
+    actual = table(ops, head_dim, m + 1, 1e4, scaling)[m]
+    assert_within(actual, np.exp(1j * m * scaled), (m + 8) * 8 * U64)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("head_dim", [2, 64, 128])
+@law("precompute_freqs_cis")
+def test_inverse_frequencies_in_float32(ops, head_dim, theta):
+    """Each within an ulp of PyTorch's; read off position 1, whose cosine and sine are rounded too."""
+    angles = np.angle(ops.precompute_freqs_cis(head_dim, 2, theta)[1].astype(np.complex128))
+    expected = np.angle(torch_ops.precompute_freqs_cis(head_dim, 2, theta)[1].astype(np.complex128))
+    assert_within(angles, expected, (2 + 2) * U32 * np.abs(expected))
+
+
+# --- Llama 3.1's scaling ----------------------------------------------------------------------------------
+
+
+@law("scale_freqs", scalings, st.floats(-6, 0))
+def test_scaling_as_published(ops, scaling, magnitude):
+    """By its wavelength a frequency is kept, divided by the factor, or something in between."""
+    freqs = np.array([10**magnitude])
+    expected = torch_ops.scale_freqs(freqs, scaling)
+    assert_within(ops.scale_freqs(freqs, scaling), expected, EXACT_64 * expected)
+
+
+@law("scale_freqs", scalings, st.floats(-6, 0))
+def test_scaling_in_float32(ops, scaling, magnitude):
+    """In float32 within 16 u."""
+    freqs = np.float32([10**magnitude])
+    expected = torch_ops.scale_freqs(freqs.astype(np.float64), scaling)
+    assert_within(ops.scale_freqs(freqs, scaling), expected, 16 * U32 * expected)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@law("scale_freqs")
+def test_scaling_at_its_limits(ops, factor):
+    """At 8192 / 4 a wavelength is kept, at 8192 / 1 it is stretched whole, and in the middle by half."""
+    s = RopeScaling(factor)
+    slow, fast = 2 * math.pi / 8192, 2 * math.pi * 4 / 8192
+    middle = (slow + fast) / 2
+    freqs = np.array([slow / 2, slow, middle, fast, fast * 2])
+    expected = np.array([slow / 2 / factor, slow / factor, middle * (1 + 1 / factor) / 2, fast, 2 * fast])
+    assert_within(ops.scale_freqs(freqs, s), expected, EXACT_64 * expected)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@law("scale_freqs")
+def test_scaling_has_no_jump(ops, factor):
+    """Just beside a limit it changes by little."""
+    s = RopeScaling(factor)
+    limits = np.array([2 * math.pi / 8192, 2 * math.pi * 4 / 8192])
+    around = limits[:, None] * (1 + np.array([-1e-9, 0, 1e-9]))
+    scaled = ops.scale_freqs(around.reshape(-1), s).reshape(2, 3)
+    assert_within(scaled, np.repeat(scaled[:, 1:2], 3, axis=1), 1e-7 * scaled)
+
+
+@law("scale_freqs", st.floats(-6, 0), st.floats(-6, 0))
+def test_scaling_keeps_the_order(ops, one, other):
+    """A slower turn stays the slower one, and none becomes faster."""
+    freqs = np.sort(np.array([10**one, 10**other]))
+    scaled = ops.scale_freqs(freqs, RopeScaling(8.0))
+    assert_that((np.diff(scaled) >= 0) & (scaled <= freqs * (1 + EXACT_64)), f"of {freqs} it made {scaled}")
+
+
+@law("scale_freqs", st.floats(-6, 0), st.sampled_from([2.0, 4.0, 8.0]))
+def test_linear_scaling_divides_all(ops, magnitude, factor):
+    """ "linear" divides every frequency by the factor (Chen et al. 2023)."""
+    freqs = np.array([10**magnitude])
+    assert_same(ops.scale_freqs(freqs, RopeScaling(factor, type="linear")), freqs / factor)
+
+
+# --- which rows of the table ------------------------------------------------------------------------------
+
+
+@law("freqs_cis_at", sources, small_sizes, small_sizes)
+def test_positions_follow_the_start(ops, source, start, T):
+    """T tokens from start_pos on have the positions start_pos .. start_pos + T - 1."""
+    freqs_cis = np.exp(1j * source.array(12, 2))
+    assert_same(ops.freqs_cis_at(freqs_cis, start, T), freqs_cis[start : start + T])
+
+
+@law("freqs_cis_at", sources, small_sizes)
+def test_sequences_may_start_at_their_own_positions(ops, source, T):
+    """B starts give (B, T) positions."""
+    freqs_cis, starts = np.exp(1j * source.array(12, 2)), source.ids(7, 3)
+    expected = np.stack([freqs_cis[start : start + T] for start in starts])
+    assert_same(ops.freqs_cis_at(freqs_cis, starts, T), expected)
+
+
+@pytest.mark.parametrize("start, T", [(-1, 1), (0, 6), (5, 1), (4, 2), (-6, 2), (2**40, 1)])
+@law("freqs_cis_at")
+def test_positions_beyond_the_table_are_refused(ops, start, T):
+    """A position below 0 or beyond the context is an error, and never counts from the end."""
+    assert_refused(lambda: ops.freqs_cis_at(np.ones((5, 2), complex), start, T), f"{start}..{start + T - 1}")
+
+
+# --- the turn ---------------------------------------------------------------------------------------------
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes, small_sizes)
+def test_pairs_are_turned_as_complex_numbers(ops, source, head_dim, T, H):
+    """(x_2j + i x_2j+1) e^(i a): neighbours make a pair."""
+    x, angles = source.array(2, T, H, head_dim), source.normal(T, head_dim // 2)
+    cos, sin = (f(angles)[None, :, None, :] for f in (np.cos, np.sin))
+    expected = np.empty_like(x)
+    expected[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
+    expected[..., 1::2] = x[..., 0::2] * sin + x[..., 1::2] * cos
+    actual = ops.apply_rotary_emb(x, np.exp(1j * angles))
+    assert_within(actual, expected, EXACT_64 * (1 + np.abs(x).max()))
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes, small_sizes)
+def test_the_turn_as_pytorch(ops, source, head_dim, T, H):
+    """It gives what torch.view_as_complex and a product give."""
+    x, freqs_cis = source.array(2, T, H, head_dim), np.exp(1j * source.normal(T, head_dim // 2))
+    expected = torch_ops.apply_rotary_emb(x, freqs_cis)
+    assert_within(ops.apply_rotary_emb(x, freqs_cis), expected, EXACT_64 * (1 + np.abs(x).max()))
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_the_turn_in_float32(ops, source, head_dim, T):
+    """Each number errs by 4 u of its pair's length."""
+    x = source.array(1, T, 2, head_dim).astype(np.float32)
+    freqs_cis = np.exp(1j * source.normal(T, head_dim // 2)).astype(np.complex64)
+    y = ops.apply_rotary_emb(x, freqs_cis)
+    assert_that(y.dtype == np.float32, f"float32 went in, {y.dtype} came out")
+    exact = ops.apply_rotary_emb(x.astype(np.float64), freqs_cis.astype(np.complex128))
+    length = np.abs(x.astype(np.float64).view(np.complex128)).repeat(2, axis=-1)
+    assert_within(y, exact, 4 * U32 * length)
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_position_0_is_left_alone(ops, source, head_dim, H):
+    """A turn by nothing changes no bit."""
+    x = source.array(1, 1, H, head_dim)
+    assert_same(ops.apply_rotary_emb(x, np.ones((1, head_dim // 2), complex)), x)
+
+
+@law("apply_rotary_emb precompute_freqs_cis", sources, even_sizes, positions)
+def test_lengths_of_pairs_are_kept(ops, source, head_dim, m):
+    """|R(m) x| = |x|, pair by pair."""
+    x = source.normal(1, 1, 2, head_dim)
+    turned = ops.apply_rotary_emb(x, table(ops, head_dim, m + 1)[[m]])
+    length = np.abs(x.view(np.complex128))
+    assert_within(np.abs(turned.view(np.complex128)), length, EXACT_64 * length)
+
+
+@law("apply_rotary_emb precompute_freqs_cis", sources, even_sizes, positions, positions)
+def test_turns_add_up(ops, source, head_dim, m, n):
+    """R(m) R(n) = R(m + n)."""
+    x, freqs_cis = source.normal(1, 1, 2, head_dim), table(ops, head_dim, m + n + 1)
+    twice = ops.apply_rotary_emb(ops.apply_rotary_emb(x, freqs_cis[[m]]), freqs_cis[[n]])
+    assert_within(twice, ops.apply_rotary_emb(x, freqs_cis[[m + n]]), EXACT_64 * 10 * np.abs(x).max())
+
+
+@law("apply_rotary_emb precompute_freqs_cis", sources, even_sizes, *[st.integers(0, 60)] * 3)
+def test_scores_depend_on_the_distance_alone(ops, source, head_dim, m, n, moved):
+    """<R(m) q, R(n) k> = <R(m + s) q, R(n + s) k>: RoFormer's reason for it all (section 3.2.2)."""
+    freqs_cis = table(ops, head_dim, 121, 5e5, RopeScaling(8.0))
+    q, k = source.normal(1, 1, 1, head_dim), source.normal(1, 1, 1, head_dim)
+
+    def score(m, n):
+        return np.sum(ops.apply_rotary_emb(q, freqs_cis[[m]]) * ops.apply_rotary_emb(k, freqs_cis[[n]]))
+
+    bound = EXACT_64 * np.linalg.norm(q) * np.linalg.norm(k)
+    assert_within(score(m + moved, n + moved), score(m, n), bound)
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_every_head_is_turned_alike(ops, source, head_dim, H):
+    """The angle depends on the position and the pair, not on the head."""
+    x, freqs_cis = source.array(1, 3, 1, head_dim), np.exp(1j * source.normal(3, head_dim // 2))
+    one = ops.apply_rotary_emb(x, freqs_cis)
+    many = ops.apply_rotary_emb(np.repeat(x, H, axis=2), freqs_cis)
+    assert_within(many, np.repeat(one, H, axis=2), EXACT_64 * (1 + np.abs(x).max()))
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_each_position_has_its_own_angle(ops, source, head_dim, T):
+    """Row t is turned by row t of the angles, as if it were alone."""
+    x, freqs_cis = source.array(2, T, 2, head_dim), np.exp(1j * source.normal(T, head_dim // 2))
+    whole, t = ops.apply_rotary_emb(x, freqs_cis), T - 1
+    alone = ops.apply_rotary_emb(x[:, [t]], freqs_cis[[t]])
+    assert_within(whole[:, [t]], alone, EXACT_64 * (1 + np.abs(x).max()))
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_each_sequence_may_have_its_own_angles(ops, source, head_dim, T):
+    """With angles (B, T, Dh / 2), sequence b is turned by its own."""
+    x, freqs_cis = source.array(2, T, 2, head_dim), np.exp(1j * source.normal(2, T, head_dim // 2))
+    alone = [ops.apply_rotary_emb(x[[b]], freqs_cis[b])[0] for b in range(2)]
+    assert_within(ops.apply_rotary_emb(x, freqs_cis), alone, EXACT_64 * (1 + np.abs(x).max()))
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_the_turn_leaves_its_arguments_alone(ops, source, head_dim, T):
+    """x is what it was: q and k are turned into new arrays."""
+    x, freqs_cis = source.array(1, T, 2, head_dim), np.exp(1j * source.normal(T, head_dim // 2))
+    before = x.copy()
+    ops.apply_rotary_emb(x, freqs_cis)
+    assert_same(x, before)
+
+
+# --- the two layouts --------------------------------------------------------------------------------------
+
+
+def rotate_half(x, freqs_cis):
+    """Hugging Face's layout: the two of a pair lie half a head apart."""
+    cos, sin = (np.concatenate([f, f], axis=-1)[:, None, :] for f in (freqs_cis.real, freqs_cis.imag))
+    half = x.shape[-1] // 2
+    return x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_both_layouts_are_one_turn(ops, source, head_dim, H):
+    """Halves turned and then put in order are the ordered turned: rows (j, j + Dh / 2) -> (2j, 2j + 1)."""
+    halves, freqs_cis = source.array(1, 3, H, head_dim), np.exp(1j * source.normal(3, head_dim // 2))
+    rows = interleaved_rows(1, head_dim)
+    expected = rotate_half(halves, freqs_cis)[..., rows]
+    actual = ops.apply_rotary_emb(np.ascontiguousarray(halves[..., rows]), freqs_cis)
+    assert_within(actual, expected, EXACT_64 * (1 + np.abs(halves).max()))
+
+
+@law("apply_rotary_emb", sources, even_sizes, small_sizes)
+def test_scores_are_the_same_in_both_layouts(ops, source, head_dim, H):
+    """q . k does not care how pairs lie, as long as q and k agree."""
+    freqs_cis = np.exp(1j * source.normal(3, head_dim // 2))
+    q, k = source.array(1, 3, H, head_dim), source.array(1, 3, H, head_dim)
+    rows = interleaved_rows(1, head_dim)
+    turned_q, turned_k = (ops.apply_rotary_emb(np.ascontiguousarray(x[..., rows]), freqs_cis) for x in (q, k))
+    expected = (rotate_half(q, freqs_cis) * rotate_half(k, freqs_cis)).sum(-1)
+    bound = EXACT_64 * (1 + np.linalg.norm(q, axis=-1) * np.linalg.norm(k, axis=-1))
+    assert_within((turned_q * turned_k).sum(-1), expected, bound)

@@ -1,0 +1,421 @@
+"""Sampling: which ids each filter keeps, and that chance is fair. Logits are float32 (V,); a filtered id
+becomes -inf."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from ..functional import softmax
+from .bounds import EXACT_64, U32, assert_same, assert_within
+from .laws import assert_refused, assert_that, law, seeds
+
+fractions = st.floats(0, 1)
+
+# Probabilities of float32 logits: the rounding of x / T, at most 30 or so, goes through exp.
+PROBABILITY = 1e-6
+
+# A mass this close to the limit of top-p or min-p may fall on either side of it.
+EDGE = 1e-6
+
+# Chi-square of a fair draw: with fixed seeds the tests are repeatable, and a fair sampler passes them.
+LEAST_P_VALUE = 1e-6
+
+# A repetition penalty is one product or quotient, perhaps by a penalty rounded to float32.
+ONE_ROUNDING = 4 * U32
+
+
+@st.composite
+def all_logits(draw, distinct=False):
+    """(V,) float32, flat or steep; with ties and ids already filtered, unless all shall be distinct."""
+    rng, V = np.random.default_rng(draw(seeds)), draw(st.integers(1, 60))
+    x = rng.normal(size=V) * draw(st.sampled_from([1, 5, 0.1]))
+    if not distinct and draw(st.booleans()):
+        x = np.round(x)
+    x = x.astype(np.float32)
+    if not distinct and draw(st.booleans()):
+        x[rng.random(V) < 0.3] = -np.inf
+        x[rng.integers(V)] = 1
+    return x
+
+
+def kept(logits):
+    return np.flatnonzero(logits > -np.inf)
+
+
+def by_rank(logits):
+    """Ids from the likeliest down; of equal ones the lowest first."""
+    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+
+
+def probabilities(logits):
+    return softmax(logits.astype(np.float64))
+
+
+class Fixed:
+    """A source of chance that is none."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def random(self):
+        return self.values.pop(0)
+
+
+# --- greedy -----------------------------------------------------------------------------------------------
+
+
+@law("greedy", all_logits())
+def test_greedy_takes_the_likeliest(ops, logits):
+    """greedy(x) = argmax x, and of equal ones the lowest id."""
+    assert_same(ops.greedy(logits), by_rank(logits)[0])
+
+
+@law("greedy", all_logits())
+def test_greedy_gives_a_plain_int(ops, logits):
+    """An id is an int of Python, which JSON and dictionaries know."""
+    assert_that(type(ops.greedy(logits)) is int, f"an int wanted, {type(ops.greedy(logits))} came")
+
+
+@law("greedy", all_logits(), st.integers(-20, 20))
+def test_greedy_does_not_care_for_the_scale(ops, logits, k):
+    """Logits times a power of two have the same argmax."""
+    assert_same(ops.greedy(logits * np.float32(2.0**k)), ops.greedy(logits))
+
+
+# --- what every filter does -------------------------------------------------------------------------------
+
+FILTERS = [("top_k", 1), ("top_k", 3), ("top_k", 1000), ("top_p", 0.0), ("top_p", 0.6), ("top_p", 1.0)]
+FILTERS += [("min_p", 0.0), ("min_p", 0.1), ("min_p", 1.0)]
+
+
+def each_filter(test):
+    """The law once for each filter, of those that the implementation has."""
+    return pytest.mark.parametrize("name, setting", FILTERS)(test)
+
+
+@each_filter
+@law("{name}", all_logits())
+def test_a_filter_keeps_or_drops(ops, name, setting, logits):
+    """Each logit is as it was or -inf; shape and precision stay."""
+    out = getattr(ops, name)(logits, setting)
+    assert_that(out.dtype == logits.dtype, f"{logits.dtype} went in, {out.dtype} came out")
+    assert_same(np.where(out == -np.inf, -np.inf, logits), out)
+
+
+@each_filter
+@law("{name}", all_logits())
+def test_a_filter_keeps_the_likeliest(ops, name, setting, logits):
+    """The largest logit always stays."""
+    out = getattr(ops, name)(logits, setting)
+    assert_same(out.max(), logits.max())
+
+
+@each_filter
+@law("{name}", all_logits())
+def test_a_filter_drops_from_below(ops, name, setting, logits):
+    """What it drops is nowhere larger than what it keeps."""
+    out = getattr(ops, name)(logits, setting)
+    dropped = logits[(out == -np.inf) & (logits > -np.inf)]
+    assert_that(dropped.max(initial=-np.inf) <= logits[kept(out)].min(), f"of {logits} it made {out}")
+
+
+@each_filter
+@law("{name}", all_logits())
+def test_a_filter_leaves_its_argument_alone(ops, name, setting, logits):
+    """The logits are what they were."""
+    before = logits.copy()
+    getattr(ops, name)(logits, setting)
+    assert_same(logits, before)
+
+
+# --- top-k ------------------------------------------------------------------------------------------------
+
+
+@law("top_k", all_logits(), st.integers(1, 70))
+def test_top_k_keeps_exactly_k(ops, logits, k):
+    """The k largest; of equal ones those with the lowest ids (Fan et al. 2018, section 5.1)."""
+    expected = sorted(set(by_rank(logits)[:k]) & set(kept(logits)))
+    assert_same(kept(ops.top_k(logits, k)), np.array(expected, int))
+
+
+@law("top_k", all_logits(distinct=True), st.integers(1, 60))
+def test_top_k_as_pytorch(ops, logits, k):
+    """They are those of torch.topk."""
+    expected = torch.topk(torch.from_numpy(logits), min(k, len(logits))).indices.sort().values
+    assert_same(kept(ops.top_k(logits, k)), expected.numpy())
+
+
+@law("top_k", all_logits())
+def test_all_of_them_are_no_filter(ops, logits):
+    """k = V changes nothing."""
+    assert_same(ops.top_k(logits, len(logits)), logits)
+
+
+@law("top_k", all_logits())
+def test_the_one_largest_is_greedy(ops, logits):
+    """k = 1 leaves the id that greedy takes."""
+    assert_same(kept(ops.top_k(logits, 1)), [by_rank(logits)[0]])
+
+
+# --- top-p ------------------------------------------------------------------------------------------------
+
+
+@law("top_p", all_logits(), fractions)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(ops, logits, p):
+    """In falling order, an id stays while the mass before it does not exceed p (Meta's rule)."""
+    probs, mass, expected, edge = probabilities(logits), 0.0, [], False
+    for i in by_rank(logits):
+        edge |= abs(mass - p) < EDGE and mass > 0
+        if mass <= p and logits[i] > -np.inf:
+            expected.append(i)
+        mass += probs[i]
+    if not edge:
+        assert_same(kept(ops.top_p(logits, p)), np.sort(expected))
+
+
+@law("top_p", all_logits(), fractions)
+def test_top_p_leaves_at_least_p(ops, logits, p):
+    """The mass of what stays reaches p (Holtzman et al. 2020, equation 2)."""
+    mass = probabilities(logits)[kept(ops.top_p(logits, p))].sum()
+    assert_that(mass >= p - EDGE, f"p is {p}, and a mass of {mass} is left")
+
+
+@law("top_p", all_logits(), fractions)
+def test_top_p_leaves_no_more_than_it_must(ops, logits, p):
+    """Without the least likely of what stays, the mass would not exceed p."""
+    probs, left = probabilities(logits), kept(ops.top_p(logits, p))
+    assert_that(probs[left].sum() - probs[left].min() <= p + EDGE, f"p is {p}, and {len(left)} ids are left")
+
+
+@law("top_p", all_logits(), fractions)
+def test_top_p_prefers_low_ids(ops, logits, p):
+    """Of equal ids the lower stays: what is kept is the beginning of the ranking."""
+    left = kept(ops.top_p(logits, p))
+    assert_same(left, np.sort(by_rank(logits)[: len(left)]))
+
+
+@law("top_p", all_logits(), fractions, fractions)
+def test_a_larger_p_keeps_no_less(ops, logits, p, q):
+    """The sets of two p lie one within the other."""
+    small, large = (set(kept(ops.top_p(logits, x))) for x in sorted([p, q]))
+    assert_that(small <= large, f"p = {min(p, q)} keeps {small}, p = {max(p, q)} keeps {large}")
+
+
+@law("top_p")
+def test_top_p_at_its_limits(ops):
+    """At equality one id more stays: Meta drops where cumsum - p_i > p."""
+    logits = np.log(np.float32([0.125, 0.5, 0.25, 0.125]))
+    for p, expected in [(0, [1]), (0.49, [1]), (0.51, [1, 2]), (0.74, [1, 2]), (0.76, [0, 1, 2])]:
+        assert_same(kept(ops.top_p(logits, p)), expected)
+    equal = np.zeros(4, np.float32)  # each of exactly 1/4
+    for p, count in [(0, 1), (0.2, 1), (0.25, 2), (0.5, 3), (0.75, 4), (1, 4)]:
+        assert_same(kept(ops.top_p(equal, p)), np.arange(count))
+
+
+@law("top_p", all_logits())
+def test_top_p_of_1_drops_nothing_that_weighs(ops, logits):
+    """p = 1 keeps all but what is lost in the rounding of 1."""
+    lost = set(kept(logits)) - set(kept(ops.top_p(logits, 1)))
+    mass = probabilities(logits)[list(lost)].sum()
+    assert_that(mass <= len(logits) * EXACT_64, f"p is 1, and {mass} is lost")
+
+
+# --- min-p ------------------------------------------------------------------------------------------------
+
+
+@law("min_p", all_logits(), fractions)
+def test_min_p_keeps_what_is_likely_against_the_likeliest(ops, logits, p):
+    """An id stays if p_i >= p max_j p_j (Nguyen et al. 2024)."""
+    ratio = np.exp(logits.astype(np.float64) - logits.max())
+    clear = np.abs(ratio - p) > EDGE
+    stays = ops.min_p(logits, p) > -np.inf
+    assert_same(stays[clear], ((ratio > p) & (logits > -np.inf))[clear])
+
+
+@law("min_p")
+def test_min_p_keeps_the_limit_itself(ops):
+    """p = 1 keeps all that are as likely as the likeliest."""
+    assert_same(kept(ops.min_p(np.float32([0, 0, -3]), 1)), [0, 1])
+
+
+@law("min_p", all_logits())
+def test_min_p_of_0_is_no_filter(ops, logits):
+    """p = 0 changes nothing."""
+    assert_same(ops.min_p(logits, 0), logits)
+
+
+# --- temperature ------------------------------------------------------------------------------------------
+
+
+@law("apply_temperature", all_logits(), st.floats(0.05, 20))
+def test_temperature_divides(ops, logits, temperature):
+    """softmax of what comes out is softmax(x / T) (Ackley et al. 1985)."""
+    out = ops.apply_temperature(logits, temperature)
+    assert_that(out.dtype == logits.dtype, f"{logits.dtype} went in, {out.dtype} came out")
+    expected = softmax(logits.astype(np.float64) / temperature)
+    assert_within(probabilities(out), expected, PROBABILITY)
+
+
+@law("apply_temperature", all_logits())
+def test_temperature_1_changes_no_probability(ops, logits):
+    """x / 1 is x."""
+    out = ops.apply_temperature(logits, 1.0)
+    assert_within(probabilities(out), probabilities(logits), PROBABILITY)
+
+
+@law("apply_temperature", all_logits(), st.floats(0.05, 20))
+def test_temperature_keeps_the_order(ops, logits, temperature):
+    """The likelier id stays no less likely."""
+    out = ops.apply_temperature(logits, temperature)
+    rising = out[np.argsort(logits, kind="stable")]
+    assert_that(rising[1:] >= rising[:-1], f"of {logits} it made {out}")
+
+
+@pytest.mark.filterwarnings("error")
+@law("apply_temperature", all_logits())
+def test_cold_is_greedy(ops, logits):
+    """As T goes to 0 only the largest is left, without overflow."""
+    for tiny in [5e-324, 1e-300, 1e-40]:
+        cold = softmax(ops.apply_temperature(logits, tiny))
+        assert_same(cold > 0, logits == logits.max())
+
+
+@law("apply_temperature", all_logits())
+def test_hot_is_uniform(ops, logits):
+    """As T goes to infinity all that are left are equally likely."""
+    flat = probabilities(ops.apply_temperature(logits, 1e300))
+    assert_within(flat, (logits > -np.inf) / len(kept(logits)), PROBABILITY)
+
+
+# --- the repetition penalty -------------------------------------------------------------------------------
+
+penalties = st.floats(0.1, 10)
+
+
+@law("repetition_penalty", all_logits(), penalties, st.data())
+def test_seen_ids_become_less_likely(ops, logits, penalty, data):
+    """x / penalty where x > 0, x * penalty where not (Keskar et al. 2019, section 4.1), for ids seen."""
+    seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=9), label="seen")
+    expected = logits.astype(np.float64)
+    for i in set(seen):
+        expected[i] = expected[i] / penalty if expected[i] > 0 else expected[i] * penalty
+    with np.errstate(invalid="ignore"):
+        allowed = np.where(np.isfinite(expected), ONE_ROUNDING * np.abs(expected) + 1e-40, 0)
+    assert_within(ops.repetition_penalty(logits, seen, penalty), expected, allowed)
+
+
+@law("repetition_penalty", all_logits(), penalties, st.data())
+def test_once_is_enough(ops, logits, penalty, data):
+    """An id seen five times is punished as one seen once."""
+    seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=4), label="seen")
+    expected = ops.repetition_penalty(logits, seen, penalty)
+    assert_same(ops.repetition_penalty(logits, seen * 5, penalty), expected)
+
+
+@law("repetition_penalty", all_logits(), st.data())
+def test_a_penalty_of_1_is_none(ops, logits, data):
+    """Neither quotient nor product by 1 changes a bit."""
+    seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=9), label="seen")
+    assert_same(ops.repetition_penalty(logits, seen, 1.0), logits)
+
+
+@law("repetition_penalty", all_logits(), penalties)
+def test_nothing_seen_changes_nothing(ops, logits, penalty):
+    """And what was given is what it was."""
+    before = logits.copy()
+    assert_same(ops.repetition_penalty(logits, [], penalty), before)
+    ops.repetition_penalty(logits, [0], penalty)
+    assert_same(logits, before)
+
+
+@law("repetition_penalty")
+def test_both_sides_of_0(ops):
+    """2 becomes 1, -2 becomes -4, 0 and -inf stay, and who was not seen is left alone."""
+    logits = np.float32([2, -2, 0, 2, -np.inf])
+    for seen in [[0, 1, 2, 4], np.array([4, 2, 1, 0]), (0, 0, 1, 1, 2, 4)]:
+        assert_same(ops.repetition_penalty(logits, seen, 2.0), np.float32([1, -4, 0, 2, -np.inf]))
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+@law("repetition_penalty")
+def test_seen_ids_outside_the_vocabulary_are_refused(ops, bad):
+    """They are no ids, and do not count from the end."""
+    assert_refused(lambda: ops.repetition_penalty(np.zeros(3, np.float32), [0, bad], 1.1), f"id {bad} of 3")
+
+
+# --- draw -------------------------------------------------------------------------------------------------
+
+
+@law("draw", all_logits(), st.floats(0, 1, exclude_max=True))
+def test_draw_inverts_the_cumulated_distribution(ops, logits, u):
+    """It takes the first id whose cumulated probability exceeds u, one random number for one id."""
+    rng = Fixed(u)
+    drawn, probs = ops.draw(logits, rng), probabilities(logits)
+    assert_that(not rng.values, "it took no random number")
+    below, up_to = probs[:drawn].sum(), probs[: drawn + 1].sum()
+    assert_that(below <= u + EDGE and up_to >= u - EDGE, f"u is {u}: id {drawn} is from {below} to {up_to}")
+
+
+@law("draw", all_logits())
+def test_draw_never_takes_a_filtered_id(ops, logits):
+    """-inf has no share, not even at the ends of [0, 1)."""
+    for u in [0.0, 5e-324, 2.0**-53, 0.5, 1 - 2.0**-53]:
+        drawn = ops.draw(logits, Fixed(u))
+        assert_that(logits[drawn] > -np.inf, f"u = {u} drew id {drawn}, which was filtered out")
+
+
+@law("draw", all_logits())
+def test_draw_gives_a_plain_int(ops, logits):
+    """As greedy does."""
+    drawn = ops.draw(logits, Fixed(0.5))
+    assert_that(type(drawn) is int, f"an int wanted, {type(drawn)} came")
+
+
+def chi_square_p_value(observed, expected):
+    """P(X >= x) of the chi-square distribution, by the regularised upper incomplete gamma function."""
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2), torch.tensor(statistic / 2)).item()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@law("draw apply_temperature")
+def test_draws_are_as_likely_as_softmax_says(ops, temperature):
+    """Chi-square of 20,000 draws; and the check can tell: those of another temperature do not pass."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=12).astype(np.float32)
+    logits[5] = -np.inf
+    n, scaled = 20_000, ops.apply_temperature(logits, temperature)
+    counts = np.bincount([ops.draw(scaled, rng) for _ in range(n)], minlength=12)
+    alive = np.arange(12) != 5
+    fair, wrong = (n * softmax(logits[alive] / (temperature * by)) for by in (1, 1.2))
+    p, p_wrong = (chi_square_p_value(counts[alive], expected) for expected in (fair, wrong))
+    assert_that(counts[5] == 0 and p > LEAST_P_VALUE, f"a fair sampler does so with probability {p}")
+    assert_that(p_wrong < LEAST_P_VALUE, "the draws cannot be told from those of another temperature")
+
+
+@law("draw", seeds)
+def test_the_same_seed_draws_the_same_ids(ops, seed):
+    """Chance comes from the generator that is handed in, and from nowhere else."""
+    logits = np.random.default_rng(1).normal(size=50).astype(np.float32)
+    runs = []
+    for _ in "ab":
+        rng = np.random.default_rng(seed)
+        runs.append([ops.draw(logits, rng) for _ in range(8)])
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("bad", [[0, math.nan, 1], [math.inf, 0, 0], [-math.inf] * 3, [math.nan] * 3])
+@law("greedy")
+def test_greedy_takes_nothing_from_nan_or_infinity(ops, bad):
+    """Garbage is an error, not id 0."""
+    assert_refused(lambda: ops.greedy(np.float32(bad)), f"a choice among {bad}")
+
+
+@pytest.mark.parametrize("bad", [[0, math.nan, 1], [math.inf, 0, 0], [-math.inf] * 3, [math.nan] * 3])
+@law("draw")
+def test_draw_takes_nothing_from_nan_or_infinity(ops, bad):
+    """Garbage is an error, not id 0."""
+    assert_refused(lambda: ops.draw(np.float32(bad), Fixed(0.5)), f"a choice among {bad}")

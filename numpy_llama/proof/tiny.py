@@ -1,0 +1,103 @@
+"""Random tiny models: all ways in which one LLaMA differs from another, to be tried by the hundred."""
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ..config import ModelArgs, RopeScaling
+
+CONTEXT = 24
+
+TINY = ModelArgs(
+    dim=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=6,
+    hidden_dim=40,
+    vocab_size=53,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_seq_len=CONTEXT,
+)
+
+# The scaled RoPE has an original context of 16, so that slow, fast and ramped turns all occur in CONTEXT.
+GENERATIONS = {
+    "llama1": replace(TINY, n_kv_heads=4, norm_eps=1e-6),
+    "llama2": replace(TINY, n_kv_heads=4),
+    "llama2-70b": TINY,
+    "llama3": replace(TINY, rope_theta=5e5, vocab_size=97),
+    "llama3.1": replace(TINY, rope_theta=5e5, rope_scaling=RopeScaling(8.0, original_max_seq_len=16)),
+    "llama3.2": replace(TINY, rope_theta=5e5, rope_scaling=RopeScaling(32.0, original_max_seq_len=16)),
+    "mqa": replace(TINY, n_kv_heads=1, head_dim=10, n_layers=1),
+}
+
+
+@st.composite
+def configurations(draw):
+    """Small, and with no two sizes equal by rule: head_dim * n_heads need not be dim.
+
+    Below 16 dimensions the residual stream now and then cancels, and RMSNorm magnifies its rounding.
+    """
+    generation = draw(st.sampled_from(sorted(GENERATIONS)))
+    n_kv_heads = draw(st.integers(1, 3))
+    return replace(
+        GENERATIONS[generation],
+        dim=draw(st.integers(16, 64)),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=n_kv_heads * draw(st.integers(1, 3)),
+        n_kv_heads=n_kv_heads,
+        head_dim=2 * draw(st.integers(1, 32)),
+        hidden_dim=draw(st.integers(3, 64)),
+        vocab_size=draw(st.integers(5, 101)),
+    )
+
+
+@st.composite
+def longer_configurations(draw):
+    """Heads as wide as real ones, up to four layers, 256 tokens; a dim that transformers takes, a multiple of
+    the heads."""
+    args = draw(configurations())
+    n_heads, n_kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (3, 3), (4, 4)]))
+    scaling = args.rope_scaling and replace(args.rope_scaling, original_max_seq_len=64)
+    return replace(
+        args,
+        dim=-(-args.dim // n_heads) * n_heads,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        n_layers=draw(st.integers(1, 4)),
+        head_dim=draw(st.sampled_from([32, 48, 64, 80, 96, 112, 128])),
+        max_seq_len=256,
+        rope_scaling=scaling,
+    )
+
+
+def random_weights(rng, args, dtype=np.float64, tied=False):
+    """Matrices that about keep a vector's length; norm weights away from 1, so that each of them counts."""
+
+    def matrix(OUT, IN):
+        return rng.normal(size=(OUT, IN), scale=IN**-0.5)
+
+    def norm():
+        return rng.uniform(0.5, 1.5, args.dim)
+
+    w = {"tok_embeddings.weight": rng.normal(size=(args.vocab_size, args.dim)), "norm.weight": norm()}
+    w["output.weight"] = w["tok_embeddings.weight"] if tied else matrix(args.vocab_size, args.dim)
+    for i in range(args.n_layers):
+        w |= {
+            f"layers.{i}.attention.wq.weight": matrix(args.n_heads * args.head_dim, args.dim),
+            f"layers.{i}.attention.wk.weight": matrix(args.n_kv_heads * args.head_dim, args.dim),
+            f"layers.{i}.attention.wv.weight": matrix(args.n_kv_heads * args.head_dim, args.dim),
+            f"layers.{i}.attention.wo.weight": matrix(args.dim, args.n_heads * args.head_dim),
+            f"layers.{i}.feed_forward.w_gate.weight": matrix(args.hidden_dim, args.dim),
+            f"layers.{i}.feed_forward.w_up.weight": matrix(args.hidden_dim, args.dim),
+            f"layers.{i}.feed_forward.w_down.weight": matrix(args.dim, args.hidden_dim),
+            f"layers.{i}.attention_norm.weight": norm(),
+            f"layers.{i}.ffn_norm.weight": norm(),
+        }
+    return {name: x.astype(dtype) for name, x in w.items()}
+
+
+def random_tokens(rng, args, B=2, T=None):
+    return rng.integers(args.vocab_size, size=(B, T or rng.integers(1, CONTEXT + 1)))

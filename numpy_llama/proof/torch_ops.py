@@ -1,0 +1,128 @@
+"""PyTorch's own functions under our names, arrays in and out: what they are called there, side by side.
+
+Held to the same laws as NumPy, so that the laws are on trial too; and the outside judge of the rest.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as tF
+
+from ..config import ModelArgs
+from . import torch_llama
+from .torch_llama import rotary_table, rotate, scaled_freq
+
+torch.set_num_threads(1)  # arrays are tiny here, and to wake a second thread takes longer than all of it
+
+
+def tensor(x) -> torch.Tensor:
+    return torch.from_numpy(np.array(x))  # a copy: PyTorch wants it writable, and knows no negative strides
+
+
+def embedding(tokens, weight):
+    return tF.embedding(tensor(tokens), tensor(weight)).numpy()
+
+
+def linear(x, w):
+    return tF.linear(tensor(x), tensor(w)).numpy()
+
+
+def rms_norm(x, weight, eps):
+    return tF.rms_norm(tensor(x), (x.shape[-1],), tensor(weight), eps).numpy()
+
+
+def softmax(x):
+    return torch.softmax(tensor(x), -1).numpy()
+
+
+def silu(x):
+    return tF.silu(tensor(x)).numpy()
+
+
+def swiglu(gate, up):
+    return (tF.silu(tensor(gate)) * tensor(up)).numpy()
+
+
+def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
+    args = ModelArgs(8, 1, 1, 1, head_dim, 8, 8, 1e-5, rope_theta, 8, scaling)
+    return rotary_table(args, end, tensor(np.zeros(0, dtype)).dtype).numpy()
+
+
+def scale_freqs(freqs, scaling):
+    return np.array([scaled_freq(f, scaling) for f in freqs.tolist()], freqs.dtype)
+
+
+def freqs_cis_at(freqs_cis, start_pos, T):
+    starts = np.atleast_1d(start_pos).tolist()
+    table = tensor(freqs_cis)
+    if min(starts) < 0 or max(starts) + T > len(table):
+        raise IndexError("beyond the table")  # slices of a tensor would be cut short
+    rows = torch.stack([table[start : start + T] for start in starts]).numpy()
+    return rows if np.ndim(start_pos) else rows[0]
+
+
+def apply_rotary_emb(x, freqs_cis):
+    return rotate(tensor(x), tensor(freqs_cis)).numpy()
+
+
+def causal_mask(T, S, dtype=np.float32):
+    visible = torch.ones(T, S, dtype=torch.bool).tril(diagonal=S - T)
+    return torch.zeros(T, S).masked_fill(~visible, -torch.inf).numpy().astype(dtype)
+
+
+def repeat_kv(x, n_rep):
+    return tensor(x).repeat_interleave(n_rep, dim=2).numpy()
+
+
+def attention(q, k, v):
+    q, k, v = (tensor(x.astype(q.dtype)).transpose(1, 2) for x in (q, k, v))
+    T, S = q.shape[2], k.shape[2]
+    visible = torch.ones(T, S, dtype=torch.bool).tril(diagonal=S - T)
+    out = tF.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    return out.transpose(1, 2).numpy()
+
+
+def greedy(logits):
+    highest = torch.max(tensor(logits))
+    if not torch.isfinite(highest):
+        raise FloatingPointError("no choice among NaN and infinity")
+    return int(torch.nonzero(tensor(logits) == highest)[0, 0])
+
+
+def apply_temperature(logits, temperature):
+    x = tensor(logits).double()
+    return ((x - x.max()) / temperature).to(tensor(logits).dtype).numpy()
+
+
+def dequantize_f32(rows):
+    return tensor(rows).view(torch.float32).numpy()
+
+
+def dequantize_f16(rows):
+    return tensor(rows).view(torch.float16).float().numpy()
+
+
+def dequantize_bf16(rows):
+    return tensor(rows).view(torch.bfloat16).float().numpy()
+
+
+def quantize_f32(x):
+    return tensor(np.ascontiguousarray(x)).view(torch.uint8).numpy()
+
+
+def quantize_f16(x):
+    return tensor(np.ascontiguousarray(x)).half().view(torch.uint8).numpy()
+
+
+def quantize_bf16(x):
+    return tensor(np.ascontiguousarray(x)).bfloat16().view(torch.uint8).numpy()
+
+
+class Transformer:
+    """torch_llama.Transformer with these weights; it has no cache."""
+
+    def __init__(self, args, weights):
+        self.model = torch_llama.Transformer(args, tensor(weights["norm.weight"]).dtype)
+        self.model.load_state_dict({name: tensor(w) for name, w in weights.items()})
+
+    def __call__(self, tokens):
+        return self.model(tensor(tokens)).numpy()

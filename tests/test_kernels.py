@@ -339,6 +339,23 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
         np.testing.assert_array_equal(y, F.linear(x, w.dequantize()))
 
 
+@pytest.mark.parametrize("name", ["F32", "F16", "Q8_0", "Q4_K"])
+def test_rows_beyond_4_gib_are_found(isa, name, rng):
+    """Offsets are 64 bits wide: of a weight that is nearly all hole, the last rows are asked for."""
+    format, IN = FORMATS[name], 1 << 16
+    row_bytes, T, some = format.row_bytes(IN), 1, 5
+    OUT = (1 << 32) // row_bytes + 100
+    area = np.frombuffer(mmap.mmap(-1, OUT * row_bytes), np.uint8).reshape(OUT, row_bytes)
+    last = exact_weight(rng, format, some, IN)
+    area[-some:] = last.data
+    x = rng.integers(-8, 9, (T, IN)).astype(np.float32)
+    y = np.full((T, OUT), np.nan, np.float32)
+    arrays = (ffi.cast("void *", a.ctypes.data) for a in (y, x, area))
+    lib.nl_linear_exact(*arrays, format.code, T, OUT, IN, OUT - some, OUT, 2)
+    np.testing.assert_array_equal(y[:, -some:], F.linear(x, last.dequantize()))
+    assert np.isnan(y[:, :-some]).all()
+
+
 # ---------------------------------------------------------------- the choice of a kernel, its surroundings
 
 

@@ -1,4 +1,4 @@
-"""StoredTensor and the table of formats; what they mean and lose is in numpy_llama/proof/test_quantisation.py."""
+"""StoredTensor and the table of formats; what those mean is in numpy_llama/proof/test_quantisation.py."""
 
 import gguf
 import numpy as np

@@ -54,7 +54,7 @@ class Miss(AssertionError):
 def shown(x) -> str:
     """A number or an array as a person wants to see it; of a large one, its ends."""
     if isinstance(x, np.ndarray) and x.size:
-        text = np.array2string(x, precision=8, threshold=24, edgeitems=2, max_line_width=88, separator=", ")
+        text = np.array2string(x, precision=8, threshold=16, edgeitems=2, max_line_width=88, separator=", ")
         return text if x.size <= 6 and x.ndim < 3 else f"{text}, {x.dtype} of shape {x.shape}"
     return f"an empty array of shape {x.shape}" if isinstance(x, np.ndarray) else repr(x)
 

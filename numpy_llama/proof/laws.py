@@ -21,17 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-for _name, _options in {
-    "dev": {"max_examples": 50},
-    "ci": {"max_examples": 300, "derandomize": True},
-    "nightly": {"max_examples": 10_000},
-}.items():
+for _name, _examples in {"dev": 50, "ci": 300, "nightly": 10_000}.items():
     settings.register_profile(
         _name,
+        max_examples=_examples,
+        derandomize=_name == "ci",
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
         report_multiple_bugs=False,  # one thing at a time
-        **_options,
     )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

@@ -70,6 +70,7 @@ def transformers_model(args: ModelArgs, weights: dict):
             "high_freq_factor": s.high_freq_factor,
             "original_max_position_embeddings": s.original_max_seq_len,
         }
+    more: dict = {"rope_parameters": rope, "attn_implementation": "eager"}
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -80,9 +81,8 @@ def transformers_model(args: ModelArgs, weights: dict):
         head_dim=args.head_dim,
         rms_norm_eps=args.norm_eps,
         max_position_embeddings=args.max_seq_len,
-        rope_parameters=rope,
         tie_word_embeddings=weights["output.weight"] is weights["tok_embeddings.weight"],
-        attn_implementation="eager",
+        **more,
     )
     state = {}
     for ours, theirs in tensor_names(args, "hf").items():

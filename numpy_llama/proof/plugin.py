@@ -22,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "law(operations): a law about these operations")
+    if config.getoption("--ops"):
+        on_trial(config)  # what is wrong with the file is said before anything else
 
 
 def on_trial(config: pytest.Config) -> list:
@@ -108,19 +110,21 @@ def told(item, error: BaseException, path: Path) -> str:
     from .bounds import Miss, shown
 
     ops = item.callspec.params["ops"]
-    lines = [sentence(item.function), "", "tried on the smallest input that was found:"]
+    lines = [f"{operations(item)[0]} does not keep this law:", f"  {sentence(item.function)}", ""]
+    lines += ["The smallest input found that breaks it:"]
+    gave = getattr(error, "actual", None)
     for name, arguments, result in ops.calls[-3:]:
         lines += [f"  {call_of(name, arguments, ops.operations[name])}"]
-        lines += [] if result is None else [f"    = {_indented(shown(result), 6)}"]
+        if result is not None and shown(result) != shown(gave):
+            lines += [f"    = {_indented(shown(result), 6)}"]
     frames = [(file, line) for file, line in _frames(error) if file == str(path.resolve())]
     if frames:
-        lines += [f"raised {type(error).__name__}: {error}", f"  in {path.name}, line {frames[-1][1]}"]
+        lines += [f"  raised {type(error).__name__}: {error}", f"  in {path.name}, line {frames[-1][1]}"]
     elif isinstance(error, Miss):
-        lines += [error.why]
         lines += [f"  gave   {_indented(shown(error.actual), 9)}"]
-        lines += [f"  wanted {_indented(shown(error.expected), 9)}"]
+        lines += [f"  wanted {_indented(shown(error.expected), 9)}", f"  {error.why}"]
     else:
-        lines += [str(error) or type(error).__name__]
+        lines += [f"  {error}" if isinstance(error, AssertionError) else f"  {type(error).__name__}: {error}"]
     return "\n".join(lines)
 
 
@@ -160,7 +164,8 @@ def _frames(error: BaseException):
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not config.getoption("--ops"):
         return
-    tried, held = Counter(), Counter()
+    tried: Counter[str] = Counter()
+    held: Counter[str] = Counter()
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
             if operation := getattr(report, "operation", None):

@@ -1,0 +1,317 @@
+"""The bug museum: faults that implementations of LLaMA have had, each as a change to this one.
+
+`before` stands in `file` once, and becomes `after`; then one of `tests` must fail. `source` is where it
+happened. run.py applies them one at a time.
+"""
+
+from dataclasses import dataclass
+
+LAWS = "numpy_llama/proof/"
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    source: str
+    file: str
+    before: str
+    after: str
+    tests: str  # files, with spaces
+
+
+F, MODEL, CACHE = "numpy_llama/functional.py", "numpy_llama/model.py", "numpy_llama/cache.py"
+SAMPLING, QUANTIZE, GENERATE = (f"numpy_llama/{name}.py" for name in ("sampling", "quantize", "generate"))
+ROPE, ATTENTION, WHOLE = (f"{LAWS}test_{name}.py" for name in ("rope", "attention", "model"))
+NORM, SOFTMAX, STORED = (f"{LAWS}test_{name}.py" for name in ("rms_norm", "softmax", "quantisation"))
+CHANCE = f"{LAWS}test_sampling.py"
+
+BUGS = [
+    # --- the operations
+    Bug(
+        "LayerNorm for RMSNorm",
+        "SOURCE1",
+        F,
+        "    return x / np.sqrt(np.mean(x * x,",
+        "    x = x - x.mean(axis=-1, keepdims=True)\n    return x / np.sqrt(np.mean(x * x,",
+        NORM,
+    ),
+    Bug(
+        "eps outside the root",
+        "SOURCE2",
+        F,
+        "np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight",
+        "(np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) + eps) * weight",
+        NORM,
+    ),
+    Bug(
+        "the weight of the norm before the mean",
+        "SOURCE15",
+        F,
+        "    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight",
+        "    x = x * weight\n    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)",
+        NORM,
+    ),
+    Bug(
+        "eps 1e-5 where the model has 1e-6",
+        "SOURCE3",
+        MODEL,
+        'RMSNorm(w[f"layers.{layer}.ffn_norm.weight"], args.norm_eps)',
+        'RMSNorm(w[f"layers.{layer}.ffn_norm.weight"], 1e-5)',
+        WHOLE,
+    ),
+    Bug(
+        "half-split RoPE on interleaved weights",
+        "SOURCE4",
+        F,
+        "    return (x.view(freqs_cis.dtype) * freqs_cis[..., None, :]).view(x.dtype)",
+        "    a, b = np.split(x, 2, axis=-1)\n"
+        "    cos, sin = freqs_cis.real[..., None, :], freqs_cis.imag[..., None, :]\n"
+        "    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)",
+        ROPE,
+    ),
+    Bug(
+        "rope_theta of the checkpoint unused",
+        "SOURCE23",
+        MODEL,
+        "args.rope_theta, args.",
+        "1e4, args.",
+        WHOLE,
+    ),
+    Bug(
+        "RoPE's scaling read, but unused",
+        "SOURCE7",
+        MODEL,
+        "args.rope_theta, args.rope_scaling,",
+        "args.rope_theta, None,",
+        WHOLE,
+    ),
+    Bug(
+        "scaling factor 8, as in Llama 3.1, for all",
+        "SOURCE6",
+        F,
+        "freqs / scaling.factor + keep",
+        "freqs / 8 + keep",
+        ROPE,
+    ),
+    Bug("mask off by one: the next token is seen", "SOURCE8", F, "k=S - T + 1)", "k=S - T + 2)", ATTENTION),
+    Bug("mask off by one: no token sees itself", "SOURCE8", F, "k=S - T + 1)", "k=S - T)", ATTENTION),
+    Bug("mask forgets what is in the cache", "SOURCE9", F, "k=S - T + 1)", "k=1)", ATTENTION),
+    Bug(
+        "no mask where there is a cache",
+        "SOURCE9",
+        F,
+        "    return np.triu(",
+        "    return 0 if S > T else np.triu(",
+        ATTENTION,
+    ),
+    Bug("scores not divided by sqrt(Dh)", "SOURCE11", F, "q @ k / math.sqrt(Dh) +", "q @ k +", ATTENTION),
+    Bug(
+        "softmax over the wrong axis",
+        "SOURCE12",
+        F,
+        "    return e / e.sum(axis=-1, keepdims=True)",
+        "    return e / e.sum(axis=-2 if e.ndim > 1 else -1, keepdims=True)",
+        SOFTMAX,
+    ),
+    Bug(
+        "softmax without the maximum taken away",
+        "SOURCE24",
+        F,
+        "np.exp(x - x.max(axis=-1, keepdims=True))",
+        "np.exp(x)",
+        SOFTMAX,
+    ),
+    Bug(
+        "key heads tiled, not repeated",
+        "SOURCE13",
+        F,
+        "np.repeat(x, n_rep, axis=2)",
+        "np.tile(x, (1, 1, n_rep, 1))",
+        ATTENTION,
+    ),
+    Bug(
+        "negative ids count from the end of the embedding",
+        "SOURCE27",
+        F,
+        "tokens.min() >= 0 and ",
+        "",
+        f"{LAWS}test_embedding.py",
+    ),
+    Bug(
+        "silu's exp overflows with a warning",
+        "SOURCE24",
+        F,
+        '    with np.errstate(over="ignore"):\n        return x / (1 + np.exp(-x))',
+        "    return x * np.exp(x) / (1 + np.exp(x))",
+        f"{LAWS}test_swiglu.py",
+    ),
+    # --- the model and its cache
+    Bug(
+        "w1 and w3 exchanged",
+        "SOURCE10",
+        MODEL,
+        "F.swiglu(self.w_gate(x), self.w_up(x))",
+        "F.swiglu(self.w_up(x), self.w_gate(x))",
+        WHOLE,
+    ),
+    Bug(
+        "cache written one position late",
+        "SOURCE14",
+        CACHE,
+        "k[:, start_pos:end], v[:, start_pos:end] = xk, xv",
+        "k[:, start_pos + 1 : end + 1], v[:, start_pos + 1 : end + 1] = xk[:, : k.shape[1] - start_pos - 1], "
+        "xv[:, : k.shape[1] - start_pos - 1]",
+        f"{LAWS}test_cache.py",
+    ),
+    Bug(
+        "positions begin at 0 again in the next turn",
+        "SOURCE29",
+        GENERATE,
+        "model.hidden(np.array([ids]), len(context.ids), context.cache)",
+        "model.hidden(np.array([ids]), 0, context.cache)",
+        "tests/test_generate.py",
+    ),
+    # --- files and text
+    Bug(
+        "K permuted with n_heads",
+        "SOURCE5",
+        "numpy_llama/checkpoint/huggingface.py",
+        '"wk": interleaved_rows(args.n_kv_heads, args.head_dim),',
+        '"wk": interleaved_rows(args.n_heads, args.head_dim * args.n_kv_heads // args.n_heads),',
+        "tests/test_huggingface.py",
+    ),
+    Bug(
+        "w1 and w3 exchanged in the names",
+        "SOURCE10",
+        "numpy_llama/checkpoint/names.py",
+        '("feed_forward.w_gate", "feed_forward.w1",',
+        '("feed_forward.w_gate", "feed_forward.w3",',
+        "tests/test_meta.py",
+    ),
+    Bug(
+        "double BOS: the template's and the tokenizer's",
+        "SOURCE16",
+        "numpy_llama/chat.py",
+        "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
+        "        if tokenizer.add_bos:",
+        "tests/test_chat.py",
+    ),
+    Bug(
+        "one end token of two",
+        "SOURCE17",
+        "numpy_llama/tokenizer.py",
+        "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))",
+        "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))[:1]",
+        "tests/test_tokenizer.py tests/test_chat.py",
+    ),
+    Bug(
+        "spaces stripped from every piece of the stream",
+        "SOURCE18",
+        "numpy_llama/tokenizer.py",
+        "        return self._utf8.decode(data)\n",
+        "        return self._utf8.decode(data).strip()\n",
+        "tests/test_tokenizer.py",
+    ),
+    Bug(
+        "characters of several tokens decoded one by one",
+        "SOURCE18",
+        "numpy_llama/tokenizer.py",
+        "        return self._utf8.decode(data)\n",
+        '        return data.decode("utf-8", "replace")\n',
+        "tests/test_tokenizer.py",
+    ),
+    # --- choosing
+    Bug(
+        "top-p drops the id that reaches p",
+        "SOURCE25",
+        SAMPLING,
+        "np.cumsum(probs[order]) - probs[order] <= p",
+        "np.cumsum(probs[order]) <= p",
+        CHANCE,
+    ),
+    Bug(
+        "the penalty makes negative logits likelier",
+        "SOURCE26",
+        SAMPLING,
+        "np.where(x > 0, x / penalty, x * penalty)",
+        "x / penalty",
+        CHANCE,
+    ),
+    Bug(
+        "top-k keeps all that are equal to the last",
+        "SOURCE31",
+        SAMPLING,
+        "keep[np.flatnonzero(logits == kth)[: k - keep.sum()]] = True",
+        "keep[logits == kth] = True",
+        CHANCE,
+    ),
+    # --- stored weights
+    Bug(
+        "neighbours, not halves, share a byte",
+        "SOURCE28",
+        QUANTIZE,
+        "    return np.concatenate([q & 0x0F, q >> 4], axis=-1)",
+        "    return np.stack([q & 0x0F, q >> 4], axis=-1).reshape(*q.shape[:-1], -1)",
+        STORED,
+    ),
+    Bug(
+        "q - 8 in unsigned bytes", "SOURCE32", QUANTIZE, "(q.view(np.int8) - 8)", "(q - np.uint8(8))", STORED
+    ),
+    Bug(
+        "bfloat16 cut off, not rounded",
+        "SOURCE33",
+        QUANTIZE,
+        "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
+        "bits >> 16",
+        STORED,
+    ),
+    Bug(
+        "a NaN becomes infinite in bfloat16",
+        "SOURCE33",
+        QUANTIZE,
+        "(bits >> 16) | 64",
+        "(bits >> 16)",
+        STORED,
+    ),
+    # --- C
+    Bug(
+        "32-bit offsets into the weights",
+        "SOURCE19",
+        "csrc/linear.c",
+        "weight(format, a->w + (r * blocks + b) * bytes, s, i)",
+        "weight(format, a->w + (int)((r * blocks + b) * bytes), s, i)",
+        "tests/test_kernels.py",
+    ),
+    Bug(
+        "rows beyond the last whole panel dropped",
+        "SOURCE20",
+        "csrc/linear.c",
+        "/ n + 31) / 32 * 32;",
+        "/ n) / 32 * 32;",
+        "tests/test_kernels.py",
+    ),
+    Bug(
+        "sums of bytes saturate at 32,767",
+        "SOURCE21",
+        "csrc/vec_avx2.h",
+        "{ return _mm256_maddubs_epi16(a, b); }",
+        "{ return _mm256_srai_epi16(_mm256_maddubs_epi16(_mm256_slli_epi16(a, 2), b), 2); }",
+        "tests/test_fixed.py",
+    ),
+    Bug(
+        "minima of a K format forgotten",
+        "SOURCE22",
+        "csrc/few_tokens.c",
+        "*to = vec_fma(vec_from_ints(of_both), vec_mul(d,",
+        "*to = vec_fma(vec_zero(), vec_mul(d,",
+        "tests/test_fixed.py",
+    ),
+    Bug(
+        "the sum not rescaled when a larger score comes",
+        "SOURCE34",
+        "csrc/attention.c",
+        "            l = l * old + p;",
+        "            l = l + p;",
+        "tests/test_attention_kernel.py",
+    ),
+]

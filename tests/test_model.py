@@ -417,6 +417,7 @@ LEVELS = [
     {"quantize"},
     {"model"},
     {"cache"},
+    {"interruptible"},
     {"functional"},
     {"config", "presets"},
     {"errors"},

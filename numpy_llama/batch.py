@@ -14,14 +14,14 @@ The model takes no notice: it is handed another cache and another `attention`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 
 import numpy as np
 
 from .cache import KVCache
-from .errors import NumericsError, NumpyLlamaError
-from .generate import Continuation, prefill
+from .errors import NumpyLlamaError
+from .generate import Continuation, check_finite, prefill
 from .model import Function, Transformer
 
 
@@ -58,17 +58,19 @@ def side_by_side(model: Transformer) -> Transformer:
 
 def forward_batch(model: Transformer, going: Mapping[int, Continuation]) -> np.ndarray:
     """The last id of each behind what its context holds; -> logits (B, V) of what comes next."""
-    contexts = [one.context for one in going.values()]
-    tokens = np.array([one.ids[-1:] for one in going.values()])  # (B, 1)
-    start_pos = np.array([len(context.ids) for context in contexts])
-    hidden: Function = side_by_side(model).hidden
-    with np.errstate(over="ignore", invalid="ignore"):  # looked at here and when sampling
+    with (
+        ExitStack() as steps,
+        np.errstate(over="ignore", invalid="ignore"),
+    ):  # looked at here and when sampling
+        contexts = [steps.enter_context(one.step()) for one in going.values()]
+        tokens = np.array([one.ids[-1:] for one in going.values()])  # (B, 1)
+        start_pos = np.array([len(context.ids) for context in contexts])
+        hidden: Function = side_by_side(model).hidden
         h = hidden(tokens, start_pos, BatchCache([context.cache for context in contexts]))[:, -1]
-        for i, context, token, row in zip(going, contexts, tokens[:, 0].tolist(), h, strict=True):
-            context.ids.append(token)
-            if not np.isfinite(row).all():
-                where = f"prompts[{i}]: position {len(context.ids) - 1}"
-                raise NumericsError(f"{where}: the last layer's output is not finite")
+        for i, context, token, row in zip(going, contexts, tokens.tolist(), h, strict=True):
+            with naming(i):
+                check_finite(row, model, token, len(context.ids), context.cache)
+            context.ids.extend(token)
         return model.logits(h)
 
 

@@ -1,6 +1,9 @@
 """From ids to ids: read the prompt, then choose one token at a time. Knows nothing of text."""
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from threading import RLock
 
 import numpy as np
 
@@ -21,6 +24,17 @@ class Context:
         self.cache = model.new_cache(batch=1, max_seq_len=max_seq_len)
         self.ids: list[int] = []
         self.user: object = None  # the generation that goes on in it now
+        self._lock = RLock()  # held during a step
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the time of one step; any other thread that comes meanwhile is refused."""
+        if not self._lock.acquire(blocking=False):
+            raise ParameterError("the context is in use by another thread: each at a time needs its own")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def keep_prefix_of(self, prompt: Sequence[int]) -> int:
         """Forget what is no prefix of `prompt`, and at least its last id, whose logits are wanted next."""
@@ -33,12 +47,43 @@ class Context:
 
 def forward(model: Transformer, ids: Sequence[int], context: Context) -> np.ndarray:
     """Compute `ids` behind what the context holds; -> logits (V,) of what comes after the last."""
+    start_pos = len(context.ids)
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at here and when sampling
-        h = model.hidden(np.array([ids]), len(context.ids), context.cache)
+        h = model.hidden(np.array([ids]), start_pos, context.cache)
+        check_finite(h[0, -1], model, ids, start_pos, context.cache)
         context.ids.extend(ids)
-        if not np.isfinite(h[0, -1]).all():
-            raise NumericsError(f"position {len(context.ids) - 1}: the last layer's output is not finite")
         return model.logits(h[0, -1])
+
+
+def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_pos: int, cache) -> None:
+    """NumericsError if h, which comes of the last of `ids`, is not finite.
+
+    To say where that begins, the step is done again with a look at what each layer makes of it.
+    """
+    if np.isfinite(h).all():
+        return
+
+    def look(h, what):
+        finite = np.isfinite(h[0]).all(axis=-1)  # (T,)
+        if not finite.all():
+            t = int(finite.argmin())
+            raise NumericsError(f"position {start_pos + t}, token {ids[t]}: {what} is not finite")
+
+    def watched(i, layer):
+        def run(h, *rest):
+            if i == 0:
+                look(h, "its embedding")
+            h = layer(h, *rest)
+            look(h, f"what comes out of layer {i}, the first to go wrong,")
+            return h
+
+        return run
+
+    model = copy(model)
+    model.layers = [watched(i, layer) for i, layer in enumerate(model.layers)]  # type: ignore[misc]
+    model.hidden(np.array([ids]), start_pos, cache)
+    last = start_pos + len(ids) - 1
+    raise NumericsError(f"position {last}, token {ids[-1]}: the last layer's output was not finite, once")
 
 
 class Continuation:
@@ -70,13 +115,18 @@ class Continuation:
             self.left = min(self.left, max_tokens)  # ids that may yet be made
         self.sampler, self.rng = sampler, sampler.new_rng()
         self.stop_ids, self.vocab_size, self.reason = stop_ids, vocab_size, "length"
-        context.user, self._context = self, context
+        with context.alone():
+            context.user, self._context = self, context
 
-    @property
-    def context(self) -> Context:
-        if self._context.user is not self:
-            raise ParameterError("the context is in use by a later generation: each at a time needs its own")
-        return self._context
+    @contextmanager
+    def step(self) -> Iterator[Context]:
+        """The context, for the time of one step of this generation."""
+        with self._context.alone():
+            if self._context.user is not self:
+                raise ParameterError(
+                    "the context is in use by a later generation: each at a time needs its own"
+                )
+            yield self._context
 
     def choose(self, logits: np.ndarray) -> int | None:
         """The id that comes next; None where it ends."""
@@ -85,8 +135,8 @@ class Continuation:
         try:
             token = self.sampler(logits[: self.vocab_size], self.ids, self.rng)
         except NumericsError as error:
-            made = f"after {len(self.ids)} tokens, the last of them {self.ids[-1]}"
-            raise NumericsError(f"{made}: {error}") from None
+            where = f"position {len(self.ids) - 1}, token {self.ids[-1]}"
+            raise NumericsError(f"{where}: every layer's output is finite, but {error}") from None
         if token in self.stop_ids:
             self.stop()
             return None
@@ -105,9 +155,10 @@ def prefill(
 ) -> np.ndarray:
     """Read the prompt, as far as its context does not hold it yet; -> logits (V,) of what comes next."""
     prompt = continuation.ids
-    for begin in range(continuation.context.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
-        on_prefill(begin, len(prompt))
-        logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], continuation.context)
+    with continuation.step() as context:
+        for begin in range(context.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
+            on_prefill(begin, len(prompt))
+            logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], context)
     on_prefill(len(prompt), len(prompt))
     return logits
 
@@ -130,5 +181,6 @@ def generate(
     while (token := this.choose(logits)) is not None:
         yield token
         if this.left:
-            logits = forward(model, [token], this.context)
+            with this.step() as context:
+                logits = forward(model, [token], context)
     return this.reason

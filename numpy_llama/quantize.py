@@ -43,6 +43,7 @@ from .errors import MismatchError, ParameterError, UnsupportedError
 QK = 32  # weights in a block
 QK_K = 256  # and in a block of a K format
 X_MAX = np.float32(8191)  # of an activation in fixed point
+WEIGHTS_AT_ONCE = 1 << 20  # that `dequantize` unpacks
 MAX_F16 = 65504  # with weights up to here, every format's d and m are finite
 
 
@@ -319,8 +320,15 @@ class StoredTensor:
         return self.format.dequantize(rows).reshape(*picked.shape[:-1], self.shape[-1])
 
     def dequantize(self, dtype=np.float32):
-        """The whole tensor as an ordinary array."""
-        return self[...].astype(dtype, copy=False)
+        """The whole tensor as an ordinary array: where it lies, if it is one already."""
+        if len(self.shape) == 1 or (self.format.name == "F32" and self.row_order is None):
+            return self[...].astype(dtype, copy=False)
+        # Some rows at a time: Ctrl-C is heard between two calls of NumPy, and what is on the way stays small.
+        whole, out = self.realize(), np.empty(self.shape, dtype)
+        rows = max(1, WEIGHTS_AT_ONCE // math.prod(self.shape[1:]))
+        for begin in range(0, len(self), rows):
+            out[begin : begin + rows] = whole[begin : begin + rows]
+        return out
 
     @classmethod
     def quantize(cls, x: np.ndarray, format: Format | str) -> "StoredTensor":

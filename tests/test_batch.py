@@ -214,8 +214,10 @@ def test_the_sequence_that_fails_is_named(model, monkeypatch):
     steps = generate_batch(model, sequences)
     for _ in range(3):
         next(steps)
-    sequences[1].context.cache.v[1] = np.inf
-    with pytest.raises(NumericsError, match=r"prompts\[1\]: position 1: the last layer's output is not fin"):
+    with sequences[1].step() as context:
+        context.cache.v[1] = np.inf
+    where = r"prompts\[1\]: position 1, token \d+: what comes out of layer 1, the first to go wrong, is not"
+    with pytest.raises(NumericsError, match=where):
         next(steps)
 
 

@@ -156,7 +156,9 @@ def test_two_generations_in_one_context_are_refused(model):
 
 def test_logits_that_are_no_numbers_stop_it(model, monkeypatch):
     monkeypatch.setattr(model, "logits", lambda h: np.full(50, np.nan, np.float32))
-    with pytest.raises(NumericsError, match="after 2 tokens, the last of them 7: the largest logit is nan"):
+    with pytest.raises(
+        NumericsError, match=r"position 1, token 7: every layer.* but the largest logit is nan"
+    ):
         run(model, [1, 7])
 
 

@@ -152,6 +152,7 @@ LEVELS = [
     {"quantize"},
     {"model"},
     {"cache"},
+    {"interruptible"},
     {"functional"},
     {"config", "presets"},
     {"errors"},

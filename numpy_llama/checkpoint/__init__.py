@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import interruptible
 from ..config import ModelArgs
 from ..errors import FormatError, ParameterError, UnsupportedError, escape
 from ..layer import compile_layers
@@ -90,7 +91,8 @@ def build(
     if backend not in ("c", "numpy"):
         raise ParameterError(f"backend is {backend!r}, it must be 'c' or 'numpy'")
     if backend == "numpy":
-        return Transformer(args, _each(weights, lambda w: w.dequantize(dtype or np.float32), progress))
+        expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
+        return Transformer(args, expanded, interruptible.linear, interruptible.attention)
     if dtype is not None and np.dtype(dtype) == np.float64:
         raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
 

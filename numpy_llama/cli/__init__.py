@@ -12,8 +12,8 @@ import sys
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import NumpyLlamaError, ParameterError, TextError
-from . import bench, chat, convert, doctor, generate, info, perplexity, pull, tokenize
+from ..errors import NumpyLlamaError, ParameterError, TextError, printable
+from . import bench, chat, common, convert, doctor, generate, info, perplexity, pull, tokenize
 
 VERBS = (generate, chat, info, tokenize, convert, pull, bench, perplexity, doctor)
 
@@ -22,7 +22,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a question mark, no crash
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # we may be started to ignore it
+        common.await_ctrl_c()
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: clean up and end
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:

@@ -79,7 +79,7 @@ def converse(llama: Llama, messages: list, options: dict) -> None:
                 stream = llama.stream_chat(messages, context=context, on_prefill=on_prefill, **options)
                 common.show(common.collect(stream, answer))
         except KeyboardInterrupt:
-            pass  # what was said so far stays said
+            common.await_ctrl_c()  # what was said so far stays said, and the conversation goes on
         except TextError as error:
             common.note(str(error))
             del messages[-1]

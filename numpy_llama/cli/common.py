@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -136,6 +137,16 @@ def as_text(data: bytes, source: str) -> str:
     if (at := data.find(0)) >= 0:
         raise TextError(f"{source} is not text: byte 0x00 at offset {at}")
     return text
+
+
+def await_ctrl_c() -> None:
+    """The next Ctrl-C is a KeyboardInterrupt; one more kills at once, whatever is still being tidied up."""
+
+    def interrupt(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system's own way waits for no Python
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def note(text: str) -> None:

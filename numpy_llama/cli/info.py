@@ -68,7 +68,7 @@ def arguments(checkpoint: Checkpoint):
 
 def text(checkpoint: Checkpoint):
     try:
-        yield "tokenizer", checkpoint.tokenizer_path().name
+        yield "tokenizer", printable(checkpoint.tokenizer_path().name)
     except NumpyLlamaError:
         yield "tokenizer", "none"
     yield "chat template", "none" if checkpoint.chat_template() is None else "the model's own"

@@ -3,14 +3,10 @@
 The caller owns it and the model keeps no state: two conversations are two caches and one model.
 """
 
-from threading import RLock, get_ident
-
 import numpy as np
 
 from .config import ModelArgs
-from .errors import ContextOverflowError, NumericsError, NumpyLlamaError, ParameterError
-
-IN_USE = "the cache is in use by another thread: each at a time needs its own"
+from .errors import ContextOverflowError, NumericsError, ParameterError
 
 
 class KVCache:
@@ -30,19 +26,14 @@ class KVCache:
         self.v = np.empty(shape, dtype)
         self.batch, self.max_seq_len = batch, max_seq_len
         self.filled = [0] * args.n_layers  # positions stored so far, by layer
-        self.thread: int | None = None  # whose pass through the layers this is
-        self.lock = (
-            RLock()
-        )  # held while one is stored; left so by Ctrl-C, it keeps its own thread from nothing
 
     def update(self, layer, start_pos, xk, xv):
         """Store T new keys and values (B, T, K, Dh) at start_pos; return all S so far, (B, S, K, Dh)."""
-        end = self.begin(layer, start_pos, *xk.shape[:2])
+        end = self.check(layer, start_pos, *xk.shape[:2])
+        k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
         try:
-            k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
             with np.errstate(over="raise"):  # not an infinity: its score may be -inf, and so count nothing
                 k[:, start_pos:end], v[:, start_pos:end] = xk, xv
-            self.filled[layer] = end
         except FloatingPointError:
             self.filled[layer] = start_pos
             raise NumericsError(
@@ -50,33 +41,18 @@ class KVCache:
                 f"{max(np.abs(x).max() for x in (xk, xv)):.6g}, is beyond {np.finfo(k.dtype).max:.6g}, "
                 f"the largest {k.dtype}: exact=True keeps a cache of float32"
             ) from None
-        finally:
-            self.lock.release()
+        self.filled[layer] = end
         return k[:, :end], v[:, :end]
 
-    def begin(self, layer, start_pos, B, T):
-        """Where T new positions of B sequences at start_pos end; an error if they have no place there.
-
-        The caller, who stores them, then releases `lock`. Two threads in one cache at once are refused.
-        """
-        if not self.lock.acquire(blocking=False):
-            raise ParameterError(IN_USE)
-        try:
-            if layer == 0:  # a pass begins, which ends another thread's that was under way
-                self.thread = get_ident()
-            elif self.thread not in (None, get_ident()):
-                raise ParameterError(IN_USE)
-            end = start_pos + T
-            if self.batch != B:
-                raise ParameterError(f"{B} sequences do not fit a cache for {self.batch}")
-            if not 0 <= start_pos <= end <= self.max_seq_len:
-                raise ContextOverflowError(
-                    f"positions {start_pos}..{end - 1} do not fit a cache of {self.max_seq_len}"
-                )
-            if start_pos > self.filled[layer]:
-                stored = self.filled[layer]
-                raise ParameterError(f"position {start_pos} comes after {stored} stored ones: a gap")
-            return end
-        except NumpyLlamaError:
-            self.lock.release()
-            raise
+    def check(self, layer, start_pos, B, T):
+        """Where T new positions of B sequences at start_pos end; an error if they have no place there."""
+        end = start_pos + T
+        if self.batch != B:
+            raise ParameterError(f"{B} sequences do not fit a cache for {self.batch}")
+        if not 0 <= start_pos <= end <= self.max_seq_len:
+            raise ContextOverflowError(
+                f"positions {start_pos}..{end - 1} do not fit a cache of {self.max_seq_len}"
+            )
+        if start_pos > self.filled[layer]:
+            raise ParameterError(f"position {start_pos} comes after {self.filled[layer]} stored ones: a gap")
+        return end

@@ -28,22 +28,16 @@ class CompiledBlock(TransformerBlock):
         usual = all(type(one) is KVCache and one.k.dtype in CACHED for one in caches)
         if not usual or sum(one.batch for one in caches) != B:
             return super().__call__(x, start_pos, freqs_cis, cache)
+        ends = [one.check(layer, at, one.batch, T) for one, at in zip(caches, starts, strict=True)]
         keys = [k for one in caches for k in one.k[layer]]  # of each sequence (K, max_seq_len, Dh)
         values = [v for one in caches for v in one.v[layer]]
-        ends = []
-        try:
-            for one, at in zip(caches, starts, strict=True):
-                ends.append(one.begin(layer, at, one.batch, T))
-            starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
-            y = self.kernels.layer(self.packed, x, starts, freqs_cis, keys, values)
-            if y is not None:
-                for one, end in zip(caches, ends, strict=True):
-                    one.filled[layer] = end
-        finally:
-            for one, _ in zip(caches, ends, strict=False):  # those that have begun
-                one.lock.release()
-        # The ordinary way says best what is wrong with numbers that could not be stored.
-        return super().__call__(x, start_pos, freqs_cis, cache) if y is None else y
+        starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
+        y = self.kernels.layer(self.packed, x, starts, freqs_cis, keys, values)
+        if y is None:  # the ordinary way says best what is wrong with these numbers
+            return super().__call__(x, start_pos, freqs_cis, cache)
+        for one, end in zip(caches, ends, strict=True):
+            one.filled[layer] = end
+        return y
 
 
 def compile_layers(model: Transformer, kernels) -> Transformer:

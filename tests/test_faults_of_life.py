@@ -47,9 +47,8 @@ A CPU that lacks AVX-512 or AVX2: the next best kernels, in the end the scalar o
     test_kernels.py::test_the_instruction_set_can_be_chosen_from_outside, hostile U07
 Two threads with one model: each gets what it gets alone.
     test_two_threads_share_a_model, test_layer.py::test_two_python_threads_may_use_one_model
-Two threads, or two generations, in one context or one cache: refused, and nobody's answer is spoilt.
-    test_a_context_at_work_is_refused_to_another_thread, test_a_cache_at_work_is_refused_to_another_thread,
-    test_a_pass_that_another_thread_has_ended_is_told,
+Two threads, or two generations, in one context: refused, and nobody's answer is spoilt.
+    test_a_context_at_work_is_refused_to_another_thread,
     test_generate.py::test_two_generations_in_one_context_are_refused
 A fork after use: the child computes the same, and does not hang.
     test_a_forked_child_says_the_same,
@@ -537,28 +536,6 @@ def test_a_context_at_work_is_refused_to_another_thread(model):
     assert speak([1, 2, 3], context) == wanted
     assert isinstance(came[1], ParameterError) and "the context is in use by another thread" in str(came[1])
     assert speak([1, 2, 3], context) == wanted
-
-
-def test_a_cache_at_work_is_refused_to_another_thread(model):
-    """While a layer is stored."""
-    cache = model.new_cache(1, 16)
-    with cache.lock:
-        (error,) = aside(lambda: model.hidden(np.array([[1, 2]]), 0, cache))
-    assert isinstance(error, ParameterError) and "the cache is in use by another thread" in str(error)
-    assert cache.filled == [0] * ARGS.n_layers
-    (h,) = aside(lambda: model.hidden(np.array([[1, 2]]), 0, cache))
-    np.testing.assert_array_equal(h, model.hidden(np.array([[1, 2]])))
-
-
-def test_a_pass_that_another_thread_has_ended_is_told(model):
-    """Between two layers: the later pass is whole, the earlier one ends with an error."""
-    cache, tokens = model.new_cache(1, 16), np.array([[4, 5, 6]])
-    wanted = model.hidden(tokens)
-    came = in_the_midst(model, lambda: model.hidden(tokens, 0, cache))
-    with pytest.raises(ParameterError, match="the cache is in use by another thread"):
-        model.hidden(np.array([[1, 2, 3]]), 0, cache)
-    np.testing.assert_array_equal(came[1], wanted)
-    np.testing.assert_array_equal(model.hidden(tokens, 0, cache), wanted)
 
 
 FORK = """

@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--against", metavar="REFERENCE", help="another copy of the same model")
     parser.add_argument(
-        "-t", "--threads", type=common.whole_number(1), metavar="N", help="threads of the C kernels [all CPUs]"
+        "-t",
+        "--threads",
+        type=common.whole_number(1),
+        metavar="N",
+        help="threads of the C kernels [all CPUs]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 

@@ -1,9 +1,9 @@
 """The proof on a real checkpoint, layer by layer: are the operations right, and is the file itself?
 
-    operations.py   C against NumPy against PyTorch
-    weights.py      what the weights tell by themselves
-    diagnosis.py    what a text tells, and what was published
-    compare.py      what another copy tells
+operations.py   C against NumPy against PyTorch
+weights.py      what the weights tell by themselves
+diagnosis.py    what a text tells, and what was published
+compare.py      what another copy tells
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from itertools import groupby
 
 from ..checkpoint import Checkpoint
 from ..errors import TokenizerError
+from .compare import compare
 from .diagnosis import Reading, Sample, published, repairs
 from .operations import Error, operation_errors
 from .weights import Census
@@ -77,16 +78,20 @@ def examine(
     ids = ids[: opened.args.max_seq_len]
     report.errors = list(operation_errors(opened, ids, threads, progress, census.look))
     census.end()
+    if reference is not None:  # which knows, where all else infers
+        report.faults, report.compared = compare(opened, reference, progress)
     if missed := [error for error in report.errors if error.share > 1]:
         report.faults.append(first_miss(missed))
-    report.faults += census.findings
-    if fault := published(opened.args):
-        report.faults.append(fault)
-    if sample is not None and not missed:
+    if reference is None or not report.faults:  # what a reference names need not be inferred
+        report.faults += census.findings
+        report.faults += [fault] if (fault := published(opened.args)) else []
+    if sample is not None and not missed and not (reference and report.faults):
         report.reading = sample.read(list(repairs(opened.args, weights, runs(opened, census))), progress)
         report.faults += told_by_text(report.reading)
-        if report.reading.says_nothing:
-            report.notes.append("the sample text says nothing: as it is, and repaired, the model does not know English")
+        if report.reading.says_nothing and not report.faults:
+            report.notes.append(
+                "the sample text says nothing: as it is, and repaired, the model does not know English"
+            )
     return report
 
 
@@ -107,15 +112,16 @@ def _place(error: Error) -> tuple[int | None, str]:
 
 def runs(opened: Checkpoint, census: Census) -> dict[str, range]:
     """Layers that could be of another model: those of each file, and those that are unlike the others."""
-    holders, found = opened.holders(), {}
+    holders, found = opened.holders(), dict[str, range]()
     files = [holders.get(f"layers.{i}.attention.wq.weight") for i in range(opened.args.n_layers)]
     if len(set(files)) > 1:
         for path, layers in groupby(range(len(files)), lambda i: files[i]):
-            run = [*layers]
-            found[f"the weights of {path.name} (layers {run[0]}..{run[-1]})"] = range(run[0], run[-1] + 1)
+            held = list(layers)
+            first, last = held[0], held[-1]
+            found[f"the weights of {path.name} (layers {first}..{last})"] = range(first, last + 1)
     for run in census.runs():
         if run not in found.values():
-            found[f"the weights of layers {run[0]}..{run[-1]}"] = run
+            found[f"the weights of layers {run.start}..{run.stop - 1}"] = run
     return found
 
 

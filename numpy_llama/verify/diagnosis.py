@@ -44,15 +44,15 @@ a bird with a broken wing. She was very sad, so she took the bird home and gave 
 sleep. Every morning she asked the bird, "Are you better today?" And one morning the bird sang a song and flew out \
 of the window. Anna was happy, because she knew that her friend could fly again.
 
-What did Anna do when she found a bird with a broken wing? She took the bird home and gave it some water and a \
-warm place to sleep. What does the baker do when the dough has grown to twice its size? The baker folds the dough, \
-shapes it into a loaf, lets it rise once more and puts it into a hot oven.
+The captain of the ship was an old man with a grey beard. He had been at sea for more than forty years and had seen every port between London and Shanghai. "A storm is coming," he said to the crew, and pointed at the dark clouds in the west. The men took down the sails and tied everything to the deck. All night long the wind blew and the waves rolled over the ship, but in the morning the sea was calm again, and nobody was hurt. The cook made coffee for everyone, and the captain wrote into his book: "Storm from the west, no damage, all men well."
 """
 # A repair must be better by so much, in nats a token: leaving out one of the many layers of a large healthy
 # model changes less, and so does the next published rope_theta.
 MARGIN = 0.05
 # And by so many standard errors of the mean over the tokens; a few dozen repairs are tried.
 SURE = 3.0
+# For the rope_theta that was published with a model of this shape half of the proof is enough.
+MARGIN_PUBLISHED, SURE_PUBLISHED = 0.01, 2.0
 # A model knows the text if its loss is below this share of a blind guess, log vocab_size.
 KNOWS = 0.75
 # A repair that is worse after the first tokens is given up.
@@ -71,6 +71,8 @@ class Repair:
     args: ModelArgs
     weights: Weights
     without: range = range(0)  # layers left out
+    margin: float = MARGIN
+    sure: float = SURE
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Sample:
             after = self.losses(repair, lambda first: first.mean() > before[: len(first)].mean() + MARGIN)
             gain = before[: len(after)] - after
             error = gain.std() / math.sqrt(len(gain))
-            clear = gain.mean() > max(MARGIN, SURE * error) and len(after) == len(before)
+            clear = gain.mean() > max(repair.margin, repair.sure * error) and len(after) == len(before)
             known = after.mean() < KNOWS * self.blind
             if clear and known and (best is None or after.mean() < best[0]):
                 best = (float(after.mean()), float(error), repair.fault)
@@ -148,8 +150,10 @@ class Sample:
 
 def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Iterator[Repair]:
     """Every fault with a name. `runs`: layers that may belong to another model, by what holds them."""
-    for fault, q, k in orders(args):
-        yield Repair(fault, args, _each_named(weights, wq=_reorder(q), wk=_reorder(k)))
+    for which, fault, q, k in orders(args):
+        yield Repair(
+            f"the rows of {which} {fault}", args, _each_named(weights, wq=_reorder(q), wk=_reorder(k))
+        )
     exchanged = {
         name.replace(a, b): w
         for name, w in weights.items()
@@ -157,9 +161,11 @@ def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Ite
         if a in name
     }
     yield Repair("w_gate and w_up (w1 and w3) are exchanged", args, {**weights, **exchanged})
+    thetas = {p.rope_theta for p in same_shape(args).values()}
     for theta in sorted({preset.args.rope_theta for preset in PRESETS.values()} - {args.rope_theta}):
         fault = f"rope_theta is {args.rope_theta:g}, it should be {theta:g}"
-        yield Repair(fault, replace(args, rope_theta=theta), weights)
+        proof = (MARGIN_PUBLISHED, SURE_PUBLISHED) if theta in thetas else (MARGIN, SURE)
+        yield Repair(fault, replace(args, rope_theta=theta), weights, range(0), *proof)
     for scaling in {preset.args.rope_scaling for preset in PRESETS.values()} - {args.rope_scaling}:
         fault = f"the RoPE scaling is {described(args.rope_scaling)}, it should be {described(scaling)}"
         yield Repair(fault, replace(args, rope_scaling=scaling), weights)
@@ -168,20 +174,20 @@ def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Ite
             yield Repair(f"{what} do not belong to this model, or are corrupt", args, weights, layers)
 
 
-def orders(args: ModelArgs) -> Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]:
-    """A fault in the order of the rows of wq and wk, and what puts them right: positions in the file."""
+def orders(args: ModelArgs) -> Iterator[tuple[str, str, np.ndarray | None, np.ndarray | None]]:
+    """-> which rows are in a wrong order, in which, and what puts those of wq and wk right: places in the file."""
     q, k = (interleaved_rows(n, args.head_dim) for n in (args.n_heads, args.n_kv_heads))
     for fault, make in [
         ("are in Hugging Face's order (half-split), not in pairs", lambda rows: rows),
         ("were un-permuted twice", np.argsort),
     ]:
-        yield f"the rows of wq and wk {fault}", make(q), make(k)
-        yield f"the rows of wq {fault}", make(q), None
-        yield f"the rows of wk {fault}", None, make(k)
+        yield "wq and wk", fault, make(q), make(k)
+        yield "wq", fault, make(q), None
+        yield "wk", fault, None, make(k)
     width, rest = divmod(len(k), args.n_heads)
     if args.n_heads != args.n_kv_heads and not rest and width % 2 == 0:
         wrong = interleaved_rows(args.n_heads, width)
-        yield "the rows of wk were un-permuted with n_heads, not n_kv_heads", None, np.argsort(wrong)[k]
+        yield "wk", "were un-permuted with n_heads, not n_kv_heads", None, np.argsort(wrong)[k]
 
 
 def _reorder(rows: np.ndarray | None) -> Callable[[StoredTensor], StoredTensor]:
@@ -210,25 +216,30 @@ def described(scaling: RopeScaling | None) -> str:
     return "none" if scaling is None else f"{scaling.type}, factor {scaling.factor:g}"
 
 
+def same_shape(args: ModelArgs) -> dict[str, ModelArgs]:
+    """The published models of this shape, by name."""
+    sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+    return {
+        name: preset.args
+        for name, preset in PRESETS.items()
+        if all(getattr(preset.args, size) == getattr(args, size) for size in sizes)
+    }
+
+
 def published(args: ModelArgs) -> str | None:
     """What differs from the published model of this shape, where there is one: the RoPE factor, or norm_eps.
 
     rope_theta may differ: models stretched to a longer context have their own. The sample text judges it.
     """
-    sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
-    same = {
-        name: preset.args
-        for name, preset in PRESETS.items()
-        if all(getattr(preset.args, size) == getattr(args, size) for size in sizes)
-    }
-    if not same or any(
-        (p.norm_eps, p.rope_scaling) == (args.norm_eps, args.rope_scaling) for p in same.values()
-    ):
+    same = same_shape(args)
+    eps = [p for p in same.values() if math.isclose(p.norm_eps, args.norm_eps, rel_tol=1e-3)]
+    if not same or any(p.rope_scaling == args.rope_scaling for p in eps):
         return None
     name, nearest = next(iter(same.items()))
-    if not math.isclose(nearest.norm_eps, args.norm_eps, rel_tol=1e-3):
-        return f"norm_eps is {args.norm_eps:g}, {name}, which has this shape, was published with {nearest.norm_eps:g}"
+    which = f"{name}, which has this shape, was published with"
+    if not eps:
+        return f"norm_eps is {args.norm_eps:g}, {which} {nearest.norm_eps:g}"
     if nearest.rope_scaling is None:  # stretched by others
         return None
     found, wanted = described(args.rope_scaling), described(nearest.rope_scaling)
-    return f"the RoPE scaling is {found}, {name}, which has this shape, was published with {wanted}"
+    return f"the RoPE scaling is {found}, {which} {wanted}"

@@ -182,7 +182,10 @@ class Walk:
 
     def __init__(self, args: ModelArgs, kernels: list[C], torches: list[Torch], freqs_cis):
         self.args, self.kernels, self.torches, self.freqs_cis = args, kernels, torches, freqs_cis
+        self.others: list[C | Torch] = [*kernels, *torches]
         self.errors: list[Error] = []
+
+    at: int | None  # the layer; None behind the last
 
     def layer(self, layer: int, h, w: dict[str, StoredTensor], dense: dict[str, np.ndarray]):
         """(1, T, D) -> (1, T, D)."""
@@ -191,7 +194,7 @@ class Walk:
         q, k, v = (self.linear(f"attention.{name}", x).reshape(1, T, -1, Dh) for name in ("wq", "wk", "wv"))
         q, k = self.rope(q), self.rope(k)
         mixed = F.attention(q, k, v)
-        for other in (*self.kernels, *self.torches):
+        for other in self.others:
             self.note("attention", other, other.attention(q, k, v))
         between = h + self.linear("attention.wo", mixed.reshape(1, T, -1))
         x = self.norm("ffn_norm", between, dense["ffn_norm"])
@@ -211,9 +214,7 @@ class Walk:
         x = self.norm("norm", h, norm)
         for begin in range(0, len(output), OUTPUT_ROWS):
             rows = slice(begin, begin + OUTPUT_ROWS)
-            part = StoredTensor(
-                output.format, (len(output.data[rows]), output.shape[1]), output.data[rows]
-            )
+            part = StoredTensor(output.format, (len(output.data[rows]), output.shape[1]), output.data[rows])
             self.w, self.dense = {"output": part}, {"output": part.dequantize()}
             look(None, "output", self.dense["output"])
             self.linear("output", x)
@@ -233,7 +234,7 @@ class Walk:
 
     def linear(self, name: str, x):
         y = F.linear(x, self.dense[name])
-        for other in (*self.kernels, *self.torches):
+        for other in self.others:
             self.note(name.rpartition(".")[2], other, other.linear(x, self.w[name], self.dense[name], y))
         return y
 

@@ -5,6 +5,8 @@ the same matrix of the next layer does. Between layers of two models no matrix d
 the seven: 0.79 and more within trained models, 0.1 across two.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 from ..quantize import StoredTensor
@@ -13,10 +15,9 @@ ALIKE = 0.4  # correlation of what two layers give the channels, below which the
 LONELY = 8.0  # no norm weight is so many times as large as the second largest: trained ones reach 2
 HUGE = 1000.0  # nor a matrix's row as its median row
 HOLE = 0.25  # of a matrix's rows: so many are zero only where a file was never filled
-# Of a norm weight, relative to its vector's median: a negative one that is alone is smaller than the first in
-# trained models (they reach 0.15), and one below the second is not alone in its channel.
-SIGN, TINY = 0.3, 2.0**-15
-NEAR = 3.0  # how far a channel's weights in two neighbouring layers may lie apart to be called alike
+# A channel's norm weights, in medians of their vectors, are nearly the same in the next layers: where both of
+# those are above LEAST, none is below zero and as large, or below TINY, in trained models.
+LEAST, TINY, AS_LARGE = 0.03, 2.0**-12, 2.0
 ONES = 64  # so many others must agree before one number is called odd
 BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
@@ -55,13 +56,14 @@ class Census:
         self.profiles.setdefault(name, {})[layer] = np.log(np.maximum(rows if writes else columns, 1e-30))
 
     def end(self) -> None:
-        """Look at the norms, each beside the others, when all have been seen."""
+        """Look at the norms, each beside those of the next layers, when all have been seen."""
         for name, vectors in self.norms.items():
             for layer, vector in vectors.items():
                 full = f"{name}.weight" if layer is None else f"layers.{layer}.{name}.weight"
-                near = [] if layer is None else [vectors[i] for i in (layer - 1, layer + 1) if i in vectors]
-                found = odd_one(vector, near) or odd_bits(vector)
-                if found is not None:
+                near = (
+                    [vectors[i] for i in (layer - 1, layer + 1) if i in vectors] if layer is not None else []
+                )
+                if (found := odd_one(vector, near) or odd_bits(vector)) is not None:
                     at, why = found
                     what = f"{full}[{at}] is {vector[at]:.9g}, {why}"
                     self.findings.append(what + bit_at(self.stored[full], (at,), np.median(np.abs(vector))))
@@ -80,7 +82,7 @@ class Census:
             return []
         n = max(max(kind) for kind in self.profiles.values()) + 1
         ends = [0, *found, n]
-        runs = [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        runs = [range(a, b) for a, b in pairwise(ends)]
         return [run for run in runs if run is not max(runs, key=len)]
 
 
@@ -100,18 +102,19 @@ def odd_one(vector: np.ndarray, near: list[np.ndarray]) -> tuple[int, str] | Non
     second = np.partition(sizes, -2)[-2]
     if sizes[at] > LONELY * second:
         return at, f"the largest of the others {second:.6g}"
-    if not near or median == 0:
+    if len(near) < 2 or not median:
         return None
-    # What the neighbouring layers give this channel, in medians.
-    others = np.median([np.abs(x) / np.median(np.abs(x)) for x in near], axis=0)
-    lowest, negative = int(sizes.argmin()), np.flatnonzero(vector < -SIGN / 4 * median)
-    if sizes[lowest] < TINY * median and others[lowest] > SIGN:
-        return lowest, f"the median is {median:.6g}, and the next layers have {others[lowest]:.3g} of theirs"
-    if len(negative) == 1 and (size := sizes[negative[0]] / median) > SIGN:
-        at = int(negative[0])
-        alike = 1 / NEAR < others[at] / size < NEAR and all(x[at] > 0 for x in near)
-        if alike:
-            return at, "all others of its size are above zero, in the next layers too"
+    before, behind = (x / np.median(np.abs(x)) for x in near)
+    lower, higher = np.minimum(before, behind), np.maximum(before, behind)
+    agree = (lower > LEAST) & (higher < AS_LARGE * lower)
+    size = sizes / median
+    alike = agree & (size < AS_LARGE * higher) & (size > lower / AS_LARGE)
+    for odd, why in [
+        (alike & (vector < 0), "above zero and as large in the layers before and behind"),
+        (agree & (size < TINY * lower), "far larger in the layers before and behind"),
+    ]:
+        if odd.sum() == 1:
+            return int(odd.argmax()), why
     return None
 
 
@@ -121,15 +124,17 @@ def odd_bits(vector: np.ndarray) -> tuple[int, str] | None:
     for name, zeros in (("bfloat16", 16), ("float16", 13)):
         odd = np.flatnonzero(bits & ((1 << zeros) - 1))
         if len(odd) == 1 and len(vector) > ONES:
-            return int(odd[0]), f"all others of its vector are {name} numbers"
+            low = int(bits[odd[0]]) & ((1 << zeros) - 1)
+            bit = f": bit {low.bit_length() - 1} is flipped" if low.bit_count() == 1 else ""
+            return int(odd[0]), f"all others of its vector are {name} numbers{bit}"
         if not len(odd):
             return None
     return None
 
 
-def bit_at(stored: StoredTensor, at: tuple[int, ...], usual: float | None = None) -> str:
+def bit_at(stored: StoredTensor, at: tuple[int, ...], usual: float = 1.0) -> str:
     """Which one bit makes a number what it is, where flipping it back makes a usual one; or nothing."""
-    if stored.format.name not in BITS or len(at) > 1 and stored.row_order is not None:
+    if stored.format.name not in BITS or (len(at) > 1 and stored.row_order is not None):
         return ""
     row = stored.data[at[0]] if len(at) > 1 else stored.data
     one = row.reshape(-1).view(BITS[stored.format.name])[at[-1]]
@@ -138,11 +143,9 @@ def bit_at(stored: StoredTensor, at: tuple[int, ...], usual: float | None = None
     with np.errstate(all="ignore"):
         values = stored.format.dequantize(flipped[:, None].view(np.uint8)).reshape(-1)
     found = stored.format.dequantize(one.reshape(1, 1).view(np.uint8)).reshape(())
-    if usual is None:
-        usual = 1.0
-    if abs(found) < 4 * usual and abs(found) > usual / 4:  # neither huge nor tiny: the sign, or a low bit
-        return f": bit {width - 1}, the sign" if found < 0 else ""
+    if abs(found) < 64 * usual and abs(found) > usual / 64:  # neither huge nor tiny: its sign is wrong
+        return f": bit {width - 1}, the sign, is flipped" if found < 0 else ""
     with np.errstate(all="ignore"):
-        away = np.abs(np.log2(values / usual))
-    best = int(np.nanargmin(np.where(np.isfinite(away), away, np.inf)))
-    return f": with bit {best} flipped it would be {values[best]:.6g}" if away[best] < 4 else ""
+        away = np.abs(np.log2(np.abs(values / usual)))
+    best = int(np.where(np.isfinite(away), away, np.inf).argmin())
+    return f": with bit {best} flipped it would be {values[best]:.6g}" if away[best] < 6 else ""

@@ -1,6 +1,7 @@
 """The command line: one file a verb. Text goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 3 `verify` found something wrong, 130 Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 3 `verify` found a fault,
+130 Ctrl-C.
 """
 
 import argparse

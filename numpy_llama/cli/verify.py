@@ -1,8 +1,8 @@
 """Whether a model is computed rightly here, and whether its file is right.
 
-Every operation of every layer, C against NumPy, and against PyTorch where it is installed; then the weights and
-the arguments, by themselves and by how a text is foretold. --against compares every weight with those of another
-copy of the model, in any format. Exit code 3 if something is wrong; the last line says what.
+Every operation of every layer, C against NumPy, and against PyTorch where it is installed; then the weights
+and the arguments, by themselves and by how a text is foretold. --against compares every weight with those of
+another copy of the model, in any format. Exit code 3 if something is wrong; the last line says what.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(report: Report):
-    yield "largest error of any implementation, relative to the largest result; ! where rounding does not explain it"
+    yield "largest error of any implementation, relative to the largest result; !: more than rounding"
     yield "layer" + "".join(f"{head:>8}" for head in HEADS.values())
     worst = report.worst()
     for layer in sorted({at for at, _ in worst if at is not None}):
@@ -81,7 +81,7 @@ def lines(report: Report):
         share = f"{most.share:.2g} of what rounding allows"
         yield f"{name:<11} nearest to its bound in {most.operation} of {where}: {share}"
     if "PyTorch" not in report.implementations():
-        yield "PyTorch     not installed, not compared: norm, rope and swiglu were seen in C within `layer` only"
+        yield "PyTorch     is not installed; norm, rope and swiglu are seen in `layer` only"
     if (reading := report.reading) is not None:
         text = f"{reading.loss:.3f} nats a token (a guess: {reading.blind:.2f})"
         yield f"sample text {text}, {reading.tokens} tokens; {reading.tried} repairs tried"

@@ -90,7 +90,7 @@ def examine(
         report.faults += told_by_text(report.reading)
         if report.reading.says_nothing and not report.faults:
             report.notes.append(
-                "the sample text says nothing: as it is, and repaired, the model does not know English"
+                "the sample text says nothing: neither as it is nor repaired does the model know English"
             )
     return report
 

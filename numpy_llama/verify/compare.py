@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint, told from another copy of the model: every weight, every argument.
 
-The copies may be stored in different formats; what both files say is compared, in float32. Where they are stored
-alike, or one is the other widened, a fault is named to the bit. A difference that rounding explains is none.
+The copies may be stored in different formats: they are compared in float32. Where they are stored alike, or one
+is the other widened, a fault is named to the bit. A difference that rounding explains is no fault.
 """
 
 import math
@@ -149,7 +149,7 @@ class Comparison:
         kept = np.sqrt(squares[:3])
         error = kept[0] / max(kept[2], 1e-300)
         # One number may be so far off that it is all of the error.
-        lonely = most > OUTLIER * max(usual, 2.0**-12) and most > 4 * error or not math.isfinite(most)
+        lonely = most > max(OUTLIER * max(usual, 2.0**-12), 4 * error) or not math.isfinite(most)
         if lonely and usual < ROUNDING:
             error = min(error, usual)
         return unequal, at, error, squares[3] / max(kept[1] * kept[2], 1e-300), place if lonely else None

@@ -27,24 +27,30 @@ from ..quantize import StoredTensor
 from ..tokenizer import Tokenizer
 
 TEXT = """\
-Bread is made from four things: flour, water, salt and yeast. The baker mixes them in a large bowl, works the \
-dough with both hands until it is smooth, and leaves it under a cloth in a warm place. After an hour it has grown \
-to twice its size, because the yeast eats the sugar in the flour and breathes out gas. The baker then folds the \
-dough, shapes it into a loaf, lets it rise once more and puts it into a hot oven. When the crust is brown and the \
-loaf sounds hollow, the bread is done.
+Bread is made from four things: flour, water, salt and yeast. The baker mixes them in a large bowl, works \
+the dough with both hands until it is smooth, and leaves it under a cloth in a warm place. After an hour \
+it has grown to twice its size, because the yeast eats the sugar in the flour and breathes out gas. The \
+baker then folds the dough, shapes it into a loaf, lets it rise once more and puts it into a hot oven. \
+When the crust is brown and the loaf sounds hollow, the bread is done.
 
-The moon goes around the earth once in about four weeks. It has no light of its own: what we see is the light of \
-the sun, which falls on one half of it. When the moon stands between the earth and the sun, its dark half is \
-turned to us, and we call it a new moon. Two weeks later the earth stands between the moon and the sun, and we see \
-a full moon. The pull of the moon also raises the water of the sea, so that most coasts have high water and low \
-water twice a day.
+The moon goes around the earth once in about four weeks. It has no light of its own: what we see is the \
+light of the sun, which falls on one half of it. When the moon stands between the earth and the sun, its \
+dark half is turned to us, and we call it a new moon. Two weeks later the earth stands between the moon \
+and the sun, and we see a full moon. The pull of the moon also raises the water of the sea, so that most \
+coasts have high water and low water twice a day.
 
-Once upon a time there was a little girl named Anna who lived in a small house near the forest. One day she found \
-a bird with a broken wing. She was very sad, so she took the bird home and gave it some water and a warm place to \
-sleep. Every morning she asked the bird, "Are you better today?" And one morning the bird sang a song and flew out \
-of the window. Anna was happy, because she knew that her friend could fly again.
+Once upon a time there was a little girl named Anna who lived in a small house near the forest. One day \
+she found a bird with a broken wing. She was very sad, so she took the bird home and gave it some water \
+and a warm place to sleep. Every morning she asked the bird, "Are you better today?" And one morning the \
+bird sang a song and flew out of the window. Anna was happy, because she knew that her friend could fly \
+again.
 
-The captain of the ship was an old man with a grey beard. He had been at sea for more than forty years and had seen every port between London and Shanghai. "A storm is coming," he said to the crew, and pointed at the dark clouds in the west. The men took down the sails and tied everything to the deck. All night long the wind blew and the waves rolled over the ship, but in the morning the sea was calm again, and nobody was hurt. The cook made coffee for everyone, and the captain wrote into his book: "Storm from the west, no damage, all men well."
+The captain of the ship was an old man with a grey beard. He had been at sea for more than forty years and \
+had seen every port between London and Shanghai. "A storm is coming," he said to the crew, and pointed at \
+the dark clouds in the west. The men took down the sails and tied everything to the deck. All night long \
+the wind blew and the waves rolled over the ship, but in the morning the sea was calm again, and nobody \
+was hurt. The cook made coffee for everyone, and the captain wrote into his book: "Storm from the west, no \
+damage, all men well."
 """
 # A repair must be better by so much, in nats a token: leaving out one of the many layers of a large healthy
 # model changes less, and so does the next published rope_theta.

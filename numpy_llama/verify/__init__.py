@@ -64,7 +64,8 @@ def examine(
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
-    """Everything that can be told of a model: see the modules of this package."""
+    """Everything that can be told of a model. The text is read only where nothing else was found wrong: it takes
+    the kernels for right, and would tell less."""
     report, weights = Report(), opened.weights()
     census, sample = Census(weights), None
     ids = [i * opened.args.vocab_size // PROMPT for i in range(PROMPT)]  # where there are no words
@@ -84,14 +85,15 @@ def examine(
         report.faults.append(first_miss(missed))
     if reference is None or not report.faults:  # what a reference names need not be inferred
         report.faults += census.findings
-        report.faults += [fault] if (fault := published(opened.args)) else []
-    if sample is not None and not missed and not (reference and report.faults):
+    if sample is not None and not report.faults:
         report.reading = sample.read(list(repairs(opened.args, weights, runs(opened, census))), progress)
         report.faults += told_by_text(report.reading)
         if report.reading.says_nothing and not report.faults:
             report.notes.append(
                 "the sample text says nothing: neither as it is nor repaired does the model know English"
             )
+    if fault := published(opened.args):
+        report.faults.append(fault)
     return report
 
 

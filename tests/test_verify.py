@@ -1,6 +1,7 @@
-"""`verify`: a healthy model passes, every sabotaged copy is named, with another copy beside it and without."""
+"""`verify`: a healthy model passes, a sabotaged one is named, with another copy beside it and without."""
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from gguf_writer import llama_metadata, random_weights, write_llama
-from test_cli import PROGRAM, run
+from gguf_writer import random_weights, write_llama
+from test_cli import run
 from test_convert import byte_vocabulary
 from test_tokenizer import pre_tokenizer
 from tokenizers import models
@@ -21,8 +22,10 @@ from numpy_llama.checkpoint.names import interleaved_rows, tensor_names
 from numpy_llama.config import ModelArgs, RopeScaling
 from numpy_llama.presets import PRESETS
 from numpy_llama.quantize import FORMATS, StoredTensor
-from numpy_llama.verify import compare, operations, weights
-from numpy_llama.verify.diagnosis import published
+from numpy_llama.verify import operations
+from numpy_llama.verify.compare import arguments, compare
+from numpy_llama.verify.diagnosis import orders, published
+from numpy_llama.verify.weights import Census
 
 TINY = ModelArgs(
     dim=64,
@@ -54,7 +57,9 @@ def only_look(monkeypatch):
         for name, weight in opened.weights().items():
             if name not in ("tok_embeddings.weight", "output.weight"):
                 layer, _, short = name.removeprefix("layers.").removesuffix(".weight").partition(".")
-                look(int(layer), short, weight.dequantize()) if short else look(None, layer, weight.dequantize())
+                look(int(layer), short, weight.dequantize()) if short else look(
+                    None, layer, weight.dequantize()
+                )
         return []
 
     monkeypatch.setattr(verify, "operation_errors", look_at_all)
@@ -78,13 +83,6 @@ def half_split(copy: Copy) -> None:
         for name, n in (("wq", 9), ("wk", 3)):
             rows = copy[f"layers.{i}.attention.{name}"]
             rows[:] = rows[np.argsort(interleaved_rows(n, 64))]
-
-
-def twice(copy: Copy) -> None:
-    for i in copy.layers:
-        for name, n in (("wq", 9), ("wk", 3)):
-            rows = copy[f"layers.{i}.attention.{name}"]
-            rows[:] = rows[interleaved_rows(n, 64)]
 
 
 def theta(copy: Copy) -> None:
@@ -114,17 +112,40 @@ def bit_of_a_matrix(copy: Copy) -> None:
 
 NORM = r"layers\.12\.ffn_norm\.weight\[100\] is"
 SPLIT = r"are in Hugging Face's order \(half-split\), not in pairs"
-# What is done to a copy of SmolLM2, and what the verdict must say: of the file alone, and beside the original.
+# What is done to a copy of SmolLM2; what the verdict must say of the file alone, and beside the original.
 SABOTAGE = {
-    "permutation": (half_split, f"the rows of wq and wk {SPLIT}", f"wq, .*wk of layers 0..29: the rows {SPLIT}"),
-    "permutation twice": (twice, "the rows of wq and wk were un-permuted twice", "the rows were un-permuted twice"),
-    "theta": (theta, "rope_theta is 10000, it should be 100000", "rope_theta is 10000, the reference has 100000"),
-    "w1 and w3": (exchanged, "w_gate and w_up .* are exchanged", "w_gate, .*w_up of layers 0..29: exchanged"),
-    "sign": (bit(31), f"{NORM} -0.03.*: bit 31, the sign, is flipped", f"{NORM} -0.03.*wanted 0.03.*bit 31, the sign"),
+    "permutation": (
+        half_split,
+        f"the rows of wq and wk {SPLIT}",
+        f"wq, attention.wk of layers 0..29: the rows {SPLIT}",
+    ),
+    "theta": (
+        theta,
+        "rope_theta is 10000, it should be 100000",
+        "rope_theta is 10000, the reference has 100000",
+    ),
+    "w1 and w3": (
+        exchanged,
+        "w_gate and w_up .* are exchanged",
+        r"w_gate, feed_forward.w_up of layers 0..29: exchanged",
+    ),
+    "sign": (
+        bit(31),
+        f"{NORM} -0.03.*: bit 31, the sign, is flipped",
+        f"{NORM} -0.03.*wanted 0.03.*bit 31, the sign",
+    ),
     "exponent": (bit(30), rf"{NORM} .*e\+37.*bit 30 flipped", f"{NORM} .*wanted 0.03.*bit 30"),
-    "mantissa": (bit(4), f"{NORM} 0.034912169, all others .* bfloat16 numbers: bit 4", f"{NORM} .*: bit 4 of its 32"),
-    "bit of a block": (bit_of_a_matrix, None, r"layers\.5.*w_up\.weight\[700, 64\] .*: bit 2 of byte 0 of its block"),
-}  # fmt: skip
+    "mantissa": (
+        bit(4),
+        f"{NORM} 0.034912169, all others .* bfloat16 numbers: bit 4 is flipped",
+        f"{NORM} 0.034912169, wanted .*: bit 4 of its 32 is flipped",
+    ),
+    "bit of a block": (
+        bit_of_a_matrix,
+        None,
+        r"layers\.5.*w_up\.weight\[700, 64\] .*: bit 2 of byte 0 of its block",
+    ),
+}
 
 
 def verdict(capsys, code: int, *arguments: object) -> str:
@@ -160,8 +181,6 @@ def test_a_sabotaged_copy_is_named(what, smollm2, only_look, tmp_path, capsys):
 
 
 def assert_found(pattern: str, text: str) -> None:
-    import re
-
     assert re.search(pattern, text), text
 
 
@@ -225,9 +244,13 @@ def test_a_shard_of_another_model_is_named(smollm2, only_look, tmp_path, capsys)
     folder = tmp_path / "model"
     write_shards(smollm2, folder, 4, range(15, 23))  # the third shard
     told = verdict(capsys, 3, "-m", folder)
-    assert_found(r"weights of model-00003-of-00004.safetensors \(layers 15..22\) do not belong to this model", told)
+    assert_found(
+        r"weights of model-00003-of-00004.safetensors \(layers 15..22\) do not belong to this model", told
+    )
     told = verdict(capsys, 3, "-m", folder, "--against", smollm2.path)
-    assert_found("model-00003-of-00004.safetensors belongs to another model: all weights of layers 15..22", told)
+    assert_found(
+        "model-00003-of-00004.safetensors belongs to another model: all weights of layers 15..22", told
+    )
 
 
 # --- faults of the kernels --------------------------------------------------------------------------------
@@ -320,18 +343,209 @@ def test_json_tells_all(tiny, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["verdict"] == "nothing wrong found" and told["faults"] == []
     places = {(e["layer"], e["operation"], e["implementation"]) for e in told["errors"]}
-    assert len(places) == TINY.n_layers * (13 + 8 * 2) + 2 + 2 + 1 - TINY.n_layers
+    assert (
+        len(places) == TINY.n_layers * (7 * 3 + 3 + 2 + 2 + 1 + 1) + 3 + 1
+    )  # matrices, attention, layer, norms, rope, swiglu
     assert all(0 <= e["share"] < 1 for e in told["errors"])
     assert told["sample"]["tokens"] > 100 and told["seconds"] > 0
 
 
 @pytest.mark.parametrize("format", [name for name, f in FORMATS.items() if f.quantize])
-@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, original_max_seq_len=16), RopeScaling(4.0, type="linear")])
+@pytest.mark.parametrize(
+    "scaling", [None, RopeScaling(8.0, original_max_seq_len=16), RopeScaling(4.0, type="linear")]
+)
 def test_every_format_passes(format, scaling, tmp_path, monkeypatch):
-    """Through GGUF, where there is a place for it."""
     args = replace(TINY, rope_scaling=scaling)
     opened = open_checkpoint(write_tiny(tmp_path / "model.gguf", format))
     monkeypatch.setattr(type(opened), "args", args)
     errors = list(operations.operation_errors(opened, range(24)))
     assert {e.implementation for e in errors} == {"C, exact", "C, default", "PyTorch"}
     assert max(e.share for e in errors) < 1
+
+
+# --- what weights and arguments tell by themselves --------------------------------------------------------
+
+
+def findings(stored: dict[str, StoredTensor]) -> list[str]:
+    census = Census(stored)
+    for name, w in stored.items():
+        if name.startswith("layers."):
+            _, layer, short = name.removesuffix(".weight").split(".", 2)
+            census.look(int(layer), short, w.dequantize())
+    census.end()
+    return census.findings
+
+
+@pytest.fixture
+def trained(rng) -> dict[str, StoredTensor]:
+    """Norms as training leaves them: nearly the same from layer to layer, in bfloat16."""
+    channels = rng.lognormal(-1, 0.5, 256)
+    made = {}
+    for i in range(5):
+        vector = (channels * rng.lognormal(0, 0.1, 256)).astype(np.float32)
+        rounded = StoredTensor.quantize(vector[None], "BF16").dequantize()[0]
+        made[f"layers.{i}.ffn_norm.weight"] = StoredTensor.quantize(rounded, "F32")
+        matrix = rng.normal(size=(64, 256)).astype(np.float32) * channels.astype(np.float32)
+        made[f"layers.{i}.feed_forward.w_up.weight"] = StoredTensor.quantize(matrix, "F32")
+    return made
+
+
+def flip(stored: dict[str, StoredTensor], name: str, at: tuple[int, ...], number: int) -> None:
+    w = stored[name].dequantize().copy()
+    w.view(np.uint32)[at] ^= np.uint32(1 << number)
+    stored[name] = StoredTensor.quantize(w, "F32")
+
+
+@pytest.mark.parametrize("number", [31, 30, 28, 27, *range(16)])
+def test_a_flipped_bit_of_a_norm(number, trained):
+    """A lower bit of the exponent, and bits that bfloat16 has too, cannot be told without another copy."""
+    assert findings(trained) == []
+    flip(trained, "layers.2.ffn_norm.weight", (77,), number)
+    (found,) = findings(trained)
+    assert found.startswith("layers.2.ffn_norm.weight[77] is ") and f"bit {number}" in found
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite(value, trained):
+    w = trained["layers.1.feed_forward.w_up.weight"].dequantize().copy()
+    w[3, 200] = value
+    trained["layers.1.feed_forward.w_up.weight"] = StoredTensor.quantize(w, "F32")
+    (found,) = findings(trained)
+    assert found.startswith(f"layers.1.feed_forward.w_up.weight[3, 200] is {value}")
+
+
+def test_rows_that_are_huge_or_were_never_written(trained):
+    name = "layers.1.feed_forward.w_up.weight"
+    w = trained[name].dequantize()
+    huge, hole = w.copy(), w.copy()
+    huge[9] *= np.float32(1e4)
+    hole[20:50] = 0
+    for spoilt, told in ((huge, "row 9 is "), (hole, "30 of 64 rows are zero")):
+        trained[name] = StoredTensor.quantize(spoilt, "F32")
+        (found,) = findings(trained)
+        assert found.startswith(f"{name}: {told}")
+
+
+def test_layers_of_another_model_are_unlike_the_others(trained, rng):
+    for order in (None, rng.permutation(256)):
+        census = Census(trained)
+        for i in range(5):
+            w = trained[f"layers.{i}.feed_forward.w_up.weight"].dequantize()
+            census.look(i, "feed_forward.w_up", w[:, order] if order is not None and i == 1 else w)
+        assert census.runs() == ([] if order is None else [range(0, 1), range(1, 2)])
+
+
+def test_of_published_models_the_factor_and_eps_are_known():
+    assert all(published(preset.args) is None for preset in PRESETS.values())
+    llama = PRESETS["llama-3.2-1b"].args
+    told = published(replace(llama, rope_scaling=RopeScaling(8.0)))
+    assert told is not None and "factor 8, llama-3.2-1b, which has this shape, was published with" in told
+    assert "factor 32" in told and "none" in str(published(replace(llama, rope_scaling=None)))
+    assert "norm_eps is 1e-06" in str(published(replace(llama, norm_eps=1e-6)))
+    for harmless in ({"max_seq_len": 4096}, {"rope_theta": 1e7}):
+        assert published(replace(llama, **harmless)) is None
+    assert (
+        published(replace(PRESETS["llama-2-7b"].args, rope_scaling=RopeScaling(4.0, type="linear"))) is None
+    )
+    assert published(TINY) is None
+
+
+def test_every_wrong_order_is_put_right(rng):
+    """From Hugging Face's order, un-permuted not, twice, or with n_heads; -> Meta's, which is 0, 1, 2, ..."""
+    args = replace(TINY, n_heads=8, n_kv_heads=4, head_dim=16)
+    q, k = interleaved_rows(8, 16), interleaved_rows(4, 16)
+    huggingface = {"q": np.argsort(q), "k": np.argsort(k)}  # its row i is Meta's row [i]
+    spoilt = {
+        "are in": huggingface,
+        "were un-permuted twice": {"q": q, "k": k},
+        "were un-permuted with n_heads": {"k": huggingface["k"][interleaved_rows(8, 8)]},
+    }
+    seen = set()
+    for which, fault, *rows in orders(args):
+        (found,) = [orders for start, orders in spoilt.items() if fault.startswith(start)]
+        for letter, put in zip("qk", rows, strict=True):
+            assert (put is not None) == (f"w{letter}" in which)
+            if put is not None:
+                assert (found[letter][put] == np.arange(len(put))).all()
+        seen.add((which, fault))
+    assert len(seen) == 7
+
+
+# --- beside another copy ----------------------------------------------------------------------------------
+
+
+def compared(tmp_path, format: str, change, reference: str = "F32", args=TINY) -> tuple[list[str], list[str]]:
+    a = write_tiny(tmp_path / "a.gguf", format, change, args)
+    return compare(open_checkpoint(a), open_checkpoint(write_tiny(tmp_path / "b.gguf", reference)))
+
+
+@pytest.mark.parametrize("reference", ["F32", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("format", [name for name, f in FORMATS.items() if f.quantize])
+def test_rounding_is_no_fault(format, reference, tmp_path):
+    faults, lines = compared(tmp_path, format, lambda w: None, reference)
+    n = 9 * TINY.n_layers + 3
+    assert faults == []
+    if format == reference:
+        assert lines == [f"{n} of {n} weights are equal"]
+    else:
+        assert lines[0].startswith(f"{2 * TINY.n_layers + 1} of {n} weights are equal")
+        assert f"differ by rounding: {format} against {reference}" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["attention.wo", "attention_norm"])
+@pytest.mark.parametrize("number", [0, 15, 16, 22, 24, 30, 31])
+def test_one_bit_is_named(name, number, tmp_path):
+    at = (7, 11) if name.endswith("wo") else (11,)
+
+    def change(weights):
+        weights[f"layers.1.{name}.weight"].view(np.uint32)[at] ^= np.uint32(1 << number)
+
+    (fault,), _ = compared(tmp_path, "F32", change)
+    assert fault.startswith(f"layers.1.{name}.weight[{', '.join(map(str, at))}] is ")
+    assert re.search(rf"wanted .*: bit {number}(, the sign,)? of its 32 is flipped$", fault)
+
+
+def test_a_number_that_rounding_cannot_explain_is_named(tmp_path):
+    def change(weights):
+        weights["layers.1.attention.wo.weight"][7, 11] = 40
+
+    (fault,), _ = compared(tmp_path, "BF16", change)
+    assert (
+        fault.startswith("layers.1.attention.wo.weight[7, 11] is 40, wanted ") and "beyond rounding" in fault
+    )
+
+
+@pytest.mark.parametrize("format", ["F32", "Q8_0", "Q4_0"])
+def test_weights_in_the_wrong_place_are_named(format, tmp_path):
+    def change(weights):
+        a, b = (f"layers.{i}.attention.wo.weight" for i in (0, 2))
+        weights[a], weights[b] = weights[b], weights[a]
+        gate, up = (f"layers.1.feed_forward.{name}.weight" for name in ("w_gate", "w_up"))
+        weights[gate], weights[up] = weights[up], weights[gate]
+        q = weights["layers.1.attention.wq.weight"]
+        q[:] = q[np.random.default_rng(1).permutation(len(q))]
+        v = weights["layers.2.attention.wv.weight"]
+        v[:] = np.random.default_rng(2).normal(size=v.shape)
+
+    faults, _ = compared(tmp_path, format, change)
+    assert faults == [
+        "attention.wo of layer 0: what the reference has as layers.2.attention.wo.weight",
+        "attention.wq of layer 1: the rows are in another order",
+        "feed_forward.w_gate, feed_forward.w_up of layer 1: exchanged with each other (w1 and w3)",
+        "attention.wv of layer 2: not the weights of this model",
+        "attention.wo of layer 2: what the reference has as layers.0.attention.wo.weight",
+    ]
+
+
+def test_arguments_that_differ_are_told():
+    wanted = replace(TINY, norm_eps=1e-6, rope_scaling=RopeScaling(8.0), max_seq_len=256)
+    told = dict(arguments(replace(TINY, rope_theta=5e5), wanted))
+    assert list(told) == ["norm_eps", "rope_theta", "max_seq_len", "rope_scaling"]
+    assert told["rope_scaling"] == "rope_scaling is none, the reference has llama3, factor 8"
+    near = replace(wanted, norm_eps=1e-6 * (1 + 1e-8))
+    assert list(arguments(near, wanted)) == []
+
+
+def test_another_model_is_not_compared(tmp_path):
+    faults, _ = compared(tmp_path, "F32", lambda w: None, args=replace(TINY, hidden_dim=128))
+    assert faults == ["it is another model: hidden_dim is 128, the reference has 96"]

@@ -20,9 +20,9 @@ from . import common
 
 WRONG = 3
 HEADS = {
-    "attention_norm": "norm", "wq": "wq", "wk": "wk", "wv": "wv", "rope": "rope", "attention": "attn", "wo": "wo",
-    "ffn_norm": "norm", "w_gate": "w_gate", "w_up": "w_up", "swiglu": "swiglu", "w_down": "w_down",
-    "layer": "layer",
+    "attention_norm": "norm", "wq": "wq", "wk": "wk", "wv": "wv", "rope": "rope", "attention": "attn",
+    "wo": "wo", "ffn_norm": "norm", "w_gate": "w_gate", "w_up": "w_up", "swiglu": "swiglu",
+    "w_down": "w_down", "layer": "layer",
 }  # fmt: skip
 
 

@@ -64,8 +64,10 @@ def examine(
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
-    """Everything that can be told of a model. The text is read only where nothing else was found wrong: it takes
-    the kernels for right, and would tell less."""
+    """Everything that can be told of a model.
+
+    The text is read only where nothing else was found wrong: it takes the kernels for right, and tells less.
+    """
     report, weights = Report(), opened.weights()
     census, sample = Census(weights), None
     ids = [i * opened.args.vocab_size // PROMPT for i in range(PROMPT)]  # where there are no words
@@ -98,7 +100,7 @@ def examine(
 
 
 def first_miss(missed: list[Error]) -> str:
-    """Where the error starts: the first operation in the order of the forward pass, and who else misses there."""
+    """Where the error starts: the first operation in the order of the forward pass, and who misses there."""
     first = missed[0]
     where = "after the last layer" if first.layer is None else f"in layer {first.layer}"
     who = ", ".join(dict.fromkeys(e.implementation for e in missed if _place(e) == _place(first)))

@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint, told from another copy of the model: every weight, every argument.
 
-The copies may be stored in different formats: they are compared in float32. Where they are stored alike, or one
-is the other widened, a fault is named to the bit. A difference that rounding explains is no fault.
+The copies may be stored in different formats: they are compared in float32. Where they are stored alike, or
+one is the other widened, a fault is named to the bit. A difference that rounding explains is no fault.
 """
 
 import math
@@ -22,6 +22,7 @@ UNRELATED = 0.3  # cosine: two models of many thousand weights have less
 FEW = 256  # unequal numbers, as many as a block has: damage, which has a place
 OUTLIER = 16.0  # times as far off as the others of a tensor that was rounded
 AT_ONCE = 1 << 22  # numbers
+SAMPLED = 61  # one number in so many tells what is usual
 SKETCH, SAME = 4, 0.9  # rows by which two weights are held to be the same, and their cosine then
 CONTEXT = "max_seq_len"  # how far a file lets a model go is no part of the mathematics
 
@@ -124,8 +125,8 @@ class Comparison:
         )
 
     def _measure(self, found: StoredTensor, wanted: StoredTensor):
-        """-> how many numbers are unequal, the first of them, relative error, cosine, and the place of a number
-        that is far further off than the others."""
+        """-> how many numbers are unequal, the first of them, relative error, cosine, and the place of a
+        number that is far further off than the others."""
         unequal, at, off = 0, list[tuple[int, ...]](), []
         squares = np.zeros(4)  # of the difference, of both, and their product
         for part in _parts(found):
@@ -138,10 +139,16 @@ class Comparison:
             with np.errstate(all="ignore"):
                 d = np.abs(a - b)
                 size = np.sqrt(np.mean(b * b, axis=1, keepdims=True))
-                ratio = np.where(odd, d / (size if len(found.shape) > 1 else np.abs(b)), 0)
+                ratio = np.where(odd, d / np.maximum(size, np.abs(b)), 0)
             ratio = np.nan_to_num(ratio, nan=np.inf)
             i, j = np.unravel_index(int(ratio.argmax()), ratio.shape)
-            off.append((float(ratio[i, j]), float(np.median(ratio)), (int(i) + (part.start or 0), int(j))))
+            off.append(
+                (
+                    float(ratio[i, j]),
+                    float(np.median(ratio.ravel()[::SAMPLED])),
+                    (int(i) + (part.start or 0), int(j)),
+                )
+            )
             a, d = (np.where(np.isfinite(x), x, 0).astype(np.float64) for x in (a, d))
             squares += [np.vdot(d, d), np.vdot(a, a), np.vdot(b, b), np.vdot(a, b)]
         most, _, place = max(off)

@@ -181,7 +181,7 @@ def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Ite
 
 
 def orders(args: ModelArgs) -> Iterator[tuple[str, str, np.ndarray | None, np.ndarray | None]]:
-    """-> which rows are in a wrong order, in which, and what puts those of wq and wk right: places in the file."""
+    """-> which rows are in a wrong order, in which, and what puts those of wq and wk right: their places."""
     q, k = (interleaved_rows(n, args.head_dim) for n in (args.n_heads, args.n_kv_heads))
     for fault, make in [
         ("are in Hugging Face's order (half-split), not in pairs", lambda rows: rows),

@@ -13,7 +13,7 @@ from itertools import groupby
 from ..checkpoint import Checkpoint
 from ..errors import TokenizerError
 from .compare import compare
-from .diagnosis import Reading, Sample, published, repairs
+from .diagnosis import Reading, Sample, published
 from .operations import Error, operation_errors
 from .weights import Census
 
@@ -76,7 +76,7 @@ def examine(
     except TokenizerError as error:
         report.notes.append(f"no text was read, for there is no tokenizer ({error})")
     else:
-        sample = Sample(opened.args, weights, tokenizer, threads)
+        sample = Sample(opened.args, tokenizer, threads)
         ids = sample.ids[:PROMPT]
     ids = ids[: opened.args.max_seq_len]
     report.errors = list(operation_errors(opened, ids, threads, progress, census.look))
@@ -88,12 +88,17 @@ def examine(
     if reference is None or not report.faults:  # what a reference names need not be inferred
         report.faults += census.findings
     if sample is not None and not report.faults:
-        report.reading = sample.read(list(repairs(opened.args, weights, runs(opened, census))), progress)
+        could_be = runs(opened, census)
+        report.reading = sample.read(weights, could_be, progress)
         report.faults += told_by_text(report.reading)
-        if report.reading.says_nothing and not report.faults:
+        if report.reading.says_nothing:
             report.notes.append(
                 "the sample text says nothing: neither as it is nor repaired does the model know English"
             )
+            unlike = [what for what, run in could_be.items() if run in census.runs()]
+            report.faults += [
+                f"{what} are unlike the others: of another model, or corrupt" for what in unlike
+            ]
     if fault := published(opened.args):
         report.faults.append(fault)
     return report

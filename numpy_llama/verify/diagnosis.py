@@ -10,7 +10,7 @@ What cannot be told so: a fault that costs next to nothing on a short text, as a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,9 +102,8 @@ class Reading:
 class Sample:
     """The sample text, read by one model after another."""
 
-    def __init__(self, args: ModelArgs, weights: Weights, tokenizer: Tokenizer, threads: int | None = None):
+    def __init__(self, args: ModelArgs, tokenizer: Tokenizer, threads: int | None = None):
         self.args, self.threads = args, threads
-        self.weights = _each(weights, lambda w: w.realize())
         ids = tokenizer.encode(TEXT, bos=tokenizer.add_bos)
         self.ids = ids[: args.max_seq_len]
         self.blind = math.log(args.vocab_size)
@@ -135,13 +134,21 @@ class Sample:
             return np.full(len(wanted), WORST)
         return np.minimum(np.nan_to_num(found, nan=WORST), WORST)
 
-    def read(self, repairs: Sequence[Repair], progress: Progress = lambda what, done, total: None) -> Reading:
-        """The text as the file has it, and with each repair; the one that helps most is the fault."""
-        progress("reading a text", 0, len(repairs) + 1)
-        before = self.losses(Repair("", self.args, self.weights))
+    def read(
+        self, weights: Weights, runs: Mapping[str, range], progress: Progress = lambda what, done, total: None
+    ) -> Reading:
+        """The text as the file has it, and with each repair; the one that helps most is the fault.
+
+        The weights are in memory as they are stored, all at once. `runs`: see `repairs`.
+        """
+        made = {id(w): w.realize() for w in weights.values()}
+        weights = {name: made[id(w)] for name, w in weights.items()}
+        tried = list(repairs(self.args, weights, runs))
+        progress("reading a text", 0, len(tried) + 1)
+        before = self.losses(Repair("", self.args, weights))
         best: tuple[float, float, str] | None = None
-        for n, repair in enumerate(repairs, 1):
-            progress("reading a text", n, len(repairs) + 1)
+        for n, repair in enumerate(tried, 1):
+            progress("reading a text", n, len(tried) + 1)
             after = self.losses(repair, lambda first: first.mean() > before[: len(first)].mean() + MARGIN)
             gain = before[: len(after)] - after
             error = gain.std() / math.sqrt(len(gain))
@@ -151,7 +158,7 @@ class Sample:
                 best = (float(after.mean()), float(error), repair.fault)
         repaired, error, fault = best or (None, None, None)
         loss = float(before.mean())
-        return Reading(len(before), self.blind, loss, len(repairs), fault, repaired, error)
+        return Reading(len(before), self.blind, loss, len(tried), fault, repaired, error)
 
 
 def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Iterator[Repair]:
@@ -210,12 +217,6 @@ def _each_named(weights: Weights, **make: Callable[[StoredTensor], StoredTensor]
     """The same weights, those of some names made anew."""
     kinds = {name: name.split(".")[-2] for name in weights}
     return {name: make[kinds[name]](w) if kinds[name] in make else w for name, w in weights.items()}
-
-
-def _each(weights: Weights, make: Callable) -> Weights:
-    """Make something of every weight, once of one that has two names."""
-    made = {id(w): make(w) for w in weights.values()}
-    return {name: made[id(w)] for name, w in weights.items()}
 
 
 def described(scaling: RopeScaling | None) -> str:

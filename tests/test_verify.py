@@ -558,3 +558,14 @@ def test_arguments_that_differ_are_told():
 def test_another_model_is_not_compared(tmp_path):
     faults, _ = compared(tmp_path, "F32", lambda w: None, args=replace(TINY, hidden_dim=128))
     assert faults == ["it is another model: hidden_dim is 128, the reference has 96"]
+
+
+@pytest.mark.parametrize("format", ["BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_one_large_weight_makes_its_block_coarse_and_that_is_no_fault(format, tmp_path):
+    def change(weights):
+        weights["layers.1.attention.wo.weight"][7, 11] = 40
+
+    a, b = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    pair = [open_checkpoint(write_tiny(path, to, change)) for path, to in ((a, format), (b, "F32"))]
+    faults, _ = compare(*pair)
+    assert faults == []

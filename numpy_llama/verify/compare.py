@@ -138,8 +138,7 @@ class Comparison:
             unequal += int(odd.sum())
             with np.errstate(all="ignore"):
                 d = np.abs(a - b)
-                size = np.sqrt(np.mean(b * b, axis=1, keepdims=True))
-                ratio = np.where(odd, d / np.maximum(size, np.abs(b)), 0)
+                ratio = np.where(odd, d / _scale(b, max(found.format.block, wanted.format.block)), 0)
             ratio = np.nan_to_num(ratio, nan=np.inf)
             i, j = np.unravel_index(int(ratio.argmax()), ratio.shape)
             off.append(
@@ -245,6 +244,13 @@ def _generic(name: str, beside: str) -> str:
     """The name of a weight, without its layer where that is the same."""
     a, b = name.split("."), beside.split(".")
     return a[-2] if a[:2] == b[:2] else name
+
+
+def _scale(b: np.ndarray, block: int) -> np.ndarray:
+    """What the rounding of a number is relative to: the largest of its block; or itself, or its row."""
+    if block == 1:
+        return np.maximum(np.abs(b), np.sqrt(np.mean(b * b, axis=1, keepdims=True)))
+    return np.repeat(np.abs(b).reshape(len(b), -1, block).max(axis=-1), block, axis=-1)
 
 
 def _row(tensor: StoredTensor, row: int) -> np.ndarray:

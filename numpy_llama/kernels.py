@@ -101,6 +101,11 @@ def compiler() -> str:
     return ffi.string(lib.nl_compiler()).decode()
 
 
+def is_fixed(format: Format, T: int) -> bool:
+    """Whether `linear` rounds T tokens to 14 bits before it multiplies them with weights of that format."""
+    return bool(lib.nl_is_fixed(format.code, T))
+
+
 def read_probe(arrays: Sequence[np.ndarray], threads: int) -> int:
     """Read every byte once, as fast as can be: -> the exclusive or of the 32-bit words of all arrays."""
     pieces = [ffi.from_buffer(array) for array in arrays]
@@ -230,7 +235,7 @@ class Kernels:
         threads = 1 if _forked or T * OUT * w.width < WORK_FOR_THREADS else self.threads
         multiply = lib.nl_linear_exact if self.exact else lib.nl_linear
         operand = ffi.from_buffer("float[]", x)
-        if not self.exact and lib.nl_is_fixed(w.format.code, T):
+        if not self.exact and is_fixed(w.format, T):
             multiply, operand = lib.nl_linear_fixed, self._fixed(operand, w, T, threads)
         y_pointer = ffi.from_buffer("float[]", y, require_writable=True)
         rows = max(WORK_PER_CALL // (T * w.width * PANEL_ROWS), 1) * PANEL_ROWS * threads

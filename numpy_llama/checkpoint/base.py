@@ -44,6 +44,10 @@ class Checkpoint(ABC):
     def weights(self) -> dict[str, StoredTensor]:
         """Every weight under our name; nothing is missing, too many, or of another shape."""
 
+    def holders(self) -> dict[str, Path]:
+        """The file that holds each weight, under our name; of a weight in several files there is none."""
+        return {}
+
     @abstractmethod
     def tokenizer_path(self) -> Path:
         """The file that holds the vocabulary; a TokenizerError where there is none."""

@@ -131,6 +131,9 @@ class HuggingFaceCheckpoint(Checkpoint):
                 stored[theirs] = _reordered(stored[theirs], order[matrix])
         return {ours: stored[theirs] for ours, theirs in names.items()}
 
+    def holders(self) -> dict[str, Path]:
+        return {ours: self._holders[theirs].path for ours, theirs in self._names().items()}
+
     def _check_tied(self, embedding: StoredTensor) -> None:
         """Old versions of transformers ignore a tied model's output matrix, new ones use it if it differs."""
         head = self._holders["lm_head.weight"].tensor("lm_head.weight")

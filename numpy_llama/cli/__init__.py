@@ -1,6 +1,7 @@
 """The command line: one file a verb. Text goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 130 Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 3 `verify` found a fault,
+130 Ctrl-C.
 """
 
 import argparse
@@ -13,9 +14,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import NumpyLlamaError, ParameterError, TextError, printable
-from . import bench, chat, common, convert, doctor, generate, info, perplexity, pull, tokenize
+from . import bench, chat, common, convert, doctor, generate, info, perplexity, pull, tokenize, verify
 
-VERBS = (generate, chat, info, tokenize, convert, pull, bench, perplexity, doctor)
+VERBS = (generate, chat, info, tokenize, convert, pull, bench, perplexity, verify, doctor)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         args = parser().parse_args(argv)
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
-        return 0
+        return code
     except KeyboardInterrupt:
         return _quietly(130)
     except BrokenPipeError:  # whoever read our output has had enough

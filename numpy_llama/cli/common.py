@@ -283,3 +283,13 @@ def window_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield bar.show
     finally:
         bar.close()
+
+
+@contextmanager
+def step_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that counts steps of whatever is being done: progress(what, done, total)."""
+    bar = _Bar(TextColumn("{task.completed}/{task.total}"))
+    try:
+        yield bar.show
+    finally:
+        bar.close()

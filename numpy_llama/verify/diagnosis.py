@@ -1,0 +1,252 @@
+"""What is wrong with a checkpoint, told from nothing but itself: C can equal NumPy on a wrong file.
+
+A trained model foretells plain English. Every fault that has a name has a repair: put the rows of q and k in
+the other order, exchange w_gate and w_up, take another rope_theta, leave a shard's layers out. If a repaired
+model foretells the sample text clearly better than the file as it is, that names the fault. Beside that the
+weights are looked at by themselves, and the arguments held against what was published.
+
+What cannot be told so: a fault that costs next to nothing on a short text, as a wrong RoPE factor of Llama 3
+(its published sizes tell), or a bit low in a weight's mantissa (another copy tells: compare.py).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .. import functional as F
+from ..checkpoint import build
+from ..checkpoint.names import interleaved_rows
+from ..config import ModelArgs, RopeScaling
+from ..errors import NumericsError
+from ..model import Transformer
+from ..perplexity import losses
+from ..presets import PRESETS
+from ..quantize import StoredTensor
+from ..tokenizer import Tokenizer
+
+TEXT = """\
+Bread is made from four things: flour, water, salt and yeast. The baker mixes them in a large bowl, works \
+the dough with both hands until it is smooth, and leaves it under a cloth in a warm place. After an hour \
+it has grown to twice its size, because the yeast eats the sugar in the flour and breathes out gas. The \
+baker then folds the dough, shapes it into a loaf, lets it rise once more and puts it into a hot oven. \
+When the crust is brown and the loaf sounds hollow, the bread is done.
+
+The moon goes around the earth once in about four weeks. It has no light of its own: what we see is the \
+light of the sun, which falls on one half of it. When the moon stands between the earth and the sun, its \
+dark half is turned to us, and we call it a new moon. Two weeks later the earth stands between the moon \
+and the sun, and we see a full moon. The pull of the moon also raises the water of the sea, so that most \
+coasts have high water and low water twice a day.
+
+Once upon a time there was a little girl named Anna who lived in a small house near the forest. One day \
+she found a bird with a broken wing. She was very sad, so she took the bird home and gave it some water \
+and a warm place to sleep. Every morning she asked the bird, "Are you better today?" And one morning the \
+bird sang a song and flew out of the window. Anna was happy, because she knew that her friend could fly \
+again.
+
+The captain of the ship was an old man with a grey beard. He had been at sea for more than forty years and \
+had seen every port between London and Shanghai. "A storm is coming," he said to the crew, and pointed at \
+the dark clouds in the west. The men took down the sails and tied everything to the deck. All night long \
+the wind blew and the waves rolled over the ship, but in the morning the sea was calm again, and nobody \
+was hurt. The cook made coffee for everyone, and the captain wrote into his book: "Storm from the west, no \
+damage, all men well."
+"""
+# A repair must be better by so much, in nats a token: leaving out one of the many layers of a large healthy
+# model changes less, and so does the next published rope_theta.
+MARGIN = 0.05
+# And by so many standard errors of the mean over the tokens; a few dozen repairs are tried.
+SURE = 3.0
+# For the rope_theta that was published with a model of this shape half of the proof is enough.
+MARGIN_PUBLISHED, SURE_PUBLISHED = 0.01, 2.0
+# A model knows the text if its loss is below this share of a blind guess, log vocab_size.
+KNOWS = 0.75
+# A repair that is worse after the first tokens is given up.
+FIRST = 128
+WORST = 100.0  # nats: what is no number counts as this
+
+Weights = Mapping[str, StoredTensor]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What would be wrong with the file, and the model as it then should be."""
+
+    fault: str
+    args: ModelArgs
+    weights: Weights
+    without: range = range(0)  # layers left out
+    margin: float = MARGIN
+    sure: float = SURE
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the sample text was foretold: nats a token."""
+
+    tokens: int
+    blind: float  # of a guess
+    loss: float
+    tried: int  # repairs
+    fault: str | None  # the repair that helped, and how much
+    repaired: float | None
+    standard_error: float | None
+
+    @property
+    def says_nothing(self) -> bool:
+        """Neither as it is nor repaired does the model know this text."""
+        return self.loss > KNOWS * self.blind and self.fault is None
+
+
+class Sample:
+    """The sample text, read by one model after another."""
+
+    def __init__(self, args: ModelArgs, tokenizer: Tokenizer, threads: int | None = None):
+        self.args, self.threads = args, threads
+        ids = tokenizer.encode(TEXT, bos=tokenizer.add_bos)
+        self.ids = ids[: args.max_seq_len]
+        self.blind = math.log(args.vocab_size)
+
+    def losses(self, repair: Repair, stop=None) -> np.ndarray:
+        """nats of each token; those of the first FIRST only if `stop`, of those, says so."""
+        model = build(repair.args, repair.weights, threads=self.threads)
+        cache, parts, ends = model.new_cache(max_seq_len=len(self.ids)), [], [FIRST, len(self.ids) - 1]
+        begin = 0
+        for end in sorted({min(end, len(self.ids) - 1) for end in ends}):
+            h = F.embedding(np.array([self.ids[begin:end]]), model.tok_embeddings)
+            freqs_cis = F.freqs_cis_at(model.freqs_cis, begin, end - begin)
+            parts.append(self._losses(model, h, freqs_cis, begin, cache, repair.without))
+            if stop is not None and stop(parts[0]):
+                break
+            begin = end
+        return np.concatenate(parts)
+
+    def _losses(self, model: Transformer, h, freqs_cis, begin: int, cache, without: range) -> np.ndarray:
+        wanted = self.ids[begin + 1 : begin + 1 + h.shape[1]]
+        try:
+            with np.errstate(all="ignore"):
+                for i, layer in enumerate(model.layers):
+                    if i not in without:
+                        h = layer(h, begin, freqs_cis, cache)
+                found = losses(model.logits(h[0]), wanted)
+        except NumericsError:
+            return np.full(len(wanted), WORST)
+        return np.minimum(np.nan_to_num(found, nan=WORST), WORST)
+
+    def read(
+        self, weights: Weights, runs: Mapping[str, range], progress: Progress = lambda what, done, total: None
+    ) -> Reading:
+        """The text as the file has it, and with each repair; the one that helps most is the fault.
+
+        The weights are in memory as they are stored, all at once. `runs`: see `repairs`.
+        """
+        made = {id(w): w.realize() for w in weights.values()}
+        weights = {name: made[id(w)] for name, w in weights.items()}
+        tried = list(repairs(self.args, weights, runs))
+        progress("reading a text", 0, len(tried) + 1)
+        before = self.losses(Repair("", self.args, weights))
+        best: tuple[float, float, str] | None = None
+        for n, repair in enumerate(tried, 1):
+            progress("reading a text", n, len(tried) + 1)
+            after = self.losses(repair, lambda first: first.mean() > before[: len(first)].mean() + MARGIN)
+            gain = before[: len(after)] - after
+            error = gain.std() / math.sqrt(len(gain))
+            clear = gain.mean() > max(repair.margin, repair.sure * error) and len(after) == len(before)
+            known = after.mean() < KNOWS * self.blind
+            if clear and known and (best is None or after.mean() < best[0]):
+                best = (float(after.mean()), float(error), repair.fault)
+        repaired, error, fault = best or (None, None, None)
+        loss = float(before.mean())
+        return Reading(len(before), self.blind, loss, len(tried), fault, repaired, error)
+
+
+def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Iterator[Repair]:
+    """Every fault with a name. `runs`: layers that may belong to another model, by what holds them."""
+    for which, fault, q, k in orders(args):
+        yield Repair(
+            f"the rows of {which} {fault}", args, _each_named(weights, wq=_reorder(q), wk=_reorder(k))
+        )
+    exchanged = {
+        name.replace(a, b): w
+        for name, w in weights.items()
+        for a, b in (("w_gate", "w_up"), ("w_up", "w_gate"))
+        if a in name
+    }
+    yield Repair("w_gate and w_up (w1 and w3) are exchanged", args, {**weights, **exchanged})
+    thetas = {p.rope_theta for p in same_shape(args).values()}
+    for theta in sorted({preset.args.rope_theta for preset in PRESETS.values()} - {args.rope_theta}):
+        fault = f"rope_theta is {args.rope_theta:g}, it should be {theta:g}"
+        proof = (MARGIN_PUBLISHED, SURE_PUBLISHED) if theta in thetas else (MARGIN, SURE)
+        yield Repair(fault, replace(args, rope_theta=theta), weights, range(0), *proof)
+    for scaling in {preset.args.rope_scaling for preset in PRESETS.values()} - {args.rope_scaling}:
+        fault = f"the RoPE scaling is {described(args.rope_scaling)}, it should be {described(scaling)}"
+        yield Repair(fault, replace(args, rope_scaling=scaling), weights)
+    for what, layers in runs.items():
+        if len(layers) < args.n_layers:
+            yield Repair(f"{what} do not belong to this model, or are corrupt", args, weights, layers)
+
+
+def orders(args: ModelArgs) -> Iterator[tuple[str, str, np.ndarray | None, np.ndarray | None]]:
+    """-> which rows are in a wrong order, in which, and what puts those of wq and wk right: their places."""
+    q, k = (interleaved_rows(n, args.head_dim) for n in (args.n_heads, args.n_kv_heads))
+    for fault, make in [
+        ("are in Hugging Face's order (half-split), not in pairs", lambda rows: rows),
+        ("were un-permuted twice", np.argsort),
+    ]:
+        yield "wq and wk", fault, make(q), make(k)
+        yield "wq", fault, make(q), None
+        yield "wk", fault, None, make(k)
+    width, rest = divmod(len(k), args.n_heads)
+    if args.n_heads != args.n_kv_heads and not rest and width % 2 == 0:
+        wrong = interleaved_rows(args.n_heads, width)
+        yield "wk", "were un-permuted with n_heads, not n_kv_heads", None, np.argsort(wrong)[k]
+
+
+def _reorder(rows: np.ndarray | None) -> Callable[[StoredTensor], StoredTensor]:
+    def put(w: StoredTensor) -> StoredTensor:
+        if rows is None:
+            return w
+        order = rows if w.row_order is None else w.row_order[rows]
+        return StoredTensor(w.format, w.shape, w.data, order)
+
+    return put
+
+
+def _each_named(weights: Weights, **make: Callable[[StoredTensor], StoredTensor]) -> Weights:
+    """The same weights, those of some names made anew."""
+    kinds = {name: name.split(".")[-2] for name in weights}
+    return {name: make[kinds[name]](w) if kinds[name] in make else w for name, w in weights.items()}
+
+
+def described(scaling: RopeScaling | None) -> str:
+    return "none" if scaling is None else f"{scaling.type}, factor {scaling.factor:g}"
+
+
+def same_shape(args: ModelArgs) -> dict[str, ModelArgs]:
+    """The published models of this shape, by name."""
+    sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+    return {
+        name: preset.args
+        for name, preset in PRESETS.items()
+        if all(getattr(preset.args, size) == getattr(args, size) for size in sizes)
+    }
+
+
+def published(args: ModelArgs) -> str | None:
+    """What differs from the published model of this shape, where there is one: the RoPE factor, or norm_eps.
+
+    rope_theta may differ: models stretched to a longer context have their own. The sample text judges it.
+    """
+    same = same_shape(args)
+    eps = [p for p in same.values() if math.isclose(p.norm_eps, args.norm_eps, rel_tol=1e-3)]
+    if not same or any(p.rope_scaling == args.rope_scaling for p in eps):
+        return None
+    name, nearest = next(iter(same.items()))
+    which = f"{name}, which has this shape, was published with"
+    if not eps:
+        return f"norm_eps is {args.norm_eps:g}, {which} {nearest.norm_eps:g}"
+    if nearest.rope_scaling is None:  # stretched by others
+        return None
+    found, wanted = described(args.rope_scaling), described(nearest.rope_scaling)
+    return f"the RoPE scaling is {found}, {which} {wanted}"

@@ -1,7 +1,7 @@
 """The bug museum: faults that implementations of LLaMA have had, each as a change to this one.
 
-`before` stands in `file` once, and becomes `after`; then one of `tests` must fail. `source` is where it
-happened. run.py applies them one at a time.
+`before` stands in `file` once, and becomes `after`; then one of `tests` must fail. `source` names the public
+discussion of it, repository#number on GitHub. run.py applies them one at a time.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ BUGS = [
     # --- the operations
     Bug(
         "LayerNorm for RMSNorm",
-        "SOURCE1",
+        "ggml-org/llama.cpp#173",
         F,
         "    return x / np.sqrt(np.mean(x * x,",
         "    x = x - x.mean(axis=-1, keepdims=True)\n    return x / np.sqrt(np.mean(x * x,",
@@ -37,7 +37,7 @@ BUGS = [
     ),
     Bug(
         "eps outside the root",
-        "SOURCE2",
+        "allenai/OLMo#281; EleutherAI/gpt-neox#1342",
         F,
         "np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight",
         "(np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) + eps) * weight",
@@ -45,7 +45,7 @@ BUGS = [
     ),
     Bug(
         "the weight of the norm before the mean",
-        "SOURCE15",
+        "tinygrad/tinygrad#5095, where the order of weight and cast was wrong",
         F,
         "    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight",
         "    x = x * weight\n    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)",
@@ -53,7 +53,7 @@ BUGS = [
     ),
     Bug(
         "eps 1e-5 where the model has 1e-6",
-        "SOURCE3",
+        "ggml-org/llama.cpp#2373: perplexity 5.8986 for 5.8283; Lightning-AI/lit-llama#339",
         MODEL,
         'RMSNorm(w[f"layers.{layer}.ffn_norm.weight"], args.norm_eps)',
         'RMSNorm(w[f"layers.{layer}.ffn_norm.weight"], 1e-5)',
@@ -61,7 +61,7 @@ BUGS = [
     ),
     Bug(
         "half-split RoPE on interleaved weights",
-        "SOURCE4",
+        "rasbt/LLMs-from-scratch#747",
         F,
         "    return (x.view(freqs_cis.dtype) * freqs_cis[..., None, :]).view(x.dtype)",
         "    a, b = np.split(x, 2, axis=-1)\n"
@@ -71,7 +71,7 @@ BUGS = [
     ),
     Bug(
         "rope_theta of the checkpoint unused",
-        "SOURCE23",
+        "karpathy/llama2.c#356",
         MODEL,
         "args.rope_theta, args.",
         "1e4, args.",
@@ -79,7 +79,7 @@ BUGS = [
     ),
     Bug(
         "RoPE's scaling read, but unused",
-        "SOURCE7",
+        "Lightning-AI/litgpt#1713; Blaizzy/mlx-vlm#1710",
         MODEL,
         "args.rope_theta, args.rope_scaling,",
         "args.rope_theta, None,",
@@ -87,27 +87,55 @@ BUGS = [
     ),
     Bug(
         "scaling factor 8, as in Llama 3.1, for all",
-        "SOURCE6",
+        "meta-llama/llama-models#241; pytorch/executorch#7265",
         F,
         "freqs / scaling.factor + keep",
         "freqs / 8 + keep",
         ROPE,
     ),
-    Bug("mask off by one: the next token is seen", "SOURCE8", F, "k=S - T + 1)", "k=S - T + 2)", ATTENTION),
-    Bug("mask off by one: no token sees itself", "SOURCE8", F, "k=S - T + 1)", "k=S - T)", ATTENTION),
-    Bug("mask forgets what is in the cache", "SOURCE9", F, "k=S - T + 1)", "k=1)", ATTENTION),
+    Bug(
+        "mask off by one: the next token is seen",
+        "pbloem/former#10, the nearest that is public",
+        F,
+        "k=S - T + 1)",
+        "k=S - T + 2)",
+        ATTENTION,
+    ),
+    Bug(
+        "mask off by one: no token sees itself",
+        "pbloem/former#10, the nearest that is public",
+        F,
+        "k=S - T + 1)",
+        "k=S - T)",
+        ATTENTION,
+    ),
+    Bug(
+        "mask forgets what is in the cache",
+        "meta-llama/llama#900; hyprstream/hyprstream#1521",
+        F,
+        "k=S - T + 1)",
+        "k=1)",
+        ATTENTION,
+    ),
     Bug(
         "no mask where there is a cache",
-        "SOURCE9",
+        "meta-llama/llama#900; hyprstream/hyprstream#1521",
         F,
         "    return np.triu(",
         "    return 0 if S > T else np.triu(",
         ATTENTION,
     ),
-    Bug("scores not divided by sqrt(Dh)", "SOURCE11", F, "q @ k / math.sqrt(Dh) +", "q @ k +", ATTENTION),
+    Bug(
+        "scores not divided by sqrt(Dh)",
+        "mlc-ai/mlc-llm#3426",
+        F,
+        "q @ k / math.sqrt(Dh) +",
+        "q @ k +",
+        ATTENTION,
+    ),
     Bug(
         "softmax over the wrong axis",
-        "SOURCE12",
+        "PetrochukM/PyTorch-NLP#2",
         F,
         "    return e / e.sum(axis=-1, keepdims=True)",
         "    return e / e.sum(axis=-2 if e.ndim > 1 else -1, keepdims=True)",
@@ -115,7 +143,7 @@ BUGS = [
     ),
     Bug(
         "softmax without the maximum taken away",
-        "SOURCE24",
+        "ggml-org/llama.cpp#2665",
         F,
         "np.exp(x - x.max(axis=-1, keepdims=True))",
         "np.exp(x)",
@@ -123,7 +151,7 @@ BUGS = [
     ),
     Bug(
         "key heads tiled, not repeated",
-        "SOURCE13",
+        "onnx/onnx#7274; apple/axlearn#842",
         F,
         "np.repeat(x, n_rep, axis=2)",
         "np.tile(x, (1, 1, n_rep, 1))",
@@ -131,7 +159,7 @@ BUGS = [
     ),
     Bug(
         "negative ids count from the end of the embedding",
-        "SOURCE27",
+        "BlinkDL/ChatRWKV#217",
         F,
         "tokens.min() >= 0 and ",
         "",
@@ -139,7 +167,7 @@ BUGS = [
     ),
     Bug(
         "silu's exp overflows with a warning",
-        "SOURCE24",
+        "antirez/ds4#498",
         F,
         '    with np.errstate(over="ignore"):\n        return x / (1 + np.exp(-x))',
         "    return x * np.exp(x) / (1 + np.exp(x))",
@@ -148,7 +176,7 @@ BUGS = [
     # --- the model and its cache
     Bug(
         "w1 and w3 exchanged",
-        "SOURCE10",
+        "ml-explore/mlx-lm#767",
         MODEL,
         "F.swiglu(self.w_gate(x), self.w_up(x))",
         "F.swiglu(self.w_up(x), self.w_gate(x))",
@@ -156,7 +184,7 @@ BUGS = [
     ),
     Bug(
         "cache written one position late",
-        "SOURCE14",
+        "microsoft/onnxruntime-genai#2354",
         CACHE,
         "k[:, start_pos:end], v[:, start_pos:end] = xk, xv",
         "k[:, start_pos + 1 : end + 1], v[:, start_pos + 1 : end + 1] = xk[:, : k.shape[1] - start_pos - 1], "
@@ -165,7 +193,7 @@ BUGS = [
     ),
     Bug(
         "positions begin at 0 again in the next turn",
-        "SOURCE29",
+        "pytorch/torchchat#1462; nntrainer/nntrainer#3814",
         GENERATE,
         "model.hidden(np.array([ids]), len(context.ids), context.cache)",
         "model.hidden(np.array([ids]), 0, context.cache)",
@@ -174,7 +202,7 @@ BUGS = [
     # --- files and text
     Bug(
         "K permuted with n_heads",
-        "SOURCE5",
+        "ggml-org/llama.cpp#3364; huggingface/transformers#31788",
         "numpy_llama/checkpoint/huggingface.py",
         '"wk": interleaved_rows(args.n_kv_heads, args.head_dim),',
         '"wk": interleaved_rows(args.n_heads, args.head_dim * args.n_kv_heads // args.n_heads),',
@@ -182,7 +210,7 @@ BUGS = [
     ),
     Bug(
         "w1 and w3 exchanged in the names",
-        "SOURCE10",
+        "ml-explore/mlx-lm#767",
         "numpy_llama/checkpoint/names.py",
         '("feed_forward.w_gate", "feed_forward.w1",',
         '("feed_forward.w_gate", "feed_forward.w3",',
@@ -190,7 +218,7 @@ BUGS = [
     ),
     Bug(
         "double BOS: the template's and the tokenizer's",
-        "SOURCE16",
+        "abetlen/llama-cpp-python#1501; sgl-project/sglang#888",
         "numpy_llama/chat.py",
         "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
         "        if tokenizer.add_bos:",
@@ -198,7 +226,7 @@ BUGS = [
     ),
     Bug(
         "one end token of two",
-        "SOURCE17",
+        "vllm-project/vllm#4180",
         "numpy_llama/tokenizer.py",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))[:1]",
@@ -206,7 +234,7 @@ BUGS = [
     ),
     Bug(
         "spaces stripped from every piece of the stream",
-        "SOURCE18",
+        "huggingface/transformers#22710; karpathy/llama2.c#1",
         "numpy_llama/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         "        return self._utf8.decode(data).strip()\n",
@@ -214,7 +242,7 @@ BUGS = [
     ),
     Bug(
         "characters of several tokens decoded one by one",
-        "SOURCE18",
+        "abetlen/llama-cpp-python#57",
         "numpy_llama/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         '        return data.decode("utf-8", "replace")\n',
@@ -223,7 +251,7 @@ BUGS = [
     # --- choosing
     Bug(
         "top-p drops the id that reaches p",
-        "SOURCE25",
+        "ggml-org/llama.cpp#1953; skyzh/tiny-llm#32",
         SAMPLING,
         "np.cumsum(probs[order]) - probs[order] <= p",
         "np.cumsum(probs[order]) <= p",
@@ -231,7 +259,7 @@ BUGS = [
     ),
     Bug(
         "the penalty makes negative logits likelier",
-        "SOURCE26",
+        "huggingface/transformers#2302",
         SAMPLING,
         "np.where(x > 0, x / penalty, x * penalty)",
         "x / penalty",
@@ -239,7 +267,7 @@ BUGS = [
     ),
     Bug(
         "top-k keeps all that are equal to the last",
-        "SOURCE31",
+        "vllm-project/vllm#50979",
         SAMPLING,
         "keep[np.flatnonzero(logits == kth)[: k - keep.sum()]] = True",
         "keep[logits == kth] = True",
@@ -248,18 +276,23 @@ BUGS = [
     # --- stored weights
     Bug(
         "neighbours, not halves, share a byte",
-        "SOURCE28",
+        "kekzl/imp#722",
         QUANTIZE,
         "    return np.concatenate([q & 0x0F, q >> 4], axis=-1)",
         "    return np.stack([q & 0x0F, q >> 4], axis=-1).reshape(*q.shape[:-1], -1)",
         STORED,
     ),
     Bug(
-        "q - 8 in unsigned bytes", "SOURCE32", QUANTIZE, "(q.view(np.int8) - 8)", "(q - np.uint8(8))", STORED
+        "q - 8 in unsigned bytes",
+        "tile-ai/tilelang#2947",
+        QUANTIZE,
+        "(q.view(np.int8) - 8)",
+        "(q - np.uint8(8))",
+        STORED,
     ),
     Bug(
         "bfloat16 cut off, not rounded",
-        "SOURCE33",
+        "paiml/aprender#2144",
         QUANTIZE,
         "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
         "bits >> 16",
@@ -267,7 +300,7 @@ BUGS = [
     ),
     Bug(
         "a NaN becomes infinite in bfloat16",
-        "SOURCE33",
+        "paiml/aprender#2144",
         QUANTIZE,
         "(bits >> 16) | 64",
         "(bits >> 16)",
@@ -276,7 +309,7 @@ BUGS = [
     # --- C
     Bug(
         "32-bit offsets into the weights",
-        "SOURCE19",
+        "karpathy/llama2.c#164",
         "csrc/linear.c",
         "weight(format, a->w + (r * blocks + b) * bytes, s, i)",
         "weight(format, a->w + (int)((r * blocks + b) * bytes), s, i)",
@@ -284,7 +317,7 @@ BUGS = [
     ),
     Bug(
         "rows beyond the last whole panel dropped",
-        "SOURCE20",
+        "ggml-org/llama.cpp#16443",
         "csrc/linear.c",
         "/ n + 31) / 32 * 32;",
         "/ n) / 32 * 32;",
@@ -292,7 +325,7 @@ BUGS = [
     ),
     Bug(
         "sums of bytes saturate at 32,767",
-        "SOURCE21",
+        "ikawrakow/ik_llama.cpp#427",
         "csrc/vec_avx2.h",
         "{ return _mm256_maddubs_epi16(a, b); }",
         "{ return _mm256_srai_epi16(_mm256_maddubs_epi16(_mm256_slli_epi16(a, 2), b), 2); }",
@@ -300,7 +333,7 @@ BUGS = [
     ),
     Bug(
         "minima of a K format forgotten",
-        "SOURCE22",
+        "paiml/aprender#3105; ggml-org/llama.cpp#1117",
         "csrc/few_tokens.c",
         "*to = vec_fma(vec_from_ints(of_both), vec_mul(d,",
         "*to = vec_fma(vec_zero(), vec_mul(d,",
@@ -308,7 +341,7 @@ BUGS = [
     ),
     Bug(
         "the sum not rescaled when a larger score comes",
-        "SOURCE34",
+        "Dao-AILab/flash-attention#2082, where the maximum it was rescaled by was wrong",
         "csrc/attention.c",
         "            l = l * old + p;",
         "            l = l + p;",

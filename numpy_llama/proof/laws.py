@@ -69,7 +69,7 @@ class Source:
 
 seeds = st.integers(0, 2**32 - 1)
 sources = st.builds(Source, seeds, st.sampled_from([True, False]))
-sizes = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 40]))
+sizes = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65]))
 small_sizes = st.integers(1, 5)
 even_sizes = st.integers(1, 32).map(lambda half: 2 * half)
 

@@ -1,0 +1,100 @@
+"""The proof as a user meets it: a file of operations held to the laws, and told in plain words what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RIGHT = """
+from numpy_llama.functional import softmax, silu, rms_norm
+"""
+
+WRONG = """
+import numpy as np
+
+def rms_norm(x, weight, eps):
+    return x / (np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) + eps) * weight
+
+def repeat_kv(x, n_rep):
+    return np.tile(x, (1, 1, n_rep, 1))
+
+def silu(x):
+    return x / (1 + math.exp(-x))
+"""
+
+TOLD = """\
+repeat_kv does not keep this law:
+  Query head h gets key head h // n_rep: a a b b, not a b a b.
+
+The smallest input found that breaks it:
+  repeat_kv(
+      x = [[[[6.],
+             [2.]]]], float64 of shape (1, 1, 2, 1),
+      n_rep = 2,)
+  gave   [[[[6.],
+            [2.],
+            [6.],
+            [2.]]]], float64 of shape (1, 1, 4, 1)
+  wanted [[[[6.],
+            [6.],
+            [2.],
+            [2.]]]], float64 of shape (1, 1, 4, 1)
+  2 of 4 numbers are not the same to the last bit
+"""
+
+
+def hold(folder: Path, ops: str | None, *more: str) -> subprocess.CompletedProcess:
+    """`pytest --pyargs numpy_llama.proof --ops my_ops.py` in a folder of its own."""
+    if ops is not None:
+        (folder / "my_ops.py").write_text(ops)
+    command = [sys.executable, "-m", "pytest", "--pyargs", "numpy_llama.proof", "--ops", "my_ops.py", *more]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+    return done
+
+
+def test_a_right_file_keeps_all_laws(tmp_path):
+    done = hold(tmp_path, RIGHT)
+    assert done.returncode == 0, done.stdout
+    assert "on trial: my_ops.py: rms_norm, softmax, silu" in done.stdout
+    laws = {
+        line.split()[0]: line.split()[1:] for line in done.stdout.split("laws that hold")[1].splitlines()[1:4]
+    }
+    assert laws.keys() == {"rms_norm", "softmax", "silu"}
+    assert all(held == whole and int(held) > 5 for held, _, whole in laws.values())
+
+
+def test_what_is_wrong_is_told_in_plain_words(tmp_path):
+    done = hold(tmp_path, WRONG)
+    assert done.returncode == 1
+    assert TOLD in done.stdout
+    assert "Of an x next to nothing the norm is x / sqrt(eps), not x / eps." in done.stdout
+    assert "raised NameError: name 'math' is not defined\n  in my_ops.py, line 11" in done.stdout
+    assert "Traceback" not in done.stdout and "numpy_llama/proof/laws.py" not in done.stdout
+    told = done.stdout.split("laws that hold")[1]
+    assert (
+        "repeat_kv                  0 of 2   <--" in told
+        and "silu                       0 of 7   <--" in told
+    )
+
+
+def test_a_chapter_may_be_chosen(tmp_path):
+    done = hold(tmp_path, RIGHT, "-k", "softmax")
+    assert done.returncode == 0 and "rms_norm  " not in done.stdout.split("laws that hold")[1]
+
+
+@pytest.mark.parametrize(
+    "ops, told",
+    [
+        (None, "--ops: there is no file my_ops.py"),
+        ("def f(:", "--ops: my_ops.py: SyntaxError: invalid syntax (my_ops.py, line 1)"),
+        ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("x = 1", "--ops: my_ops.py defines no operation that there is a law about: embedding, linear,"),
+    ],
+)
+def test_a_file_that_cannot_be_tried_is_refused_in_one_line(tmp_path, ops, told):
+    done = hold(tmp_path, ops)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stdout == "" and done.stderr.strip().count("\n") == 0
+    assert told in done.stderr

@@ -1,5 +1,6 @@
-"""The proof as a user meets it: a file of operations held to the laws, and told in plain words what is wrong."""
+"""The proof as a user meets it: a file of operations held to the laws, and told what is wrong."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ The smallest input found that breaks it:
             [2.]]]], float64 of shape (1, 1, 4, 1)
   2 of 4 numbers are not the same to the last bit
 """
+README = Path(__file__).parents[1] / "README.md"
 
 
 def hold(folder: Path, ops: str | None, *more: str) -> subprocess.CompletedProcess:
@@ -58,25 +60,22 @@ def test_a_right_file_keeps_all_laws(tmp_path):
     done = hold(tmp_path, RIGHT)
     assert done.returncode == 0, done.stdout
     assert "on trial: my_ops.py: rms_norm, softmax, silu" in done.stdout
-    laws = {
-        line.split()[0]: line.split()[1:] for line in done.stdout.split("laws that hold")[1].splitlines()[1:4]
-    }
-    assert laws.keys() == {"rms_norm", "softmax", "silu"}
-    assert all(held == whole and int(held) > 5 for held, _, whole in laws.values())
+    rows = [line.split() for line in done.stdout.split("laws that hold")[1].splitlines()[1:4]]
+    assert {name for name, *_ in rows} == {"rms_norm", "softmax", "silu"}
+    assert all(held == whole and int(held) > 5 for _, held, _, whole in rows)
 
 
 def test_what_is_wrong_is_told_in_plain_words(tmp_path):
     done = hold(tmp_path, WRONG)
     assert done.returncode == 1
     assert TOLD in done.stdout
+    assert TOLD.rpartition("  2 of")[0] in README.read_text()
     assert "Of an x next to nothing the norm is x / sqrt(eps), not x / eps." in done.stdout
     assert "raised NameError: name 'math' is not defined\n  in my_ops.py, line 11" in done.stdout
     assert "Traceback" not in done.stdout and "numpy_llama/proof/laws.py" not in done.stdout
     told = done.stdout.split("laws that hold")[1]
-    assert (
-        "repeat_kv                  0 of 2   <--" in told
-        and "silu                       0 of 7   <--" in told
-    )
+    assert re.search(r"^repeat_kv +\d of \d+   <--$", told, re.MULTILINE)
+    assert re.search(r"^rms_norm +1\d of \d+   <--$", told, re.MULTILINE)
 
 
 def test_a_chapter_may_be_chosen(tmp_path):

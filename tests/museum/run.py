@@ -82,7 +82,12 @@ class Copy:
     def compile(self) -> None:
         """The kernels anew, little optimized: the fault is in what they compute."""
         source = self.folder / "_kernels.c"
-        subprocess.run([sys.executable, "-c", EMIT, source], cwd=self.folder / "csrc", check=True)
+        subprocess.run(
+            [sys.executable, "-c", EMIT, source],
+            cwd=self.folder / "csrc",
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         sys.path.insert(0, str(self.folder / "csrc"))
         from build_kernels import COMPILE, SOURCES, openmp_flags
 

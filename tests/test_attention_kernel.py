@@ -2,6 +2,8 @@
 of its sums, and with the same bits however queries, positions and threads are cut.
 """
 
+import mmap
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -243,6 +245,20 @@ def test_attention_gives_the_same_bits_in_short_calls(isa, rng, monkeypatch):
         for work in (1, 2 * 70 * 6 * 16 * 4):  # so short that a call computes 1 or 4 queries a thread
             monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
             np.testing.assert_array_equal(bits(Kernels(2).attention(q, k, v)), bits(whole))
+
+
+def test_heads_2_to_the_31_numbers_apart_are_found(isa, rng):
+    """Strides are 64 bits wide: of a cache that is nearly all hole."""
+    apart, S, Dh = (1 << 31) + 64, 9, 32
+    q, k, v = draw_attention(rng, 1, 5, S, 2, 2, Dh, np.float16)
+    area = np.frombuffer(mmap.mmap(-1, 2 * (apart + 2 * S * Dh)), np.float16)
+    views = []
+    for x, at in ((k, 0), (v, S * Dh)):
+        strides = [2 * n for n in (2 * apart, Dh, apart, 1)]
+        view = np.lib.stride_tricks.as_strided(area[at:], x.shape, strides)
+        view[...] = x
+        views.append(view)
+    np.testing.assert_array_equal(Kernels(2).attention(q, *views), Kernels(2).attention(q, k, v))
 
 
 def test_attention_of_nothing(isa):

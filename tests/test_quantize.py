@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
+from numpy_llama.kernels import Kernels
 from numpy_llama.quantize import FORMATS, MAX_F16, QK, QK_K, StoredTensor
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
@@ -53,6 +54,24 @@ def test_block_formats_refuse_what_they_cannot_scale(name, bad, rng):
 def test_the_largest_weights_are_stored(name, sign):
     x = np.float32([[sign * MAX_F16, -sign * MAX_F16] * (QK // 2)])
     assert np.isfinite(round_trip(x, name)).all()
+
+
+@pytest.mark.parametrize(
+    "x, bf16",
+    [
+        (0x7F800001, 0x7FC0),
+        (0xFF800001, 0xFFC0),
+        (0x7FFFFFFF, 0x7FFF),
+        (0xFFFFFFFF, 0xFFFF),
+        (0x7FA10000, 0x7FE1),
+    ],
+)
+def test_a_nan_is_quieted_and_else_cut_as_by_ggml(x, bf16):
+    """It keeps its sign and its upper bits: only so do both paths write the same file."""
+    nan = np.uint32([[x]]).view(np.float32)
+    assert FORMATS["BF16"].quantize(nan).view(np.uint16)[0, 0] == bf16
+    stored = StoredTensor(FORMATS["F32"], (1, 1), nan.view(np.uint8))
+    assert Kernels(1).convert(stored, FORMATS["BF16"]).view(np.uint16)[0, 0] == bf16
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from threading import RLock
 
 import numpy as np
@@ -25,6 +25,13 @@ class Context:
         self.ids: list[int] = []
         self.user: object = None  # the generation that goes on in it now
         self._lock = RLock()  # held during a step
+
+    def __deepcopy__(self, memo: dict) -> "Context":
+        """A conversation that goes on in two ways."""
+        twin = copy(self)
+        twin.cache, twin.ids = deepcopy(self.cache, memo), list(self.ids)
+        twin.user, twin._lock = None, RLock()
+        return twin
 
     @contextmanager
     def alone(self) -> Iterator[None]:

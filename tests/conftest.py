@@ -5,10 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from numpy_llama import kernels
 from numpy_llama.download import pull
-from numpy_llama.proof import laws as laws  # registers the Hypothesis profiles
+from numpy_llama.proof import laws
+
+for _name, _profile in laws.PROFILES.items():
+    settings.register_profile(_name, _profile)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 # A folder of further real files, golden outputs and texts; tests/with_data needs it and is collected with it.
 DATA = Path(os.environ.get("NUMPY_LLAMA_TEST_DATA", "/nonexistent"))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import numpy_llama.proof
+
 RIGHT = """
 from numpy_llama.functional import softmax, silu, rms_norm
 """
@@ -86,8 +88,9 @@ def test_a_chapter_may_be_chosen(tmp_path):
 @pytest.mark.parametrize(
     "ops, told",
     [
-        (None, "--ops: there is no file my_ops.py"),
-        ("def f(:", "--ops: my_ops.py: SyntaxError: invalid syntax (my_ops.py, line 1)"),
+        (None, "--ops: my_ops.py does not exist; wanted a Python file"),
+        ("def f(:", "--ops: my_ops.py, line 1: SyntaxError: invalid syntax (my_ops.py, line 1)"),
+        ("import sys\nsys.exit('no')", "--ops: my_ops.py, line 2: SystemExit: no"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("x = 1", "--ops: my_ops.py defines no operation that there is a law about: embedding, linear,"),
     ],
@@ -97,3 +100,54 @@ def test_a_file_that_cannot_be_tried_is_refused_in_one_line(tmp_path, ops, told)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert done.stdout == "" and done.stderr.strip().count("\n") == 0
     assert told in done.stderr
+
+
+def test_other_projects_are_left_alone(tmp_path):
+    """A project may have an option and a mark of these names."""
+    (tmp_path / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--ops')\n"
+        "def pytest_configure(config):\n    config.addinivalue_line('markers', 'law(x): theirs')\n"
+    )
+    (tmp_path / "test_theirs.py").write_text(
+        "import pytest\n@pytest.mark.law('gravity')\ndef test_it(request):\n"
+        "    assert request.config.getoption('--ops') == 'theirs'\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "--ops", "theirs"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_readme_counts_the_laws():
+    chapters = sorted(Path(numpy_llama.proof.__file__).parent.glob("test_*.py"))
+    laws = sum(len(re.findall(r"^@(?:law|whole)\(", path.read_text(), re.MULTILINE)) for path in chapters)
+    assert f"as {laws} laws" in README.read_text()
+
+
+REPORTED = {
+    "in place": (
+        "def softmax(x):\n    x -= x.max()\n    return x\n",
+        ["softmax(x = [[6.]", "wanted"],
+    ),
+    "float32": (
+        "import numpy as np\ndef silu(x):\n    x = x.astype(np.float32)\n    return x / (1 + np.exp(-x))\n",
+        ["float64 went in, float32 came out"],
+    ),
+    "no return": (
+        "def silu(x):\n    x / 2\n",
+        ["silu gave nothing (is a return missing?)"],
+    ),
+    "a list": ("def silu(x):\n    return [0.0]\n", ["silu gave a list, an array is wanted"]),
+    "leaving": (
+        "import sys\ndef silu(x):\n    sys.exit(1)\n",
+        ["raised SystemExit: 1", "my_ops.py, line 3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REPORTED)
+def test_what_is_shown_is_what_was_given(tmp_path, fault):
+    ops, told = REPORTED[fault]
+    done = hold(tmp_path, ops, "-k", "formula or as_pytorch")
+    assert done.returncode == 1
+    for words in told:
+        assert words in done.stdout

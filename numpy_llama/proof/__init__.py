@@ -6,7 +6,8 @@
 
 A chapter is a file, a law of it a test: its first sentence is the law, the rest how it is tried. Your file
 defines functions with the names and the shapes of numpy_llama.functional, sampling or quantize; what it does
-not define is not tried. What fails is told in a few words, on the smallest input that was found.
+not define is not tried. It may have a KVCache and a Transformer too, used as those of cache.py and model.py
+are. What fails is told in a few words, on the smallest input that was found.
 
 Nothing else of the package imports this. It needs the extra: pip install 'numpy_llama[test]'.
 """

@@ -5,6 +5,8 @@ have all of them: a law is tried where all its operations are.
 """
 
 import importlib.util
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +36,13 @@ OPERATIONS = {
     model: ("Transformer",),
 }
 NAMES = [name for names in OPERATIONS.values() for name in names]
+# Whose result is an array, in the precision of its arguments.
+ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "fixed_point"} - {"greedy", "draw"}
 
 
 class Implementation:
-    """Operations as attributes. Every call of a function is kept in `calls`, until the next example."""
+    """Operations as attributes. Every call is kept in `calls`, until the next example: its name, what it was
+    given, what it gave."""
 
     def __init__(self, name: str, operations: Mapping[str, Callable], dtype=np.float64):
         """`dtype`: the finest precision that it computes in."""
@@ -50,17 +55,50 @@ class Implementation:
     def __getattr__(self, name: str) -> Callable:
         if name not in self.operations:
             raise AttributeError(f"{self.name} has no {name}")
-        operation = self.operations[name]
-        if isinstance(operation, type):
-            return operation
+        return self.kept(name, self.operations[name])
 
-        def kept(*arguments):
-            self.calls.append((name, arguments, None))
+    def kept(self, name: str, operation: Callable) -> Callable:
+        """The operation, every call of which is remembered as it was: arrays may be written to later."""
+
+        def call(*arguments):
+            given = tuple(copied(x) for x in arguments)
+            self.calls.append((name, given, None))
             result = operation(*arguments)
-            self.calls[-1] = name, arguments, result
+            if isinstance(operation, type):
+                return Kept(self, name, result)
+            check_kind(name, arguments, result)
+            self.calls[-1] = name, given, copied(result)
             return result
 
-        return kept
+        return call
+
+
+class Kept:
+    """An object of a class on trial, a cache or a model: the calls of its methods are remembered too."""
+
+    def __init__(self, by: Implementation, name: str, object: object):
+        self._by, self._name, self._object = by, name, object
+
+    def __getattr__(self, name: str):
+        found = getattr(self._object, name)
+        return self._by.kept(f"{self._name}.{name}", found) if inspect.ismethod(found) else found
+
+    def __call__(self, *arguments):
+        return self._by.kept(self._name, self._object)(*arguments)
+
+
+def copied(x):
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
+def check_kind(name: str, arguments: tuple, result) -> None:
+    """Refuse at once, by name, what would only fail later: no array, or one of another precision."""
+    if name in ARRAYS and not isinstance(result, np.ndarray | np.generic):
+        what = "nothing (is a return missing?)" if result is None else f"a {type(result).__name__}"
+        raise AssertionError(f"{name} gave {what}, an array is wanted")
+    floats = {x.dtype for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
+    if name in ARRAYS and len(floats) == 1 and result.dtype.kind == "f" and result.dtype not in floats:
+        raise AssertionError(f"{floats.pop()} went in, {result.dtype} came out")
 
 
 def numpy_implementation(name: str = "numpy", modules: Mapping[ModuleType, tuple] = OPERATIONS):
@@ -90,12 +128,14 @@ def compiled(kernels: ModuleType, isa: str) -> Implementation:
 
     @contextmanager
     def chosen():
-        before = kernels.isa()
+        before = kernels.isa(), kernels.WORK_FOR_THREADS
         kernels.use_isa(isa)
+        kernels.WORK_FOR_THREADS = 0  # two threads even for little work
         try:
             yield
         finally:
-            kernels.use_isa(before)
+            kernels.use_isa(before[0])
+            kernels.WORK_FOR_THREADS = before[1]
 
     def in_c(function: Callable) -> Callable:
         def run(*arguments):
@@ -150,7 +190,9 @@ def conversions(twins) -> dict[str, Callable]:
 
 
 def implementation_of_file(path: Path) -> Implementation:
-    """A user's own: what of our names it defines. Whatever it raises on import goes through."""
+    """A user's own: what of our names it defines. Whatever it raises on import goes through. Like a script's,
+    its imports are first looked for beside it."""
+    sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")

@@ -21,16 +21,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-for _name, _examples in {"dev": 50, "ci": 300, "nightly": 10_000}.items():
-    settings.register_profile(
-        _name,
-        max_examples=_examples,
-        derandomize=_name == "ci",
+# How many examples a law is tried on: HYPOTHESIS_PROFILE chooses, as it does in tests/.
+PROFILES = {
+    name: settings(
+        max_examples=examples,
+        derandomize=name == "ci",
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
         report_multiple_bugs=False,  # one thing at a time
     )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+    for name, examples in {"dev": 50, "ci": 300, "nightly": 10_000}.items()
+}
+_profile = os.environ.get("HYPOTHESIS_PROFILE", "dev")
+PROFILE = PROFILES.get(_profile) or settings.get_profile(_profile)
 
 Law = Callable[..., None]
 
@@ -80,7 +83,7 @@ def law(needs: str, *strategies: st.SearchStrategy, share: float = 1) -> Callabl
     A name may hold a parameter of the test, "quantize_{format}". `share`: of the profile's number of
     examples, for what costs more than most.
     """
-    so_many = settings(max_examples=round(settings().max_examples * share))
+    so_many = settings(PROFILE, max_examples=round(PROFILE.max_examples * share))
 
     def decorate(test: Law) -> Law:
         @functools.wraps(test)
@@ -92,7 +95,7 @@ def law(needs: str, *strategies: st.SearchStrategy, share: float = 1) -> Callabl
             test(ops, *drawn, **named)
 
         tried = so_many(given(*strategies)(example)) if strategies else example
-        return pytest.mark.law(*needs.split())(tried)
+        return pytest.mark.numpy_llama_law(*needs.split())(tried)
 
     return decorate
 

@@ -1,10 +1,13 @@
 """Runs the laws: pytest loads this by itself, wherever the package is installed.
 
 It adds `--ops FILE`, hands each law the implementations that have its operations, and tells what a user's
-file got wrong in plain words: the law, the smallest input found, what came out and what should have.
+file got wrong in plain words: the law, the smallest input found, what came out and what should have. Of other
+projects' tests it takes no notice.
 """
 
+import importlib.util
 import inspect
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,18 +15,29 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("numpy_llama")
-    group.addoption(
-        "--ops",
-        metavar="FILE",
-        help="hold the functions of this Python file to the laws of numpy_llama.proof",
-    )
+    if any("numpy_llama" in word for word in sys.argv[1:]):  # elsewhere it may be another project's option
+        group = parser.getgroup("numpy_llama")
+        told = "hold the functions of this Python file to the laws of numpy_llama.proof"
+        group.addoption("--ops", metavar="FILE", dest="numpy_llama_ops", help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "law(operations): a law about these operations")
-    if config.getoption("--ops"):
+    config.addinivalue_line("markers", "numpy_llama_law(operations): a law about these operations")
+    if file_of(config):
+        for needed in ("hypothesis", "torch", "transformers", "gguf"):
+            if importlib.util.find_spec(needed) is None:
+                raise pytest.UsageError(f"--ops needs {needed}: pip install 'numpy_llama[test]'")
         on_trial(config)  # what is wrong with the file is said before anything else
+
+
+def file_of(config: pytest.Config) -> Path | None:
+    """The user's file, if there is one."""
+    file = config.getoption("numpy_llama_ops", None)
+    return Path(file).absolute() if file else None
+
+
+def law_of(item):
+    return item.get_closest_marker("numpy_llama_law")
 
 
 def on_trial(config: pytest.Config) -> list:
@@ -31,11 +45,8 @@ def on_trial(config: pytest.Config) -> list:
     from . import implementations
 
     if config.stash.get(TRIAL, None) is None:
-        file = config.getoption("--ops")
-        if not file:
-            config.stash[TRIAL] = implementations.all_implementations()
-        else:
-            config.stash[TRIAL] = [implementation_of(Path(file))]
+        file = file_of(config)
+        config.stash[TRIAL] = [implementation_of(file)] if file else implementations.all_implementations()
     return config.stash[TRIAL]
 
 
@@ -46,46 +57,47 @@ def implementation_of(path: Path):
     from . import implementations
 
     if not path.is_file():
-        raise pytest.UsageError(f"--ops: there is no file {path}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise pytest.UsageError(f"--ops: {path.name} {what}; wanted a Python file")
     try:
         found = implementations.implementation_of_file(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         at = [f"line {line}" for name, line in _frames(error) if name == str(path)]
-        told = ", ".join([str(path), *at[-1:]])
+        told = ", ".join([path.name, *at[-1:]])
         raise pytest.UsageError(f"--ops: {told}: {type(error).__name__}: {error}") from None
     if not found.operations:
         known = ", ".join(implementations.NAMES[:5])
-        raise pytest.UsageError(f"--ops: {path} defines no operation that there is a law about: {known}, ...")
+        raise pytest.UsageError(
+            f"--ops: {path.name} defines no operation that there is a law about: {known}, ..."
+        )
     return found
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    if not config.getoption("--ops"):
+    if not file_of(config):
         return None
     (mine,) = on_trial(config)
     return f"on trial: {mine.name}: {', '.join(mine.operations)}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.definition.get_closest_marker("law"):
+    if law_of(metafunc.definition):
         metafunc.parametrize("ops", on_trial(metafunc.config), ids=str)
 
 
 def operations(item) -> list[str]:
     """What a law is about, first what it is about most; "{name}" stands for a parameter of the test."""
-    return [name.format(**item.callspec.params) for name in item.get_closest_marker("law").args]
+    return [name.format(**item.callspec.params) for name in law_of(item).args]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
     """A law about what an implementation has not is no test of it."""
 
     def concerns(item) -> bool:
-        return not item.get_closest_marker("law") or set(operations(item)) <= set(
-            item.callspec.params["ops"].operations
-        )
+        return not law_of(item) or set(operations(item)) <= set(item.callspec.params["ops"].operations)
 
     if others := [item for item in items if not concerns(item)]:
-        if config.getoption("--ops"):
+        if file_of(config):
             config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if concerns(item)]
 
@@ -93,10 +105,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if item.get_closest_marker("law") and call.when == "call":
+    if law_of(item) and call.when == "call":
         report.operation, report.sentence = operations(item)[0], sentence(item.function)
-        if report.failed and item.config.getoption("--ops"):
-            report.longrepr = told(item, call.excinfo.value, Path(item.config.getoption("--ops")))
+        if report.failed and (file := file_of(item.config)):
+            report.longrepr = told(item, call.excinfo.value, file)
     return report
 
 
@@ -112,17 +124,17 @@ def told(item, error: BaseException, path: Path) -> str:
     ops = item.callspec.params["ops"]
     lines = [f"{operations(item)[0]} does not keep this law:", f"  {sentence(item.function)}", ""]
     lines += ["The smallest input found that breaks it:"]
-    gave = getattr(error, "actual", None)
     for name, arguments, result in ops.calls[-3:]:
-        lines += [f"  {call_of(name, arguments, ops.operations[name])}"]
-        if result is not None and shown(result) != shown(gave):
+        lines += [f"  {call_of(name, arguments, ops.operations.get(name))}"]
+        if result is not None and shown(result) != getattr(error, "gave", ""):
             lines += [f"    = {_indented(shown(result), 6)}"]
-    frames = [(file, line) for file, line in _frames(error) if file == str(path.resolve())]
+    frames = [(file, line) for file, line in _frames(error) if file == str(path)]
     if frames:
-        lines += [f"  raised {type(error).__name__}: {error}", f"  in {path.name}, line {frames[-1][1]}"]
+        lines += [f"  raised {type(error).__name__}: {_indented(str(error), 2)}"]
+        lines += [f"  in {path.name}, line {frames[-1][1]}"]
     elif isinstance(error, Miss):
-        lines += [f"  gave   {_indented(shown(error.actual), 9)}"]
-        lines += [f"  wanted {_indented(shown(error.expected), 9)}", f"  {error.why}"]
+        lines += [f"  gave   {_indented(error.gave, 9)}", f"  wanted {_indented(error.wanted, 9)}"]
+        lines += [f"  {error.why}"]
     else:
         lines += [f"  {error}" if isinstance(error, AssertionError) else f"  {type(error).__name__}: {error}"]
     return "\n".join(lines)
@@ -144,11 +156,12 @@ def call_of(name: str, arguments: tuple, function) -> str:
     one_line = f"{name}({', '.join(parts)})"
     if len(one_line) <= 100 and "\n" not in one_line:
         return one_line
-    return f"{name}(" + "".join(f"\n      {_indented(part, 10)}," for part in parts) + ")"
+    lines = [_indented(part, 6 + (part.index(" = ") + 3 if " = " in part[:20] else 0)) for part in parts]
+    return f"{name}(" + "".join(f"\n      {line}," for line in lines) + ")"
 
 
 def _indented(text: str, by: int) -> str:
-    return text.replace("\n", "\n" + " " * by)
+    return "\n".join(line.rstrip() for line in text.replace("\n", "\n" + " " * by).split("\n"))
 
 
 def _frames(error: BaseException):
@@ -162,7 +175,7 @@ def _frames(error: BaseException):
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if not config.getoption("--ops"):
+    if not file_of(config):
         return
     tried: Counter[str] = Counter()
     held: Counter[str] = Counter()
@@ -172,6 +185,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
                 tried[operation] += 1
                 held[operation] += outcome == "passed"
     terminalreporter.section("laws that hold")
+    if not tried:
+        terminalreporter.line("no law was tried: pytest --pyargs numpy_llama.proof --ops FILE")
     for operation, n in tried.items():
         whole = "" if held[operation] == n else "   <--"
         terminalreporter.line(f"{operation:<24} {held[operation]:>3} of {n}{whole}")

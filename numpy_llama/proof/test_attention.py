@@ -21,7 +21,9 @@ class Shape:
         return f"B={self.B} T={self.T} S={self.S} K={self.K} H={self.H} Dh={self.Dh}"
 
 
-few, several = st.integers(1, 7), st.integers(0, 9)
+# Many positions too: a kernel walks them in blocks.
+few = st.integers(1, 7)
+several = st.one_of(st.integers(0, 9), st.sampled_from([62, 63, 64, 127, 128, 129, 300]))
 
 
 def shapes(T=few, older=several, B=st.integers(1, 2)):  # noqa: B008  a strategy is a constant
@@ -88,7 +90,7 @@ def test_in_float32(ops, source, n):
 
 @law("attention", sources, shapes(), st.data())
 def test_the_future_does_not_matter(ops, source, n, data):
-    """What query t gives depends on positions up to its own: others may be anything, NaN too."""
+    """What query t gives depends on positions up to its own: others may be anything."""
     q, k, v = drawn(source, n)
     t = data.draw(st.integers(0, n.T - 1), label="query")
     future = n.S - n.T + t + 1
@@ -245,7 +247,7 @@ def test_grouped_heads_are_repeated_ones(ops, source, n):
     q, k, v = drawn(source, n)
     n_rep = n.H // n.K
     as_mha = ops.attention(q, np.repeat(k, n_rep, axis=2), np.repeat(v, n_rep, axis=2))
-    assert_same(ops.attention(q, k, v), as_mha)
+    assert_within(ops.attention(q, k, v), as_mha, 2 * bound(q, k, v))
 
 
 @law("attention", sources, shapes())
@@ -282,7 +284,8 @@ def test_sequences_do_not_see_each_other(ops, source, n):
 def test_the_order_of_sequences_is_kept(ops, source, n):
     """A batch turned round gives the result turned round."""
     q, k, v = drawn(source, n)
-    assert_same(ops.attention(q[::-1], k[::-1], v[::-1])[::-1], ops.attention(q, k, v))
+    turned = ops.attention(q[::-1], k[::-1], v[::-1])[::-1]
+    assert_within(turned, ops.attention(q, k, v), 2 * bound(q, k, v))
 
 
 # --- what it takes ----------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_256_tokens_as_both(ops, oracle, args, seed, tied):
 
 @law("Transformer rms_norm softmax", tiny.longer_configurations(), seeds, st.booleans(), share=5 / 3)
 def test_many_configurations_as_both(ops, oracle, args, seed, tied):
-    """The same for 500 models in CI, of whoever has the parts too: the C kernels take theirs from NumPy."""
+    """The same for many more models, of whoever has all the parts: of them the C kernels have two."""
     compare_with_both(ops, oracle, args, seed, tied)
 
 
@@ -152,11 +152,12 @@ def test_the_order_of_words_matters(ops, args, seed):
     model, tokens = model_and_tokens(ops, args, seed, 1, 5)
     tokens[0] = [0, 1, 2, 3, 4]
     exchanged = tokens[:, [1, 0, 2, 3, 4]]
-    assert_that((model(tokens)[:, -1] != model(exchanged)[:, -1]).any(), "the last position cannot tell")
+    one, other = model(tokens)[:, -1], model(exchanged)[:, -1]
+    assert_that(np.abs(one - other).max() > 1e-5 * np.abs(one).max(), "the last position cannot tell")
 
 
 @whole("Transformer", configurations(), seeds)
-def test_the_last_norm_forgets_lengths(ops, args, seed):
+def test_the_last_norms_weight_scales_the_logits(ops, args, seed):
     """Twice the weight of the last norm doubles every logit, exactly."""
     rng = np.random.default_rng(seed)
     weights, tokens = random_weights(rng, args, ops.dtype), random_tokens(rng, args)

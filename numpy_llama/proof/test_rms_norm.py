@@ -91,9 +91,11 @@ def test_zero_stays_zero(ops, source, D, eps):
 
 @law("rms_norm", sources, sizes, eps_values)
 def test_each_row_is_for_itself(ops, source, D, eps):
-    """A vector's norm does not depend on its neighbours: exchanging rows exchanges results."""
-    x, weight, order = source.array(4, D), source.positive(D), source.permutation(4)
-    assert_same(ops.rms_norm(x[order], weight, eps), ops.rms_norm(x, weight, eps)[order])
+    """A vector's norm does not depend on its neighbours: with others beside it, it is the same."""
+    x, weight = source.array(2, D), source.positive(D)
+    other = x.copy()
+    other[1] = 3 * other[1] + 1
+    assert_same(ops.rms_norm(other, weight, eps)[0], ops.rms_norm(x, weight, eps)[0])
 
 
 @law("rms_norm", sources, sizes, eps_values)

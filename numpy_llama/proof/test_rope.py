@@ -86,7 +86,7 @@ def test_later_pairs_turn_slower(ops, half, theta):
 def test_a_longer_table_begins_with_a_shorter_one(ops, head_dim, theta, end, scaling):
     """A position's angles do not depend on the context."""
     shorter = table(ops, head_dim, end // 2, theta, scaling)
-    assert_same(table(ops, head_dim, end, theta, scaling)[: end // 2], shorter)
+    assert_within(table(ops, head_dim, end, theta, scaling)[: end // 2], shorter, (end + 8) * 8 * U64)
 
 
 @law("precompute_freqs_cis", even_sizes, st.integers(1, 20), scalings)
@@ -106,6 +106,16 @@ def test_inverse_frequencies_in_float32(ops, head_dim, theta):
     angles = np.angle(ops.precompute_freqs_cis(head_dim, 2, theta)[1].astype(np.complex128))
     expected = np.angle(torch_ops.precompute_freqs_cis(head_dim, 2, theta)[1].astype(np.complex128))
     assert_within(angles, expected, (2 + 2) * U32 * np.abs(expected))
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@law("precompute_freqs_cis")
+def test_far_positions_in_float32(ops, theta):
+    """At position 131,071 too an angle errs by no more than some u of itself: 8 (m theta_j + 1) u."""
+    far = [4095, 8191, 131071]
+    actual = ops.precompute_freqs_cis(8, 131072, theta)[far]
+    angles = np.outer(far, theta ** (-np.arange(0, 8, 2) / 8))
+    assert_within(actual, np.exp(1j * angles), 8 * (angles + 1) * U32)
 
 
 # --- Llama 3.1's scaling ----------------------------------------------------------------------------------
@@ -259,6 +269,21 @@ def test_scores_depend_on_the_distance_alone(ops, source, head_dim, m, n, moved)
         return np.sum(ops.apply_rotary_emb(q, freqs_cis[[m]]) * ops.apply_rotary_emb(k, freqs_cis[[n]]))
 
     bound = EXACT_64 * np.linalg.norm(q) * np.linalg.norm(k)
+    assert_within(score(m + moved, n + moved), score(m, n), bound)
+
+
+@law("apply_rotary_emb precompute_freqs_cis", sources, even_sizes, *[st.integers(0, 4000)] * 3)
+def test_the_distance_alone_in_float32(ops, source, head_dim, m, n, moved):
+    """The same in float32: the angles of position m are rounded by up to 2 m u, and scores with them."""
+    freqs_cis = ops.precompute_freqs_cis(head_dim, 8001, 5e5)
+    q, k = (source.normal(1, 1, 1, head_dim).astype(np.float32) for _ in "qk")
+
+    def score(m, n):
+        turned = (ops.apply_rotary_emb(x, freqs_cis[[at]]).astype(np.float64) for x, at in ((q, m), (k, n)))
+        return np.sum(np.multiply(*turned))
+
+    far = max(m, n) + moved
+    bound = (8 * far + 16) * U32 * np.linalg.norm(q) * np.linalg.norm(k)
     assert_within(score(m + moved, n + moved), score(m, n), bound)
 
 

@@ -55,10 +55,13 @@ def probabilities(logits):
 
 
 class Fixed:
-    """A source of chance that is none."""
+    """A generator whose next numbers are known: `draw` takes one, by `random()`."""
 
     def __init__(self, *values):
         self.values = list(values)
+
+    def __repr__(self):
+        return f"a generator whose random() is next {self.values}"
 
     def random(self):
         return self.values.pop(0)

@@ -17,7 +17,9 @@ from ..quantize import StoredTensor
 from .diagnosis import described, orders
 
 # Relative to the root mean square of the weights. 4-bit formats make 0.07 to 0.1; nothing that is run, 0.2.
+# 8 bits make 0.01, and so may single numbers that came out of 8 bits before.
 ROUNDING = 0.2
+ROUNDING_OF = {"F32": 0.02, "F16": 0.02, "BF16": 0.02, "Q8_0": 0.02}
 UNRELATED = 0.3  # cosine: two models of many thousand weights have less
 FEW = 256  # unequal numbers, as many as a block has: damage, which has a place
 OUTLIER = 16.0  # times as far off as the others of a tensor that was rounded
@@ -96,6 +98,8 @@ class Comparison:
         self.name, self.args, self.wanted_weights = name, args, wanted
         self.found: StoredTensor = found[name].realize()
         self.wanted: StoredTensor = wanted[name].realize()
+        formats = self.found.format.name, self.wanted.format.name
+        self.rounding = max(ROUNDING_OF.get(format, ROUNDING) for format in formats)
 
     def difference(self) -> Difference:
         name = self.name
@@ -106,7 +110,7 @@ class Comparison:
             return Difference(name, "equal")
         if unequal <= FEW and unequal < self.found.shape[-1] * len(self.found) / 4:
             return Difference(name, "damaged", self._damage(at, unequal))
-        if error < ROUNDING:
+        if error < self.rounding:
             if worst is not None:
                 return Difference(name, "damaged", self._damage([worst], 1) + ", beyond rounding")
             return Difference(name, "rounding", error=error)
@@ -156,7 +160,7 @@ class Comparison:
         error = kept[0] / max(kept[2], 1e-300)
         # One number may be so far off that it is all of the error.
         lonely = most > max(OUTLIER * max(usual, 2.0**-12), 4 * error) or not math.isfinite(most)
-        if lonely and usual < ROUNDING:
+        if lonely and usual < self.rounding:
             error = min(error, usual)
         return unequal, at, error, squares[3] / max(kept[1] * kept[2], 1e-300), place if lonely else None
 
@@ -207,7 +211,7 @@ class Comparison:
                 put = StoredTensor(
                     found.format, found.shape, found.data, rows if order is None else order[rows]
                 )
-                if self._measure(put, self.wanted)[2] < ROUNDING:
+                if self._measure(put, self.wanted)[2] < self.rounding:
                     return f"the rows {fault}"
         found, first = (
             t / np.linalg.norm(t, axis=1, keepdims=True) for t in (self.found[:], self.wanted[:SKETCH])

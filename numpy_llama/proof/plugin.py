@@ -7,6 +7,7 @@ projects' tests it takes no notice.
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,13 @@ from pathlib import Path
 import pytest
 
 
+ASKED = "NUMPY_LLAMA_PROOF"  # pytest-xdist's processes inherit it, but not the command line
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    if any("numpy_llama" in word for word in sys.argv[1:]):  # elsewhere it may be another project's option
+    if any("numpy_llama" in word for word in sys.argv[1:]):
+        os.environ[ASKED] = "yes"
+    if ASKED in os.environ:  # elsewhere it may be another project's option
         group = parser.getgroup("numpy_llama")
         told = "hold the functions of this Python file to the laws of numpy_llama.proof"
         group.addoption("--ops", metavar="FILE", dest="numpy_llama_ops", help=told)

@@ -337,6 +337,15 @@ def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, r
         np.testing.assert_array_equal(bits(out), bits(Kernels(1).attention(q, k, v)))
 
 
+@pytest.mark.parametrize("at_end", [True, False])
+def test_exp_touches_nothing_beside_its_arrays(isa, at_end, rng):
+    for n in range(40):
+        guarded, plain = Guarded(), -rng.random(n, np.float32)
+        x, y = guarded.copy(plain, at_end), guarded.copy(np.full_like(plain, np.nan), at_end)
+        lib.nl_exp(ffi.cast("float *", y.ctypes.data), ffi.cast("float *", x.ctypes.data), n)
+        np.testing.assert_allclose(y, np.exp(plain), 1e-6)
+
+
 # ---------------------------------------------------------------- a cache of float16
 
 

@@ -1,0 +1,130 @@
+"""The kernel tests on kernels built under a sanitizer:
+
+    python tests/instruments/sanitize.py address|undefined|thread [arguments for pytest]
+
+Everything happens in a temporary copy of the project. clang builds the extension there, straight from
+build_kernels.py's list of sources: setup.py would add Python's own flags, of which -fwrapv makes signed overflow
+legal. `--plant` first puts a fault into the copy which this sanitizer must find, and then succeeds if it does.
+"""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = [
+    f"tests/{name}.py"
+    for name in ("test_kernels", "test_fixed", "test_attention_kernel", "test_layer", "test_convert_kernels")
+]
+MISSING = "apt install clang libclang-rt-14-dev libomp-14-dev (or of another version)"
+
+# The library that must be there before Python is, and what it is told.
+RUNTIMES = {
+    # Python itself frees nothing at its end, so leaks are not looked for; SIGBUS is watch.c's, and tested.
+    "address": ("asan", {"ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0:allocator_may_return_null=1"}),
+    "undefined": ("ubsan_standalone", {"UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:handle_sigbus=0"}),
+    # Python and NumPy are not instrumented: of what they do nothing is known, so nothing is said. Archer tells of
+    # OpenMP's barriers. A child of fork has no threads: none of its own to lose.
+    "thread": (
+        "tsan",
+        {
+            "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66:die_after_fork=0:handle_sigbus=0",
+            "ARCHER_OPTIONS": "verbose=1",
+        },
+    ),
+}
+# A line of a C file, and what it becomes with the fault that is to be found.
+PLANTED = {
+    "address": ("csrc/quantize.c", "w[i] = weight(format, p, 0, i);", "w[i] = weight(format, p, 0, i + 1);"),
+    "undefined": (
+        "csrc/linear.c",
+        "int64_t nl_fixed_bytes(int64_t T, int64_t IN) {",
+        "int64_t nl_fixed_bytes(int64_t T, int64_t IN) {\n    static volatile int most = 2147483647;\n"
+        "    most = most + (int)(T > 0);",
+    ),
+    "thread": ("csrc/layer.c", "#pragma omp barrier", ""),
+}
+
+
+def library(name: str) -> str:
+    """A library that comes with clang: beside its own files, or where OpenMP's is."""
+    asked = subprocess.run(["clang", "-print-resource-dir"], capture_output=True, text=True)
+    resources = Path(asked.stdout.strip())
+    for path in (resources / "lib" / "linux" / name, resources.parents[1] / name):
+        if path.exists():
+            return str(path)
+    sys.exit(f"clang has no {name}: {MISSING}")
+
+
+def build(copy: Path, sanitizer: str) -> None:
+    """The extension, from the copy's own sources, into the copy's package."""
+    os.chdir(copy)  # build_kernels.py names its sources from here
+    parts = runpy.run_path("csrc/build_kernels.py")
+    ffi = parts["make_ffi"](openmp=["-fopenmp"])
+    ffi.emit_c_code("numpy_llama/_kernels.c")
+    flags = [flag for flag in parts["COMPILE"] if flag not in ("-O3", "-fno-tree-slp-vectorize")]
+    flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}", "-shared-libsan"]
+    flags += ["-fno-sanitize-recover=all", "-fopenmp", "-fPIC", "-DPy_LIMITED_API=0x030a0000"]
+    includes = ["-I", "csrc", "-I", sysconfig.get_path("include")]
+    made = f"numpy_llama/_kernels{'.abi3' if sysconfig.get_config_var('SOABI') else ''}.so"
+    sources = ["numpy_llama/_kernels.c", *(f"csrc/{name}" for name in parts["SOURCES"])]
+    jobs = [
+        subprocess.Popen(["clang", *flags, *includes, "-c", source, "-o", f"{Path(source).stem}.o"])
+        for source in sources
+    ]
+    if any([job.wait() for job in jobs]):
+        sys.exit("the kernels could not be compiled")
+    objects = [f"{Path(source).stem}.o" for source in sources]
+    subprocess.run(["clang", "-shared", *flags, *objects, "-lm", "-o", made], check=True)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    plant = "--plant" in arguments
+    if plant:
+        arguments.remove("--plant")
+    if not arguments or arguments[0] not in RUNTIMES:
+        sys.exit(__doc__)
+    if not shutil.which("clang"):
+        sys.exit(
+            "clang is not there: apt install clang libclang-rt-14-dev libomp-14-dev (or of another version)"
+        )
+    sanitizer, more = arguments[0], arguments[1:]
+    runtime, options = RUNTIMES[sanitizer]
+    environment = os.environ | options | {"LD_PRELOAD": library(f"libclang_rt.{runtime}-x86_64.so")}
+    environment |= {"OMP_TOOL_LIBRARIES": library("libarcher.so")} if sanitizer == "thread" else {}
+    with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:
+        copy = Path(folder)
+        for name in ("csrc", "numpy_llama", "tests"):
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "corpus")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if plant:
+            name, line, fault = PLANTED[sanitizer]
+            source = (copy / name).read_text()
+            if line not in source:
+                sys.exit(f"{name} has no line {line!r} any more to plant a fault in")
+            (copy / name).write_text(source.replace(line, fault))
+        build(copy, sanitizer)
+        environment |= {"PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "dev", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        if sanitizer == "thread":  # addresses at random are sometimes where the shadow memory should be
+            command = ["setarch", "-R", *command]
+        named = any(argument.startswith("tests/") for argument in more)
+        done = subprocess.run([*command, *([] if named else TESTS), *more], env=environment)
+    if plant:
+        sys.exit(
+            "the fault was not found"
+            if done.returncode == 0
+            else f"found: pytest ended with {done.returncode}"
+        )
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

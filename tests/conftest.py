@@ -11,9 +11,10 @@ from numpy_llama import kernels
 from numpy_llama.download import pull
 
 settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("few", max_examples=12, deadline=None)  # under sanitizers
 settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=10_000, deadline=None)
-for _profile in ("dev", "ci", "nightly"):
+for _profile in ("dev", "few", "ci", "nightly"):
     settings.register_profile(
         _profile, settings.get_profile(_profile), suppress_health_check=[HealthCheck.too_slow]
     )

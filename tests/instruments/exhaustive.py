@@ -2,9 +2,9 @@
 
     python tests/instruments/exhaustive.py [exp silu f16 bf16]
 
-On every instruction set of this machine, with the compiler and the flags of the ordinary build; some minutes on two
-cores. The worst of each is printed, and the exit code is 1 if it misses reliability's demand: 2 units in the last
-place for exp, 3 for silu, every bit for conversions.
+On every instruction set of this machine, with the flags of the ordinary build; some minutes on two cores.
+The worst of each is printed, and the exit code is 1 where a demand is missed: 2 units in the last place for
+exp, 3 for silu, every bit for the conversions.
 """
 
 import os

@@ -3,12 +3,13 @@
     python tests/instruments/fuzz.py TARGET [--minutes 10]
 
 A reader runs under atheris, with readers.py; a C function under libFuzzer with AddressSanitizer and
-UndefinedBehaviorSanitizer, with fuzz_kernels.c. It begins with corpus/TARGET.zip, where what was found earlier is
-kept, and with small files in order. What it finds wrong stays in build/fuzz/TARGET, and the exit code is not 0.
-`--keep` puts those inputs that together reach what was reached into corpus/TARGET.zip.
+UndefinedBehaviorSanitizer, with fuzz_kernels.c. It begins with corpus/TARGET.zip, the inputs of earlier runs,
+and with small files in order. What it finds wrong stays in build/fuzz/TARGET, and the exit code is not 0.
+`--keep` puts what reached something new, the smallest first and 16 KB in all, into corpus/TARGET.zip.
 """
 
 import argparse
+import re
 import runpy
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "fuzz"
 CORPUS = HERE / "corpus"
+FILES = ("gguf", "safetensors", "torch", "pickle", "llama2c", "params", "config", "tokenizer_json")
+FILES += ("sentencepiece", "tiktoken", "template")
 KERNELS = ("linear", "linear_exact", "fixed", "attention", "layer", "convert", "exp")
 SANITIZE = "-fsanitize=address,undefined"
 # Without OpenMP: races are sanitize.py's. Without optimisation by much, for the compiler's sake.
@@ -139,8 +142,6 @@ def fuzz_here(target: str, minutes: float) -> None:
 
 def words_of(seeds: list[bytes], more: str) -> list[bytes]:
     """What such files are made of: names, numbers, and what else is given."""
-    import re
-
     found = {word for seed in seeds for word in re.findall(rb"[A-Za-z_][\w.]{3,40}", seed)}
     found |= {b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b"18446744073709551616"}
     return sorted(found)[:400] + [word.encode("latin-1") for word in more.split(" ") if word]

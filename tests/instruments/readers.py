@@ -1,11 +1,13 @@
-"""What is fuzzed of the readers: files in order to begin with, and what is done with the bytes that come of them.
+"""What is fuzzed of the readers: files in order to begin with, and what is done with what becomes of them.
 
 Whatever the bytes are, only a NumpyLlamaError may come out, soon, with a message that can be printed:
 
     attempt(READERS["gguf"], data)
 """
 
+import atexit
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -75,9 +77,16 @@ def _allow_refusal(use: Callable[[], object]) -> None:
 @cache
 def _folder(reader: Reader) -> Path:
     warnings.simplefilter("error")
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    folder = _new_folder()
     reader.beside(folder)
     return folder
+
+
+def _new_folder() -> Path:
+    """In memory where there is such a place, for each input is written there."""
+    folder = tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _use_model(path: Path) -> None:
@@ -205,14 +214,8 @@ def _meta_beside(folder: Path) -> None:
 def _configs() -> Iterator[bytes]:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     yield json.dumps(models.CONFIG).encode()
-    yield json.dumps(
-        models.CONFIG
-        | {
-            "rope_scaling": scaling | {"original_max_position_embeddings": 32},
-            "head_dim": 16,
-            "eos_token_id": [2],
-        }
-    ).encode()
+    more = {"rope_scaling": scaling | {"original_max_position_embeddings": 32}, "eos_token_id": [2]}
+    yield json.dumps(models.CONFIG | more | {"head_dim": 16}).encode()
     yield json.dumps(models.CONFIG | {"rope_parameters": {"rope_type": "linear", "factor": 2}}).encode()
 
 
@@ -252,22 +255,22 @@ def _use_template(path: Path) -> None:
 
 @cache
 def _some_tokenizer() -> nl.Tokenizer:
-    path = Path(tempfile.mkdtemp()) / "tokenizer.model"
+    path = _new_folder() / "tokenizer.model"
     path.write_bytes(models.sentencepiece_model())
     return nl.load_tokenizer(path)
 
 
 JINJA = (
-    "{{ }} {% %} {%- -%} {# #} for in if elif else endif endfor set endset macro endmacro call endcall filter "
-    "endfilter break continue is not and or recursive loop.index loop.last namespace( raise_exception( "
-    "strftime_now( tojson join( replace( map( select( reject( sort( groupby( batch( slice( indent( wordwrap( "
-    "format( center( urlize sum( min max unique xmltojson .__class__ .__init__ |attr( cycler( joiner( "
-    "lipsum( dict( range( ** // ~ [:: -1] 99999999 1e308 None true 'a' \\n messages add_generation_prompt"
+    "{{ }} {% %} {%- -%} {# #} for in if elif else endif endfor set endset macro endmacro call endcall "
+    "filter endfilter break continue is not and or recursive loop.index loop.last namespace( None true "
+    "raise_exception( strftime_now( tojson join( replace( map( select( reject( sort( groupby( batch( "
+    "slice( indent( wordwrap( format( center( urlize sum( min max unique .__class__ .__init__ |attr( "
+    "cycler( joiner( lipsum( dict( range( ** // ~ [:: -1] 99999999 1e308 'a' \\n messages"
 )
 PICKLE = (
     "ctorch._utils\n_rebuild_tensor_v2\n ctorch._utils\n_rebuild_parameter\n ccollections\nOrderedDict\n "
-    "ctorch\nHalfStorage\n ctorch\nBFloat16Storage\n ctorch\nSize\n cos\nsystem\n \x80\x02 \x8a\x01 X\x01 ( t R Q . "
-    "} ] ) s u a e b N \x88 \x89 q\x01 h\x01 r j K\x01 M\x01\x01 J \x85 \x86 \x87 0 1 2"
+    "ctorch\nHalfStorage\n ctorch\nBFloat16Storage\n ctorch\nSize\n cos\nsystem\n \x80\x02 \x8a\x01 X\x01 "
+    "( t R Q . } ] ) s u a e b N \x88 \x89 q\x01 h\x01 r j K\x01 M\x01\x01 J \x85 \x86 \x87 0 1 2"
 )
 
 READERS = {

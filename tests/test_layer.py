@@ -182,6 +182,22 @@ def test_threads_and_short_calls_never_change_a_bit(isa, args, lengths, exact, h
         np.testing.assert_array_equal(bits(results[0]), bits(other))
 
 
+def test_a_gate_far_below_zero_is_shut(isa, rng):
+    """silu(-1e36) is -0: with nothing from attention either, y is x."""
+    weights = random_weights(rng, SMALL)
+    D, hidden = SMALL.dim, SMALL.hidden_dim
+    for name, shape, value in [
+        ("attention.wo", (D, SMALL.n_heads * SMALL.head_dim), 0),
+        ("ffn_norm", (D,), 1),
+        ("feed_forward.w_gate", (hidden, D), -1e36 / D),
+        ("feed_forward.w_up", (hidden, D), 1),
+        ("feed_forward.w_down", (D, hidden), 1),
+    ]:
+        weights[f"layers.0.{name}.weight"] = StoredTensor.quantize(np.full(shape, value, np.float32), "F32")
+    x = np.ones((1, 2, D), np.float32)
+    np.testing.assert_array_equal(run(two_models(SMALL, weights, 2, exact=True)[0], x, [2])[0], x)
+
+
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

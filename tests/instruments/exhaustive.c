@@ -2,8 +2,8 @@
  *
  *     exhaustive exp|silu|f16|bf16
  *
- * exp and silu on every instruction set against libm in float64, in units in the last place of the float32 nearest
- * to the true value; the two conversions against rounding by arithmetic, number by number. */
+ * exp and silu on every instruction set against libm in float64, in units in the last place of the float32
+ * nearest to the true value; the two conversions against rounding by arithmetic, number by number. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -72,7 +72,8 @@ static int all_floats(int silu, double demand) {
 #pragma omp parallel
     {
         worst own[MOST_ISAS] = {{0, 0, 0}};
-        float *x = malloc(BLOCK * sizeof *x), *y = malloc(BLOCK * sizeof *y), *one = malloc(BLOCK * sizeof *one);
+        float *x = malloc(BLOCK * sizeof *x), *y = malloc(BLOCK * sizeof *y),
+              *one = malloc(BLOCK * sizeof *one);
         double *exact = malloc(BLOCK * sizeof *exact), *unit = malloc(BLOCK * sizeof *unit);
 #pragma omp for schedule(dynamic)
         for (int64_t block = 0; block < 1 << 16; block++) {
@@ -140,9 +141,9 @@ static int conversion(const char *what, int format, int exponent_bits, int fract
                 const double got = numbers[y[i]];
                 const int same_sign = y[i] >> 15 == (int)(bits_of_float(x[i]) >> 31);
                 const int quiet = y[i] >> (fraction_bits - 1) & 1;
-                const int right = isnan(x[i]) ? isnan(got) && quiet
-                                              : isinf(x[i]) ? got == x[i]
-                                                            : got == rounded(x[i], exponent_bits, fraction_bits);
+                const int right = isnan(x[i])   ? isnan(got) && quiet
+                                  : isinf(x[i]) ? got == x[i]
+                                                : got == rounded(x[i], exponent_bits, fraction_bits);
                 note(&own, right && same_sign ? 0 : 1, x[i], 0);
             }
         }

@@ -3,9 +3,9 @@
  *
  *     input bytes  --->  instruction set, format, sizes, kind of numbers  --->  arrays of exactly that size
  *
- * What is read or written beside an array is seen by the sanitizers. What is computed is held against the plain
- * loop in float64, or against what the result must be, within the rounding of its sums: an infinity or a NaN
- * among the operands must be one in the result. */
+ * What is read or written beside an array is seen by the sanitizers. What is computed is held against the
+ * plain loop in float64, or against what the result must be, within the rounding of its sums: an infinity or
+ * a NaN among the operands must be one in the result. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -27,7 +27,8 @@ static void check(int holds, const char *what) {
 }
 
 static void check_near(double found, double expected, double bound, const char *what) {
-    if (!(fabs(found - expected) <= bound)) fprintf(stderr, "%.9g for %.9g +- %.2g\n", found, expected, bound);
+    if (!(fabs(found - expected) <= bound))
+        fprintf(stderr, "%.9g for %.9g +- %.2g\n", found, expected, bound);
     check(fabs(found - expected) <= bound, what);
 }
 
@@ -229,7 +230,8 @@ void fuzz_attention(void) {
     choose_isa();
     const int half = (int)number(0, 1), kind = (int)number(0, KINDS - 1);
     const int64_t B = number(1, 2), T = number(1, number(0, 3) ? 5 : 20), S = T + number(0, 140);
-    const int64_t K = number(1, 2), H = K * number(1, 3), Dh = number(0, 1) ? number(1, 6) * 16 : number(1, 50);
+    const int64_t K = number(1, 2), H = K * number(1, 3),
+                  Dh = number(0, 1) ? number(1, 6) * 16 : number(1, 50);
     const int64_t by_head = number(0, 1), size = half ? 2 : 4, cut = number(0, T);
     /* (B, S, K, Dh), or as a cache has it: (B, K, S, Dh) */
     const int64_t strides[3] = {S * K * Dh, by_head ? Dh : K * Dh, by_head ? S * Dh : Dh};
@@ -317,7 +319,8 @@ void fuzz_layer(void) {
     w.Dh = 2 * number(1, 40);
     while (w.H * w.Dh % 32) w.Dh += 2;
     const int64_t q = w.H * w.Dh, kv = w.K * w.Dh, size = half ? 2 : 4;
-    const int64_t shape[7][2] = {{q, w.D}, {kv, w.D}, {kv, w.D}, {w.D, q}, {w.F, w.D}, {w.F, w.D}, {w.D, w.F}};
+    const int64_t shape[7][2] = {{q, w.D},   {kv, w.D},  {kv, w.D}, {w.D, q},
+                                 {w.F, w.D}, {w.F, w.D}, {w.D, w.F}};
     const int same = (int)number(0, 1) ? F32 : Q8_0, mixed = (int)number(0, 1);
     for (int i = 0; i < 7; i++) {
         w.format[i] = mixed ? any_format(shape[i][1]) : same;
@@ -362,10 +365,10 @@ void fuzz_layer(void) {
         status[run] = 0;
         for (int step = 0; step < (run == 1 ? ALL_STEPS : 1); step++)
             for (int64_t part = 0; part < (run == 1 ? parts : 1) && !status[run]; part++)
-                status[run] = nl_layer(m->y, x, &w, freqs, each_its_own ? angles : 0, m->keys, m->values,
-                                       half ? F16 : F32, w.Dh, head, B, T, start, m->scratch,
-                                       run == 1 ? step : 0, run == 1 ? step + 1 : ALL_STEPS, part,
-                                       run == 1 ? parts : 1, 1);
+                status[run] =
+                    nl_layer(m->y, x, &w, freqs, each_its_own ? angles : 0, m->keys, m->values,
+                             half ? F16 : F32, w.Dh, head, B, T, start, m->scratch, run == 1 ? step : 0,
+                             run == 1 ? step + 1 : ALL_STEPS, part, run == 1 ? parts : 1, 1);
     }
     nl_use_isa(isa);
     check(status[0] == status[1], "in parts another status");
@@ -397,14 +400,17 @@ static const int WRITTEN[] = {F32, F16, BF16, Q8_0, Q4_0};
 void fuzz_convert(void) {
     const int from = FORMATS[number(0, N_FORMATS - 1)], to = WRITTEN[number(0, 4)];
     const int64_t rows = number(1, 5), whole = is_single(from) && is_single(to) ? 1 : block_weights(from);
-    const int64_t unit = is_single(from) && !is_single(to) ? QK : whole, IN = number(1, 600 / unit + 1) * unit;
+    const int64_t unit = is_single(from) && !is_single(to) ? QK : whole,
+                  IN = number(1, 600 / unit + 1) * unit;
     const int64_t padded = (IN + QK - 1) / QK * QK; /* single numbers in any number: rows of these bytes */
-    const int64_t from_row = row_bytes(from, padded) * IN / padded, to_row = row_bytes(to, padded) * IN / padded;
+    const int64_t from_row = row_bytes(from, padded) * IN / padded,
+                  to_row = row_bytes(to, padded) * IN / padded;
     uint8_t *some = stored(from, rows * padded, (int)number(0, KINDS - 1));
     uint8_t *src = memcpy(room(rows * from_row), some, (size_t)(rows * from_row)), *dst = room(rows * to_row);
     const int64_t bad = nl_convert(dst, to, src, from, rows, IN, 1);
     int64_t expected = 0;
-    const int64_t in_block = is_single(from) ? 1 : block_weights(from), bytes = block_bytes(from) / (is_single(from) ? QK : 1);
+    const int64_t in_block = is_single(from) ? 1 : block_weights(from),
+                  bytes = block_bytes(from) / (is_single(from) ? QK : 1);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t k = 0; k < IN; k++) {
             const uint8_t *p = src + r * from_row + k / in_block * bytes, *packed = dst + r * to_row;
@@ -413,7 +419,8 @@ void fuzz_convert(void) {
                 if (!(fabsf(w) <= 65504) && !expected) expected = r + 1;
                 if (expected || (bad && r + 1 >= bad)) continue;
                 const uint8_t *block = packed + k / QK * block_bytes(to);
-                const double d = fabs(load_f16(block)), f = weight(to, block, (int)(k % QK / 16), (int)(k % 16));
+                const double d = fabs(load_f16(block)),
+                             f = weight(to, block, (int)(k % QK / 16), (int)(k % 16));
                 /* half a step, and 127 times what rounding d to float16 makes; Q4_0 clips the far end */
                 const double bound = (to == Q8_0 ? 0.563 : 1.005) * d + 127 * 0x1p-25;
                 check_near(f, w, bound, "a block is packed wrongly");
@@ -425,7 +432,8 @@ void fuzz_convert(void) {
             if (isnan(w))
                 check(isnan(f), "a NaN was lost");
             else if (!isinf(f) || to == F32)
-                check_near(f == w ? 0 : (double)f - w, 0, fmax(u * fabs((double)w), least), "a number is wrong");
+                check_near(f == w ? 0 : (double)f - w, 0, fmax(u * fabs((double)w), least),
+                           "a number is wrong");
             else
                 check(fabsf(w) >= (to == F16 ? 65520 : 0x1.ffp127f), "infinite too soon");
         }

@@ -120,11 +120,10 @@ def main() -> None:
         named = any(argument.startswith("tests/") for argument in more)
         done = subprocess.run([*command, *([] if named else TESTS), *more], env=environment)
     if plant:
-        sys.exit(
-            "the fault was not found"
-            if done.returncode == 0
-            else f"found: pytest ended with {done.returncode}"
-        )
+        if not done.returncode:
+            sys.exit("the fault was not found")
+        print("the fault was found")
+        return
     sys.exit(done.returncode)
 
 

@@ -349,6 +349,15 @@ def test_exp_touches_nothing_beside_its_arrays(isa, at_end, rng):
 # ---------------------------------------------------------------- a cache of float16
 
 
+@pytest.mark.parametrize("T", [1, FEW + 1])
+def test_every_half_is_read_rightly(isa, T):
+    """The first query sees one position, whose value it gets; all 65,536 of them, in heads of 256."""
+    v = np.repeat(np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, 1, 256, 256), T, axis=1)
+    k = np.zeros_like(v)
+    got = Kernels(2).attention(k.astype(np.float32), k, v)
+    np.testing.assert_array_equal(got[0, 0], v[0, 0].astype(np.float32))
+
+
 def test_a_cache_of_float16_holds_what_was_rounded(rng):
     cache = KVCache(TINY, 1, 7, np.float16)
     xk, xv = rng.standard_normal((2, 1, 5, TINY.n_kv_heads, TINY.head_dim), dtype=np.float32)

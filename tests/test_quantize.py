@@ -324,8 +324,7 @@ def test_every_scale_of_q4_k_as_gguf():
 
 
 def test_every_scale_of_q6_k_as_gguf(rng):
-    """d x sc, all 2^16 x 128, each with some q; d sc is rounded before it is multiplied with q, which has
-    both signs, as d has."""
+    """d x sc, all 2^16 x 128, each with some q, which has both signs, as d has."""
     quants = rng.integers(256, size=(512, 8, 192), dtype=np.uint8)
 
     def blocks_of(scales):

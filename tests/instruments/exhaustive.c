@@ -114,14 +114,12 @@ static double decoded(uint16_t bits, int exponent_bits, int fraction_bits) {
     return sign * ldexp(fraction + (1 << fraction_bits), exponent - bias - fraction_bits);
 }
 
-/* x to the nearest such number, ties to even: as the arithmetic of float64 rounds whole numbers. */
-static double rounded(double x, int exponent_bits, int fraction_bits) {
-    const int largest = (1 << exponent_bits) / 2 - 1;
+/* Where the last bit lies of such a number about as large as x. */
+static int last_place(double x, int exponent_bits, int fraction_bits) {
+    const int least = 2 - (1 << exponent_bits) / 2;
     int exponent;
     frexp(x, &exponent);
-    const int place = (exponent - 1 > 1 - largest ? exponent - 1 : 1 - largest) - fraction_bits;
-    const double near = ldexp(nearbyint(ldexp(x, -place)), place);
-    return fabs(near) >= ldexp(1, largest + 1) ? copysign(INFINITY, x) : near;
+    return (exponent - 1 > least ? exponent - 1 : least) - fraction_bits;
 }
 
 static int conversion(const char *what, int format, int exponent_bits, int fraction_bits) {
@@ -137,13 +135,18 @@ static int conversion(const char *what, int format, int exponent_bits, int fract
         for (int64_t block = 0; block < 1 << 16; block++) {
             for (int64_t i = 0; i < BLOCK; i++) x[i] = float_of_bits((uint32_t)(block * BLOCK + i));
             nl_convert(y, format, x, F32, 1, BLOCK, 1);
+            /* all of a block have one exponent, or are subnormal */
+            const int place = last_place(x[BLOCK - 1], exponent_bits, fraction_bits);
+            const double unit = ldexp(1, place), inverse = ldexp(1, -place),
+                         end = ldexp(1, 1 << (exponent_bits - 1));
             for (int64_t i = 0; i < BLOCK; i++) {
                 const double got = numbers[y[i]];
                 const int same_sign = y[i] >> 15 == (int)(bits_of_float(x[i]) >> 31);
                 const int quiet = y[i] >> (fraction_bits - 1) & 1;
-                const int right = isnan(x[i])   ? isnan(got) && quiet
-                                  : isinf(x[i]) ? got == x[i]
-                                                : got == rounded(x[i], exponent_bits, fraction_bits);
+                /* to the nearest whole unit, ties to even, as float64 rounds */
+                const double near = nearbyint(x[i] * inverse) * unit;
+                const double wanted = fabs(near) >= end ? copysign(INFINITY, near) : near;
+                const int right = isnan(x[i]) ? isnan(got) && quiet : got == (isinf(x[i]) ? x[i] : wanted);
                 note(&own, right && same_sign ? 0 : 1, x[i], 0);
             }
         }

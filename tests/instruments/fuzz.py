@@ -1,21 +1,23 @@
-"""Coverage-guided fuzzing of one file reader, or of one C entry point:
+"""Coverage-guided fuzzing of file readers and of C entry points:
 
-    python tests/instruments/fuzz.py TARGET [--minutes 10]
+    python tests/instruments/fuzz.py TARGET ... [--minutes 10] [--keep]         `all` is every target
 
 A reader runs under atheris, with readers.py; a C function under libFuzzer with AddressSanitizer and
-UndefinedBehaviorSanitizer, with fuzz_kernels.c. It begins with corpus/TARGET.zip, the inputs of earlier runs,
-and with small files in order. What it finds wrong stays in build/fuzz/TARGET, and the exit code is not 0.
-`--keep` puts what reached something new, the smallest first and 16 KB in all, into corpus/TARGET.zip.
+UndefinedBehaviorSanitizer, with fuzz_kernels.c; each for so many minutes of CPU time. It begins with
+corpus/TARGET.zip, the inputs of earlier runs, and with small files in order. What it finds wrong stays in
+build/fuzz/TARGET, and the exit code is not 0. `--keep` puts what reached something new into corpus/TARGET.zip,
+the smallest first and 16 KB in all.
 """
 
 import argparse
 import re
+import resource
 import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,19 +29,51 @@ FILES = ("gguf", "safetensors", "torch", "pickle", "llama2c", "params", "config"
 FILES += ("sentencepiece", "tiktoken", "template")
 KERNELS = ("linear", "linear_exact", "fixed", "attention", "layer", "convert", "exp")
 SANITIZE = "-fsanitize=address,undefined"
-# Without OpenMP: races are sanitize.py's. Without optimisation by much, for the compiler's sake.
-COMPILE = [
-    "clang",
-    "-std=c11",
-    "-O1",
-    "-g",
-    "-ffp-contract=off",
-    "-fno-sanitize-recover=all",
-    "-Wno-unknown-pragmas",
-]
+# Without OpenMP: races are sanitize.py's.
+COMPILE = ["clang", "-std=c11", "-O1", "-g", "-ffp-contract=off", "-fno-sanitize-recover=all"]
+COMPILE += ["-Wno-unknown-pragmas"]
 LIMITS = ["-timeout=20", "-print_final_stats=1"]
 MEMORY = 300  # MB for a reader, of which Python and NumPy take 80: a small file may take 64 MiB more
 MOST_KEPT = 16 << 10  # bytes of a corpus, packed
+
+
+def fuzz(target: str, minutes: float, keeping: bool) -> bool:
+    """-> whether nothing was found."""
+    work, log = begin(target), BUILD / target / "log"
+    command = kernel_command(target) if target in KERNELS else reader_command(target)
+    good, before = True, cpu_seconds()
+    with log.open("w") as output:
+        # libFuzzer counts seconds by the clock, of which a busy machine gives it a few only
+        while good and (left := 60 * minutes - (cpu_seconds() - before)) > 1:
+            done = subprocess.run(command(round(left + 1)), stdout=output, stderr=subprocess.STDOUT)
+            good = done.returncode == 0
+    said = log.read_text(errors="replace")
+    runs = sum(map(int, re.findall(r"number_of_executed_units: (\d+)", said)))
+    reached = (re.findall(r"cov: (\d+)", said) or ["0"])[-1]
+    seconds = cpu_seconds() - before
+    print(f"{target:15}{runs:>12,} runs{reached:>7} reached{seconds:>6.0f} s", flush=True)
+    if not good:
+        print(said[-6000:], f"\nfound; {log} says more", sep="")
+    if keeping:
+        inputs = [path.read_bytes() for path in work.iterdir()]
+        keep(target, inputs if target in KERNELS else least_of(target, inputs))
+    return good
+
+
+def cpu_seconds() -> float:
+    """That of all children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def begin(target: str) -> Path:
+    """A folder with the inputs of earlier runs."""
+    work = BUILD / target / "inputs"
+    shutil.rmtree(work.parent, ignore_errors=True)
+    work.mkdir(parents=True)
+    for i, data in enumerate(kept(target)):
+        (work / f"kept-{i:03}").write_bytes(data)
+    return work
 
 
 def kept(target: str) -> Iterator[bytes]:
@@ -65,12 +99,17 @@ def keep(target: str, inputs: list[bytes]) -> None:
 # ---------------------------------------------------------------- C
 
 
+def kernel_command(target: str) -> Callable[[int], list]:
+    program, folder = compiled(target), BUILD / target
+    # What an input has beyond 200 bytes only fills arrays; where it ends a generator goes on.
+    command = [program, *LIMITS, f"-artifact_prefix={folder}/", "-max_len=200", "-len_control=0"]
+    return lambda seconds: [*command, f"-max_total_time={seconds}", folder / "inputs"]
+
+
 def compiled(target: str) -> Path:
     """The fuzzer of a C entry point. The kernels are compiled once: under sanitizers that takes minutes."""
     if not shutil.which("clang"):
-        sys.exit(
-            "clang is not there, whose libFuzzer this is: apt install clang libclang-rt-14-dev (or newer)"
-        )
+        sys.exit("clang is not there: apt install clang libclang-rt-14-dev (or of another version)")
     BUILD.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
     newest = max(path.stat().st_mtime for path in csrc.glob("*.[ch]"))
@@ -79,11 +118,8 @@ def compiled(target: str) -> Path:
         made = BUILD / f"{name}.o"
         if not made.exists() or made.stat().st_mtime < newest:
             print(f"compiling {name}", flush=True)
-            source = csrc / name
-            part = made.with_suffix(".part")
-            subprocess.run(
-                [*COMPILE, "-fsanitize=fuzzer-no-link", SANITIZE, "-c", source, "-o", part], check=True
-            )
+            part, flags = made.with_suffix(".part"), ["-fsanitize=fuzzer-no-link", SANITIZE]
+            subprocess.run([*COMPILE, *flags, "-c", csrc / name, "-o", part], check=True)
             part.replace(made)
         return made
 
@@ -91,36 +127,20 @@ def compiled(target: str) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sorted(sources)))
     program = BUILD / f"fuzz_{target}"
-    driver = [f"-DTARGET=fuzz_{target}", "-I", csrc, HERE / "fuzz_kernels.c"]
-    subprocess.run(
-        [*COMPILE, "-fsanitize=fuzzer", SANITIZE, *driver, *objects, "-lm", "-o", program], check=True
-    )
+    flags = [*COMPILE, "-fsanitize=fuzzer", SANITIZE, f"-DTARGET=fuzz_{target}", "-I", csrc]
+    subprocess.run([*flags, HERE / "fuzz_kernels.c", *objects, "-lm", "-o", program], check=True)
     return program
-
-
-def fuzz_kernel(target: str, minutes: float, keeping: bool) -> int:
-    program, work = compiled(target), begin(target, kept(target))
-    # What an input has beyond 200 bytes only fills arrays; where it ends a generator goes on.
-    command = [program, *LIMITS, f"-artifact_prefix={work.parent}/", "-max_len=200", "-len_control=0"]
-    done = subprocess.run([*command, f"-max_total_time={round(60 * minutes)}", work])
-    if keeping:  # libFuzzer keeps what reaches something new; `keep` takes the smallest of it
-        keep(target, [path.read_bytes() for path in work.iterdir()])
-    return done.returncode
 
 
 # ---------------------------------------------------------------- readers
 
 
-def fuzz_reader(target: str, minutes: float, keeping: bool) -> int:
-    """In a child, which atheris never comes back from."""
-    work = begin(target, kept(target))
-    done = subprocess.run([sys.executable, __file__, target, "--minutes", str(minutes), "--here"])
-    if keeping:
-        keep(target, least_of(target, [path.read_bytes() for path in work.iterdir()]))
-    return done.returncode
+def reader_command(target: str) -> Callable[[int], list]:
+    """This file again, as a child: atheris never comes back."""
+    return lambda seconds: [sys.executable, __file__, target, "--seconds", str(seconds)]
 
 
-def fuzz_here(target: str, minutes: float) -> None:
+def fuzz_reader(target: str, seconds: int) -> None:
     try:
         import atheris
     except ImportError:
@@ -128,16 +148,16 @@ def fuzz_here(target: str, minutes: float) -> None:
     sys.path.insert(0, str(HERE))
     with atheris.instrument_imports(include=["numpy_llama", "jinja2"]):
         from readers import READERS, attempt
-    reader, work = READERS[target], BUILD / target / "inputs"
+    reader, folder = READERS[target], BUILD / target
     seeds = list(reader.seeds())
     for i, seed in enumerate(seeds):
-        (work / f"seed-{i}").write_bytes(seed)
+        (folder / "inputs" / f"seed-{i}").write_bytes(seed)
         attempt(reader, seed)  # what is imported late is imported now
-    words = work.with_name("words")
+    words = folder / "words"
     words.write_text("\n".join(map(quoted, words_of(seeds, reader.words))))
-    arguments = [*LIMITS, f"-rss_limit_mb={MEMORY}", f"-dict={words}", f"-artifact_prefix={work.parent}/"]
-    arguments += [f"-max_len={2 * max(map(len, seeds))}", f"-max_total_time={round(60 * minutes)}", str(work)]
-    atheris.Setup([sys.argv[0], *arguments], lambda data: attempt(reader, data))
+    arguments = [*LIMITS, f"-dict={words}", f"-artifact_prefix={folder}/", f"-rss_limit_mb={MEMORY}"]
+    arguments += [f"-max_len={2 * max(map(len, seeds))}", f"-max_total_time={seconds}"]
+    atheris.Setup([sys.argv[0], *arguments, str(folder / "inputs")], lambda data: attempt(reader, data))
     atheris.Fuzz()
 
 
@@ -161,7 +181,7 @@ def least_of(target: str, inputs: list[bytes]) -> list[bytes]:
     chosen = []
 
     def trace(frame, event, argument):
-        if event == "call" and "numpy_llama" not in frame.f_code.co_filename:
+        if "numpy_llama" not in frame.f_code.co_filename:
             return None
         last = 0
 
@@ -187,32 +207,21 @@ def least_of(target: str, inputs: list[bytes]) -> list[bytes]:
     return chosen
 
 
-def begin(target: str, inputs: Iterator[bytes] | list[bytes]) -> Path:
-    """An empty folder but for these inputs."""
-    work = BUILD / target / "inputs"
-    shutil.rmtree(work.parent, ignore_errors=True)
-    work.mkdir(parents=True)
-    for i, data in enumerate(inputs):
-        (work / f"kept-{i:03}").write_bytes(data)
-    return work
-
-
 def main() -> None:
-    readers = ("gguf", "safetensors", "torch", "pickle", "llama2c", "params", "config", "tokenizer_json")
-    readers += ("sentencepiece", "tiktoken", "template")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", choices=(*readers, *KERNELS))
+    parser.add_argument("targets", nargs="+", choices=(*FILES, *KERNELS, "all"), metavar="TARGET")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=int, help=argparse.SUPPRESS)  # in the child
     options = parser.parse_args()
-    if options.here:
-        fuzz_here(options.target, options.minutes)
-    else:
-        fuzz = fuzz_kernel if options.target in KERNELS else fuzz_reader
-        sys.exit(fuzz(options.target, options.minutes, options.keep))
+    if options.seconds:
+        fuzz_reader(options.targets[0], options.seconds)
+        return
+    targets = (*FILES, *KERNELS) if "all" in options.targets else options.targets
+    if not all([fuzz(target, options.minutes, options.keep) for target in targets]):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -248,9 +248,9 @@ void norm_scalar(float *y, const float *x, const float *weight, float eps, int64
     for (int64_t d = 0; d < D; d++) y[d] = x[d] / root * weight[d];
 }
 
-/* gate = gate / (1 + exp(-gate)) * up */
+/* gate = gate / (1 + exp(-gate)) * up; in float64, for exp(89) is no float32. */
 void swiglu_scalar(float *gate, const float *up, int64_t n) {
-    for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    for (int64_t i = 0; i < n; i++) gate[i] = (float)(gate[i] / (1 + exp(-(double)gate[i]))) * up[i];
 }
 
 /* Each pair (a, b), read as a + bi, times its c + di; without angles as it is. Stored as F32 or F16. */
@@ -285,11 +285,17 @@ TARGET void VEC(norm)(float *y, const float *x, const float *weight, float eps, 
         vec_store(y + d, vec_mul(vec_div(vec_load(x + d), root), vec_load(weight + d)));
 }
 
-/* exp(88) is still finite, and what is divided by it as good as nothing: |gate| e^-88 < 1e-36. */
+/* gate / (1 + e^-gate) * up. Below -80, where e^-gate soon is no float32 any more, 1 and e^-gate are 2^32
+ * times as small until the end; from -110 on the result is 0. */
 TARGET void VEC(swiglu)(float *gate, const float *up, int64_t n) {
+    const vec far = vec_all(-80), lowest = vec_all(-110);
     for (int64_t i = 0; i < n; i += LANES) {
-        const vec x = vec_load(gate + i), e = vec_exp(vec_sub(vec_zero(), vec_max(vec_all(-88), x)));
-        vec_store(gate + i, vec_mul(vec_div(x, vec_add(vec_all(1), e)), vec_load(up + i)));
+        const vec x = vec_load(gate + i), minus = vec_sub(vec_zero(), vec_max(lowest, x));
+        const vec one = vec_add(vec_zero_below(x, far, vec_all(1)), vec_all(0x1p-32f));
+        vec power;
+        const vec p = exp_parts(vec_max(vec_all(-87), minus), &power);
+        const vec share = vec_div(x, vec_add(one, vec_times_2_to(power, vec_mul(p, one))));
+        vec_store(gate + i, vec_mul(vec_mul(share, vec_zero_below(x, lowest, one)), vec_load(up + i)));
     }
 }
 

@@ -353,7 +353,25 @@ def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, r
         np.testing.assert_array_equal(bits(out), bits(Kernels(1).attention(q, k, v)))
 
 
+@pytest.mark.parametrize("at_end", [True, False])
+def test_exp_touches_nothing_beside_its_arrays(isa, at_end, rng):
+    for n in range(40):
+        guarded, plain = Guarded(), -rng.random(n, np.float32)
+        x, y = guarded.copy(plain, at_end), guarded.copy(np.full_like(plain, np.nan), at_end)
+        lib.nl_exp(ffi.cast("float *", y.ctypes.data), ffi.cast("float *", x.ctypes.data), n)
+        np.testing.assert_allclose(y, np.exp(plain), 1e-6)
+
+
 # ---------------------------------------------------------------- a cache of float16
+
+
+@pytest.mark.parametrize("T", [1, FEW + 1])
+def test_every_half_is_read_rightly(isa, T):
+    """The first query sees one position, whose value it gets; all 65,536 of them, in heads of 256."""
+    v = np.repeat(np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, 1, 256, 256), T, axis=1)
+    k = np.zeros_like(v)
+    got = Kernels(2).attention(k.astype(np.float32), k, v)
+    np.testing.assert_array_equal(got[0, 0], v[0, 0].astype(np.float32))
 
 
 def test_a_cache_of_float16_holds_what_was_rounded(rng):

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cli import assert_refused, run
 from test_convert import byte_vocabulary
+from test_kernels import Guarded
 
 from numpy_llama import bench, kernels
 from numpy_llama import functional as F
@@ -72,6 +73,15 @@ def test_the_read_probe_reads_every_byte(isa, sizes, threads, data):
         array = arrays[data.draw(st.sampled_from([i for i, n in enumerate(sizes) if n]))]
         array[data.draw(st.integers(0, len(array) - 1))] ^= 1
         assert kernels.read_probe(arrays, threads) != expected
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_the_read_probe_touches_nothing_beside_its_arrays(isa, at_end):
+    for size in (1, 3, 4, 63, 64, 65, 127, 255, 256, 257, 300):
+        guarded = Guarded()
+        arrays = [guarded.copy(np.full(n, 1, np.uint8), at_end) for n in (size, 5)]
+        for threads in (1, 2, 3):
+            assert kernels.read_probe(arrays, threads) == kernels.read_probe([a.copy() for a in arrays], 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -213,7 +213,8 @@ def test_every_half_is_read_rightly(isa):
         rows[:, 0] = np.arange(1 << 16)
         w = StoredTensor(FORMATS[name], rows.shape, rows.view(np.uint8))
         one = np.eye(1, QK, dtype=np.float32)
-        np.testing.assert_array_equal(exact_kernels(2).linear(one, w)[0], w.dequantize()[:, 0])
+        for twin in (exact_kernels(2), Kernels(2)):
+            np.testing.assert_array_equal(twin.linear(one, w)[0], w.dequantize()[:, 0])
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -332,11 +333,11 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
         w = exact_weight(rng, format, OUT, IN)
         w = StoredTensor(w.format, w.shape, guarded.copy(w.data, at_end))
         x = guarded.copy(rng.integers(-8, 9, (T, IN)).astype(np.float32), at_end)
-        y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
-        lib.nl_linear(
-            *(ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data)), format.code, T, OUT, IN, 0, OUT, 2
-        )
-        np.testing.assert_array_equal(y, F.linear(x, w.dequantize()))
+        for multiply in (lib.nl_linear, lib.nl_linear_exact):
+            y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
+            pointers = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data))
+            multiply(*pointers, format.code, T, OUT, IN, 0, OUT, 2)
+            np.testing.assert_array_equal(y, F.linear(x, w.dequantize()))
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "Q8_0", "Q4_K"])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_kernels import HALVES, bits, for_each, seeds
+from numpy_llama._kernels import ffi, lib
+from test_kernels import HALVES, Guarded, bits, for_each, seeds
 
 from numpy_llama import kernels
 from numpy_llama.batch import BatchCache, side_by_side
@@ -179,6 +180,60 @@ def test_threads_and_short_calls_never_change_a_bit(isa, args, lengths, exact, h
             results.append(run(two_models(args, weights, threads, exact)[0], x, lengths)[0])
     for other in results[1:]:
         np.testing.assert_array_equal(bits(results[0]), bits(other))
+
+
+def test_a_gate_far_below_zero_is_shut(isa, rng):
+    """silu(-1e36) is -0: with nothing from attention either, y is x."""
+    weights = random_weights(rng, SMALL)
+    D, hidden = SMALL.dim, SMALL.hidden_dim
+    for name, shape, value in [
+        ("attention.wo", (D, SMALL.n_heads * SMALL.head_dim), 0),
+        ("ffn_norm", (D,), 1),
+        ("feed_forward.w_gate", (hidden, D), -1e36 / D),
+        ("feed_forward.w_up", (hidden, D), 1),
+        ("feed_forward.w_down", (D, hidden), 1),
+    ]:
+        weights[f"layers.0.{name}.weight"] = StoredTensor.quantize(np.full(shape, value, np.float32), "F32")
+    x = np.ones((1, 2, D), np.float32)
+    np.testing.assert_array_equal(run(two_models(SMALL, weights, 2, exact=True)[0], x, [2])[0], x)
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rng):
+    for T, start, head_dim, half_split in [(1, 0, 32, False), (3, 5, 40, True), (6, 2, 16, False)]:
+        args = replace(SMALL, n_heads=4, head_dim=head_dim)
+        weights = random_weights(rng, args, half_split)
+        guarded, twin = Guarded(), Kernels(2, exact)
+
+        def guard(w, guarded=guarded):
+            data = guarded.copy(w.data, at_end)
+            return w.dequantize() if len(w.shape) == 1 else StoredTensor(w.format, w.shape, data, w.row_order)
+
+        weights = {key: guard(w) for key, w in weights.items()}
+        model = Transformer(args, {k: PackedWeight(w) if isinstance(w, StoredTensor) else w
+                                   for k, w in weights.items()}, twin.linear, twin.attention)  # fmt: skip
+        layer = twin.pack_layer(model.layers[0])
+        norms = [guarded.copy(norm, at_end) for norm in layer.kept[1]]
+        layer.struct.attention_norm, layer.struct.ffn_norm = (ffi.from_buffer("float[]", n) for n in norms)
+        x = rng.standard_normal((1, T, args.dim), dtype=np.float32)
+        caches = [rng.standard_normal((2, start + T, head_dim)).astype(dtype) for _ in "kv"]
+        angles = model.freqs_cis[start : start + T]
+        expected = twin.layer(layer, x, [start], angles, *([cache.copy()] for cache in caches))
+        arrays = np.full_like(x, np.nan), x, np.ascontiguousarray(angles, np.complex64), *caches
+        scratch = np.zeros(lib.nl_layer_bytes(layer.struct, T), np.uint8)
+        y, x, angles, k, v, scratch = (guarded.copy(a, at_end) for a in (*arrays, scratch))
+        y_, x_, angles_, k_, v_, scratch_ = (
+            ffi.cast("void *", a.ctypes.data) for a in (y, x, angles, k, v, scratch)
+        )
+        code, room = FORMATS["F16" if dtype == np.float16 else "F32"].code, (start + T) * head_dim
+        status = lib.nl_layer(
+            *(y_, x_, layer.struct, ffi.cast("float *", angles_), 0, [k_], [v_], code, head_dim, [room]),
+            *(1, T, [start], scratch_, 0, 10, 0, 1, 2),
+        )
+        assert status == 0
+        np.testing.assert_array_equal(bits(y), bits(expected))
 
 
 def test_what_is_not_finite_stays_so(isa, rng):

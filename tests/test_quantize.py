@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
 from numpy_llama.kernels import Kernels
+from numpy_llama.proof.bounds import assert_same
+from numpy_llama.proof.test_quantisation import ALL_16_BITS, packed_scales
 from numpy_llama.quantize import FORMATS, MAX_F16, QK, QK_K, StoredTensor
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
@@ -35,6 +37,75 @@ def test_formats_are_those_of_ggml():
 
 def round_trip(x, name):
     return StoredTensor.quantize(x, name).dequantize()
+
+
+# --- every scale with every number ------------------------------------------------------------------------
+
+
+def as_gguf(name, blocks_of):
+    """`blocks_of` some scales, asked for all 65,536, in parts that fit the cache; (scales, blocks, bytes)."""
+    for scales in np.split(ALL_16_BITS, 128):
+        blocks = blocks_of(scales)
+        blocks = blocks.reshape(-1, blocks.shape[-1])
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite scales
+            expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+            assert_same(FORMATS[name].dequantize(blocks), expected)
+
+
+def put_half(blocks, at, halves):
+    blocks[..., at : at + 2] = halves.view(np.uint8).reshape(-1, 1, 2)
+
+
+def mixed(scales):
+    """All of all again, but in another order."""
+    return scales * np.uint16(40503)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_every_scale_times_every_number_as_gguf(name):
+    """All 65,536 float16 as d, with all numbers that a weight can be; and all as m, where there is one."""
+    numbers = np.arange(256).reshape(8, 32) if name == "Q8_0" else np.arange(0, 256, 17)[None]
+    fifth = {"Q5_0": [[0], [255]], "Q5_1": [[0], [255]]}.get(name, [[]])
+    bytes_ = [np.concatenate([f, q]) for f in (np.repeat(bits, 4) for bits in fifth) for q in numbers]
+
+    def blocks_of(scales):
+        blocks = np.empty((len(scales), len(bytes_), FORMATS[name].block_bytes), np.uint8)
+        blocks[..., -len(bytes_[0]) :] = bytes_
+        put_half(blocks, 0, scales)
+        if name in ("Q4_1", "Q5_1"):
+            put_half(blocks, 2, mixed(scales))
+        return blocks
+
+    as_gguf(name, blocks_of)
+
+
+def test_every_scale_of_q4_k_as_gguf():
+    """d x sc x q, all 2^16 x 64 x 16, and dmin x m, all 2^16 x 64."""
+    sc = np.arange(64).reshape(8, 8)
+
+    def blocks_of(scales):
+        blocks = np.empty((len(scales), 8, FORMATS["Q4_K"].block_bytes), np.uint8)
+        put_half(blocks, 0, scales)
+        put_half(blocks, 2, mixed(scales))
+        blocks[..., 4:16] = packed_scales(sc, sc[::-1])
+        blocks[..., 16:] = np.tile(np.arange(16) * 17, 8)  # each of the sixteen twice in every sub-block
+        return blocks
+
+    as_gguf("Q4_K", blocks_of)
+
+
+def test_every_scale_of_q6_k_as_gguf(rng):
+    """d x sc, all 2^16 x 128, each with some q, which has both signs, as d has."""
+    quants = rng.integers(256, size=(512, 8, 192), dtype=np.uint8)
+
+    def blocks_of(scales):
+        blocks = np.empty((len(scales), 8, FORMATS["Q6_K"].block_bytes), np.uint8)
+        blocks[..., :192] = quants
+        blocks[..., 192:208] = np.arange(128, 256).reshape(8, 16)  # -128 .. -1
+        put_half(blocks, 208, scales)
+        return blocks
+
+    as_gguf("Q6_K", blocks_of)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

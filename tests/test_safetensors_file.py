@@ -276,6 +276,12 @@ def test_large_headers_cost_little(tmp_path, length, byte, error):
     assert time.process_time() - start < HOSTILE_SECONDS
 
 
+def test_a_long_text_makes_no_long_message():
+    with pytest.raises(errors.UnsupportedError, match="unknown dtype") as caught:
+        opened(one(dtype="\x7f" * 200))
+    assert len(str(caught.value)) < 400
+
+
 def test_stricter_than_the_reference_on_purpose():
     """Nobody writes these, and each could mean something that we do not know."""
     for data in [

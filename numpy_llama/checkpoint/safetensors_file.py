@@ -117,9 +117,8 @@ class SafetensorsFile:
         if not isinstance(dtype, str):
             self._fail(f"{field}: the dtype must be a text")
         if dtype not in BITS:
-            self._fail(
-                f"{field} is of unknown dtype {escape(dtype)}; we know {', '.join(BITS)}", UnsupportedError
-            )
+            known = ", ".join(BITS)
+            self._fail(f"{field} is of unknown dtype {escape(dtype, 40)}; we know {known}", UnsupportedError)
         if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
             self._fail(f"{field}: the shape and the two offsets must be whole numbers from 0 up")
         if len(shape) > MAX_DIMS:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-
 ASKED = "NUMPY_LLAMA_PROOF"  # pytest-xdist's processes inherit it, but not the command line
 
 

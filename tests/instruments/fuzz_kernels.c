@@ -1,0 +1,465 @@
+/* libFuzzer's way into each C entry point of csrc/kernels.h; fuzz.py compiles it with the sources, under
+ * AddressSanitizer and UndefinedBehaviorSanitizer, once for each: -DTARGET=fuzz_linear.
+ *
+ *     input bytes  --->  instruction set, format, sizes, kind of numbers  --->  arrays of exactly that size
+ *
+ * What is read or written beside an array is seen by the sanitizers. What is computed is held against the
+ * plain loop in float64, or against what the result must be, within the rounding of its sums: an infinity or
+ * a NaN among the operands must be one in the result. */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "vec.h"
+
+#define U 0x1p-24 /* half a unit in the last place of a float32 */
+/* Beyond these a sum in float32 may overflow on its way: a block's dot product is up to 10^6 times x. */
+#define HUGE_SUM 1e37
+#define HUGE_X 1e31
+
+static void check(int holds, const char *what) {
+    if (holds) return;
+    fprintf(stderr, "%s: %s\n", nl_isa(), what);
+    abort();
+}
+
+static void check_near(double found, double expected, double bound, const char *what) {
+    if (!(fabs(found - expected) <= bound))
+        fprintf(stderr, "%.9g for %.9g +- %.2g\n", found, expected, bound);
+    check(fabs(found - expected) <= bound, what);
+}
+
+/* ---------------------------------------------------------------- what an input means
+ *
+ * Its bytes, and when those are used up others that follow from them. */
+
+static const uint8_t *at, *behind;
+static uint64_t state;
+
+static uint8_t next_byte(void) {
+    const uint8_t given = at < behind ? *at++ : 0;
+    state = (state + given + 1) * 6364136223846793005u + 1442695040888963407u;
+    return at < behind ? given : (uint8_t)(state >> 56);
+}
+
+static int64_t number(int64_t from, int64_t to) {
+    const int64_t low = next_byte();
+    return from + (low | next_byte() << 8) % (to - from + 1);
+}
+
+static void choose_isa(void) {
+    int n = 0;
+    while (nl_isa_name(n)) n++;
+    nl_use_isa(nl_isa_name((int)number(0, n - 1)));
+}
+
+enum { REAL, WHOLE, ANY_BITS, KINDS };
+
+static float any_float(int kind) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; i++) bits = bits << 8 | next_byte();
+    if (kind == REAL) return (float)(int32_t)bits * 0x1p-31f;
+    if (kind == WHOLE) return (float)(int)(bits % 17) - 8;
+    return float_of_bits(bits);
+}
+
+/* As many bytes as asked for and not one more: so the sanitizer sees the first that is too many. */
+static void *room(int64_t bytes) {
+    void *p = malloc((size_t)bytes);
+    memset(p, 0xff, (size_t)bytes); /* NaN in every float format */
+    return p;
+}
+
+static float *floats(int64_t n, int kind) {
+    float *x = room(4 * n);
+    for (int64_t i = 0; i < n; i++) x[i] = any_float(kind);
+    return x;
+}
+
+static const int FORMATS[] = {F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K};
+enum { N_FORMATS = sizeof FORMATS / sizeof *FORMATS };
+
+static int64_t row_bytes(int format, int64_t IN) { return IN / block_weights(format) * block_bytes(format); }
+
+/* n weights as stored: any bytes, whose scales, unless any bits are asked for, are those of small numbers. */
+static uint8_t *stored(int format, int64_t n, int kind) {
+    const int64_t bytes = block_bytes(format), blocks = n / block_weights(format);
+    uint8_t *w = room(blocks * bytes);
+    for (int64_t i = 0; i < blocks * bytes; i++) w[i] = next_byte();
+    if (kind == ANY_BITS) return w;
+    for (int64_t b = 0; b < blocks; b++) {
+        uint8_t *p = w + b * bytes;
+        if (is_single(format)) {
+            for (int i = 0; i < QK; i++) {
+                const float f = any_float(kind) / 16;
+                const uint16_t half = format == F16 ? float_to_half(f) : (uint16_t)(bits_of_float(f) >> 16);
+                if (format == F32)
+                    memcpy(p + 4 * i, &f, 4);
+                else
+                    memcpy(p + 2 * i, &half, 2);
+            }
+            continue;
+        }
+        for (int i = 0; i <= has_minima(format); i++) {
+            const uint16_t half = float_to_half(any_float(REAL) * (is_k(format) ? 0x1p-15f : 0x1p-7f));
+            memcpy(p + (format == Q6_K ? 208 : 2 * i), &half, 2);
+        }
+    }
+    return w;
+}
+
+static int any_format(int64_t IN) {
+    for (;;) {
+        const int format = FORMATS[number(0, N_FORMATS - 1)];
+        if (IN % block_weights(format) == 0) return format;
+    }
+}
+
+/* ---------------------------------------------------------------- linear, its exact form, fixed point */
+
+/* At most so large are the parts that a weight of this run of sixteen may be put together from. */
+static double reach(int format, const uint8_t *p, int s, double largest) {
+    const double d = fabs(load_f16(p)), m = fabs(load_f16(p + 2));
+    switch (format) {
+    case Q8_0: return d * 128;
+    case Q4_0: return d * 24;
+    case Q4_1: return d * 15 + m;
+    case Q5_0: return d * 48;
+    case Q5_1: return d * 31 + m;
+    case Q4_K: return d * k_scale(p + 4, s / 2) * 15 + m * k_minimum(p + 4, s / 2);
+    case Q5_K: return d * k_scale(p + 4, s / 2) * 31 + m * k_minimum(p + 4, s / 2);
+    case Q6_K: return fabs(load_f16(p + 208)) * abs((int8_t)p[192 + s]) * 96;
+    default: return largest;
+    }
+}
+
+/* A row of w: its weights, and for each the size of its parts; -> whether all are finite. */
+static int read_row(double *w, double *size, int format, const uint8_t *row, int64_t IN) {
+    const int64_t weights = block_weights(format);
+    int finite = 1;
+    for (int64_t b = 0; b < IN; b += weights)
+        for (int s = 0; s < weights / 16; s++) {
+            const uint8_t *p = row + b / weights * block_bytes(format);
+            for (int i = 0; i < 16; i++) {
+                w[b + 16 * s + i] = weight(format, p, s, i);
+                finite &= isfinite(w[b + 16 * s + i]);
+                size[b + 16 * s + i] = reach(format, p, s, fabs(w[b + 16 * s + i]));
+            }
+        }
+    return finite;
+}
+
+enum { FLOATS, EXACT, FIXED };
+
+static void linear_in(int way) {
+    choose_isa();
+    const char *isa = nl_isa();
+    const int format = FORMATS[number(0, N_FORMATS - 1)], x_kind = (int)number(0, KINDS - 1);
+    const int64_t weights = block_weights(format), T = number(1, number(0, 3) ? 12 : 70);
+    const int64_t IN = number(1, is_k(format) ? 4 : 20) * weights;
+    int64_t OUT = number(1, 80);
+    if (T * OUT * IN > 1 << 15) OUT = (1 << 15) / (T * IN) + 1;
+    if (way == FIXED && !nl_is_fixed(format, T)) return;
+    uint8_t *w = stored(format, OUT * IN, (int)number(0, KINDS - 1));
+    float *x = floats(T * IN, x_kind), *y = room(4 * T * OUT);
+    const int64_t cut = number(0, OUT);
+    float *rounded = x; /* what x becomes in fixed point */
+    void *fixed = NULL;
+    if (way == FIXED) {
+        fixed = room(nl_fixed_bytes(T, IN));
+        rounded = room(nl_fixed_bytes(T, IN));
+        nl_fixed(fixed, x, format, T, IN, 1);
+        nl_use_isa("scalar"); /* whose fixed point are floats */
+        nl_fixed(rounded, x, format, T, IN, 1);
+        nl_use_isa(isa);
+    }
+    for (int part = 0; part < 2; part++) {
+        const int64_t begin = part ? cut : 0, end = part ? OUT : cut;
+        if (begin == end) continue;
+        if (way == FIXED)
+            nl_linear_fixed(y, fixed, w, format, T, OUT, IN, begin, end, 1);
+        else
+            (way == EXACT ? nl_linear_exact : nl_linear)(y, x, w, format, T, OUT, IN, begin, end, 1);
+    }
+    double *row = room(8 * IN), *size = room(8 * IN);
+    const int rounds_w = way == FIXED && is_single(format), x_in_halves = way == FIXED && is_k(format);
+    for (int64_t r = 0; r < OUT; r++) {
+        const int good_row = read_row(row, size, format, w + r * row_bytes(format, IN), IN);
+        for (int64_t t = 0; t < T; t++) {
+            double sum = 0, sizes = 0, coarse = 0, largest = 0;
+            int finite = good_row;
+            for (int64_t b = 0; b < IN; b += weights) {
+                double most_x = 0, most_w = 0, here = 0;
+                for (int64_t k = b; k < b + weights; k++) {
+                    const double a = rounded[t * IN + k];
+                    finite &= isfinite(x[t * IN + k]) && isfinite(a);
+                    sum += a * row[k];
+                    sizes += fabs(a) * size[k];
+                    here += fabs(a);
+                    most_x = fmax(most_x, fabs(a)), most_w = fmax(most_w, size[k]);
+                }
+                /* x = 128 hi + lo: a small x is put together from parts of up to 255 / 8191 of the largest */
+                if (x_in_halves) sizes += 0.04 * most_x * most_w * (double)weights;
+                largest = fmax(largest, most_x);
+                if (rounds_w) coarse += here * (most_w / (2 * 8191) + 1e-30);
+            }
+            const double found = y[t * OUT + r];
+            if (!finite) {
+                check(!isfinite(found), "what is not finite was lost");
+            } else if (sizes + 1e4 * coarse < HUGE_SUM && largest < HUGE_X) {
+                const double tiny = (double)IN * (way == FIXED ? 1e-36 : 1e-44); /* products below 2^-126 */
+                const double bound = 3 * (double)(IN + 16) * U * sizes + 1.01 * coarse + tiny;
+                check_near(found, sum, bound, "a product is wrong");
+            }
+        }
+    }
+    if (rounded != x) free(rounded);
+    free(w), free(x), free(y), free(fixed), free(row), free(size);
+}
+
+void fuzz_linear(void) { linear_in(FLOATS); }
+void fuzz_linear_exact(void) { linear_in(EXACT); }
+void fuzz_fixed(void) { linear_in(FIXED); }
+
+/* ---------------------------------------------------------------- attention */
+
+void fuzz_attention(void) {
+    choose_isa();
+    const int half = (int)number(0, 1), kind = (int)number(0, KINDS - 1);
+    const int64_t B = number(1, 2), T = number(1, number(0, 3) ? 5 : 20), S = T + number(0, 140);
+    const int64_t K = number(1, 2), H = K * number(1, 3),
+                  Dh = number(0, 1) ? number(1, 6) * 16 : number(1, 50);
+    const int64_t by_head = number(0, 1), size = half ? 2 : 4, cut = number(0, T);
+    /* (B, S, K, Dh), or as a cache has it: (B, K, S, Dh) */
+    const int64_t strides[3] = {S * K * Dh, by_head ? Dh : K * Dh, by_head ? S * Dh : Dh};
+    float *q = floats(B * T * H * Dh, kind), *out = room(4 * B * T * H * Dh);
+    float *kv[2];
+    void *as_stored[2];
+    for (int i = 0; i < 2; i++) {
+        kv[i] = floats(B * S * K * Dh, kind);
+        as_stored[i] = kv[i];
+        if (!half) continue;
+        uint16_t *halves = as_stored[i] = room(B * S * K * Dh * size);
+        for (int64_t j = 0; j < B * S * K * Dh; j++) {
+            halves[j] = float_to_half(kv[i][j]);
+            kv[i][j] = half_to_float(halves[j]);
+        }
+    }
+    for (int part = 0; part < 2; part++)
+        check(nl_attention(out, q, as_stored[0], as_stored[1], half ? F16 : F32, B, T, S, H, K, Dh, strides,
+                           strides, part ? cut : 0, part ? T : cut, 1) == 0,
+              "no memory");
+    double *scores = room(8 * S), *sum = room(8 * Dh), *largest = room(8 * Dh);
+    for (int64_t row = 0; row < B * T * H && kind != ANY_BITS; row++) {
+        const int64_t b = row / (T * H), t = row / H % T, h = row % H, seen = S - T + t + 1;
+        const int64_t first = b * strides[0] + h / (H / K) * strides[2];
+        double most = -INFINITY, spread = 0, all = 0;
+        for (int64_t j = 0; j < seen; j++) {
+            double dot = 0, size_of_dot = 0;
+            for (int64_t d = 0; d < Dh; d++) {
+                const double product = (double)q[row * Dh + d] * kv[0][first + j * strides[1] + d];
+                dot += product, size_of_dot += fabs(product);
+            }
+            scores[j] = dot / sqrt((double)Dh);
+            most = fmax(most, scores[j]), spread = fmax(spread, size_of_dot / sqrt((double)Dh));
+        }
+        for (int64_t d = 0; d < Dh; d++) sum[d] = largest[d] = 0;
+        for (int64_t j = 0; j < seen; j++) {
+            const double p = exp(scores[j] - most);
+            all += p;
+            for (int64_t d = 0; d < Dh; d++) {
+                const double v = kv[1][first + j * strides[1] + d];
+                sum[d] += p * v, largest[d] = fmax(largest[d], fabs(v));
+            }
+        }
+        /* a score errs by delta, an exp by 2 delta and its own rounding, a sum by one rounding a term */
+        const double delta = (double)(Dh + 3) * U * spread;
+        const double bound = 2 * (2 * delta + (4 + 2 * spread) * U) + 2 * (double)(seen + 8) * U;
+        for (int64_t d = 0; d < Dh; d++) {
+            const double found = out[row * Dh + d];
+            check_near(found, sum[d] / all, bound * largest[d] + 1e-40, "attention is wrong");
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        if (half) free(as_stored[i]);
+        free(kv[i]);
+    }
+    free(q), free(out), free(scores), free(sum), free(largest);
+}
+
+/* ---------------------------------------------------------------- a whole layer */
+
+typedef struct {
+    float *y;
+    void *keys[3], *values[3], *scratch;
+} layer_room;
+
+static int64_t *any_order(int64_t n) {
+    if (number(0, 1)) return NULL;
+    int64_t *order = room(8 * n);
+    for (int64_t i = 0; i < n; i++) order[i] = i;
+    for (int64_t i = n - 1; i > 0; i--) {
+        const int64_t j = number(0, i), other = order[j];
+        order[j] = order[i], order[i] = other;
+    }
+    return order;
+}
+
+void fuzz_layer(void) {
+    enum { ALL_STEPS = 10, MAX_B = 3 };
+    choose_isa();
+    const char *isa = nl_isa();
+    const int kind = (int)number(0, 1) ? REAL : ANY_BITS, half = (int)number(0, 1);
+    const int64_t B = number(1, MAX_B), T = number(1, number(0, 3) ? 3 : 8), tokens = B * T;
+    nl_layer_weights w = {.D = number(0, 3) ? number(1, 4) * 32 : 256, .K = number(1, 2), .eps = 1e-5f};
+    w.F = number(0, 3) ? number(1, 4) * 32 : 256, w.H = w.K * number(1, 3), w.exact = (int)number(0, 1);
+    w.Dh = 2 * number(1, 40);
+    while (w.H * w.Dh % 32) w.Dh += 2;
+    const int64_t q = w.H * w.Dh, kv = w.K * w.Dh, size = half ? 2 : 4;
+    const int64_t shape[7][2] = {{q, w.D},   {kv, w.D},  {kv, w.D}, {w.D, q},
+                                 {w.F, w.D}, {w.F, w.D}, {w.D, w.F}};
+    const int same = (int)number(0, 1) ? F32 : Q8_0, mixed = (int)number(0, 1);
+    for (int i = 0; i < 7; i++) {
+        w.format[i] = mixed ? any_format(shape[i][1]) : same;
+        w.weight[i] = stored(w.format[i], shape[i][0] * shape[i][1], kind);
+    }
+    float *x = floats(tokens * w.D, kind), *norms[2];
+    for (int i = 0; i < 2; i++) {
+        norms[i] = floats(w.D, kind);
+        for (int64_t d = 0; d < (kind == REAL ? w.D : 0); d++) norms[i][d] = 1 + norms[i][d] / 2;
+    }
+    w.attention_norm = norms[0], w.ffn_norm = norms[1];
+    int64_t *orders[2] = {any_order(q), any_order(kv)}, start[MAX_B], head[MAX_B];
+    w.q_order = orders[0], w.k_order = orders[1];
+    const int64_t each_its_own = number(0, 1), angles = T * w.Dh;
+    float *freqs = floats((each_its_own ? B : 1) * angles, kind);
+    for (int64_t b = 0; b < B; b++) {
+        start[b] = number(0, 20);
+        head[b] = (start[b] + T) * w.Dh;
+    }
+    /* At once; in the steps and parts that keep a call short; and, as the oracle, by the scalar forms. */
+    layer_room made[3];
+    const int64_t parts = number(1, 3);
+    uint8_t *old[2][MAX_B];
+    for (int64_t b = 0; b < B; b++)
+        for (int i = 0; i < 2; i++) {
+            old[i][b] = room(w.K * head[b] * size);
+            for (int64_t j = 0; j < w.K * head[b]; j++) {
+                const float f = any_float(kind);
+                const uint16_t f16 = float_to_half(f);
+                memcpy(old[i][b] + j * size, half ? (const void *)&f16 : (const void *)&f, (size_t)size);
+            }
+        }
+    int status[3];
+    for (int run = 0; run < 3; run++) {
+        layer_room *m = &made[run];
+        m->y = room(4 * tokens * w.D), m->scratch = room(nl_layer_bytes(&w, tokens));
+        for (int64_t b = 0; b < B; b++) {
+            m->keys[b] = memcpy(room(w.K * head[b] * size), old[0][b], (size_t)(w.K * head[b] * size));
+            m->values[b] = memcpy(room(w.K * head[b] * size), old[1][b], (size_t)(w.K * head[b] * size));
+        }
+        if (run == 2) nl_use_isa("scalar");
+        status[run] = 0;
+        for (int step = 0; step < (run == 1 ? ALL_STEPS : 1); step++)
+            for (int64_t part = 0; part < (run == 1 ? parts : 1) && !status[run]; part++)
+                status[run] =
+                    nl_layer(m->y, x, &w, freqs, each_its_own ? angles : 0, m->keys, m->values,
+                             half ? F16 : F32, w.Dh, head, B, T, start, m->scratch, run == 1 ? step : 0,
+                             run == 1 ? step + 1 : ALL_STEPS, part, run == 1 ? parts : 1, 1);
+    }
+    nl_use_isa(isa);
+    check(status[0] == status[1], "in parts another status");
+    if (kind == REAL) {
+        check(status[0] == 0 && status[2] == 0, "a layer was refused");
+        double largest = 0, error = 0;
+        for (int64_t i = 0; i < tokens * w.D; i++) {
+            largest = fmax(largest, fabs(made[2].y[i]));
+            error = fmax(error, fabs((double)made[0].y[i] - made[2].y[i]));
+            check(isfinite(made[0].y[i]), "a layer is not finite");
+        }
+        check(memcmp(made[0].y, made[1].y, (size_t)(4 * tokens * w.D)) == 0, "in parts other bits");
+        /* a number that lies between two steps, of float16 or of fixed point, may go either way */
+        check(error <= (w.exact && !half ? 1e-4 : 1e-2) * largest, "a layer is wrong");
+    }
+    for (int run = 0; run < 3; run++) {
+        for (int64_t b = 0; b < B; b++) free(made[run].keys[b]), free(made[run].values[b]);
+        free(made[run].y), free(made[run].scratch);
+    }
+    for (int i = 0; i < 7; i++) free((void *)(uintptr_t)w.weight[i]);
+    for (int64_t b = 0; b < B; b++) free(old[0][b]), free(old[1][b]);
+    free(x), free(norms[0]), free(norms[1]), free(orders[0]), free(orders[1]), free(freqs);
+}
+
+/* ---------------------------------------------------------------- convert */
+
+static const int WRITTEN[] = {F32, F16, BF16, Q8_0, Q4_0};
+
+void fuzz_convert(void) {
+    const int from = FORMATS[number(0, N_FORMATS - 1)], to = WRITTEN[number(0, 4)];
+    const int64_t rows = number(1, 5), whole = is_single(from) && is_single(to) ? 1 : block_weights(from);
+    const int64_t unit = is_single(from) && !is_single(to) ? QK : whole,
+                  IN = number(1, 600 / unit + 1) * unit;
+    const int64_t padded = (IN + QK - 1) / QK * QK; /* single numbers in any number: rows of these bytes */
+    const int64_t from_row = row_bytes(from, padded) * IN / padded,
+                  to_row = row_bytes(to, padded) * IN / padded;
+    uint8_t *some = stored(from, rows * padded, (int)number(0, KINDS - 1));
+    uint8_t *src = memcpy(room(rows * from_row), some, (size_t)(rows * from_row)), *dst = room(rows * to_row);
+    const int64_t bad = nl_convert(dst, to, src, from, rows, IN, 1);
+    int64_t expected = 0;
+    const int64_t in_block = is_single(from) ? 1 : block_weights(from),
+                  bytes = block_bytes(from) / (is_single(from) ? QK : 1);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < IN; k++) {
+            const uint8_t *p = src + r * from_row + k / in_block * bytes, *packed = dst + r * to_row;
+            const float w = weight(from, p, (int)(k % in_block / 16), (int)(k % in_block % 16));
+            if (!is_single(to)) {
+                if (!(fabsf(w) <= 65504) && !expected) expected = r + 1;
+                if (expected || (bad && r + 1 >= bad)) continue;
+                const uint8_t *block = packed + k / QK * block_bytes(to);
+                const double d = fabs(load_f16(block)),
+                             f = weight(to, block, (int)(k % QK / 16), (int)(k % 16));
+                /* half a step, and 127 times what rounding d to float16 makes; Q4_0 clips the far end */
+                const double bound = (to == Q8_0 ? 0.563 : 1.005) * d + 127 * 0x1p-25;
+                check_near(f, w, bound, "a block is packed wrongly");
+                continue;
+            }
+            const float f = weight(to, packed + k * (to == F32 ? 4 : 2), 0, 0);
+            const double u = to == F32 ? 0 : to == F16 ? 0x1p-11 : 0x1p-8;
+            const double least = to == F32 ? 0 : to == F16 ? 0x1p-25 : 0x1p-134;
+            if (isnan(w))
+                check(isnan(f), "a NaN was lost");
+            else if (!isinf(f) || to == F32)
+                check_near(f == w ? 0 : (double)f - w, 0, fmax(u * fabs((double)w), least),
+                           "a number is wrong");
+            else
+                check(fabsf(w) >= (to == F16 ? 65520 : 0x1.ffp127f), "infinite too soon");
+        }
+    check(bad == expected, "the wrong row is refused");
+    free(some), free(src), free(dst);
+}
+
+/* ---------------------------------------------------------------- exp */
+
+void fuzz_exp(void) {
+    choose_isa();
+    const int64_t n = number(0, 70);
+    float *x = floats(n, (int)number(0, KINDS - 1)), *y = room(4 * n);
+    nl_exp(y, x, n);
+    for (int64_t i = 0; i < n; i++) {
+        if (isnan(x[i])) check(isnan(y[i]), "exp lost a NaN");
+        if (x[i] < -87) check(y[i] == 0, "exp below -87 is not 0");
+        if (!(x[i] >= -87 && x[i] <= 88)) continue; /* beyond 88 nothing is promised */
+        const double expected = exp(x[i]), unit = ldexp(1, ilogb(expected) - 23);
+        check_near(y[i], expected, 2 * unit, "exp is wrong");
+    }
+    free(x), free(y);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    at = data, behind = data + size, state = size;
+    TARGET();
+    return 0;
+}

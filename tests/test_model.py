@@ -45,6 +45,18 @@ def test_impossible_positions_are_refused(rng, start_pos, T):
         model(random_tokens(rng, TINY, 1, T), start_pos, model.new_cache())
 
 
+@pytest.mark.parametrize("tokens", [[1, 2], [[[1]]], [[1.0]], [[True]]])
+def test_tokens_are_whole_numbers_of_two_axes(rng, tokens):
+    with pytest.raises(ParameterError, match=r"tokens are .*, wanted whole numbers of shape \(B, T\)"):
+        tiny_model(rng)(np.array(tokens))
+
+
+@pytest.mark.parametrize("starts", [[0, CONTEXT], [CONTEXT, 0], [0, -1]])
+def test_every_sequence_must_fit_the_context(rng, starts):
+    with pytest.raises(ContextOverflowError, match="do not fit a context"):
+        tiny_model(rng).hidden(random_tokens(rng, TINY, 2, 1), np.array(starts))
+
+
 def test_a_prompt_beyond_the_context_is_refused(rng):
     with pytest.raises(ContextOverflowError, match=rf"0\.\.{CONTEXT} do not fit a context of {CONTEXT}"):
         tiny_model(rng)(random_tokens(rng, TINY, 1, CONTEXT + 1))

@@ -5,18 +5,22 @@ and the arguments, by themselves and by how a text is foretold. --against compar
 another copy of the model, in any format. Exit code 3 if something is wrong; the last line says what.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import open_checkpoint
 from ..download import DEFAULT_MODEL, locate
 from ..errors import printable
 from ..memory import available_memory, gib, memory_plan, peak_memory
-from ..verify import Error, Report, examine
 from . import common
+
+if TYPE_CHECKING:
+    from ..verify import Error, Report
 
 WRONG = 3
 HEADS = {
@@ -46,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..verify import examine  # it needs the kernels, without which all else runs
+
     began = time.perf_counter()
     with common.transfer_bar() as progress:
         opened = open_checkpoint(locate(args.model, progress))

@@ -193,11 +193,14 @@ def test_sequences_may_start_at_their_own_positions(ops, source, T):
     assert_same(ops.freqs_cis_at(freqs_cis, starts, T), expected)
 
 
-@pytest.mark.parametrize("start, T", [(-1, 1), (0, 6), (5, 1), (4, 2), (-6, 2), (2**40, 1)])
+@pytest.mark.parametrize(
+    "start, T", [(-1, 1), (0, 6), (5, 1), (4, 2), (-6, 2), (2**40, 1), ([0, -1], 1), ([0, 4], 2)]
+)
 @law("freqs_cis_at")
 def test_positions_beyond_the_table_are_refused(ops, start, T):
     """A position below 0 or beyond the context is an error, and never counts from the end."""
-    assert_refused(lambda: ops.freqs_cis_at(np.ones((5, 2), complex), start, T), f"{start}..{start + T - 1}")
+    told = f"{T} positions from {start} on, of 5,"
+    assert_refused(lambda: ops.freqs_cis_at(np.ones((5, 2), complex), np.array(start), T), told)
 
 
 # --- the turn ---------------------------------------------------------------------------------------------

@@ -500,7 +500,8 @@ def test_the_kernels_build_and_agree_without_openmp(tmp_path):
     shutil.copytree(Path(numpy_llama.__file__).parents[1] / "csrc", tmp_path / "csrc")
     code = """
 import runpy, sys, numpy as np
-runpy.run_path("csrc/build_kernels.py")["make_ffi"]("serial_kernels", openmp=["-O1"]).compile()  # not optimized: sooner there
+builder = runpy.run_path("csrc/build_kernels.py")
+builder["make_ffi"]("serial_kernels", openmp=["-O1"]).compile()  # hardly optimized: it is there sooner
 sys.path.insert(0, ".")
 from serial_kernels import ffi, lib
 from numpy_llama.kernels import Kernels

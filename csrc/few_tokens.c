@@ -104,9 +104,9 @@ WORD vec_scales four_rows_f16(const uint8_t *const w[4], int64_t at, int64_t nex
 }
 
 /* What is summed of a token: the products of four rows, in lanes; and what is the same for all weights of a
- * block, in a few lanes a row (K formats: in four, in `k_minima`). */
+ * block, in a few lanes a row (K formats: in four, in `sub_minima`). */
 typedef struct {
-    vec rows[4], k_minima[16 / LANES];
+    vec rows[4], sub_minima[16 / LANES];
     vec_scales minima;
 } token_sums;
 
@@ -185,7 +185,7 @@ WORD void k_minima(uint8_t scales[4][16], const int64_t T, token_sums *sums, con
             const int16_t *sums_hi = x[t].k_sums + 32 * b, *sums_lo = sums_hi + 16;
             const ints of_hi = dot_pairs(ints_zero(), m, runs_of_16(sums_hi));
             const ints of_both = dot_pairs(ints_left(of_hi, 7), m, runs_of_16(sums_lo));
-            vec *to = &sums[t].k_minima[i * 4 / LANES];
+            vec *to = &sums[t].sub_minima[i * 4 / LANES];
             *to = vec_fma(vec_from_ints(of_both), vec_mul(d, vec_all(x[t].dx[b])), *to);
         }
     }
@@ -245,7 +245,7 @@ WORD void four_rows_fixed(const int format, const int64_t T, const linear_args *
     token_sums sums[FEW];
     for (int64_t t = 0; t < T; t++) {
         for (int i = 0; i < 4; i++) sums[t].rows[i] = vec_zero();
-        for (int i = 0; i < 16 / LANES; i++) sums[t].k_minima[i] = vec_zero();
+        for (int i = 0; i < 16 / LANES; i++) sums[t].sub_minima[i] = vec_zero();
         sums[t].minima = scales_zero();
     }
     four_rows(w, a, r, quarter, end);
@@ -262,7 +262,7 @@ WORD void four_rows_fixed(const int format, const int64_t T, const linear_args *
         const int each = is_k(format) ? 4 : BESIDE;
         _mm_storeu_ps(four, vec_sums(sums[t].rows[0], sums[t].rows[1], sums[t].rows[2], sums[t].rows[3]));
         if (is_k(format))
-            for (int i = 0; i < 16; i += LANES) vec_store(more + i, sums[t].k_minima[i / LANES]);
+            for (int i = 0; i < 16; i += LANES) vec_store(more + i, sums[t].sub_minima[i / LANES]);
         else
             scales_store(more, sums[t].minima);
         for (int i = 0; i < 4; i++)

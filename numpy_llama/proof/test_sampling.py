@@ -144,6 +144,13 @@ def test_top_k_keeps_exactly_k(ops, logits, k):
     assert_same(kept(ops.top_k(logits, k)), np.array(expected, int))
 
 
+@law("top_k", seeds, st.integers(2, 12), st.integers(1, 12))
+def test_top_k_among_equals(ops, seed, V, k):
+    """However many are equal to the k-th, k stay: of three different logits there are many such."""
+    logits = np.random.default_rng(seed).integers(3, size=V).astype(np.float32)
+    assert_same(kept(ops.top_k(logits, k)), np.sort(by_rank(logits)[:k]))
+
+
 @law("top_k", all_logits(distinct=True), st.integers(1, 60))
 def test_top_k_as_pytorch(ops, logits, k):
     """They are those of torch.topk."""

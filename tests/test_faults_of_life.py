@@ -455,18 +455,7 @@ def test_the_kernels_are_those_that_the_cpu_has(tmp_path):
 
 # ---------------------------------------------------------------- threads and processes
 
-ARGS = nl.ModelArgs(
-    dim=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    hidden_dim=96,
-    vocab_size=64,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=128,
-)
+ARGS = replace(ALPHABET, vocab_size=64, max_seq_len=128)
 
 
 def stored(weights):

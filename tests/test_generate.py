@@ -1,5 +1,6 @@
 """Generation: the loop over ids, streams of text, stop texts, contexts."""
 
+from copy import deepcopy
 from itertools import pairwise
 
 import numpy as np
@@ -152,6 +153,17 @@ def test_two_generations_in_one_context_are_refused(model):
     with pytest.raises(ParameterError, match="the context is in use by a later generation"):
         next(first)
     assert [next(second) for _ in range(2)]
+
+
+def test_a_copied_context_goes_on_by_itself(model):
+    """Two ways on from one beginning, at the same time: each is what it is alone."""
+    context = Context(model)
+    run(model, [1, 2, 3], context, max_tokens=2)
+    twin = deepcopy(context)
+    wanted = [run(model, [1, 2, 3, last], max_tokens=5)[0] for last in (4, 5)]
+    with context.alone():
+        assert run(model, [1, 2, 3, 4], twin, max_tokens=5)[0] == wanted[0]
+    assert run(model, [1, 2, 3, 5], context, max_tokens=5)[0] == wanted[1]
 
 
 def test_logits_that_are_no_numbers_stop_it(model, monkeypatch):

@@ -15,20 +15,10 @@ from numpy_llama.checkpoint import build
 from numpy_llama.checkpoint.llama2c import Llama2cCheckpoint, looks_like_llama2c
 from numpy_llama.config import ModelArgs
 from numpy_llama.model import Transformer
+from numpy_llama.proof.tiny import TINY
 from numpy_llama.quantize import FORMATS
 
-ARGS = ModelArgs(
-    dim=24,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=6,
-    hidden_dim=40,
-    vocab_size=53,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=32,
-)
+ARGS = replace(TINY, max_seq_len=32)
 VERSIONS = (0, 1, 2)
 
 

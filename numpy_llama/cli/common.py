@@ -276,19 +276,9 @@ def run_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def window_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that counts windows of a text: progress(what is known so far, done, total)."""
-    bar = _Bar(TextColumn("{task.completed}/{task.total} windows"))
-    try:
-        yield bar.show
-    finally:
-        bar.close()
-
-
-@contextmanager
-def step_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that counts steps of whatever is being done: progress(what, done, total)."""
-    bar = _Bar(TextColumn("{task.completed}/{task.total}"))
+def count_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that counts windows of a text, or steps: progress(what is known or done now, done, total)."""
+    bar = _Bar(TextColumn("{task.completed}/{task.total} " + unit))
     try:
         yield bar.show
     finally:

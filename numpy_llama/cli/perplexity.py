@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     total = min(len(ids) // args.ctx, args.windows or len(ids))
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     began = time.perf_counter()
-    with common.window_bar() as bar:
+    with common.count_bar("windows") as bar:
         bar("perplexity", 0, total)
         for now in perplexity(llama.model, ids, args.ctx, bos_id, total):
             bar(f"perplexity {now.perplexity:.4f}", now.windows, total)

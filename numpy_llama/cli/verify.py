@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     plan = memory_plan(opened.args, opened.weights(), "c")
     plan.check(available_memory(plan.mapped), opened.path)
     opened.watch()
-    with common.step_bar() as progress:
+    with common.count_bar("steps") as progress:
         report = examine(opened, reference, args.threads, progress)
     opened.check_unchanged()
     seconds = time.perf_counter() - began

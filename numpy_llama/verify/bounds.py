@@ -67,7 +67,7 @@ def attention(q, k, v):
 
 
 def swiglu(expected):
-    """exp to 2 ulp, an addition, a division, two products; below 1e-37 numbers lose their digits."""
+    """exp to 3 ulp, an addition, a division, two products; below 1e-37 numbers lose their digits."""
     return 16 * U32 * np.abs(expected) + 1e-37
 
 

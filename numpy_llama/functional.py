@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from .config import RopeScaling
-from .errors import ContextOverflowError, ParameterError
+from .errors import ContextOverflowError, MismatchError, ParameterError
 
 
 def embedding(tokens, weight):
@@ -106,6 +106,8 @@ def causal_mask(T, S, dtype=np.float32):
 
     -> (T, S). With T = 2 new tokens after 3 cached ones: [[0 0 0 0 -inf], [0 0 0 0 0]].
     """
+    if T > S:
+        raise MismatchError(f"{T} queries cannot be the last of {S} positions")
     return np.triu(np.full((T, S), -np.inf, dtype), k=S - T + 1)
 
 

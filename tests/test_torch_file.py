@@ -288,6 +288,12 @@ def overlapping_by_a_byte() -> bytes:
     return data
 
 
+def cut_zip64() -> bytes:
+    """The zip64 field says 16 bytes, and 12 are left of the entry."""
+    whole, cut = (struct.pack("<4H", *fields) for fields in ((0x4246, 0, 1, 8), (1, 16, 1, 8)))
+    return zip_bytes([Record("a/x", b"")], (2,)).replace(whole, cut)
+
+
 def tar() -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
@@ -475,6 +481,7 @@ HOSTILE = [
     ),
     ("zip", "FormatError", "without data.pkl", zip_bytes([Record("a/x", b"")])),
     ("zip", "FormatError", "has no b'PK", zip_bytes([Record("a/x", b"")], count=2)),
+    ("zip", "FormatError", "has no b'PK", cut_zip64()),
     (
         "zip",
         "FormatError",

@@ -189,7 +189,8 @@ class _ZipReader:
         at = 0
         while (field := extras[at : at + 4]) and struct.unpack("<2H", field.ljust(4, b"\0"))[0] != 1:
             at += 4 + int.from_bytes(field[2:4], "little")
-        values = struct.iter_unpack("<Q", extras[at + 4 :][: int.from_bytes(field[2:4], "little") // 8 * 8])
+        held = extras[at + 4 :][: int.from_bytes(field[2:4], "little")]  # perhaps less: the entry may be cut
+        values = struct.iter_unpack("<Q", held[: len(held) // 8 * 8])
         found = [next(values, (None,))[0] if number == MAX32 else number for number in numbers]
         if None in found:
             self.fail("a zip entry lacks its zip64 numbers")

@@ -347,6 +347,17 @@ def test_two_new_tokens_after_three(ops):
     assert_same(ops.causal_mask(2, 5), [[0, 0, 0, 0, -np.inf], [0, 0, 0, 0, 0]])
 
 
+@law("attention", sources, st.integers(0, 3), small_sizes)
+def test_a_query_that_may_see_nothing_is_no_nan(ops, source, S, more):
+    """Of T > S queries the first would see no key: they are refused, or get 0 as PyTorch's do."""
+    q, k, v = source.array(1, S + more, 2, 4), source.array(1, S, 2, 4), source.array(1, S, 2, 4)
+    try:
+        blind = ops.attention(q, k, v)[:, :more]
+    except Exception:
+        return
+    assert_same(blind, np.zeros(blind.shape))
+
+
 @law("causal_mask", st.integers(1, 12))
 def test_one_new_token_sees_all(ops, S):
     """In decoding nothing is masked."""

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from . import torch_ops
@@ -106,6 +107,14 @@ def test_minus_infinity_gets_exactly_nothing(ops, source, n):
     p = ops.softmax(masked)
     assert_same(p[:, n], np.zeros(2))
     assert_within(p[:, :n], ops.softmax(x), EXACT_64)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@law("softmax", sizes)
+def test_of_minus_infinity_alone_nothing_gets_a_share(ops, n):
+    """Where all is masked there is nothing to share: NaN, as of torch.softmax, or 0; never a probability."""
+    p = ops.softmax(np.full((1, n), -np.inf))
+    assert_that(np.isnan(p) | (p == 0), f"of {n} times -inf it made {p}")
 
 
 @law("softmax", sources, sizes, small_sizes)

@@ -77,6 +77,14 @@ def test_at_the_ends(ops):
     assert_same(y[5:], x[5:])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@law("silu")
+def test_minus_infinity_is_not_hidden(ops):
+    """-inf / (1 + inf) is no number, as of torch.nn.functional.silu: what overflowed stays to be seen."""
+    x = np.float32([-np.inf])
+    assert_same(ops.silu(x), torch_ops.silu(x))
+
+
 @law("swiglu", sources, sizes)
 def test_swiglu_is_silu_times_up(ops, source, n):
     """swiglu(gate, up) = gate / (1 + exp(-gate)) * up."""

@@ -61,8 +61,10 @@ SURE = 3.0
 MARGIN_PUBLISHED, SURE_PUBLISHED = 0.01, 2.0
 # A model knows the text if its loss is below this share of a blind guess, log vocab_size.
 KNOWS = 0.75
-# A repair that is worse after the first tokens is given up.
+# A repair that is worse after the first tokens, or knows nothing of them, is given up.
 FIRST = 128
+# Of the text. Where a token is a byte this is a quarter of it, and enough.
+TOKENS = 640
 WORST = 100.0  # nats: what is no number counts as this
 
 Weights = Mapping[str, StoredTensor]
@@ -105,11 +107,11 @@ class Sample:
     def __init__(self, args: ModelArgs, tokenizer: Tokenizer, threads: int | None = None):
         self.args, self.threads = args, threads
         ids = tokenizer.encode(TEXT, bos=tokenizer.add_bos)
-        self.ids = ids[: args.max_seq_len]
+        self.ids = ids[: min(args.max_seq_len, TOKENS)]
         self.blind = math.log(args.vocab_size)
 
-    def losses(self, repair: Repair, stop=None) -> np.ndarray:
-        """nats of each token; those of the first FIRST only if `stop`, of those, says so."""
+    def losses(self, repair: Repair, most: float = math.inf) -> np.ndarray:
+        """nats of each token; where their mean is above `most`, of the first FIRST only."""
         model = build(repair.args, repair.weights, threads=self.threads)
         cache, parts, ends = model.new_cache(max_seq_len=len(self.ids)), [], [FIRST, len(self.ids) - 1]
         begin = 0
@@ -117,7 +119,7 @@ class Sample:
             h = F.embedding(np.array([self.ids[begin:end]]), model.tok_embeddings)
             freqs_cis = F.freqs_cis_at(model.freqs_cis, begin, end - begin)
             parts.append(self._losses(model, h, freqs_cis, begin, cache, repair.without))
-            if stop is not None and stop(parts[0]):
+            if parts[0].mean() > most:
                 break
             begin = end
         return np.concatenate(parts)
@@ -146,10 +148,11 @@ class Sample:
         tried = list(repairs(self.args, weights, runs))
         progress("reading a text", 0, len(tried) + 1)
         before = self.losses(Repair("", self.args, weights))
+        most = min(before[:FIRST].mean() + MARGIN, KNOWS * self.blind)
         best: tuple[float, float, str] | None = None
         for n, repair in enumerate(tried, 1):
             progress("reading a text", n, len(tried) + 1)
-            after = self.losses(repair, lambda first: first.mean() > before[: len(first)].mean() + MARGIN)
+            after = self.losses(repair, most)
             gain = before[: len(after)] - after
             error = gain.std() / math.sqrt(len(gain))
             clear = gain.mean() > max(repair.margin, repair.sure * error) and len(after) == len(before)

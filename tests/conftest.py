@@ -1,6 +1,7 @@
 """Shared by all tests: the folder of extra test data, the real model."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from numpy_llama.proof import laws
 for _name, _profile in laws.PROFILES.items():
     settings.register_profile(_name, _profile)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# A shell's background job is deaf to Ctrl-C, and so would be the programs that are started here to hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A folder of further real files, golden outputs and texts; tests/with_data needs it and is collected with it.
 DATA = Path(os.environ.get("NUMPY_LLAMA_TEST_DATA", "/nonexistent"))

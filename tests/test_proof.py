@@ -126,7 +126,7 @@ def test_the_readme_counts_the_laws():
 REPORTED = {
     "in place": (
         "def softmax(x):\n    x -= x.max()\n    return x\n",
-        ["softmax(x = [[6.]", "wanted"],
+        ["softmax(x = [[6.]", "it wrote into x", "wanted"],
     ),
     "float32": (
         "import numpy as np\ndef silu(x):\n    x = x.astype(np.float32)\n    return x / (1 + np.exp(-x))\n",
@@ -137,6 +137,19 @@ REPORTED = {
         ["silu gave nothing (is a return missing?)"],
     ),
     "a list": ("def silu(x):\n    return [0.0]\n", ["silu gave a list, an array is wanted"]),
+    "other parameters": (
+        "from numpy_llama import cache\n"
+        "class KVCache(cache.KVCache):\n    def update(self, layer, xk, xv):\n        return xk, xv\n"
+        "def silu(x, beta):\n    return x\n",
+        [
+            "silu() missing 1 required positional argument: 'beta'\n  it is called as silu(x)\n",
+            "\n  it is called as KVCache.update(layer, start_pos, xk, xv)\n",
+        ],
+    ),
+    "overflow": (
+        "import numpy as np\ndef softmax(x):\n    e = np.exp(x)\n    return e / e.sum(-1, keepdims=True)\n",
+        ["softmax(x = [[    0.,  1000., -1000.]], float32 of shape (1, 3))", "gave   [[ 0., nan,  0.]]"],
+    ),
     "leaving": (
         "import sys\ndef silu(x):\n    sys.exit(1)\n",
         ["raised SystemExit: 1", "my_ops.py, line 3"],
@@ -147,7 +160,15 @@ REPORTED = {
 @pytest.mark.parametrize("fault", REPORTED)
 def test_what_is_shown_is_what_was_given(tmp_path, fault):
     ops, told = REPORTED[fault]
-    done = hold(tmp_path, ops, "-k", "formula or as_pytorch")
+    done = hold(tmp_path, ops, "-k", "formula or as_pytorch or comes_back or overflow")
     assert done.returncode == 1
     for words in told:
         assert words in done.stdout
+
+
+def test_what_a_function_prints_hides_no_law(tmp_path):
+    ops = "def silu(x):\n    for i in range(100):\n        print('line', i)\n    return x\n"
+    done = hold(tmp_path, ops, "-k", "test_swiglu and formula")
+    assert done.returncode == 1 and "silu does not keep this law" in done.stdout
+    printed = [line for line in done.stdout.splitlines() if line.startswith("line")]
+    assert printed == [f"line {i}" for i in range(90, 100)]

@@ -29,6 +29,9 @@ EXP_32 = 4 * U32
 # The value after rounding to float16 lies within 2^-11 of it, relatively.
 U16 = 2.0**-11
 
+# What an array is made of if one asks for nothing else: any other kind is told.
+USUAL = (np.float64, np.int64, np.complex128, np.bool_)
+
 
 def unit(dtype) -> float:
     """The unit roundoff of a dtype."""
@@ -59,7 +62,8 @@ def shown(x, every_digit: bool = False) -> str:
     if isinstance(x, np.ndarray) and x.size:
         digits: dict = {"floatmode": "unique"} if every_digit else {"precision": 8}
         text = np.array2string(x, **digits, threshold=16, edgeitems=2, max_line_width=88, separator=", ")
-        return text if x.size <= 6 and x.ndim < 3 else f"{text}, {x.dtype} of shape {x.shape}"
+        plain = x.size <= 6 and x.ndim < 3 and x.dtype in USUAL
+        return text if plain else f"{text}, {x.dtype} of shape {x.shape}"
     return f"an empty array of shape {x.shape}" if isinstance(x, np.ndarray) else repr(x)
 
 

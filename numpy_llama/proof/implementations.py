@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,14 +41,23 @@ NAMES = [name for names in OPERATIONS.values() for name in names]
 ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "fixed_point"} - {"greedy", "draw"}
 
 
+class Call(NamedTuple):
+    """What was called, what it was given, as that was then, what it gave, and which arguments it wrote into."""
+
+    name: str
+    function: Callable
+    arguments: tuple
+    result: object = None
+    written: tuple[int, ...] = ()
+
+
 class Implementation:
-    """Operations as attributes. Every call is kept in `calls`, until the next example: its name, what it was
-    given, what it gave."""
+    """Operations as attributes. Every call is kept in `calls`, until the next example."""
 
     def __init__(self, name: str, operations: Mapping[str, Callable], dtype=np.float64):
         """`dtype`: the finest precision that it computes in."""
         self.name, self.operations, self.dtype = name, operations, np.dtype(dtype)
-        self.calls: list[tuple[str, tuple, object]] = []
+        self.calls: list[Call] = []
 
     def __repr__(self) -> str:
         return self.name
@@ -62,12 +72,13 @@ class Implementation:
 
         def call(*arguments):
             given = tuple(copied(x) for x in arguments)
-            self.calls.append((name, given, None))
+            self.calls.append(Call(name, operation, given))
             result = operation(*arguments)
             if isinstance(operation, type):
                 return Kept(self, name, result)
             check_kind(name, arguments, result)
-            self.calls[-1] = name, given, copied(result)
+            written = tuple(i for i, x in enumerate(arguments) if is_other(x, given[i]))
+            self.calls[-1] = Call(name, operation, given, copied(result), written)
             return result
 
         return call
@@ -89,6 +100,11 @@ class Kept:
 
 def copied(x):
     return x.copy() if isinstance(x, np.ndarray) else x
+
+
+def is_other(x, was) -> bool:
+    """Whether an array's bits are not what they were; NaN is like itself."""
+    return isinstance(x, np.ndarray) and x.tobytes() != was.tobytes()
 
 
 def check_kind(name: str, arguments: tuple, result) -> None:

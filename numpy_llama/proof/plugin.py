@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ASKED = "NUMPY_LLAMA_PROOF"  # pytest-xdist's processes inherit it, but not the command line
+PRINTED = 10  # lines of what a user's functions print are shown for each law that fails
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -114,6 +115,7 @@ def pytest_runtest_makereport(item, call):
         report.operation, report.sentence = operations(item)[0], sentence(item.function)
         if report.failed and (file := file_of(item.config)):
             report.longrepr = told(item, call.excinfo.value, file)
+            report.sections = [(title, _end_of(text)) for title, text in report.sections]
     return report
 
 
@@ -129,10 +131,12 @@ def told(item, error: BaseException, path: Path) -> str:
     ops = item.callspec.params["ops"]
     lines = [f"{operations(item)[0]} does not keep this law:", f"  {sentence(item.function)}", ""]
     lines += ["The smallest input found that breaks it:"]
-    for name, arguments, result in ops.calls[-3:]:
-        lines += [f"  {call_of(name, arguments, ops.operations.get(name))}"]
-        if result is not None and shown(result) != getattr(error, "gave", ""):
-            lines += [f"    = {_indented(shown(result), 6)}"]
+    for call in ops.calls[-3:]:
+        lines += [f"  {written_out(call)}"]
+        for i in call.written:
+            lines += [f"    it wrote into {parameters(call)[i] or f'its argument {i + 1}'}"]
+        if call.result is not None and shown(call.result) != getattr(error, "gave", ""):
+            lines += [f"    = {_indented(shown(call.result), 6)}"]
     frames = [(file, line) for file, line in _frames(error) if file == str(path)]
     if frames:
         lines += [f"  raised {type(error).__name__}: {_indented(str(error), 2)}"]
@@ -142,27 +146,64 @@ def told(item, error: BaseException, path: Path) -> str:
         lines += [f"  {error.why}"]
     else:
         lines += [f"  {error}" if isinstance(error, AssertionError) else f"  {type(error).__name__}: {error}"]
+        if isinstance(error, TypeError) and ops.calls and not takes(ops.calls[-1]):
+            lines += [f"  it is called as {wanted(ops.calls[-1].name)}"]
     return "\n".join(lines)
 
 
-def call_of(name: str, arguments: tuple, function) -> str:
+def written_out(call) -> str:
     """The call as one would write it, with the names of its parameters."""
     from .bounds import shown
 
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        names = []
-    names += [""] * (len(arguments) - len(names))
     parts = [
         f"{key} = {shown(value)}" if key else shown(value)
-        for key, value in zip(names, arguments, strict=False)
+        for key, value in zip(parameters(call), call.arguments, strict=False)
     ]
-    one_line = f"{name}({', '.join(parts)})"
+    one_line = f"{call.name}({', '.join(parts)})"
     if len(one_line) <= 100 and "\n" not in one_line:
         return one_line
     lines = [_indented(part, 6 + (part.index(" = ") + 3 if " = " in part[:20] else 0)) for part in parts]
-    return f"{name}(" + "".join(f"\n      {line}," for line in lines) + ")"
+    return f"{call.name}(" + "".join(f"\n      {line}," for line in lines) + ")"
+
+
+def signature(function) -> inspect.Signature | None:
+    """None where it cannot be known, as of some functions that are written in C."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def parameters(call) -> list[str]:
+    """A name for each argument; "" where there is none."""
+    known = signature(call.function)
+    return [*(known.parameters if known else ()), *[""] * len(call.arguments)]
+
+
+def takes(call) -> bool:
+    """Whether the function could be handed these arguments at all, for all that can be known."""
+    try:
+        if known := signature(call.function):
+            known.bind(*call.arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def wanted(name: str) -> str:
+    """An operation, or a method, with the parameters that it has in this package."""
+    from .implementations import numpy_implementation
+
+    operation, *method = name.split(".")
+    ours = numpy_implementation().operations[operation]
+    names = inspect.signature(getattr(ours, *method) if method else ours).parameters
+    return f"{name}({', '.join(one for one in names if one != 'self')})"
+
+
+def _end_of(text: str) -> str:
+    """What was printed last: on the smallest input, which is tried once more at the end."""
+    lines = text.splitlines(keepends=True)
+    return "".join(["...\n", *lines[-PRINTED:]] if len(lines) > PRINTED else lines)
 
 
 def _indented(text: str, by: int) -> str:

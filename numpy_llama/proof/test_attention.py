@@ -388,7 +388,7 @@ def test_repeat_kv_as_pytorch(ops, source, K, n_rep):
     assert_same(ops.repeat_kv(x, n_rep), torch_ops.repeat_kv(x, n_rep))
 
 
-@law("softmax attention", sources, even_sizes, small_sizes)
+@law("attention softmax", sources, even_sizes, small_sizes)
 def test_attention_is_made_of_softmax(ops, source, Dh, S):
     """One query, one head: softmax(q k^T / sqrt(Dh)) v."""
     q, k, v = source.array(1, 1, 1, Dh), source.array(1, S, 1, Dh), source.array(1, S, 1, Dh)

@@ -555,9 +555,11 @@ def test_arguments_that_differ_are_told():
     assert list(arguments(near, wanted)) == []
 
 
-def test_another_model_is_not_compared(tmp_path):
-    faults, _ = compared(tmp_path, "F32", lambda w: None, args=replace(TINY, hidden_dim=128))
-    assert faults == ["it is another model: hidden_dim is 128, the reference has 96"]
+@pytest.mark.parametrize("name, number", [("hidden_dim", 128), ("n_layers", 2), ("n_layers", 4)])
+def test_another_model_is_not_compared(name, number, tmp_path):
+    faults, lines = compared(tmp_path, "F32", lambda w: None, args=replace(TINY, **{name: number}))
+    assert faults == [f"it is another model: {name} is {number}, the reference has {getattr(TINY, name)}"]
+    assert lines == []
 
 
 @pytest.mark.parametrize("format", ["BF16", "Q8_0", "Q4_0", "Q4_1"])

@@ -75,7 +75,7 @@ def compare(
     differing = dict(arguments(opened.args, reference.args))
     faults = [how for name, how in differing.items() if name != CONTEXT]
     lines = [how for name, how in differing.items() if name == CONTEXT]
-    if any(found[name].shape != wanted[name].shape for name in found.keys() & wanted.keys()):
+    if {name: w.shape for name, w in found.items()} != {name: w.shape for name, w in wanted.items()}:
         return ["it is another model: " + "; ".join(faults)], lines
     differences = []
     for done, name in enumerate(wanted):

@@ -121,8 +121,10 @@ def attention(q, k, v):
 
     q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). The T queries are the last T of S positions.
     """
-    T, H, Dh = q.shape[1:]
+    B, T, H, Dh = q.shape
     S, K = k.shape[1:3]
+    if k.shape != (B, S, K, Dh) or v.shape != k.shape or H % K:  # NumPy would broadcast what it can
+        raise MismatchError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
     q = q.swapaxes(1, 2)  # (B, H, T, Dh)
     k = repeat_kv(k, H // K).astype(q.dtype).transpose(0, 2, 3, 1)  # (B, H, Dh, S)
     v = repeat_kv(v, H // K).astype(q.dtype).swapaxes(1, 2)  # (B, H, S, Dh)

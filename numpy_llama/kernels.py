@@ -260,7 +260,7 @@ class Kernels:
         if Dh > MAX_HEAD_DIM:
             raise UnsupportedError(f"head_dim is {Dh}, the C kernel goes up to {MAX_HEAD_DIM}")
         if k.dtype != v.dtype:
-            raise MismatchError(f"k is {k.dtype} and v is {v.dtype}, they must be the same")
+            k, v = k.astype(np.float32), v.astype(np.float32)
         q = np.ascontiguousarray(q, np.float32)
         k, v = _dense_heads(k), _dense_heads(v)
         out = np.empty_like(q)

@@ -287,13 +287,25 @@ def test_attention_takes_any_array(isa, rng):
         lambda q, k, v: (q[:, :, 1:], k, v),
         lambda q, k, v: (q, k[:, :3], v[:, :3]),
         lambda q, k, v: (q[:1], k, v),
-        lambda q, k, v: (q, k, v.astype(np.float16)),
+        lambda q, k, v: (q, k[:1], v[:1]),
+        lambda q, k, v: (q, k, v[:1]),
+        lambda q, k, v: (q, k, v[..., 1:]),
+        lambda q, k, v: (q[:, :, :2], k, v[:, :, :1]),
+        lambda q, k, v: (q[:, :, :1], k, v),
     ],
 )
-def test_attention_refuses_what_does_not_fit(rng, change):
+@pytest.mark.parametrize("twin", [F.attention, Kernels(1).attention], ids=["numpy", "c"])
+def test_attention_refuses_what_does_not_fit(rng, twin, change):
     q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
     with pytest.raises(MismatchError):
-        Kernels(1).attention(*change(q, k, v))
+        twin(*change(q, k, v))
+
+
+def test_keys_and_values_may_differ_in_precision(isa, rng):
+    q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
+    half = v.astype(np.float16)
+    expected = Kernels(1).attention(q, k, half.astype(np.float32))
+    np.testing.assert_array_equal(Kernels(1).attention(q, k, half), expected)
 
 
 def test_attention_refuses_heads_that_are_too_wide(rng):

@@ -562,6 +562,20 @@ def test_another_model_is_not_compared(name, number, tmp_path):
     assert lines == []
 
 
+def test_a_reference_that_is_written_to_meanwhile_is_no_reference(tmp_path, monkeypatch, capsys):
+    a, b = (write_tiny(tmp_path / name, "F32") for name in ("a.gguf", "b.gguf"))
+
+    def examine(opened, reference, *rest):
+        with open(reference.path, "r+b") as file:
+            file.truncate(1000)
+        return verify.Report()
+
+    monkeypatch.setattr(verify, "examine", examine)
+    assert cli.main(["verify", "-m", str(a), "--against", str(b)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "b.gguf" in err and "changed" in err
+
+
 @pytest.mark.parametrize("format", ["BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_one_large_weight_makes_its_block_coarse_and_that_is_no_fault(format, tmp_path):
     def change(weights):

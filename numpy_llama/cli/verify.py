@@ -58,10 +58,13 @@ def run(args: argparse.Namespace) -> int:
         reference = None if args.against is None else open_checkpoint(locate(args.against, progress))
     plan = memory_plan(opened.args, opened.weights(), "c")
     plan.check(available_memory(plan.mapped), opened.path)
-    opened.watch()
+    files = [one for one in (opened, reference) if one is not None]
+    for one in files:
+        one.watch()
     with common.count_bar("steps") as progress:
         report = examine(opened, reference, args.threads, progress)
-    opened.check_unchanged()
+    for one in files:
+        one.check_unchanged()
     seconds = time.perf_counter() - began
     if args.json:
         print(json.dumps(told(report, seconds)))

@@ -42,7 +42,7 @@ ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "fixed_point"} - {"gre
 
 
 class Call(NamedTuple):
-    """What was called, what it was given, as that was then, what it gave, and which arguments it wrote into."""
+    """What was called, what it was given (as it was then), what it gave, which arguments it wrote into."""
 
     name: str
     function: Callable

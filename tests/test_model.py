@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import numpy_llama
+from numpy_llama import functional as F
 from numpy_llama.config import ModelArgs, RopeScaling
-from numpy_llama.errors import ConfigError, ContextOverflowError, ParameterError
+from numpy_llama.errors import ConfigError, ContextOverflowError, MismatchError, ParameterError
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import CONTEXT, TINY, random_tokens, random_weights
 
@@ -72,6 +73,19 @@ def test_a_cache_beyond_the_context_is_refused(rng, max_seq_len):
 def test_ids_outside_the_vocabulary_are_refused(rng, bad):
     with pytest.raises(ParameterError):
         tiny_model(rng)(np.array([[0, bad]]))
+
+
+@pytest.mark.parametrize(
+    "q, k, v",
+    [
+        ((2, 3, 4, 8), (1, 5, 2, 8), (1, 5, 2, 8)),
+        ((2, 3, 4, 8), (2, 5, 4, 8), (2, 5, 1, 8)),
+        ((2, 3, 1, 8), (2, 5, 2, 8), (2, 5, 2, 8)),
+    ],
+)
+def test_attention_refuses_what_numpy_would_broadcast(q, k, v):
+    with pytest.raises(MismatchError, match="do not fit each other"):
+        F.attention(np.ones(q), np.ones(k), np.ones(v))
 
 
 def test_linear_and_attention_are_handed_in(rng):

@@ -116,17 +116,28 @@ def repeat_kv(x, n_rep):
     return np.repeat(x, n_rep, axis=2)
 
 
+def attention_scores(q, k):
+    """q k^T / sqrt(Dh) + mask: (B, T, H, Dh), (B, S, K, Dh) -> (B, H, T, S).
+
+    How much each of the T queries, which are the last T of S positions, wants of each position.
+    """
+    (T, H, Dh), (S, K) = q.shape[1:], k.shape[1:3]
+    k = repeat_kv(k, H // K).astype(q.dtype).transpose(0, 2, 3, 1)  # (B, H, Dh, S)
+    return q.swapaxes(1, 2) @ k / math.sqrt(Dh) + causal_mask(T, S, q.dtype)
+
+
+def weighted_values(weights, v):
+    """Each query's weights times the values: (B, H, T, S), (B, S, K, Dh) -> (B, T, H, Dh)."""
+    v = repeat_kv(v, weights.shape[1] // v.shape[2]).astype(weights.dtype).swapaxes(1, 2)  # (B, H, S, Dh)
+    return (weights @ v).swapaxes(1, 2)
+
+
 def attention(q, k, v):
     """softmax(q k^T / sqrt(Dh) + mask) v for each head (Vaswani et al. 2017, eq. 1).
 
-    q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). The T queries are the last T of S positions.
+    q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh), for example (1, 8, 32, 128).
     """
-    B, T, H, Dh = q.shape
-    S, K = k.shape[1:3]
+    (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
     if k.shape != (B, S, K, Dh) or v.shape != k.shape or H % K:  # NumPy would broadcast what it can
         raise MismatchError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
-    q = q.swapaxes(1, 2)  # (B, H, T, Dh)
-    k = repeat_kv(k, H // K).astype(q.dtype).transpose(0, 2, 3, 1)  # (B, H, Dh, S)
-    v = repeat_kv(v, H // K).astype(q.dtype).swapaxes(1, 2)  # (B, H, S, Dh)
-    scores = q @ k / math.sqrt(Dh) + causal_mask(T, S, q.dtype)  # (B, H, T, S)
-    return (softmax(scores) @ v).swapaxes(1, 2)  # (B, T, H, Dh)
+    return weighted_values(softmax(attention_scores(q, k)), v)

@@ -1,0 +1,201 @@
+"""Looking inside: any intermediate of the forward pass by its name, recorded or replaced.
+
+    with trace(llama, "layers.*.attention.weights") as seen:
+        llama.generate("The Eiffel Tower is in", max_tokens=1)
+    seen["layers.3.attention.weights"]  # (B, H, T, S)
+
+    with edit(llama, "layers.3.attention.heads", without_head_2):
+        llama.generate("The Eiffel Tower is in")
+
+The model knows nothing of this. While the block runs, some of its parts are exchanged for ones that do the
+same and tell of it; what is not asked for is computed as ever, by the same kernels. Only a layer that is
+asked for its inner steps takes them one by one, where csrc/layer.c would take them in one call.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from . import functional as F
+from .errors import MismatchError, ParameterError
+from .llama import Llama
+from .model import Attention, FeedForward, Transformer, TransformerBlock
+
+# Every name there is, in the order of the forward pass, with its shape and what it is.
+PLACES = {
+    "tok_embeddings": ("B T D", "the tokens' rows of the embedding, where the residual stream begins"),
+    "layers.*.attention_norm": ("B T D", "the stream as attention reads it"),
+    "layers.*.attention.wq": ("B T H*Dh", "queries, not yet turned by RoPE"),
+    "layers.*.attention.wk": ("B T K*Dh", "keys of the new positions, not yet turned"),
+    "layers.*.attention.wv": ("B T K*Dh", "values of the new positions"),
+    "layers.*.attention.q": ("B T H Dh", "queries, turned"),
+    "layers.*.attention.k": ("B S K Dh", "keys of all positions, turned, as the cache has them"),
+    "layers.*.attention.v": ("B S K Dh", "values of all positions, as the cache has them"),
+    "layers.*.attention.scores": ("B H T S", "q k^T / sqrt(Dh), -inf where a query may not look"),
+    "layers.*.attention.weights": ("B H T S", "softmax of the scores: where each query looks"),
+    "layers.*.attention.heads": ("B T H Dh", "what each head gathered: weights times values"),
+    "layers.*.attention": ("B T D", "what attention adds to the stream"),
+    "layers.*.h": ("B T D", "the stream between the two steps of a layer"),
+    "layers.*.ffn_norm": ("B T D", "the stream as the FFN reads it"),
+    "layers.*.feed_forward.w_gate": ("B T F", "the gate, before silu"),
+    "layers.*.feed_forward.w_up": ("B T F", "what the gate lets through"),
+    "layers.*.feed_forward.swiglu": ("B T F", "silu(gate) * up"),
+    "layers.*.feed_forward": ("B T D", "what the FFN adds to the stream"),
+    "layers.*": ("B T D", "the stream behind a layer"),
+    "norm": ("... D", "the stream as the output reads it"),
+    "output": ("... V", "logits"),
+}
+Tell = Callable[[str, np.ndarray], np.ndarray]  # (name, array) -> what takes its place
+
+
+class Trace(dict[str, np.ndarray]):
+    """What the last forward pass made, by name; `passes` has all of them, each a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: list[dict[str, np.ndarray]] = []
+
+    def note(self, name: str, array: np.ndarray) -> np.ndarray:
+        if not self.passes or name in self:  # what comes a second time is of another pass
+            self.clear()
+            self.passes.append({})
+        self[name] = self.passes[-1][name] = array.copy()  # keys and values are views of a cache
+        return array
+
+
+@contextmanager
+def trace(llama: Llama | Transformer, *patterns: str) -> Iterator[Trace]:
+    """Record what the patterns name in every forward pass of this model; `*` stands for one part of a name.
+
+    The scores and weights are computed beside the kernel, which never has them in memory, from its q and k.
+    """
+    seen = Trace()
+    with _tapped(llama, patterns, seen.note):
+        yield seen
+
+
+@contextmanager
+def edit(llama: Llama | Transformer, pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Iterator[None]:
+    """Put change(array) in the place of what the pattern names, in every forward pass of this model.
+
+    MismatchError where its shape is another. A change of `attention.k` or `.v` is seen by that pass only; one
+    of `wk` or `wv` goes into the cache.
+    """
+
+    def replaced(name: str, array: np.ndarray) -> np.ndarray:
+        new = np.asarray(change(array.copy()))
+        if new.shape != array.shape:
+            raise MismatchError(f"{name} is {array.shape}, what should replace it {new.shape}")
+        return new.astype(array.dtype)
+
+    with _tapped(llama, (pattern,), replaced, editing=True):
+        yield
+
+
+def names(model: Transformer, *patterns: str) -> list[str]:
+    """The names in this model that the patterns mean, in the order of the forward pass."""
+    everything = list(_names(model.args.n_layers))
+    for pattern in patterns:
+        if not any(_means(pattern, name) for name in everything):
+            close = get_close_matches(pattern, [*PLACES, *everything], 1)
+            hint = f"; is it {close[0]}?" if close else ""
+            raise ParameterError(
+                f"nothing in this model of {model.args.n_layers} layers is called {pattern!r}{hint}"
+                " (`numpy-llama ops` lists the names)"
+            )
+    return [name for name in everything if any(_means(pattern, name) for pattern in patterns)]
+
+
+def _names(n_layers: int) -> Iterator[str]:
+    inner = [place for place in PLACES if place.startswith("layers.")]
+    yield "tok_embeddings"
+    for i in range(n_layers):
+        yield from (place.replace("*", str(i)) for place in inner)
+    yield from ("norm", "output")
+
+
+def _means(pattern: str, name: str) -> bool:
+    """Part by part: "layers.*" is the stream behind each layer, and nothing within it."""
+    parts, of = pattern.split("."), name.split(".")
+    return len(parts) == len(of) and all(map(fnmatchcase, of, parts))
+
+
+@contextmanager
+def _tapped(llama: Llama | Transformer, patterns, told: Tell, editing: bool = False) -> Iterator[None]:
+    """The model with parts that tell of what is wanted: told(name, array) gives what takes its place."""
+    model = llama.model if isinstance(llama, Llama) else llama
+    wanted = set(names(model, *patterns))
+    if editing and (sums := [name for name in wanted if name.endswith(".h")]):
+        instead = sums[0].removesuffix("h") + "attention"
+        raise ParameterError(f"{sums[0]} is a sum and can only be traced; edit what is added, {instead}")
+
+    def tell(name: str, array: np.ndarray) -> np.ndarray:
+        return told(name, array) if name in wanted else array
+
+    before = model.layers, model.norm, model.output
+    model.layers = [_layer(layer, f"layers.{i}", wanted, tell) for i, layer in enumerate(model.layers)]
+    model.layers[0] = _twin(model.layers[0], tell, given="tok_embeddings")
+    model.norm, model.output = _twin(model.norm, tell, "norm"), _twin(model.output, tell, "output")
+    try:
+        yield
+    finally:
+        model.layers, model.norm, model.output = before
+
+
+def _twin(part: Any, tell: Tell, made: str | None = None, given: str | None = None) -> Any:
+    """A part of the model that tells of its result under the name `made`, of its argument as `given`."""
+
+    class Twin(type(part)):  # type: ignore[misc]
+        def __call__(self, x, *rest):
+            x = tell(given, x) if given else x
+            y = super().__call__(x, *rest)
+            return tell(made, y) if made else y
+
+    twin = object.__new__(Twin)
+    vars(twin).update(vars(part))
+    return twin
+
+
+def _layer(block: TransformerBlock, at: str, wanted: set[str], tell: Tell) -> TransformerBlock:
+    if any(name.startswith(f"{at}.") for name in wanted):
+        steps = object.__new__(TransformerBlock)  # step by step, if it was one call
+        vars(steps).update(vars(block))
+        steps.attention_norm = _twin(block.attention_norm, tell, f"{at}.attention_norm")
+        steps.attention = _attention(block.attention, f"{at}.attention", wanted, tell)
+        steps.ffn_norm = _twin(block.ffn_norm, tell, f"{at}.ffn_norm", given=f"{at}.h")
+        steps.feed_forward = _feed_forward(block.feed_forward, f"{at}.feed_forward", tell)
+        block = steps
+    return _twin(block, tell, at)
+
+
+def _attention(part: Attention, at: str, wanted: set[str], tell: Tell) -> Attention:
+    """Its matrices, and what lies within its inner function."""
+    attend, within = part.attention, {f"{at}.scores", f"{at}.weights"} & wanted
+
+    def attention(q, k, v):
+        q, k, v = tell(f"{at}.q", q), tell(f"{at}.k", k), tell(f"{at}.v", v)
+        heads = attend(q, k, v)
+        if within:  # the kernel does not keep them: they are computed again
+            scores = F.attention_scores(q, k)
+            weights = F.softmax(new := tell(f"{at}.scores", scores))
+            used = tell(f"{at}.weights", weights)
+            if new is not scores or used is not weights:
+                heads = F.weighted_values(used, v)
+        return tell(f"{at}.heads", heads)
+
+    twin = _twin(part, tell, at)
+    twin.attention = attention
+    for name in ("wq", "wk", "wv"):
+        setattr(twin, name, _twin(getattr(part, name), tell, f"{at}.{name}"))
+    return twin
+
+
+def _feed_forward(part: FeedForward, at: str, tell: Tell) -> FeedForward:
+    twin = _twin(part, tell, at)
+    twin.w_gate, twin.w_up = _twin(part.w_gate, tell, f"{at}.w_gate"), _twin(part.w_up, tell, f"{at}.w_up")
+    twin.w_down = _twin(part.w_down, tell, given=f"{at}.swiglu")
+    return twin

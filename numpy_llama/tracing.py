@@ -12,7 +12,7 @@ same and tell of it; what is not asked for is computed as ever, by the same kern
 asked for its inner steps takes them one by one, where csrc/layer.c would take them in one call.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -79,7 +79,9 @@ def trace(llama: Llama | Transformer, *patterns: str) -> Iterator[Trace]:
 
 
 @contextmanager
-def edit(llama: Llama | Transformer, pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Iterator[None]:
+def edit(
+    llama: Llama | Transformer, pattern: str, change: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[None]:
     """Put change(array) in the place of what the pattern names, in every forward pass of this model.
 
     MismatchError where its shape is another. A change of `attention.k` or `.v` is seen by that pass only; one
@@ -199,3 +201,30 @@ def _feed_forward(part: FeedForward, at: str, tell: Tell) -> FeedForward:
     twin.w_gate, twin.w_up = _twin(part.w_gate, tell, f"{at}.w_gate"), _twin(part.w_up, tell, f"{at}.w_up")
     twin.w_down = _twin(part.w_down, tell, given=f"{at}.swiglu")
     return twin
+
+
+# --- what the pictures show -------------------------------------------------------------------------------
+
+
+def attention_weights(
+    model: Transformer, ids: Sequence[int], layer: int, head: int | None = None
+) -> np.ndarray:
+    """Where each token of a text looks, in one head or in the mean of a layer's: -> (T, T)."""
+    name, H = f"layers.{layer}.attention.weights", model.args.n_heads
+    if head is not None and not 0 <= head < H:
+        raise ParameterError(f"head is {head}, the model has 0..{H - 1}")
+    with trace(model, name) as seen:
+        model.hidden(np.array([ids]))
+    weights = seen[name][0]
+    return weights.mean(axis=0) if head is None else weights[head]
+
+
+def lens(model: Transformer, ids: Sequence[int]) -> np.ndarray:
+    """What would come after a text if the layers from here on were left out: -> (n_layers + 1, V) probabilities.
+
+    The stream at the last position, before the first layer and behind each, through norm and output.
+    """
+    with trace(model, "tok_embeddings", "layers.*") as seen:
+        model.hidden(np.array([ids]))
+    streams = np.stack([h[0, -1] for h in seen.values()])
+    return F.softmax(model.logits(streams))

@@ -2,19 +2,24 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
 
 from ..download import DEFAULT_MODEL
-from ..errors import ParameterError, TextError
+from ..errors import NumpyLlamaError, ParameterError, TextError
 from ..generate import PREFILL_CHUNK
 from ..llama import Completion, Llama, Piece, finish, load
 from ..sampling import Sampler
+
+MOST_TOKENS = 512  # of a text that is looked into: each layer's scores take 4 * H * T^2 bytes
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = False) -> None:
@@ -42,6 +47,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         action="store_true",
         help="multiply float32 numbers as they are; slower, for reference work",
     )
+
+
+def add_text_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", metavar="TEXT", help="what the model is to read")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
@@ -118,6 +127,28 @@ def load_model(args: argparse.Namespace) -> Llama:
     with transfer_bar() as progress:
         options = {"backend": args.backend, "threads": args.threads, "exact": args.exact}
         return load(args.model, progress=progress, **options)
+
+
+def text_ids(llama: Llama, text: str) -> list[int]:
+    """The ids of a text that is read in one pass, for a look inside; ParameterError if there are none or too many."""
+    ids = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos)
+    if not 0 < len(ids) <= MOST_TOKENS:
+        raise ParameterError(f"the text has {len(ids)} tokens, wanted 1 to {MOST_TOKENS}")
+    return ids
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is whole."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:
+        raise NumpyLlamaError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_stdin() -> str:

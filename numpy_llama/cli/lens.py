@@ -1,0 +1,37 @@
+"""What each layer would say next: the logit lens (nostalgebraist 2020).
+
+The residual stream behind each layer goes through the last norm and the output as if no layer followed. Prints
+the tokens that come out as the likeliest, with their probabilities, for what follows TEXT.
+"""
+
+import argparse
+import json
+
+import numpy as np
+
+from ..tracing import lens
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_text_argument(parser)
+    parser.add_argument(
+        "-k", type=common.whole_number(1), default=4, metavar="K", help="so many tokens of each layer [4]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    common.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    llama = common.load_model(args)
+    probs = lens(llama.model, common.text_ids(llama, args.text))  # (n_layers + 1, V)
+    told = []
+    for row in probs:
+        best = np.argsort(-row, kind="stable")[: args.k]
+        told.append([(llama.tokenizer.piece(int(i)), float(row[i])) for i in best])
+    if args.json:
+        print(json.dumps([[{"text": text, "probability": p} for text, p in row] for row in told]))
+        return
+    for layer, row in enumerate(told):
+        shown = "".join(f"{p:>7.1%} {text!r:<14.14}" for text, p in row)
+        print(f"{'embedding' if layer == 0 else f'layer {layer - 1}':<9}{shown}".rstrip())

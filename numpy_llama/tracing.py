@@ -158,14 +158,14 @@ def _twin(part: Any, tell: Tell, made: str | None = None, given: str | None = No
             return tell(made, y) if made else y
 
     twin = object.__new__(Twin)
-    vars(twin).update(vars(part))
+    twin.__dict__.update(vars(part))
     return twin
 
 
 def _layer(block: TransformerBlock, at: str, wanted: set[str], tell: Tell) -> TransformerBlock:
     if any(name.startswith(f"{at}.") for name in wanted):
         steps = object.__new__(TransformerBlock)  # step by step, if it was one call
-        vars(steps).update(vars(block))
+        steps.__dict__.update(vars(block))
         steps.attention_norm = _twin(block.attention_norm, tell, f"{at}.attention_norm")
         steps.attention = _attention(block.attention, f"{at}.attention", wanted, tell)
         steps.ffn_norm = _twin(block.ffn_norm, tell, f"{at}.ffn_norm", given=f"{at}.h")
@@ -220,9 +220,10 @@ def attention_weights(
 
 
 def lens(model: Transformer, ids: Sequence[int]) -> np.ndarray:
-    """What would come after a text if the layers from here on were left out: -> (n_layers + 1, V) probabilities.
+    """What would come after a text if all layers from here on were left out (nostalgebraist 2020).
 
-    The stream at the last position, before the first layer and behind each, through norm and output.
+    The stream at the last position, before the first layer and behind each, through norm, output and softmax:
+    -> (n_layers + 1, V).
     """
     with trace(model, "tok_embeddings", "layers.*") as seen:
         model.hidden(np.array([ids]))

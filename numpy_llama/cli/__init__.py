@@ -14,11 +14,28 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import NumpyLlamaError, ParameterError, TextError, printable
-from . import attention, bench, chat, common, convert, doctor, generate, info, lens, ops, perplexity, pull
-from . import tokenize, trace, verify
+from . import (
+    attention,
+    bench,
+    chat,
+    common,
+    convert,
+    doctor,
+    generate,
+    info,
+    lens,
+    ops,
+    perplexity,
+    pull,
+    tokenize,
+    trace,
+    verify,
+)
 
-VERBS = (generate, chat, info, tokenize, convert, pull, bench, perplexity, verify, doctor)
-VERBS += (ops, trace, attention, lens)
+VERBS = (
+    *(generate, chat, info, tokenize, convert, pull, bench, perplexity, verify, doctor),
+    *(ops, trace, attention, lens),
+)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """Where each token looks: the attention weights of one layer on a text, as a picture.
 
-A row is a token that looks, a column one that is looked at; the darker, the more. On a terminal, or with --out
-in a file (matplotlib draws it: pip install 'numpy_llama[plot]').
+A row is a token that looks, a column one that is looked at; the darker, the more. On a terminal, or with
+--out in a file (matplotlib draws it: pip install 'numpy_llama[plot]').
 """
 
 import argparse
@@ -56,6 +56,5 @@ def run(args: argparse.Namespace) -> None:
         line = Text(f"{label:>{width}} ")
         for share in row:
             level = min(int(share * len(SHADES)), len(SHADES) - 1)
-            grey = 255 - 2 * level - 2
             line.append(2 * SHADES[level], f"on grey{100 - 10 * level}" if level else "")
         console.print(line, no_wrap=True, crop=False)

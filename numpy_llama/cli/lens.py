@@ -1,7 +1,7 @@
 """What each layer would say next: the logit lens (nostalgebraist 2020).
 
-The residual stream behind each layer goes through the last norm and the output as if no layer followed. Prints
-the tokens that come out as the likeliest, with their probabilities, for what follows TEXT.
+The residual stream behind each layer goes through the last norm and the output as if no layer followed.
+Prints the likeliest tokens of what then follows TEXT, with their probabilities.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What a forward pass computes on a text: any intermediate, by its name.
 
-PATTERN is a name that `numpy-llama ops` lists; * stands for one part of it, so "layers.*.attention.scores" are
-the scores of all layers. Prints the shape of each and what its numbers are like; --out keeps the numbers.
+PATTERN is a name that `numpy-llama ops` lists; * stands for one part of it, so "layers.*.attention.scores"
+are the scores of all layers. Prints the shape of each and what its numbers are like; --out keeps them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     rows = {name: summary(array) for name, array in seen.items()}
     if args.out is not None:
         with common.new_file(args.out) as file:
-            np.savez(file, **seen)
+            np.savez(file, allow_pickle=False, **seen)
     if args.json:
         print(json.dumps(rows))
         return

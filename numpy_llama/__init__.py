@@ -27,9 +27,11 @@ _HOME = {
     "Sampler": "sampling",
     "Tokenizer": "tokenizer",
     "Transformer": "model",
+    "edit": "tracing",
     "load": "llama",
     "load_tokenizer": "llama",
     "pull": "download",
+    "trace": "tracing",
 }
 __all__ = [*_HOME]
 
@@ -49,6 +51,8 @@ if TYPE_CHECKING:  # the same, for those who read and do not run
     from .model import Transformer as Transformer
     from .sampling import Sampler as Sampler
     from .tokenizer import Tokenizer as Tokenizer
+    from .tracing import edit as edit
+    from .tracing import trace as trace
 else:
 
     def __getattr__(name: str) -> object:

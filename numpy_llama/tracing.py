@@ -72,9 +72,10 @@ def trace(llama: Llama | Transformer, *patterns: str) -> Iterator[Trace]:
     """Record what the patterns name in every forward pass of this model; `*` stands for one part of a name.
 
     The scores and weights are computed beside the kernel, which never has them in memory, from its q and k.
+    Blocks may lie within each other: what an outer one has replaced is what an inner one sees.
     """
     seen = Trace()
-    with _tapped(llama, patterns, seen.note):
+    with _tapped(llama, lambda model: {*names(model, *patterns)}, seen.note):
         yield seen
 
 
@@ -88,13 +89,22 @@ def edit(
     of `wk` or `wv` goes into the cache.
     """
 
+    def wanted(model: Transformer) -> set[str]:
+        found = names(model, pattern)
+        if sums := [name for name in found if name.endswith(".h")]:
+            raise ParameterError(
+                f"{sums[0]} is a sum and can only be traced; edit what is added, "
+                f"{sums[0].removesuffix('h')}attention"
+            )
+        return {*found}
+
     def replaced(name: str, array: np.ndarray) -> np.ndarray:
         new = np.asarray(change(array.copy()))
         if new.shape != array.shape:
             raise MismatchError(f"{name} is {array.shape}, what should replace it {new.shape}")
         return new.astype(array.dtype)
 
-    with _tapped(llama, (pattern,), replaced, editing=True):
+    with _tapped(llama, wanted, replaced):
         yield
 
 
@@ -127,25 +137,49 @@ def _means(pattern: str, name: str) -> bool:
 
 
 @contextmanager
-def _tapped(llama: Llama | Transformer, patterns, told: Tell, editing: bool = False) -> Iterator[None]:
+def _tapped(
+    llama: Llama | Transformer, wanted: Callable[[Transformer], set[str]], told: Tell
+) -> Iterator[None]:
     """The model with parts that tell of what is wanted: told(name, array) gives what takes its place."""
     model = llama.model if isinstance(llama, Llama) else llama
-    wanted = set(names(model, *patterns))
-    if editing and (sums := [name for name in wanted if name.endswith(".h")]):
-        instead = sums[0].removesuffix("h") + "attention"
-        raise ParameterError(f"{sums[0]} is a sum and can only be traced; edit what is added, {instead}")
-
-    def tell(name: str, array: np.ndarray) -> np.ndarray:
-        return told(name, array) if name in wanted else array
-
-    before = model.layers, model.norm, model.output
-    model.layers = [_layer(layer, f"layers.{i}", wanted, tell) for i, layer in enumerate(model.layers)]
-    model.layers[0] = _twin(model.layers[0], tell, given="tok_embeddings")
-    model.norm, model.output = _twin(model.norm, tell, "norm"), _twin(model.output, tell, "output")
+    listener = wanted(model), told
+    taps = _TAPPED.setdefault(model, _Taps(model))
+    taps.listeners.append(listener)
+    taps.install()
     try:
         yield
     finally:
-        model.layers, model.norm, model.output = before
+        taps.listeners.remove(listener)
+        taps.install()
+
+
+class _Taps:
+    """A model's own parts, and who listens: one after the other, in the order in which they came."""
+
+    def __init__(self, model: Transformer):
+        self.model, self.parts = model, (model.layers, model.norm, model.output)
+        self.listeners: list[tuple[set[str], Tell]] = []
+
+    def install(self) -> None:
+        """Put in the model's place of each part what the listeners want, or its own."""
+        model, (layers, norm, output) = self.model, self.parts
+        wanted = set[str]().union(*(names for names, _ in self.listeners))
+        layers = [_layer(layer, f"layers.{i}", wanted, self.tell) for i, layer in enumerate(layers)]
+        layers[0] = _twin(layers[0], self.tell, given="tok_embeddings")
+        model.layers, model.norm = layers, _twin(norm, self.tell, "norm")
+        model.output = _twin(output, self.tell, "output")
+        if not self.listeners:
+            model.layers, model.norm, model.output = self.parts
+            del _TAPPED[model]
+
+    def tell(self, name: str, array: np.ndarray) -> np.ndarray:
+        for wanted, told in self.listeners:
+            if name in wanted:
+                array = told(name, array)
+        return array
+
+
+_TAPPED: dict[Transformer, _Taps] = {}
 
 
 def _twin(part: Any, tell: Tell, made: str | None = None, given: str | None = None) -> Any:

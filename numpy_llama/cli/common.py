@@ -130,10 +130,11 @@ def load_model(args: argparse.Namespace) -> Llama:
 
 
 def text_ids(llama: Llama, text: str) -> list[int]:
-    """The ids of a text that is read in one pass, for a look inside; an error if there are none or too many."""
+    """The ids of a text that is read in one pass, for a look inside; an error if there are none, or many."""
     ids = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos)
-    if not 0 < len(ids) <= MOST_TOKENS:
-        raise ParameterError(f"the text has {len(ids)} tokens, wanted 1 to {MOST_TOKENS}")
+    most = min(MOST_TOKENS, llama.max_context)
+    if not 0 < len(ids) <= most:
+        raise ParameterError(f"the text has {len(ids)} tokens, wanted 1 to {most}")
     return ids
 
 

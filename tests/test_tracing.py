@@ -1,0 +1,273 @@
+"""`trace` and `edit`: what they see is what the formulas say, and the model knows nothing of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_writer import random_weights, write_llama
+from test_convert import byte_vocabulary
+
+import numpy_llama as nl
+from numpy_llama import cli
+from numpy_llama import functional as F
+from numpy_llama.errors import MismatchError, ParameterError
+from numpy_llama.tracing import PLACES, attention_weights, lens, names
+
+ARGS = nl.ModelArgs(
+    dim=64,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=32,
+    hidden_dim=96,
+    vocab_size=300,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_seq_len=64,
+)
+EVERYTHING = ("*", "layers.*", "layers.*.*", "layers.*.*.*")
+IDS = np.array([[1, 40, 41, 42, 43, 44, 45], [1, 90, 80, 70, 60, 50, 40]])
+# C and NumPy sum in different orders: float32, of a model with three layers.
+NEAR = 1e-5
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    weights = random_weights(ARGS, np.random.default_rng(0))
+    return write_llama(
+        tmp_path_factory.mktemp("tiny") / "tiny.gguf",
+        ARGS,
+        weights,
+        "F32",
+        **byte_vocabulary(ARGS.vocab_size),
+    )
+
+
+@pytest.fixture(scope="module", params=["numpy", "c"])
+def llama(request, path) -> nl.Llama:
+    return nl.load(path, backend=request.param, exact=request.param == "c")
+
+
+def test_every_intermediate_has_the_shape_that_its_letters_say(llama):
+    with nl.trace(llama, *EVERYTHING) as seen:
+        llama.model(IDS)
+    assert [*seen] == names(llama.model, *EVERYTHING) and len(seen) == 3 + ARGS.n_layers * 18
+    sizes = {"B": 2, "T": 7, "S": 7, "D": 64, "H": 4, "K": 2, "Dh": 32, "F": 96, "V": 300}
+    for place, (letters, _) in PLACES.items():
+        shape = [eval(letter, {}, sizes) for letter in letters.replace("...", "B T").split()]
+        for name in names(llama.model, place):
+            assert seen[name].shape == tuple(shape), name
+
+
+def test_the_intermediates_make_each_other(llama):
+    with nl.trace(llama, *EVERYTHING) as seen:
+        logits = llama.model(IDS)
+
+    def near(found, expected):
+        np.testing.assert_allclose(found, expected, rtol=NEAR, atol=NEAR)
+
+    stream, angles = seen["tok_embeddings"], llama.model.freqs_cis[:7]
+    for i in range(ARGS.n_layers):
+        of = {
+            name.removeprefix(f"layers.{i}."): x
+            for name, x in seen.items()
+            if name.startswith(f"layers.{i}.")
+        }
+        a = {name.removeprefix("attention."): x for name, x in of.items() if name.startswith("attention.")}
+        f = {
+            name.removeprefix("feed_forward."): x
+            for name, x in of.items()
+            if name.startswith("feed_forward.")
+        }
+        near(a["q"], F.apply_rotary_emb(a["wq"].reshape(2, 7, 4, 32), angles))
+        near(a["k"], F.apply_rotary_emb(a["wk"].reshape(2, 7, 2, 32), angles))
+        near(a["v"], a["wv"].reshape(2, 7, 2, 32))
+        near(a["scores"], F.attention_scores(a["q"], a["k"]))
+        near(a["weights"], F.softmax(a["scores"]))
+        near(a["heads"], F.attention(a["q"], a["k"], a["v"]))
+        near(of["h"], stream + of["attention"])
+        near(f["swiglu"], F.swiglu(f["w_gate"], f["w_up"]))
+        near(seen[f"layers.{i}"], of["h"] + of["feed_forward"])
+        stream = seen[f"layers.{i}"]
+    near(seen["norm"], F.rms_norm(stream, llama.model.norm.weight, ARGS.norm_eps))
+    assert np.array_equal(seen["output"], logits)
+
+
+def test_c_sees_what_numpy_sees(path):
+    recorded = []
+    for options in ({"backend": "numpy"}, {"exact": True}):
+        llama = nl.load(path, **options)
+        with nl.trace(llama, *EVERYTHING) as seen:
+            llama.model(IDS)
+        recorded.append(seen)
+    for name, expected in recorded[0].items():
+        np.testing.assert_allclose(recorded[1][name], expected, rtol=NEAR, atol=NEAR, err_msg=name)
+
+
+def test_to_be_looked_at_changes_nothing(llama):
+    """But that a layer is taken step by step by C, in float32, if its steps are wanted."""
+    before, parts = llama.model(IDS), vars(llama.model).copy()
+    with nl.trace(llama, "*", "layers.*"):
+        assert np.array_equal(llama.model(IDS), before)
+    with nl.trace(llama, *EVERYTHING), nl.trace(llama, "layers.1.attention.weights"):
+        np.testing.assert_allclose(llama.model(IDS), before, rtol=NEAR, atol=NEAR)
+    assert vars(llama.model) == parts
+    with pytest.raises(ZeroDivisionError), nl.edit(llama, "layers.*", lambda x: 1 // 0):
+        llama.model(IDS)
+    assert vars(llama.model) == parts and np.array_equal(llama.model(IDS), before)
+
+
+def test_passes_are_kept_apart(llama):
+    with nl.trace(llama, "layers.1.attention.k", "output") as seen:
+        made = llama.generate([1, 50, 60], max_tokens=4)
+    assert [p["layers.1.attention.k"].shape[1] for p in seen.passes] == [3, 4, 5, 6][: len(made.tokens)]
+    assert [int(p["output"].argmax()) for p in seen.passes] == made.tokens
+    assert seen["output"] is seen.passes[-1]["output"]
+
+
+def test_what_is_recorded_stays(llama):
+    """Keys and values are views of a cache that is written over."""
+    cache = llama.model.new_cache(2)
+    with nl.trace(llama, "layers.0.attention.v") as seen:
+        llama.model(IDS, 0, cache)
+    before = seen["layers.0.attention.v"].copy()
+    llama.model(IDS[:, ::-1], 0, cache)
+    assert np.array_equal(seen["layers.0.attention.v"], before)
+
+
+@pytest.mark.parametrize("name", [name for name in PLACES if not name.endswith(".h")])
+def test_what_is_replaced_counts(llama, name):
+    """Its place is taken by other numbers, which those behind it are made of."""
+    name, last = name.replace("*", "1"), "output"
+    right = llama.model(IDS)
+    with nl.edit(llama, name, lambda x: np.where(np.isfinite(x), 0.5 * x, x)), nl.trace(llama, name) as seen:
+        changed = llama.model(IDS)
+    with nl.trace(llama, name, last) as plain:
+        llama.model(IDS)
+    finite = np.isfinite(plain[name])
+    np.testing.assert_allclose(seen[name][finite], 0.5 * plain[name][finite], rtol=1e-4, atol=1e-5)
+    assert np.abs(changed - right).max() > 1e-3
+
+
+def test_a_head_can_be_silenced(llama):
+    """Its gathered values set to 0, or its weights: the same, and the others are as they were."""
+
+    def without(axis):
+        def silence(x):
+            np.moveaxis(x, axis, 0)[2] = 0
+            return x
+
+        return silence
+
+    results = []
+    for what, axis in (("heads", 2), ("weights", 1)):
+        with (
+            nl.edit(llama, f"layers.0.attention.{what}", without(axis)),
+            nl.trace(llama, "layers.0.attention.heads") as t,
+        ):
+            results.append(llama.model(IDS))
+        assert not t["layers.0.attention.heads"][:, :, 2].any() and t["layers.0.attention.heads"].any()
+    np.testing.assert_allclose(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_wrong_names_and_shapes_are_refused(llama):
+    for wrong, hint in [
+        ("layers.*.atention.scores", r"is it layers\.\*\.attention\.scores\?"),
+        ("layers.3", "this model of 3 layers"),
+        ("", "called ''"),
+    ]:
+        with pytest.raises(ParameterError, match=hint), nl.trace(llama, wrong):
+            pass
+    with (
+        pytest.raises(
+            ParameterError, match=r"layers\.0\.h is a sum .* edit what is added, layers\.0\.attention"
+        ),
+        nl.edit(llama, "layers.0.*", lambda x: x),
+    ):
+        pass
+    with pytest.raises(MismatchError, match=r"norm is \(2, 7, 64\), what should replace it \(64,\)"):
+        with nl.edit(llama, "norm", lambda x: x[0, 0]):
+            llama.model(IDS)
+
+
+def test_a_batch_can_be_edited(llama):
+    prompts = [[1, 50, 60], [1, 70]]
+    with nl.edit(llama, "layers.1.attention.heads", lambda x: 0 * x):
+        together = [one.tokens for one in llama.generate_batch(prompts, max_tokens=4)]
+        alone = [llama.generate(prompt, max_tokens=4).tokens for prompt in prompts]
+    assert together == alone
+
+
+# --- what the pictures show -------------------------------------------------------------------------------
+
+
+def test_attention_weights_are_shares_of_what_was_seen(llama):
+    ids = IDS[0].tolist()
+    heads = np.stack([attention_weights(llama.model, ids, 1, head) for head in range(4)])
+    np.testing.assert_allclose(heads.sum(-1), 1, rtol=1e-6)
+    assert not np.triu(heads, 1).any()
+    np.testing.assert_allclose(attention_weights(llama.model, ids, 1), heads.mean(0), rtol=1e-6)
+    with pytest.raises(ParameterError, match=r"head is 4, the model has 0\.\.3"):
+        attention_weights(llama.model, ids, 1, 4)
+
+
+def test_the_lens_ends_in_what_the_model_says(llama):
+    probs = lens(llama.model, IDS[0].tolist())
+    assert probs.shape == (4, 300)
+    np.testing.assert_allclose(probs[-1], F.softmax(llama.model(IDS[:1]))[0, -1], rtol=1e-4)
+    assert np.abs(probs[0] - probs[-1]).max() > 1e-3
+
+
+# --- the commands -----------------------------------------------------------------------------------------
+
+
+def said(capsys, *arguments: object, code: int = 0) -> str:
+    assert cli.main([str(a) for a in arguments]) == code
+    out, err = capsys.readouterr()
+    return err if code else out
+
+
+def test_ops_lists_all_names(capsys):
+    assert [line.split()[0] for line in said(capsys, "ops").splitlines()] == [*PLACES]
+
+
+def test_trace_prints_and_keeps(path, tmp_path, capsys):
+    out = tmp_path / "seen.npz"
+    given = ("trace", "-m", path, "abc", "layers.*.attention.scores", "norm", "--out", out)
+    lines = said(capsys, *given).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [f"layers.{i}.attention.scores" for i in range(3)] + [
+        "norm"
+    ]
+    told, kept = json.loads(said(capsys, *given, "--json")), np.load(out)
+    assert [*told] == [*kept] and [*tmp_path.iterdir()] == [out]
+    for name, row in told.items():
+        x = kept[name]
+        assert tuple(row["shape"]) == x.shape
+        np.testing.assert_allclose(row["most"], x.max())
+        np.testing.assert_allclose(row["mean"], x[np.isfinite(x)].mean(), rtol=1e-5)
+    assert "must end in .npz" in said(capsys, *given, "--out", "x.txt", code=2)
+    assert "x.npz cannot be written" in said(capsys, *given, "--out", tmp_path / "no" / "x.npz", code=1)
+    assert "the text has 0 tokens, wanted 1 to 64" in said(capsys, "trace", "-m", path, "", "norm", code=2)
+
+
+def test_attention_is_a_triangle(path, capsys):
+    title, *rows = said(capsys, "attention", "-m", path, "abcdef", "--layer", 2, "--head", 1).splitlines()
+    assert title == "layer 2, head 1" and len(rows) >= 6
+    for i, row in enumerate(rows):
+        assert len(row.rstrip()) <= len(rows[0].rstrip()) + 2 * i + 20
+    assert rows[0].rstrip().endswith("@@")  # the first can only look at itself
+    assert "nothing in this model of 3 layers" in said(
+        capsys, "attention", "-m", path, "abc", "--layer", 9, code=2
+    )
+    assert "must end in .svg, .png, .pdf" in said(
+        capsys, "attention", "-m", path, "abc", "--out", "x.gif", code=2
+    )
+    assert "a terminal shows 60" in said(capsys, "attention", "-m", path, "ab" * 31, code=2)
+
+
+def test_lens_has_a_line_for_each_layer(path, capsys):
+    lines = said(capsys, "lens", "-m", path, "abc", "-k", 2).splitlines()
+    assert [line[:9].strip() for line in lines] == ["embedding", "layer 0", "layer 1", "layer 2"]
+    told = json.loads(said(capsys, "lens", "-m", path, "abc", "-k", 2, "--json"))
+    assert len(told) == 4 and all(row[0]["probability"] >= row[1]["probability"] > 0 for row in told)

@@ -23,7 +23,8 @@ STORED = [f.name.lower() for f in quantize.FORMATS.values()]
 # The operations that there are laws about, by the module that defines them.
 OPERATIONS = {
     functional: (
-        *("embedding", "linear", "rms_norm", "softmax", "silu", "swiglu", "attention"),
+        *("embedding", "linear", "rms_norm", "softmax", "silu", "swiglu"),
+        *("attention", "attention_scores", "weighted_values"),
         *("precompute_freqs_cis", "scale_freqs", "freqs_cis_at", "apply_rotary_emb"),
         *("causal_mask", "repeat_kv"),
     ),

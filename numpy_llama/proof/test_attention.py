@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from . import torch_ops
-from .bounds import assert_same, assert_within, g, unit
+from .bounds import U64, assert_same, assert_within, g, unit
 from .laws import assert_that, even_sizes, law, small_sizes, sources
 
 
@@ -73,6 +73,34 @@ def test_as_pytorch(ops, source, n):
     q, k, v = drawn(source, n)
     expected = torch_ops.attention(*(x.astype(np.float64) for x in (q, k, v)))
     assert_within(ops.attention(q, k, v), expected, 2 * bound(q, k, v))
+
+
+@law("attention_scores", sources, shapes())
+def test_scores_are_products_within_the_mask(ops, source, n):
+    """score_ts = q_t . k_s / sqrt(Dh) for s <= S - T + t, and -inf for the later ones."""
+    q, k, _ = drawn(source, n)
+    found, expected = ops.attention_scores(q, k), torch_ops.attention_scores(q, k)
+    seen = np.isfinite(expected)
+    assert_same(found[~seen], np.full((~seen).sum(), -np.inf))
+    lengths = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
+    assert_within(found[seen], expected[seen], (g(n.Dh, u=U64) + 4 * U64) * lengths)
+
+
+@law("weighted_values", sources, shapes())
+def test_each_head_gathers_the_values_of_its_group(ops, source, n):
+    """out_th = sum_s p_hts v_sg, with g = h // n_rep."""
+    weights, (_, _, v) = np.abs(source.array(n.B, n.H, n.T, n.S)), drawn(source, n)
+    expected = torch_ops.weighted_values(weights, v)
+    most = torch_ops.weighted_values(weights, np.abs(v))
+    assert_within(ops.weighted_values(weights, v), expected, 2 * g(n.S, u=U64) * most)
+
+
+@law("attention softmax attention_scores weighted_values", sources, shapes())
+def test_attention_is_its_three_steps(ops, source, n):
+    """attention(q, k, v) = weighted_values(softmax(attention_scores(q, k)), v)."""
+    q, k, v = drawn(source, n)
+    steps = ops.weighted_values(ops.softmax(ops.attention_scores(q, k)), v)
+    assert_within(ops.attention(q, k, v), steps, 2 * bound(q, k, v))
 
 
 @law("attention", sources, shapes())

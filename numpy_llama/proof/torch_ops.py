@@ -73,6 +73,17 @@ def repeat_kv(x, n_rep):
     return tensor(x).repeat_interleave(n_rep, dim=2).numpy()
 
 
+def attention_scores(q, k):
+    shared = tensor(k.astype(q.dtype)).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", tensor(q), shared) / q.shape[3] ** 0.5
+    return (scores + tensor(causal_mask(*scores.shape[2:], q.dtype))).numpy()
+
+
+def weighted_values(weights, v):
+    shared = tensor(v.astype(weights.dtype)).repeat_interleave(weights.shape[1] // v.shape[2], dim=2)
+    return torch.einsum("bhts,bshd->bthd", tensor(weights), shared).numpy()
+
+
 def attention(q, k, v):
     q, k, v = (tensor(x.astype(q.dtype)).transpose(1, 2) for x in (q, k, v))
     T, S = q.shape[2], k.shape[2]

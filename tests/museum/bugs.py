@@ -129,8 +129,8 @@ BUGS = [
         "scores not divided by sqrt(Dh)",
         "mlc-ai/mlc-llm#3426",
         F,
-        "q @ k / math.sqrt(Dh) +",
-        "q @ k +",
+        " @ k / math.sqrt(Dh) +",
+        " @ k +",
         ATTENTION,
     ),
     Bug(

@@ -1,0 +1,31 @@
+"""How the site is built: `pip install '.[docs]'`, then `python -m sphinx -W -n docs docs/_build`."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy_llama
+
+OURS = str(Path(__file__).parent / "_ext")
+sys.path.insert(0, OURS)
+os.environ["PYTHONPATH"] = os.pathsep.join([OURS, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])  # the cells
+
+project, author, copyright = "numpy_llama", "the numpy_llama authors", "the numpy_llama authors"
+version = release = numpy_llama.__version__
+
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline", "museum"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 2
+
+nb_execution_mode = "force"  # every cell runs in every build,
+nb_execution_raise_on_error = True  # and an assert that fails stops it
+nb_execution_timeout = 300
+nb_merge_streams = True
+
+html_theme = "furo"
+html_title = "numpy_llama"
+html_static_path = ["_static"]
+html_css_files = ["course.css"]
+html_show_sourcelink = False
+copybutton_exclude = ".linenos, .gp, .go"

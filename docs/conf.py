@@ -8,7 +8,8 @@ import numpy_llama
 
 OURS = str(Path(__file__).parent / "_ext")
 sys.path.insert(0, OURS)
-os.environ["PYTHONPATH"] = os.pathsep.join([OURS, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])  # the cells
+before = os.environ.get("PYTHONPATH", "")
+os.environ["PYTHONPATH"] = os.pathsep.join([OURS, before] if before else [OURS])  # for the cells
 
 project, author, copyright = "numpy_llama", "the numpy_llama authors", "the numpy_llama authors"
 version = release = numpy_llama.__version__

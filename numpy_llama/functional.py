@@ -137,7 +137,7 @@ def attention(q, k, v):
 
     q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh), for example (1, 8, 32, 128).
     """
-    (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
+    (B, _, H, Dh), (S, K) = q.shape, k.shape[1:3]
     if k.shape != (B, S, K, Dh) or v.shape != k.shape or H % K:  # NumPy would broadcast what it can
         raise MismatchError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
     return weighted_values(softmax(attention_scores(q, k)), v)

@@ -186,9 +186,9 @@ def test_wrong_names_and_shapes_are_refused(llama):
         nl.edit(llama, "layers.0.*", lambda x: x),
     ):
         pass
-    with pytest.raises(MismatchError, match=r"norm is \(2, 7, 64\), what should replace it \(64,\)"):
-        with nl.edit(llama, "norm", lambda x: x[0, 0]):
-            llama.model(IDS)
+    wrong = pytest.raises(MismatchError, match=r"norm is \(2, 7, 64\), what should replace it \(64,\)")
+    with wrong, nl.edit(llama, "norm", lambda x: x[0, 0]):
+        llama.model(IDS)
 
 
 def test_a_batch_can_be_edited(llama):
@@ -264,6 +264,13 @@ def test_attention_is_a_triangle(path, capsys):
         capsys, "attention", "-m", path, "abc", "--out", "x.gif", code=2
     )
     assert "a terminal shows 60" in said(capsys, "attention", "-m", path, "ab" * 31, code=2)
+
+
+@pytest.mark.parametrize("kind, begins", [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_attention_is_drawn(kind, begins, path, tmp_path, capsys):
+    out = tmp_path / f"seen.{kind}"
+    assert said(capsys, "attention", "-m", path, "abcdef", "--out", out) == ""
+    assert out.read_bytes().startswith(begins) and [*tmp_path.iterdir()] == [out]
 
 
 def test_lens_has_a_line_for_each_layer(path, capsys):

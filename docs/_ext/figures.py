@@ -30,7 +30,8 @@ def model():
 def residual_stream(n_layers=3):
     """The stream from below to above, and what each layer adds."""
     _, axes = plt.subplots(figsize=(6, 6.2))
-    axes.annotate("", (0, 2 * n_layers + 1.6), (0, -0.3), arrowprops={"arrowstyle": "-|>", "lw": 4, "color": PALE})
+    stream = {"arrowstyle": "-|>", "lw": 4, "color": PALE}
+    axes.annotate("", (0, 2 * n_layers + 1.6), (0, -0.3), arrowprops=stream)
     box = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": INK}
     for i in range(2 * n_layers):
         y = i + 0.6
@@ -59,7 +60,9 @@ def stream_lengths(text="A norm keeps all vectors at one length."):
 
     _, axes = plt.subplots(figsize=(7, 3.2))
     axes.semilogy(rms("layers.{}"), "o-", color=INK, ms=3, label="the stream behind the layer")
-    axes.semilogy(rms("layers.{}.attention_norm"), "o-", color=ACCENT, ms=3, label="what its attention is given")
+    axes.semilogy(
+        rms("layers.{}.attention_norm"), "o-", color=ACCENT, ms=3, label="what its attention is given"
+    )
     axes.set(xlabel="layer", ylabel="root mean square")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

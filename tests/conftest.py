@@ -16,6 +16,13 @@ for _name, _profile in laws.PROFILES.items():
     settings.register_profile(_name, _profile)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+
+def pytest_configure(config) -> None:
+    """pytest-xdist would begin with the files of most tests; but those of few are the ones that take long."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 # A shell's background job is deaf to Ctrl-C, and so would be the programs that are started here to hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

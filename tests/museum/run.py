@@ -25,6 +25,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[0] = str(HERE)
+# PyTorch brings the OpenMP that the kernels then use too. By default its threads spin while they wait, which
+# makes other tests that share the CPUs wait as well. Read when it is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import hypothesis  # noqa: E402
 import numpy  # noqa: E402, F401

@@ -362,7 +362,7 @@ def k_blocks(format, d, dmin, sc, m, q):
 
 
 @pytest.mark.parametrize("format, top", [("q4_k", 16), ("q5_k", 32)])
-@law("dequantize_{format}", seeds)
+@law("dequantize_{format}", seeds, share=0.1)  # 4,096 blocks each
 def test_q4_k_and_q5_k_by_hand(ops, format, top, seed):
     """d sc q - dmin m, all 4,096 pairs of sc and m at every place: with d of few bits once rounded."""
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from gguf_writer import random_weights
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import numpy_llama as nl

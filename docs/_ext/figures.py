@@ -1,10 +1,16 @@
 """The figures of the course. Each is drawn from the package's own functions."""
 
+import time
+
 import matplotlib.pyplot as plt  # which shows a cell's figure by itself
 import numpy as np
 
 import numpy_llama as nl
 from numpy_llama import functional as F
+from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.download import pull
+from numpy_llama.kernels import Kernels, PackedWeight, available_cpus, fma_probe, read_probe
+from numpy_llama.quantize import StoredTensor
 
 INK, PALE, ACCENT = "#3b6ea5", "#9db8d3", "#d1603d"
 
@@ -86,3 +92,128 @@ def three_heads(text):
         axes.set_xticks(range(len(ids)), labels, rotation=90, fontsize=8)
         axes.set_yticks(range(len(ids)), labels, fontsize=8)
         axes.set_title(f"layer {layer}, head {head}", fontsize=10)
+
+
+def similarities(words):
+    """Cosine similarities of the words' rows of the embedding."""
+    llama = model()
+    ids = [llama.tokenizer.encode(" " + word)[0] for word in words]
+    rows = F.embedding(np.array([ids]), llama.model.tok_embeddings)[0]
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    figure, axes = plt.subplots(figsize=(5.6, 4.8), layout="constrained")
+    image = axes.imshow(rows @ rows.T, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=9)
+    axes.set_yticks(range(len(words)), words, fontsize=9)
+    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
+
+
+def work_per_token(prompt=20, new=30):
+    """Tokens that go through the layers for each new one."""
+    steps = np.arange(new)
+    _, axes = plt.subplots(figsize=(7, 3))
+    axes.plot(steps, prompt + steps, color=ACCENT, label="without a cache")
+    axes.plot(steps, np.where(steps == 0, prompt, 1), color=INK, label="with a cache")
+    axes.set(xlabel="new token", ylabel="tokens computed", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def gate():
+    """SiLU between what it lies close to."""
+    x = np.linspace(-6, 4, 400)
+    _, axes = plt.subplots(figsize=(6, 3))
+    axes.plot(x, np.maximum(x, 0), color=PALE, label="relu(x)")
+    axes.plot(x, F.silu(x), color=INK, label="silu(x)")
+    axes.plot(-1.278, F.silu(np.float64(-1.278)), "o", color=ACCENT, label="its lowest point, -0.278")
+    axes.set(xlabel="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def temperatures(text):
+    """The likeliest next tokens at three temperatures."""
+    llama = model()
+    logits = llama.model(np.array([llama.tokenizer.encode(text)]))[0, -1]
+    best = np.argsort(-logits)[:10]
+    labels = [repr(llama.tokenizer.piece(int(i)))[1:-1] for i in best]
+    _, all_axes = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True, layout="constrained")
+    for axes, temperature in zip(all_axes, (0.5, 1.0, 1.5), strict=True):
+        axes.bar(range(10), F.softmax(logits / temperature)[best], color=INK)
+        axes.set_xticks(range(10), labels, rotation=90, fontsize=8)
+        axes.set_title(f"temperature {temperature}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set_ylabel("probability")
+
+
+def boxes(text):
+    """The tokens of a text, each in a box."""
+    tokenizer = nl.load_tokenizer("smollm2-135m-instruct")
+    ids = tokenizer.encode(text)
+    _, axes = plt.subplots(figsize=(10, 1.5))
+    x = 0.0
+    for n, i in enumerate(ids):
+        data = tokenizer.token_bytes(i)
+        label = data.decode() if is_text(data) else " ".join(f"{byte:02x}" for byte in data)
+        width = 0.25 + 0.155 * max(len(label), 1)
+        axes.add_patch(plt.Rectangle((x, 0), width, 1, fc=(PALE, "#f0d9cf")[n % 2], ec="white", lw=2))
+        axes.text(x + width / 2, 0.62, label.replace(" ", "␣"), ha="center", va="center", family="monospace", fontsize=8)
+        axes.text(x + width / 2, 0.24, str(i), ha="center", va="center", color="grey", fontsize=6)
+        x += width
+    axes.set(xlim=(0, x), ylim=(-0.1, 1.1))
+    axes.axis("off")
+
+
+def is_text(data):
+    try:
+        return data.decode().isprintable()
+    except UnicodeDecodeError:
+        return False
+
+
+def block():
+    """A block of 32 weights, and what 8 and 4 bits keep of it."""
+    weights = open_checkpoint(pull("smollm2-135m-instruct")).weights()
+    w = weights["layers.10.feed_forward.w_up.weight"].dequantize()[:1, :32]
+    _, all_axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+    for axes, name, bits in zip(all_axes, ("Q8_0", "Q4_0"), (8, 4), strict=True):
+        axes.bar(range(32), w[0], color=PALE, label="weight")
+        axes.plot(range(32), StoredTensor.quantize(w, name).dequantize()[0], "_", color=ACCENT, ms=9, mew=2, label="kept")
+        axes.set_title(f"{name}: {bits} bits", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].legend(frameon=False)
+
+
+def roofline():
+    """Speed of `linear` by the number of tokens, below what memory and arithmetic allow on this machine."""
+    threads, n = available_cpus(), 4096
+    rng = np.random.default_rng(0)
+    w = StoredTensor.quantize(rng.normal(size=(n, n)).astype(np.float32), "Q8_0")
+    packed, dense, kernels = PackedWeight(w), w.dequantize(), Kernels(threads)
+    read = seconds(lambda: read_probe([dense], threads)) / dense.nbytes
+    operations = 1 << 28
+    multiply = seconds(lambda: fma_probe(operations, threads)) / (operations * threads)
+    counts = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
+    _, axes = plt.subplots(figsize=(7, 4))
+    for label, nbytes, color, call in [
+        ("C, 8-bit weights", w.nbytes, INK, lambda x: kernels.linear(x, packed)),
+        ("NumPy, float32", dense.nbytes, ACCENT, lambda x: F.linear(x, dense)),
+    ]:
+        work = 2 * counts * n * n
+        axes.loglog(counts, work / np.maximum(nbytes * read, work * multiply) / 1e9, color=color, alpha=0.35)
+        inputs = [rng.normal(size=(1, T, n)).astype(np.float32) for T in counts]
+        axes.loglog(counts, work / [seconds(lambda x=x: call(x)) for x in inputs] / 1e9, "o", color=color, label=label)
+    axes.set_xticks(counts, counts)
+    axes.minorticks_off()
+    axes.set(xlabel="tokens at once", ylabel="thousand million operations a second")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def seconds(call, runs=5):
+    """The median."""
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[runs // 2]

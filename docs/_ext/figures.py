@@ -156,8 +156,9 @@ def boxes(text):
         label = data.decode() if is_text(data) else " ".join(f"{byte:02x}" for byte in data)
         width = 0.25 + 0.155 * max(len(label), 1)
         axes.add_patch(plt.Rectangle((x, 0), width, 1, fc=(PALE, "#f0d9cf")[n % 2], ec="white", lw=2))
-        axes.text(x + width / 2, 0.62, label.replace(" ", "␣"), ha="center", va="center", family="monospace", fontsize=8)
-        axes.text(x + width / 2, 0.24, str(i), ha="center", va="center", color="grey", fontsize=6)
+        middle = {"ha": "center", "va": "center"}
+        axes.text(x + width / 2, 0.62, label.replace(" ", "␣"), family="monospace", fontsize=8, **middle)
+        axes.text(x + width / 2, 0.24, str(i), color="grey", fontsize=6, **middle)
         x += width
     axes.set(xlim=(0, x), ylim=(-0.1, 1.1))
     axes.axis("off")
@@ -177,7 +178,8 @@ def block():
     _, all_axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
     for axes, name, bits in zip(all_axes, ("Q8_0", "Q4_0"), (8, 4), strict=True):
         axes.bar(range(32), w[0], color=PALE, label="weight")
-        axes.plot(range(32), StoredTensor.quantize(w, name).dequantize()[0], "_", color=ACCENT, ms=9, mew=2, label="kept")
+        kept = StoredTensor.quantize(w, name).dequantize()[0]
+        axes.plot(range(32), kept, "_", color=ACCENT, ms=9, mew=2, label="kept")
         axes.set_title(f"{name}: {bits} bits", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].legend(frameon=False)
@@ -189,9 +191,9 @@ def roofline():
     rng = np.random.default_rng(0)
     w = StoredTensor.quantize(rng.normal(size=(n, n)).astype(np.float32), "Q8_0")
     packed, dense, kernels = PackedWeight(w), w.dequantize(), Kernels(threads)
-    read = seconds(lambda: read_probe([dense], threads)) / dense.nbytes
+    read = seconds(read_probe, [dense], threads) / dense.nbytes
     operations = 1 << 28
-    multiply = seconds(lambda: fma_probe(operations, threads)) / (operations * threads)
+    multiply = seconds(fma_probe, operations, threads) / (operations * threads)
     counts = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
     _, axes = plt.subplots(figsize=(7, 4))
     for label, nbytes, color, call in [
@@ -201,7 +203,8 @@ def roofline():
         work = 2 * counts * n * n
         axes.loglog(counts, work / np.maximum(nbytes * read, work * multiply) / 1e9, color=color, alpha=0.35)
         inputs = [rng.normal(size=(1, T, n)).astype(np.float32) for T in counts]
-        axes.loglog(counts, work / [seconds(lambda x=x: call(x)) for x in inputs] / 1e9, "o", color=color, label=label)
+        measured = [seconds(call, x) for x in inputs]
+        axes.loglog(counts, work / measured / 1e9, "o", color=color, label=label)
     axes.set_xticks(counts, counts)
     axes.minorticks_off()
     axes.set(xlabel="tokens at once", ylabel="thousand million operations a second")
@@ -209,11 +212,11 @@ def roofline():
     axes.legend(frameon=False)
 
 
-def seconds(call, runs=5):
+def seconds(call, *arguments, runs=5):
     """The median."""
     times = []
     for _ in range(runs):
         began = time.perf_counter()
-        call()
+        call(*arguments)
         times.append(time.perf_counter() - began)
     return sorted(times)[runs // 2]

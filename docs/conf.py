@@ -14,7 +14,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([OURS, before] if before else [OURS])
 project, author, copyright = "numpy_llama", "the numpy_llama authors", "the numpy_llama authors"
 version = release = numpy_llama.__version__
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline", "museum"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton", "sphinx-mathjax-offline"]
+extensions += ["commands", "museum"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 2

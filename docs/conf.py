@@ -1,6 +1,7 @@
 """How the site is built: `pip install '.[docs]'`, then `python -m sphinx -W -n docs docs/_build`."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,3 +32,22 @@ html_static_path = ["_static"]
 html_css_files = ["course.css"]
 html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def plain(app, what, name, obj, options, lines) -> None:
+    """Docstrings are plain text: `names` are code, asterisks are products, what is set in is shown as it is."""
+    told: list[str] = []
+    for line in lines:
+        if line.startswith(" "):
+            if told and not told[-1].strip():
+                told += ["::", ""]
+            told.append(line)
+        else:
+            if told and told[-1].startswith(" ") and line:
+                told.append("")
+            told.append(re.sub(r"`([^`]+)`", r"``\1``", line.replace("*", r"\*").replace("|", r"\|")))
+    lines[:] = told
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", plain)

@@ -1,4 +1,4 @@
-"""LLaMA's operations, yours. Letters of shapes: B sequences, T new tokens, S positions, H and K heads, D, Dh, V."""
+"""LLaMA's operations, yours. Letters: B sequences, T new tokens, S positions, H and K heads, D, Dh, V vocabulary."""
 
 import numpy as np
 

@@ -35,7 +35,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def plain(app, what, name, obj, options, lines) -> None:
-    """Docstrings are plain text: `names` are code, asterisks are products, what is set in is shown as it is."""
+    """Docstrings are plain text: `names` are code, asterisks are products, what is set in stays as it is."""
     told: list[str] = []
     for line in lines:
         if line.startswith(" "):

@@ -1,4 +1,4 @@
-"""LLaMA's operations, yours. Letters: B sequences, T new tokens, S positions, H and K heads, D, Dh, V vocabulary."""
+"""LLaMA's operations, yours. B sequences, T new tokens, S positions, H and K heads, D, Dh, V as in the course."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""LLaMA's operations, yours. B sequences, T new tokens, S positions, H and K heads, D, Dh, V as in the course."""
+"""LLaMA's operations, yours. The letters of the shapes are those of the course."""
 
 import numpy as np
 

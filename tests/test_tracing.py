@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_writer import random_weights, write_llama
-from test_convert import byte_vocabulary
+from test_verify import TINY, write_tiny
 
 import numpy_llama as nl
 from numpy_llama import cli
@@ -14,18 +13,6 @@ from numpy_llama import functional as F
 from numpy_llama.errors import MismatchError, ParameterError
 from numpy_llama.tracing import PLACES, attention_weights, lens, names
 
-ARGS = nl.ModelArgs(
-    dim=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    hidden_dim=96,
-    vocab_size=300,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=64,
-)
 EVERYTHING = ("*", "layers.*", "layers.*.*", "layers.*.*.*")
 IDS = np.array([[1, 40, 41, 42, 43, 44, 45], [1, 90, 80, 70, 60, 50, 40]])
 # C and NumPy sum in different orders: float32, of a model with three layers.
@@ -34,14 +21,7 @@ NEAR = 1e-5
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    weights = random_weights(ARGS, np.random.default_rng(0))
-    return write_llama(
-        tmp_path_factory.mktemp("tiny") / "tiny.gguf",
-        ARGS,
-        weights,
-        "F32",
-        **byte_vocabulary(ARGS.vocab_size),
-    )
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "F32")
 
 
 @pytest.fixture(scope="module", params=["numpy", "c"])
@@ -52,7 +32,7 @@ def llama(request, path) -> nl.Llama:
 def test_every_intermediate_has_the_shape_that_its_letters_say(llama):
     with nl.trace(llama, *EVERYTHING) as seen:
         llama.model(IDS)
-    assert [*seen] == names(llama.model, *EVERYTHING) and len(seen) == 3 + ARGS.n_layers * 18
+    assert [*seen] == names(llama.model, *EVERYTHING) and len(seen) == 3 + TINY.n_layers * 18
     sizes = {"B": 2, "T": 7, "S": 7, "D": 64, "H": 4, "K": 2, "Dh": 32, "F": 96, "V": 300}
     for place, (letters, _) in PLACES.items():
         shape = [eval(letter, {}, sizes) for letter in letters.replace("...", "B T").split()]
@@ -68,7 +48,7 @@ def test_the_intermediates_make_each_other(llama):
         np.testing.assert_allclose(found, expected, rtol=NEAR, atol=NEAR)
 
     stream, angles = seen["tok_embeddings"], llama.model.freqs_cis[:7]
-    for i in range(ARGS.n_layers):
+    for i in range(TINY.n_layers):
         of = {
             name.removeprefix(f"layers.{i}."): x
             for name, x in seen.items()
@@ -90,7 +70,7 @@ def test_the_intermediates_make_each_other(llama):
         near(f["swiglu"], F.swiglu(f["w_gate"], f["w_up"]))
         near(seen[f"layers.{i}"], of["h"] + of["feed_forward"])
         stream = seen[f"layers.{i}"]
-    near(seen["norm"], F.rms_norm(stream, llama.model.norm.weight, ARGS.norm_eps))
+    near(seen["norm"], F.rms_norm(stream, llama.model.norm.weight, TINY.norm_eps))
     assert np.array_equal(seen["output"], logits)
 
 
@@ -248,7 +228,7 @@ def test_trace_prints_and_keeps(path, tmp_path, capsys):
         np.testing.assert_allclose(row["mean"], x[np.isfinite(x)].mean(), rtol=1e-5)
     assert "must end in .npz" in said(capsys, *given, "--out", "x.txt", code=2)
     assert "x.npz cannot be written" in said(capsys, *given, "--out", tmp_path / "no" / "x.npz", code=1)
-    assert "the text has 0 tokens, wanted 1 to 64" in said(capsys, "trace", "-m", path, "", "norm", code=2)
+    assert "the text has 0 tokens, wanted 1 to 512" in said(capsys, "trace", "-m", path, "", "norm", code=2)
 
 
 def test_attention_is_a_triangle(path, capsys):

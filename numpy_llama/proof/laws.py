@@ -110,6 +110,8 @@ def assert_refused(call: Callable[[], object], what: str) -> None:
     """That some error is raised, whatever its class."""
     try:
         call()
+    except NotImplementedError:
+        raise  # what is not written yet refuses nothing
     except Exception:
         return
     raise AssertionError(f"{what} should be refused with an error")

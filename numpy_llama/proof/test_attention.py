@@ -381,6 +381,8 @@ def test_a_query_that_may_see_nothing_is_no_nan(ops, source, S, more):
     q, k, v = source.array(1, S + more, 2, 4), source.array(1, S, 2, 4), source.array(1, S, 2, 4)
     try:
         blind = ops.attention(q, k, v)[:, :more]
+    except NotImplementedError:
+        raise
     except Exception:
         return
     assert_same(blind, np.zeros(blind.shape))

@@ -16,7 +16,7 @@ project, author, copyright = "numpy_llama", "the numpy_llama authors", "the nump
 version = release = numpy_llama.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton", "sphinx-mathjax-offline"]
-extensions += ["commands", "museum"]
+extensions += ["commands", "museum", "proofs"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 2

@@ -3,6 +3,18 @@
 import numpy as np
 
 
+# Chapter 0: y = x W^T, row for row of W. With loops first.
+def linear(x, w):
+    """(..., IN), (OUT, IN) -> (..., OUT)."""
+    raise NotImplementedError
+
+
+# Chapter 1: as long as two neighbours together have a rank, merge those with the lowest, the leftmost of equals.
+def merge(text, rank):
+    """bytes, {bytes: whole number} -> list of bytes."""
+    raise NotImplementedError
+
+
 # Chapter 2: row tokens[b, t] of the table. Ids that are no rows of it: an error.
 def embedding(tokens, weight):
     """(B, T) whole numbers, (V, D) -> (B, T, D)."""
@@ -12,6 +24,13 @@ def embedding(tokens, weight):
 # Chapter 3: x / sqrt(mean(x^2) + eps) * weight, over the last axis.
 def rms_norm(x, weight, eps):
     """(..., D), (D,) -> (..., D)."""
+    raise NotImplementedError
+
+
+# Chapter 4: e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim). Without scaling first;
+# then frequencies go through scale_freqs, which may be the package's: from numpy_llama.functional import scale_freqs
+def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
+    """-> complex (end, Dh / 2), complex64 for float32 and complex128 for float64."""
     raise NotImplementedError
 
 
@@ -29,7 +48,7 @@ def softmax(x):
 
 # Chapter 5: 0 where query t may look, -inf where it may not. The T queries are the last T of S positions.
 def causal_mask(T, S, dtype=np.float32):
-    """-> (T, S)."""
+    """-> (T, S). T > S: an error."""
     raise NotImplementedError
 
 
@@ -39,25 +58,42 @@ def repeat_kv(x, n_rep):
     raise NotImplementedError
 
 
-# Chapter 5: softmax(q k^T / sqrt(Dh) + mask) v, for each head.
+# Chapter 5, and once more in chapter 12: softmax(q k^T / sqrt(Dh) + mask) v, for each head.
 def attention(q, k, v):
-    """(B, T, H, Dh), (B, S, K, Dh), (B, S, K, Dh) -> (B, T, H, Dh)."""
+    """(B, T, H, Dh), (B, S, K, Dh), (B, S, K, Dh) -> (B, T, H, Dh). Shapes that do not fit: an error."""
     raise NotImplementedError
+
+
+# Chapter 6: what was computed for a position is kept. args: n_layers, n_kv_heads, head_dim, max_seq_len.
+class KVCache:
+    """Keys and values of all layers, for `batch` sequences of up to max_seq_len positions."""
+
+    def __init__(self, args, batch, max_seq_len, dtype=np.float32):
+        raise NotImplementedError
+
+    def update(self, layer, start_pos, xk, xv):
+        """Store (B, T, K, Dh) at start_pos; give back all so far, (B, S, K, Dh), twice.
+
+        Another batch, no room, a position below 0, a gap before start_pos: an error, and nothing is stored.
+        """
+        raise NotImplementedError
 
 
 # Chapter 7: x / (1 + exp(-x)). What if x is -1000?
 def silu(x):
+    """(...) -> (...)."""
     raise NotImplementedError
 
 
 # Chapter 7: silu(gate) * up.
 def swiglu(gate, up):
+    """(...), (...) -> (...)."""
     raise NotImplementedError
 
 
 # Chapter 8: the id of the largest logit; of equal ones the lowest.
 def greedy(logits):
-    """(V,) -> int."""
+    """(V,) -> int. NaN or infinity on top: an error."""
     raise NotImplementedError
 
 
@@ -70,4 +106,58 @@ def top_k(logits, k):
 # Chapter 8: in falling order keep ids while the mass before them does not exceed p.
 def top_p(logits, p):
     """(V,) -> (V,)."""
+    raise NotImplementedError
+
+
+# Chapter 8: keep those at least p times as likely as the likeliest.
+def min_p(logits, p):
+    """(V,) -> (V,)."""
+    raise NotImplementedError
+
+
+# Chapter 8: with u = rng.random(), the first id whose cumulated probability exceeds u.
+def draw(logits, rng):
+    """(V,), numpy.random.Generator -> int. NaN or infinity on top: an error."""
+    raise NotImplementedError
+
+
+# Chapter 9: a bfloat16 is the upper half of a float32.
+def dequantize_bf16(rows):
+    """(rows, 2 n) bytes -> (rows, n) float32."""
+    raise NotImplementedError
+
+
+# Chapter 9: to the nearest, of two equally near to the even one; a NaN stays one.
+def quantize_bf16(x):
+    """(rows, n) float32 -> (rows, 2 n) bytes."""
+    raise NotImplementedError
+
+
+# Chapter 11: blocks of 34 bytes: the scale d, a float16, and 32 signed bytes. The value is d * q.
+def dequantize_q8_0(rows):
+    """(rows, n / 32 * 34) bytes -> (rows, n) float32."""
+    raise NotImplementedError
+
+
+# Chapter 11: d = max |x| / 127; q = x / d, rounded half away from zero.
+def quantize_q8_0(x):
+    """(rows, n) float32 -> (rows, n / 32 * 34) bytes."""
+    raise NotImplementedError
+
+
+# Chapter 11: blocks of 18 bytes: d, and 16 bytes of two 4-bit numbers, weight i low and i + 16 high. d * (q - 8).
+def dequantize_q4_0(rows):
+    """(rows, n / 32 * 18) bytes -> (rows, n) float32."""
+    raise NotImplementedError
+
+
+# Chapter 11: d = x_max / -8, where |x_max| is largest; q = x / d + 8, rounded, at most 15.
+def quantize_q4_0(x):
+    """(rows, n) float32 -> (rows, n / 32 * 18) bytes."""
+    raise NotImplementedError
+
+
+# Chapter 14: Llama 3.1's, and "linear". scaling: a numpy_llama.RopeScaling.
+def scale_freqs(freqs, scaling):
+    """(Dh / 2,) -> (Dh / 2,)."""
     raise NotImplementedError

@@ -10,6 +10,7 @@ from numpy_llama import functional as F
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.download import pull
 from numpy_llama.kernels import Kernels, PackedWeight, available_cpus, fma_probe, read_probe
+from numpy_llama.presets import PRESETS
 from numpy_llama.quantize import StoredTensor
 
 INK, PALE, ACCENT = "#3b6ea5", "#9db8d3", "#d1603d"
@@ -187,29 +188,112 @@ def block():
 
 def roofline():
     """Speed of `linear` by the number of tokens, below what memory and arithmetic allow on this machine."""
-    threads, n = available_cpus(), 4096
+    threads, n = available_cpus(), 16_384  # a matrix larger than the caches of most machines
     rng = np.random.default_rng(0)
-    w = StoredTensor.quantize(rng.normal(size=(n, n)).astype(np.float32), "Q8_0")
-    packed, dense, kernels = PackedWeight(w), w.dequantize(), Kernels(threads)
-    read = seconds(read_probe, [dense], threads) / dense.nbytes
-    operations = 1 << 28
-    multiply = seconds(fma_probe, operations, threads) / (operations * threads)
+    rows = rng.normal(size=(1024, n)).astype(np.float32)
+    dense = np.tile(rows, (n // 1024, 1))
+    w = StoredTensor.quantize(rows, "Q8_0")
+    w = StoredTensor(w.format, dense.shape, np.tile(w.data, (n // 1024, 1)))
+    packed, kernels = PackedWeight(w), Kernels(threads)
+    bandwidth = dense.nbytes / seconds(read_probe, [dense], threads)
+    operations = 1 << 30
+    peak = operations * threads / seconds(fma_probe, operations, threads)
     counts = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
-    _, axes = plt.subplots(figsize=(7, 4))
-    for label, nbytes, color, call in [
-        ("C, 8-bit weights", w.nbytes, INK, lambda x: kernels.linear(x, packed)),
-        ("NumPy, float32", dense.nbytes, ACCENT, lambda x: F.linear(x, dense)),
+    work = 2 * counts * n * n
+    _, axes = plt.subplots(figsize=(7, 4.4))
+    for label, nbytes, highest, color, call in [
+        ("C, 8-bit weights", w.nbytes, 2 * peak, INK, lambda x: kernels.linear(x, packed)),
+        ("NumPy, float32", dense.nbytes, peak, ACCENT, lambda x: F.linear(x, dense)),
     ]:
-        work = 2 * counts * n * n
-        axes.loglog(counts, work / np.maximum(nbytes * read, work * multiply) / 1e9, color=color, alpha=0.35)
+        axes.loglog(counts, np.minimum(work * bandwidth / nbytes, highest) / 1e9, color=color, alpha=0.35)
         inputs = [rng.normal(size=(1, T, n)).astype(np.float32) for T in counts]
-        measured = [seconds(call, x) for x in inputs]
+        measured = [seconds(call, x, runs=3) for x in inputs]
         axes.loglog(counts, work / measured / 1e9, "o", color=color, label=label)
     axes.set_xticks(counts, counts)
     axes.minorticks_off()
-    axes.set(xlabel="tokens at once", ylabel="thousand million operations a second")
+    axes.set(xlabel="tokens at once", ylabel="Gop/s: billions of operations a second")
+    axes.set_title(
+        f"{threads} threads: memory {bandwidth / 1e9:.0f} GB/s, float32 {peak / 1e9:.0f} Gop/s",
+        fontsize=9,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+def file_map():
+    """Where the bytes of a model are."""
+    opened = open_checkpoint(pull("smollm2-135m-instruct"))
+    kinds = {"tok_embeddings": "embedding", "feed_forward": "FFN", "attention_norm": "norms"}
+    kinds |= {"ffn_norm": "norms", "attention": "attention", "norm": "norms"}
+    total = dict.fromkeys(("embedding", "attention", "FFN", "norms"), 0)
+    for name, w in opened.weights().items():
+        if name != "output.weight":  # which is the embedding
+            total[next(kinds[part] for part in name.split(".") if part in kinds)] += w.nbytes
+    _, axes = plt.subplots(figsize=(8, 1.7), layout="constrained")
+    left = 0
+    for (name, nbytes), color in zip(total.items(), (PALE, INK, ACCENT, "#555555"), strict=True):
+        axes.barh(0, nbytes / 1e6, left=left / 1e6, color=color, label=f"{name}: {nbytes / 1e6:.1f} MB")
+        left += nbytes
+    axes.set(yticks=[], xlabel="megabytes", xlim=(0, left / 1e6))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
+
+
+def walk(S=60):
+    """The largest score so far, and the mean of the values so far, of one query on its way."""
+    rng = np.random.default_rng(4)
+    scores, values = 2 * rng.normal(size=S), rng.normal(size=S)
+    highest, means = np.maximum.accumulate(scores), []
+    for n in range(1, S + 1):
+        weights = F.softmax(scores[:n])
+        means.append(weights @ values[:n])
+    _, (above, below) = plt.subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained")
+    above.bar(range(S), scores, color=PALE, label="score")
+    above.step(range(S), highest, where="post", color=ACCENT, label="m, the largest so far")
+    below.plot(range(S), means, color=INK, label="o / l, the result so far")
+    below.axhline(means[-1], color="grey", lw=0.8, ls=":", label="softmax over all")
+    below.set(xlabel="position")
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+
+
+def rounding():
+    """Errors of float32 sums of K products in two orders, and the bound that the tests allow."""
+    rng = np.random.default_rng(0)
+    lengths = 2 ** np.arange(4, 15)
+    errors = {"one after the other": [], "in 16 lanes": []}
+    bounds = []
+    for K in lengths:
+        a, b = rng.normal(size=(2, 100, K)).astype(np.float32)
+        true, size = (a.astype(float) * b).sum(1), np.abs(a.astype(float) * b).sum(1)
+        in_turn = np.cumsum(a * b, axis=1)[:, -1]
+        lanes = np.cumsum((a * b).reshape(100, -1, 16), axis=1)[:, -1].sum(1)
+        for name, found in zip(errors, (in_turn, lanes), strict=True):
+            errors[name].append(np.max(np.abs(found - true) / size))
+        bounds.append((np.ceil(K / 16) + 4 + 3) * 2.0**-24)
+    _, axes = plt.subplots(figsize=(7, 3.4))
+    for (name, found), color in zip(errors.items(), (ACCENT, INK), strict=True):
+        axes.loglog(lengths, found, "o-", ms=3, color=color, label=name)
+    axes.loglog(lengths, bounds, color="grey", ls="--", label="the bound, 16 lanes")
+    axes.set(xlabel="terms of the sum", ylabel="error, as a share of $\\sum |a_i b_i|$")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def generations(names):
+    """What a token's keys and values take, and how many of them fit into the context."""
+    args = [PRESETS[name].args for name in names]
+    kib = [2 * a.n_layers * a.n_kv_heads * a.head_dim * 2 / 1024 for a in args]
+    _, (left, right) = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+    places = range(len(names))[::-1]
+    left.barh(places, kib, color=INK)
+    left.set(xlabel="KV cache, KiB a token in float16")
+    right.barh(places, [a.max_seq_len for a in args], color=ACCENT)
+    right.set(xlabel="context, tokens", xscale="log")
+    left.set_yticks(places, names)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def seconds(call, *arguments, runs=5):

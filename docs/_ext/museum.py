@@ -1,32 +1,39 @@
-"""```{bug} eps outside the root``` shows a bug of tests/museum/bugs.py: what was written, and its source."""
+"""```{bug} eps outside the root``` shows a bug of tests/museum/bugs.py, and hides what is below it until asked."""
 
+import html
 import sys
 from pathlib import Path
 
 from docutils import nodes
-from docutils.parsers.rst import Directive
 from sphinx.errors import SphinxError
+from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "museum"))
 from bugs import BUGS
 
 
-class Bug(Directive):
-    required_arguments, final_argument_whitespace = 1, True
+class Bug(SphinxDirective):
+    required_arguments, final_argument_whitespace, has_content = 1, True, True
 
     def run(self):
         (name,) = self.arguments
         found = [bug for bug in BUGS if bug.name == name]
         if not found:
             raise SphinxError(f"tests/museum/bugs.py has no {name!r}")
+        self.assert_has_content()
         (bug,) = found
         shown = "\n".join(
             [f"- {line}" for line in bug.before.strip("\n").splitlines()]
             + [f"+ {line}" for line in bug.after.strip("\n").splitlines()]
         )
-        code = nodes.literal_block(shown, shown, language="diff")
-        where = nodes.paragraph("", "", nodes.emphasis("", f"{bug.file}, as in {bug.source}"))
-        return [code, where]
+        tests = " and ".join(bug.tests.split())
+        return [
+            nodes.literal_block(shown, shown, language="diff"),
+            nodes.paragraph("", "", nodes.emphasis("", f"{bug.file}, after {bug.source}")),
+            nodes.raw("", "<details><summary>What it does, and who notices</summary>", format="html"),
+            *self.parse_content_to_nodes(),
+            nodes.raw("", f"<p>Caught by <code>{html.escape(tests)}</code>.</p></details>", format="html"),
+        ]
 
 
 def setup(app):

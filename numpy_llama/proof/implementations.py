@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import cache, functional, model, quantize, sampling
+from .. import cache, functional, merging, model, quantize, sampling
 from ..errors import BuildError
 
 STORED = [f.name.lower() for f in quantize.FORMATS.values()]
 
 # The operations that there are laws about, by the module that defines them.
 OPERATIONS = {
+    merging: ("merge",),
     functional: (
         *("embedding", "linear", "rms_norm", "softmax", "silu", "swiglu"),
         *("attention", "attention_scores", "weighted_values"),

@@ -96,6 +96,12 @@ def operations(item) -> list[str]:
     return [name.format(**item.callspec.params) for name in law_of(item).args]
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """-k takes the names of operations too."""
+    if law_of(item):
+        item.extra_keyword_matches.update(operations(item))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
     """A law about what an implementation has not is no test of it."""
 

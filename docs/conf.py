@@ -1,4 +1,4 @@
-"""How the site is built: `pip install '.[docs]'`, then `python -m sphinx -W -n docs docs/_build`."""
+"""How the site is built: `pip install '.[docs]'`, then `python -m sphinx -W -n docs docs/_build/html`."""
 
 import os
 import re

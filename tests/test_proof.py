@@ -92,7 +92,7 @@ def test_a_chapter_may_be_chosen(tmp_path):
         ("def f(:", "--ops: my_ops.py, line 1: SyntaxError: invalid syntax (my_ops.py, line 1)"),
         ("import sys\nsys.exit('no')", "--ops: my_ops.py, line 2: SystemExit: no"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-        ("x = 1", "--ops: my_ops.py defines no operation that there is a law about: embedding, linear,"),
+        ("x = 1", "--ops: my_ops.py defines no operation that there is a law about: merge, embedding,"),
     ],
 )
 def test_a_file_that_cannot_be_tried_is_refused_in_one_line(tmp_path, ops, told):

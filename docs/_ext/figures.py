@@ -12,7 +12,6 @@ from numpy_llama.download import pull
 from numpy_llama.kernels import Kernels, PackedWeight, available_cpus, fma_probe, read_probe
 from numpy_llama.presets import PRESETS
 from numpy_llama.quantize import StoredTensor
-from numpy_llama.tracing import lens
 
 INK, PALE, ACCENT = "#3b6ea5", "#9db8d3", "#d1603d"
 
@@ -54,23 +53,6 @@ def residual_stream(n_layers=3):
     axes.text(0, 2 * n_layers + 1.75, "norm, output: logits", ha="center", va="bottom", fontsize=10)
     axes.set(xlim=(-1.6, 4.2), ylim=(-0.9, 2 * n_layers + 2.2))
     axes.axis("off")
-
-
-def layers_say(text, every=3):
-    """What each layer would say next: the likeliest word, and how sure."""
-    llama = model()
-    probs = lens(llama.model, llama.tokenizer.encode(text))
-    shown = [*range(len(probs) - 1, 0, -every), 0][::-1]
-    best = probs[shown].max(axis=1)
-    _, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    axes.barh(range(len(shown)), best, color=[ACCENT if layer == len(probs) - 1 else PALE for layer in shown])
-    for y, layer in enumerate(shown):
-        word = llama.tokenizer.piece(int(probs[layer].argmax()))
-        axes.text(best[y] + 0.01, y, repr(word)[1:-1].strip() or "␣", va="center", fontsize=10)
-    names = ["embedding" if layer == 0 else f"layer {layer - 1}" for layer in shown]
-    axes.set_yticks(range(len(shown)), names, fontsize=9)
-    axes.set(xlim=(0, 1), xlabel=f"probability of what comes after: {text!r}")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def stream_lengths(text="A norm keeps all vectors at one length."):
@@ -273,7 +255,7 @@ def walk(S=60):
     below.set(xlabel="position")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def rounding():

@@ -97,7 +97,8 @@ def greedy(logits):
     raise NotImplementedError
 
 
-# Chapter 8: keep the k largest logits, and make the others -inf; of equal ones those with the lowest ids.
+# Chapter 8: keep the k largest logits, and make the others -inf; of equal ones those with the lowest ids. k may be
+# larger than V. All three filters give a new array of the same precision, and leave their argument as it was.
 def top_k(logits, k):
     """(V,) -> (V,)."""
     raise NotImplementedError
@@ -121,6 +122,7 @@ def draw(logits, rng):
     raise NotImplementedError
 
 
+# Bytes are uint8, in rows.
 # Chapter 9: a bfloat16 is the upper half of a float32.
 def dequantize_bf16(rows):
     """(rows, 2 n) bytes -> (rows, n) float32."""
@@ -139,7 +141,7 @@ def dequantize_q8_0(rows):
     raise NotImplementedError
 
 
-# Chapter 11: d = max |x| / 127; q = x / d, rounded half away from zero.
+# Chapter 11: d = max |x| / 127; q = x * (1 / d), halves rounded away from zero. Where d is 0, q is 0.
 def quantize_q8_0(x):
     """(rows, n) float32 -> (rows, n / 32 * 34) bytes."""
     raise NotImplementedError
@@ -151,13 +153,17 @@ def dequantize_q4_0(rows):
     raise NotImplementedError
 
 
-# Chapter 11: d = x_max / -8, where |x_max| is largest; q = x / d + 8, rounded, at most 15.
+# Chapter 11: d = x_max / -8, where |x_max| is largest; q = x * (1 / d) + 8, halves rounded up, at most 15. Where d is 0,
+# q is 8.
 def quantize_q4_0(x):
     """(rows, n) float32 -> (rows, n / 32 * 18) bytes."""
     raise NotImplementedError
 
 
-# Chapter 14: Llama 3.1's, and "linear". scaling: a numpy_llama.RopeScaling.
+# Chapter 14: scaling is a numpy_llama.RopeScaling. Of type "linear": f / factor. Else, as in Llama 3.1,
+#     turns = original_max_seq_len * f / (2 pi)
+#     keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), but not below 0 or above 1
+#     f becomes (1 - keep) * f / factor + keep * f
 def scale_freqs(freqs, scaling):
     """(Dh / 2,) -> (Dh / 2,)."""
     raise NotImplementedError

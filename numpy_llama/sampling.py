@@ -42,7 +42,7 @@ def apply_temperature(logits, temperature):
 
 
 def top_k(logits, k):
-    """The k largest and no more: of equal ones, those with the lowest ids (Fan et al. 2018, 5.1)."""
+    """The k largest and no more: of equal ones, those with the lowest ids (Fan et al. 2018)."""
     if k >= len(logits):
         return logits
     kth = np.partition(logits, -k)[-k]

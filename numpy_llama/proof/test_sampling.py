@@ -141,7 +141,7 @@ def test_a_filter_leaves_its_argument_alone(ops, name, setting, logits):
 
 @law("top_k", all_logits(), st.integers(1, 70))
 def test_top_k_keeps_exactly_k(ops, logits, k):
-    """The k largest; of equal ones those with the lowest ids (Fan et al. 2018, section 5.1)."""
+    """The k largest; of equal ones those with the lowest ids (Fan et al. 2018)."""
     expected = sorted(set(by_rank(logits)[:k]) & set(kept(logits)))
     assert_same(kept(ops.top_k(logits, k)), np.array(expected, int))
 

@@ -9,7 +9,8 @@ def linear(x, w):
     raise NotImplementedError
 
 
-# Chapter 1: as long as two neighbours together have a rank, merge those with the lowest, the leftmost of equals.
+# Chapter 1: as long as two neighbours together have a rank, merge those of the lowest; the leftmost of
+# equals.
 def merge(text, rank):
     """bytes, {bytes: whole number} -> list of bytes."""
     raise NotImplementedError
@@ -27,8 +28,9 @@ def rms_norm(x, weight, eps):
     raise NotImplementedError
 
 
-# Chapter 4: e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim). Without scaling first;
-# then frequencies go through scale_freqs, which may be the package's: from numpy_llama.functional import scale_freqs
+# Chapter 4: e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim). Where there is a
+# scaling, the theta_j go through scale_freqs(freqs, scaling), which for now may be imported from
+# numpy_llama.functional.
 def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
     """-> complex (end, Dh / 2), complex64 for float32 and complex128 for float64."""
     raise NotImplementedError
@@ -97,8 +99,8 @@ def greedy(logits):
     raise NotImplementedError
 
 
-# Chapter 8: keep the k largest logits, and make the others -inf; of equal ones those with the lowest ids. k may be
-# larger than V. All three filters give a new array of the same precision, and leave their argument as it was.
+# Chapter 8: keep the k largest logits, and make the others -inf; of equal ones those with the lowest ids. k
+# may exceed V. All three filters give an array of the same precision, and leave their argument as it was.
 def top_k(logits, k):
     """(V,) -> (V,)."""
     raise NotImplementedError
@@ -123,6 +125,8 @@ def draw(logits, rng):
 
 
 # Bytes are uint8, in rows.
+
+
 # Chapter 9: a bfloat16 is the upper half of a float32.
 def dequantize_bf16(rows):
     """(rows, 2 n) bytes -> (rows, n) float32."""
@@ -147,14 +151,15 @@ def quantize_q8_0(x):
     raise NotImplementedError
 
 
-# Chapter 11: blocks of 18 bytes: d, and 16 bytes of two 4-bit numbers, weight i low and i + 16 high. d * (q - 8).
+# Chapter 11: blocks of 18 bytes: d, and 16 bytes of two 4-bit numbers q, weight i low and i + 16 high. The
+# value is d * (q - 8).
 def dequantize_q4_0(rows):
     """(rows, n / 32 * 18) bytes -> (rows, n) float32."""
     raise NotImplementedError
 
 
-# Chapter 11: d = x_max / -8, where |x_max| is largest; q = x * (1 / d) + 8, halves rounded up, at most 15. Where d is 0,
-# q is 8.
+# Chapter 11: d = x_max / -8, where |x_max| is largest; q = x * (1 / d) + 8, halves rounded up, at most 15.
+# Where d is 0, q is 8.
 def quantize_q4_0(x):
     """(rows, n) float32 -> (rows, n / 32 * 18) bytes."""
     raise NotImplementedError

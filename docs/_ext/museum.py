@@ -1,4 +1,4 @@
-"""```{bug} eps outside the root``` shows a bug of tests/museum/bugs.py, and hides what is below it until asked."""
+"""```{bug} NAME``` shows a bug of tests/museum/bugs.py; what it does, its content, is hidden until asked."""
 
 import html
 import sys

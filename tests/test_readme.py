@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def run(command: list[str]) -> str:
+def run(command: list[str], folder: Path = ROOT, silent: bool = True) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    asked = "Is this a pipe?\n"  # what `chat` without a question reads
+    done = subprocess.run(
+        command, input=asked, capture_output=True, text=True, cwd=folder, env=env, timeout=300
+    )
+    assert done.returncode == 0 and not (silent and done.stderr), done.stderr
     return done.stdout
 
 
@@ -47,6 +51,20 @@ def test_the_python_runs(smollm2_path):
     (code,) = [block for block in blocks("python") if block.startswith("import")]
     lines = run([sys.executable, "-c", code]).splitlines()
     assert lines[-2:] == [" Paris", "(1, 9, 6, 6)"] and len(lines) >= 4
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("numpy-llama ")]
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.partition("#")[0].strip())
+def test_the_commands_run(line, smollm2_path, tmp_path):
+    """Each as it is shown, on files of those names; of the benchmark a little only."""
+    for name in ("model.gguf", "Meta-Llama-3-8B"):
+        (tmp_path / name).symlink_to(smollm2_path)
+    shutil.copy(ROOT / "docs" / "course" / "wikitext.txt", tmp_path / "wiki.test.raw")
+    less = " -p 16 -n 2 -r 1" if line.startswith("numpy-llama bench") else ""
+    told = run(["sh", "-c", line.partition("#")[0] + less], tmp_path, silent=" convert " not in line)
+    assert told or (tmp_path / "llama-3-8b-q8.gguf").exists()
 
 
 def test_the_speed_is_told_with_its_command():

@@ -74,14 +74,15 @@ class KVCache:
         raise NotImplementedError
 
     def update(self, layer, start_pos, xk, xv):
-        """Store (B, T, K, Dh) at start_pos; give back all so far, (B, S, K, Dh), twice.
+        """Store (B, T, K, Dh) at start_pos, in dtype; give back all so far, (B, S, K, Dh), twice.
 
+        T may be 0. An earlier start_pos than last time forgets what lay behind it.
         Another batch, no room, a position below 0, a gap before start_pos: an error, and nothing is stored.
         """
         raise NotImplementedError
 
 
-# Chapter 7: x / (1 + exp(-x)). What if x is -1000?
+# Chapter 7: x / (1 + exp(-x)). What if x is -1000? A warning of NumPy counts as a failure.
 def silu(x):
     """(...) -> (...)."""
     raise NotImplementedError

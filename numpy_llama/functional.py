@@ -56,7 +56,7 @@ def swiglu(gate, up):
 def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
     """e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim).
 
-    RoFormer (Su et al. 2021), section 3.4.2. -> (end, Dh / 2) complex, for example (8192, 32).
+    RoFormer (Su et al. 2021), section 3.2.2. -> (end, Dh / 2) complex, for example (8192, 32).
     """
     j = np.arange(0, head_dim, 2, dtype=dtype)
     freqs = 1 / dtype(rope_theta) ** (j / dtype(head_dim))

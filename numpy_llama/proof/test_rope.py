@@ -169,7 +169,7 @@ def test_scaling_keeps_the_order(ops, one, other):
 
 
 @law("scale_freqs", st.floats(-6, 0), st.sampled_from([2.0, 4.0, 8.0]))
-def test_linear_scaling_divides_all(ops, magnitude, factor):
+def test_scaling_of_the_other_type_divides_all(ops, magnitude, factor):
     """ "linear" divides every frequency by the factor (Chen et al. 2023)."""
     freqs = np.array([10**magnitude])
     assert_same(ops.scale_freqs(freqs, RopeScaling(factor, type="linear")), freqs / factor)

@@ -1,4 +1,7 @@
-"""LLaMA's operations, yours. The letters of the shapes are those of the course."""
+"""LLaMA's operations, yours. The letters of the shapes are those of the course.
+
+What comes out has the precision of what went in. No argument is changed. Sizes may be 0.
+"""
 
 import numpy as np
 

@@ -133,8 +133,11 @@ def sentence(law) -> str:
 def told(item, error: BaseException, path: Path) -> str:
     """What went wrong, for whoever wrote the operations."""
     from .bounds import Miss, shown
+    from .laws import NotWritten
 
     ops = item.callspec.params["ops"]
+    if isinstance(error, NotWritten):
+        return f"{ops.calls[-1].name} is not written yet"
     lines = [f"{operations(item)[0]} does not keep this law:", f"  {sentence(item.function)}", ""]
     lines += ["The smallest input found that breaks it:"]
     for call in ops.calls[-3:]:

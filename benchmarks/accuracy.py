@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 
 import numpy_llama as nl
+from numpy_llama.backend.formats import FORMATS, QK_K, Format, StoredTensor
+from numpy_llama.backend.kernels import Kernels, KernelWeight, available_cpus, isa
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import convert
-from numpy_llama.download import DEFAULT_MODEL, locate
-from numpy_llama.kernels import Kernels, PackedWeight, available_cpus, isa
-from numpy_llama.perplexity import losses, windows
-from numpy_llama.quantize import FORMATS, QK_K, Format, StoredTensor
+from numpy_llama.checkpoint.download import DEFAULT_MODEL, locate
+from numpy_llama.inspect.perplexity import losses, windows
 
 TOKENS = 64
 DTYPES = ("bf16", "f16", "q8", "q4")
@@ -87,7 +87,7 @@ def linear_table(threads: int, OUT: int = 512, IN: int = 4096) -> Iterator[str]:
     default, exact = (Kernels(threads, exact=mode).linear for mode in (False, True))
     for format in FORMATS.values():
         w = random_weight(format, OUT, IN, rng)
-        packed, in_full = PackedWeight(w), w.dequantize(np.float64)
+        packed, in_full = KernelWeight(w), w.dequantize(np.float64)
         for kind in ("normal", "outliers"):
             x = activations(kind, TOKENS, IN, rng)
             expected = x.astype(np.float64) @ in_full.T

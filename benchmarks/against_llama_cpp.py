@@ -35,7 +35,7 @@ class Ours:
 
     def __init__(self, file: str, threads: int, depth: int, room: int):
         import numpy_llama as nl
-        from numpy_llama import bench
+        from numpy_llama.inspect import bench
 
         self.bench, self.depth = bench, depth
         self.model, self.machine = nl.load(file, threads=threads).model, bench.Machine(threads)

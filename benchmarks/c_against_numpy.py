@@ -12,20 +12,20 @@ import time
 import numpy as np
 
 import numpy_llama as nl
-from numpy_llama import kernels
-from numpy_llama.download import DEFAULT_MODEL
-from numpy_llama.generate import PREFILL_CHUNK, Context, forward
+from numpy_llama.backend import kernels
+from numpy_llama.checkpoint.download import DEFAULT_MODEL
+from numpy_llama.generation.generate import PREFILL_CHUNK, Session, forward
 
 
 def measure(model: nl.Transformer, prompt: list[int], n: int) -> tuple[float, float]:
     """Seconds to read the prompt, and to make n tokens after it."""
-    context = Context(model, len(prompt) + n)
+    session = Session(model, len(prompt) + n)
     began = time.perf_counter()
     for begin in range(0, len(prompt), PREFILL_CHUNK):
-        logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], context)
+        logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], session)
     middle = time.perf_counter()
     for _ in range(n):
-        logits = forward(model, [int(logits.argmax())], context)
+        logits = forward(model, [int(logits.argmax())], session)
     return middle - began, time.perf_counter() - middle
 
 

@@ -26,13 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
+from numpy_llama.backend.formats import FORMATS, Format
 from numpy_llama.checkpoint.convert import model_metadata, rope_divisors
-from numpy_llama.checkpoint.gguf_write import layout, write_tensor
+from numpy_llama.checkpoint.gguf.write import layout, write_tensor
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
+from numpy_llama.checkpoint.presets import PRESETS
 from numpy_llama.cli.common import transfer_bar, whole_number
 from numpy_llama.config import ModelArgs
-from numpy_llama.presets import PRESETS
-from numpy_llama.quantize import FORMATS, Format
 
 SHARD_BYTES = 5_000_000_000  # as the Hugging Face hub cuts them
 POOL = 1 << 24  # random numbers

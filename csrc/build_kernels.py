@@ -1,4 +1,4 @@
-"""Builds numpy_llama._kernels from the C files beside this one, through cffi (API mode, out of line).
+"""Builds numpy_llama.backend._kernels from the C files beside this one, through cffi (API mode, out of line).
 
 setup.py calls `make_ffi`. `kernels.h` is both the C header and cffi's declaration.
 """
@@ -44,7 +44,7 @@ def openmp_flags() -> list[str]:
     return ["-fopenmp"] if found else []
 
 
-def make_ffi(module: str = "numpy_llama._kernels", openmp: list[str] | None = None) -> FFI:
+def make_ffi(module: str = "numpy_llama.backend._kernels", openmp: list[str] | None = None) -> FFI:
     """The builder; tests call it to build without OpenMP under another name."""
     openmp = openmp_flags() if openmp is None else openmp
     ffi = FFI()

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ChatTemplate": "chat",
     "Completion": "llama",
-    "Context": "generate",
+    "Session": "generate",
     "KVCache": "cache",
     "Llama": "llama",
     "ModelArgs": "config",
@@ -37,22 +37,22 @@ __all__ = [*_HOME]
 
 if TYPE_CHECKING:  # the same, for those who read and do not run
     from .cache import KVCache as KVCache
-    from .chat import ChatTemplate as ChatTemplate
+    from .checkpoint.download import pull as pull
     from .config import ModelArgs as ModelArgs
     from .config import RopeScaling as RopeScaling
-    from .download import pull as pull
     from .errors import NumpyLlamaError as NumpyLlamaError
-    from .generate import Context as Context
+    from .generation.generate import Session as Session
+    from .generation.sampling import Sampler as Sampler
+    from .inspect.tracing import edit as edit
+    from .inspect.tracing import trace as trace
     from .llama import Completion as Completion
     from .llama import Llama as Llama
     from .llama import Piece as Piece
     from .llama import load as load
     from .llama import load_tokenizer as load_tokenizer
     from .model import Transformer as Transformer
-    from .sampling import Sampler as Sampler
-    from .tokenizer import Tokenizer as Tokenizer
-    from .tracing import edit as edit
-    from .tracing import trace as trace
+    from .text.chat import ChatTemplate as ChatTemplate
+    from .text.tokenizer import Tokenizer as Tokenizer
 else:
 
     def __getattr__(name: str) -> object:

@@ -15,15 +15,22 @@ from typing import cast
 import numpy as np
 
 from . import checkpoint
-from .batch import generate_batch, naming
-from .chat import ChatFormat
-from .download import DEFAULT_MODEL, locate
-from .errors import BuildError, MismatchError, ParameterError, ResourceLimitError, TemplateError, escape
-from .generate import Context, Continuation, generate
-from .memory import available_memory, gib, memory_plan
+from .checkpoint.download import DEFAULT_MODEL, locate
+from .checkpoint.memory import available_memory, gib, memory_plan
+from .errors import (
+    BuildError,
+    MismatchError,
+    ParameterError,
+    ResourceLimitError,
+    TemplateError,
+    escape,
+)
+from .generation.batch import generate_batch, naming
+from .generation.generate import Request, Session, generate
+from .generation.sampling import Sampler
 from .model import Transformer
-from .sampling import Sampler
-from .tokenizer import StreamDecoder, Tokenizer
+from .text.chat import ChatFormat
+from .text.tokenizer import StreamDecoder, Tokenizer
 
 Message = dict[str, str]
 
@@ -117,7 +124,7 @@ class Transcript:
 
 
 class Llama:
-    """A model that speaks text. It is never changed by use: a conversation lives in its `Context`."""
+    """A model that speaks text. It is never changed by use: a conversation lives in its `Session`."""
 
     def __init__(
         self,
@@ -139,13 +146,13 @@ class Llama:
         self.max_context = min(model.args.max_seq_len, max_context or model.args.max_seq_len)
         self.check_unchanged = check_unchanged
 
-    def new_context(self, max_seq_len: int | None = None) -> Context:
+    def new_session(self, max_seq_len: int | None = None) -> Session:
         """Room for one conversation: the whole context of the model, or what memory has room for."""
         if max_seq_len is not None and self.max_context < max_seq_len <= self.model.args.max_seq_len:
             raise ResourceLimitError(
                 f"a context of {max_seq_len} tokens was asked for, memory has room for {self.max_context}"
             )
-        return Context(self.model, self.max_context if max_seq_len is None else max_seq_len)
+        return Session(self.model, self.max_context if max_seq_len is None else max_seq_len)
 
     def generate(self, prompt: str | Sequence[int], **options) -> Completion:
         """Continue a text, or ids. The options are those of `stream`."""
@@ -159,7 +166,7 @@ class Llama:
         """Like `generate`, piece by piece as they are made.
 
         max_tokens: default None, until an end token or the end of the context. stop: texts to end before.
-        context: a `Context` to go on in. on_prefill(done, total): hears how far the prompt is read.
+        session: a `Session` to go on in. on_prefill(done, total): hears how far the prompt is read.
         And those of `Sampler`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
         """
         return self._stream(self._encode(prompt), at_start=False, **options)
@@ -171,7 +178,7 @@ class Llama:
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[Completion]:
         """Continue several texts, or lists of ids, at once: faster than one after another.
 
-        The options are those of `stream` but `context` and `on_prefill`. Each prompt is continued as it is
+        The options are those of `stream` but `session` and `on_prefill`. Each prompt is continued as it is
         alone, with chances of its own from the same seed (so equal prompts become equal texts). In exact mode
         the kernels give it the same bits as alone; else its logits move by the rounding of activations to 14
         bits, and its ids may part where two are nearly as likely.
@@ -215,7 +222,7 @@ class Llama:
         return min(self.max_context, len(prompt) + max(max_tokens, 1))
 
     def _limits(self, max_tokens: int | None) -> dict:
-        """What ends a generation: the options of `Continuation`."""
+        """What ends a generation: the options of `Request`."""
         tokenizer = self.tokenizer
         return {"max_tokens": max_tokens, "stop_ids": tokenizer.eos_ids, "vocab_size": tokenizer.n_used}
 
@@ -226,22 +233,22 @@ class Llama:
         at_start: bool,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
-        context: Context | None = None,
+        session: Session | None = None,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         **sampling,
     ) -> Iterator[Piece]:
         room = self._room(prompt, max_tokens)
-        context = context or self.new_context(room)
+        session = session or self.new_session(room)
         sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
-        return self._pieces(prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill)
+        return self._pieces(prompt, session, sampler, stop_texts, at_start, max_tokens, on_prefill)
 
     def _pieces(
-        self, prompt, context, sampler, stop_texts, at_start, max_tokens, on_prefill
+        self, prompt, session, sampler, stop_texts, at_start, max_tokens, on_prefill
     ) -> Iterator[Piece]:
         self.check_unchanged()
         transcript = Transcript(self.tokenizer, stop_texts, at_start)
         limits = self._limits(max_tokens)
-        ids = generate(self.model, prompt, context, sampler, on_prefill=on_prefill, **limits)
+        ids = generate(self.model, prompt, session, sampler, on_prefill=on_prefill, **limits)
         reason = "stop"
         while not transcript.stopped:
             try:
@@ -271,7 +278,7 @@ class Llama:
         self._check_memory(rooms)
         for i, (prompt, room) in enumerate(zip(encoded, rooms, strict=True)):
             with naming(i):
-                sequences.append(Continuation(prompt, self.new_context(room), sampler, **limits))
+                sequences.append(Request(prompt, self.new_session(room), sampler, **limits))
         self.check_unchanged()
         transcripts = [Transcript(self.tokenizer, StopTexts(stop), at_start) for _ in encoded]
         for i, token in generate_batch(self.model, sequences):

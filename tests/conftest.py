@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from numpy_llama import kernels
-from numpy_llama.download import pull
+from numpy_llama.backend import kernels
+from numpy_llama.checkpoint.download import pull
 from numpy_llama.proof import laws
 
 for _name, _profile in laws.PROFILES.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
 from numpy_llama.config import ModelArgs
-from numpy_llama.quantize import StoredTensor
 
 STRING, ARRAY = 8, 9
 SCALARS = dict(zip("BbHhIif?Qqd", [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], strict=True))

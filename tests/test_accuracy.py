@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numpy_llama.quantize import FORMATS
+from numpy_llama.backend.formats import FORMATS
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
 

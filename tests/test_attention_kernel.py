@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numpy_llama._kernels import ffi, lib
+from numpy_llama.backend._kernels import ffi, lib
 from test_kernels import Guarded, bits, for_each, seeds
 
 from numpy_llama import functional as F
-from numpy_llama import kernels
+from numpy_llama.backend import kernels
+from numpy_llama.backend.formats import FORMATS
+from numpy_llama.backend.kernels import Kernels
 from numpy_llama.cache import KVCache
 from numpy_llama.errors import MismatchError, NumericsError, UnsupportedError
-from numpy_llama.kernels import Kernels
 from numpy_llama.model import Transformer
 from numpy_llama.proof.bounds import MODEL_32, U32, assert_near, assert_within, g
 from numpy_llama.proof.tiny import TINY, random_tokens, random_weights
-from numpy_llama.quantize import FORMATS
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 

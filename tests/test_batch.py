@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import numpy_llama as nl
 from numpy_llama import llama as llama_module
-from numpy_llama.batch import BatchCache, generate_batch, side_by_side
-from numpy_llama.checkpoint import build
+from numpy_llama.backend import build
+from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.errors import (
     ContextOverflowError,
     NumericsError,
@@ -17,10 +17,10 @@ from numpy_llama.errors import (
     ResourceLimitError,
     TemplateError,
 )
-from numpy_llama.generate import PREFILL_CHUNK, Context, Continuation, generate
+from numpy_llama.generation.batch import BatchCache, generate_batch, side_by_side
+from numpy_llama.generation.generate import PREFILL_CHUNK, Request, Session, generate
+from numpy_llama.generation.sampling import Sampler
 from numpy_llama.proof.bounds import CHUNKS_32
-from numpy_llama.quantize import StoredTensor
-from numpy_llama.sampling import Sampler
 
 ARGS = nl.ModelArgs(
     dim=32,
@@ -59,7 +59,7 @@ def llama(smollm2_path):
 
 def alone(model, prompt, sampler, **options):
     """-> (the new ids, the reason of the end)."""
-    ids, steps = [], generate(model, prompt, Context(model), sampler, **options)
+    ids, steps = [], generate(model, prompt, Session(model), sampler, **options)
     while True:
         try:
             ids.append(next(steps))
@@ -68,7 +68,7 @@ def alone(model, prompt, sampler, **options):
 
 
 def together(model, prompts, sampler, **options):
-    sequences = [Continuation(prompt, Context(model), sampler, **options) for prompt in prompts]
+    sequences = [Request(prompt, Session(model), sampler, **options) for prompt in prompts]
     made = [[] for _ in prompts]
     for i, token in generate_batch(model, sequences):
         made[i].append(token)
@@ -184,7 +184,7 @@ def test_positions_outside_the_context_are_refused(model):
 
 def test_a_sequence_can_be_ended_from_outside(model):
     free = together(model, [[1], [2], [3]], Sampler(), max_tokens=8)
-    sequences = [Continuation([i], Context(model), Sampler(), max_tokens=8) for i in (1, 2, 3)]
+    sequences = [Request([i], Session(model), Sampler(), max_tokens=8) for i in (1, 2, 3)]
     made = [[], [], []]
     for i, token in generate_batch(model, sequences):
         made[i].append(token)
@@ -197,25 +197,25 @@ def test_a_sequence_can_be_ended_from_outside(model):
 def test_who_has_ended_takes_no_more_work(model, monkeypatch):
     rows, logits = [], model.logits
     monkeypatch.setattr(model, "logits", lambda h: rows.append(h.shape[:-1]) or logits(h))
-    sequences = [Continuation([1], Context(model), Sampler(), max_tokens=n) for n in (4, 2, 0, 3)]
+    sequences = [Request([1], Session(model), Sampler(), max_tokens=n) for n in (4, 2, 0, 3)]
     assert len(list(generate_batch(model, sequences))) == 9
     assert rows == [()] * 4 + [(3,), (2,), (1,)]
 
 
 def test_a_context_serves_one_sequence(model):
-    context = Context(model)
-    sequences = [Continuation([1, 2], context, Sampler()), Continuation([3], context, Sampler())]
-    with pytest.raises(ParameterError, match=r"prompts\[0\]: the context is in use by a later generation"):
+    session = Session(model)
+    sequences = [Request([1, 2], session, Sampler()), Request([3], session, Sampler())]
+    with pytest.raises(ParameterError, match=r"prompts\[0\]: the session is in use by a later generation"):
         next(generate_batch(model, sequences))
 
 
 def test_the_sequence_that_fails_is_named(model, monkeypatch):
-    sequences = [Continuation([i], Context(model), Sampler(), max_tokens=3) for i in (1, 2, 3)]
+    sequences = [Request([i], Session(model), Sampler(), max_tokens=3) for i in (1, 2, 3)]
     steps = generate_batch(model, sequences)
     for _ in range(3):
         next(steps)
-    with sequences[1].step() as context:
-        context.cache.v[1] = np.inf
+    with sequences[1].step() as session:
+        session.cache.v[1] = np.inf
     where = r"prompts\[1\]: position 1, token \d+: what comes out of layer 1, the first to go wrong, is not"
     with pytest.raises(NumericsError, match=where):
         next(steps)

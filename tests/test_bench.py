@@ -17,15 +17,15 @@ from test_cli import assert_refused, run
 from test_convert import byte_vocabulary
 from test_kernels import Guarded
 
-from numpy_llama import bench, kernels
 from numpy_llama import functional as F
-from numpy_llama.bench import Machine, Result, Task
-from numpy_llama.checkpoint import build
+from numpy_llama.backend import build, kernels
+from numpy_llama.backend.formats import StoredTensor
+from numpy_llama.checkpoint.presets import n_parameters
 from numpy_llama.config import ModelArgs
-from numpy_llama.generate import PREFILL_CHUNK
+from numpy_llama.generation.generate import PREFILL_CHUNK
+from numpy_llama.inspect import bench
+from numpy_llama.inspect.bench import Machine, Result, Task
 from numpy_llama.model import Transformer
-from numpy_llama.presets import n_parameters
-from numpy_llama.quantize import StoredTensor
 
 # Every size another one, so that no two can be taken for each other.
 ARGS = ModelArgs(
@@ -106,7 +106,7 @@ def test_the_machine_has_limits(isa):
 def test_without_kernels_the_limits_are_unknown(path):
     code = """
 import sys
-sys.modules["numpy_llama._kernels"] = None
+sys.modules["numpy_llama.backend._kernels"] = None
 from numpy_llama.cli import main
 main(["bench", "-m", sys.argv[1], "--backend", "numpy", "-p", "4", "-n", "2", "-r", "1", *sys.argv[2:]])
 """

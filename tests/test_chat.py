@@ -19,11 +19,11 @@ from test_tokenizer import (
 )
 
 import numpy_llama as nl
-from numpy_llama.chat import CHAT_FORMATS, ChatTemplate, Llama2Chat, Llama3Chat, format_for
-from numpy_llama.checkpoint.gguf import GGUFFile
+from numpy_llama.checkpoint.gguf.file import GGUFFile
 from numpy_llama.cli import chat as chat_command
 from numpy_llama.errors import MismatchError, ParameterError, TemplateError, TextError
-from numpy_llama.tokenizer import tokenizer_from_gguf
+from numpy_llama.text.chat import CHAT_FORMATS, ChatTemplate, Llama2Chat, Llama3Chat, format_for
+from numpy_llama.text.tokenizer import tokenizer_from_gguf
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -290,7 +290,7 @@ def test_what_cannot_be_said_does_not_end_a_conversation(monkeypatch, capsys):
     heard = []
 
     class Speaker:
-        def new_context(self):
+        def new_session(self):
             return None
 
         def stream_chat(self, messages, **options):
@@ -545,7 +545,9 @@ GROWTH = {
 
 @pytest.mark.parametrize("source", GROWTH.values(), ids=GROWTH)
 def test_a_template_has_room_for_so_much(source, monkeypatch):
-    monkeypatch.setattr("numpy_llama.sandbox.MAX_SECONDS", 60.0)  # memory is traced here, which takes time
+    monkeypatch.setattr(
+        "numpy_llama.text.sandbox.MAX_SECONDS", 60.0
+    )  # memory is traced here, which takes time
     tracemalloc.start()
     try:
         with pytest.raises(TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter"):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from numpy_llama.presets import PRESETS, n_parameters
+from numpy_llama.checkpoint.presets import PRESETS, n_parameters
 from numpy_llama.proof.tiny import configurations, random_weights
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)

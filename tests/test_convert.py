@@ -16,8 +16,9 @@ from gguf_writer import write_llama
 from test_cli import PROGRAM, assert_refused, run
 
 import numpy_llama as nl
-from numpy_llama.chat import CHAT_FORMATS
-from numpy_llama.checkpoint import build, convert, open_checkpoint
+from numpy_llama.backend import build
+from numpy_llama.backend.formats import FORMATS, StoredTensor
+from numpy_llama.checkpoint import convert, open_checkpoint
 from numpy_llama.errors import (
     FileChangedError,
     MismatchError,
@@ -25,8 +26,8 @@ from numpy_llama.errors import (
     ParameterError,
     ResourceLimitError,
 )
-from numpy_llama.quantize import FORMATS, StoredTensor
-from numpy_llama.tokenizer import spelled
+from numpy_llama.text.chat import CHAT_FORMATS
+from numpy_llama.text.tokenizer import spelled
 
 SOURCES = [
     ("Llama 3.1 (scaled)", "HF, sharded"),

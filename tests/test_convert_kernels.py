@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy_llama._kernels import ffi, lib
+from numpy_llama.backend._kernels import ffi, lib
 from test_kernels import Guarded, for_each, real_weight, seeds, unaligned, whole_blocks
 
-from numpy_llama import kernels
+from numpy_llama.backend import kernels
+from numpy_llama.backend.formats import FORMATS, MAX_F16, QK, StoredTensor
+from numpy_llama.backend.kernels import CONVERTIBLE, Kernels
 from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
-from numpy_llama.kernels import CONVERTIBLE, Kernels
-from numpy_llama.quantize import FORMATS, MAX_F16, QK, StoredTensor
 
 every_source = pytest.mark.parametrize("source", FORMATS)
 every_target = pytest.mark.parametrize("target", CONVERTIBLE)

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from numpy_llama.download import DEFAULT_MODEL, MODELS, Source, cache_folder, locate, pull
+from numpy_llama.checkpoint.download import DEFAULT_MODEL, MODELS, Source, cache_folder, locate, pull
 from numpy_llama.errors import DownloadError
 
 MODEL = b"GGUF and so on" * 1000
@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_nothing(index, monkeypatch):
 
 def test_after_a_kill_the_next_one_cleans_up(index, tmp_path):
     code = (
-        "import importlib, time\nm = importlib.import_module('numpy_llama.download')\n"
+        "import importlib, time\nm = importlib.import_module('numpy_llama.checkpoint.download')\n"
         "def stall(*a): print('in', flush=True); time.sleep(60)\n"
         "m.MODELS['tiny'] = m.Source('tiny-model==1.0', 1, 'x', 1, 'x', 'MIT')\nm.pull('tiny', stall)"
     )
@@ -125,7 +125,7 @@ def test_after_a_kill_the_next_one_cleans_up(index, tmp_path):
 def test_two_at_once_fetch_it_once(index, monkeypatch):
     """The second waits for the first, and then finds it done."""
     code = (
-        "import importlib, time\nm = importlib.import_module('numpy_llama.download')\n"
+        "import importlib, time\nm = importlib.import_module('numpy_llama.checkpoint.download')\n"
         f"m.MODELS['tiny'] = m.Source('tiny-model==1.0', 1, 'tiny_model/m.gguf', {len(MODEL)}, "
         f"'{hashlib.sha256(MODEL).hexdigest()}', 'MIT')\n"
         "news = []\ndef slowly(*a): news.append(a); time.sleep(0.2)\n"

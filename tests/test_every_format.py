@@ -19,7 +19,8 @@ from gguf_writer import random_weights
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from numpy_llama.checkpoint import build, open_checkpoint
+from numpy_llama.backend import build
+from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.config import ModelArgs, RopeScaling
 from numpy_llama.functional import scale_freqs

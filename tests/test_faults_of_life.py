@@ -13,7 +13,7 @@ Ctrl-C while a model of 8B's shapes loads, reads its prompt or writes: the end w
     test_numpy_is_called_for_short_times_only, test_weights_are_expanded_some_rows_at_a_time
 Ctrl-C while it writes: what was written stays, and its line is ended.
     test_ctrl_c_ends_it_at_once, test_cli.py::test_ctrl_c_while_it_writes_keeps_what_was_written
-Ctrl-C in a program that uses the library: KeyboardInterrupt; model and context can be used again.
+Ctrl-C in a program that uses the library: KeyboardInterrupt; model and session can be used again.
     hostile U03, test_generate.py::test_an_interrupted_context_can_be_used_again
 A second Ctrl-C: the end, at once, whatever was still being tidied up.
     test_a_second_ctrl_c_kills, test_cli.py::test_ctrl_c_in_a_conversation_cuts_the_answer_and_then_ends_it
@@ -47,7 +47,7 @@ A CPU that lacks AVX-512 or AVX2: the next best kernels, in the end the scalar o
     test_kernels.py::test_the_instruction_set_can_be_chosen_from_outside, hostile U07
 Two threads with one model: each gets what it gets alone.
     test_two_threads_share_a_model, test_layer.py::test_two_python_threads_may_use_one_model
-Two threads, or two generations, in one context: refused, and nobody's answer is spoilt.
+Two threads, or two generations, in one session: refused, and nobody's answer is spoilt.
     test_a_context_at_work_is_refused_to_another_thread,
     test_generate.py::test_two_generations_in_one_context_are_refused
 A fork after use: the child computes the same, and does not hang.
@@ -87,21 +87,18 @@ from test_cli import PROGRAM, assert_refused, run
 from test_convert import byte_vocabulary, write_source
 
 import numpy_llama as nl
-from numpy_llama import functional, interruptible, memory, quantize
-from numpy_llama.checkpoint import build
+from numpy_llama import functional
+from numpy_llama.backend import build, interruptible
+from numpy_llama.backend import formats as quantize
+from numpy_llama.backend.formats import FORMATS, StoredTensor
+from numpy_llama.checkpoint import memory
 from numpy_llama.checkpoint.convert import model_metadata
-from numpy_llama.checkpoint.gguf_write import layout
+from numpy_llama.checkpoint.gguf.write import layout
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
-from numpy_llama.errors import (
-    NumericsError,
-    ParameterError,
-    ResourceLimitError,
-    TruncatedError,
-)
-from numpy_llama.generate import Context, generate
-from numpy_llama.presets import PRESETS
-from numpy_llama.quantize import FORMATS, StoredTensor
-from numpy_llama.sampling import Sampler
+from numpy_llama.checkpoint.presets import PRESETS
+from numpy_llama.errors import NumericsError, ParameterError, ResourceLimitError, TruncatedError
+from numpy_llama.generation.generate import Session, generate
+from numpy_llama.generation.sampling import Sampler
 
 HERE = Path(__file__).parent
 
@@ -327,11 +324,11 @@ def test_numbers_that_are_none_stop_it_where_they_begin(backend, tmp_path):
     assert "position 2, token 99: what comes out of layer 1, the first to go wrong," in done.stderr.decode()
 
     llama, pieces = nl.load(path, backend=backend), []
-    context = llama.new_context()
+    session = llama.new_session()
     with pytest.raises(NumericsError, match=r"position 2, token 99: .* layer 1"):
-        pieces.extend(llama.stream("a", context=context))
+        pieces.extend(llama.stream("a", session=session))
     assert "".join(piece.text for piece in pieces) == "bc"
-    assert llama.generate("d", max_tokens=3, context=context).text == "efg"  # the model and the context go on
+    assert llama.generate("d", max_tokens=3, session=session).text == "efg"  # the model and the session go on
 
     llama = nl.load(alphabet(tmp_path, None, bad_embedding=True), backend=backend)
     with pytest.raises(NumericsError, match="position 2, token 99: its embedding is not finite"):
@@ -401,7 +398,7 @@ def test_a_container_that_is_too_small_is_told_before_loading(llama_3_8b, tmp_pa
     (tmp_path / "memory.max").write_text(f"{700 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{100 << 20}\n")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr("numpy_llama.checkpoint.build", None)  # nothing is loaded
+    monkeypatch.setattr("numpy_llama.llama.build", None)  # nothing is loaded
     with pytest.raises(
         ResourceLimitError,
         match=r"weights 797\.7 MiB, .* in all 1\.1 GiB; 600\.0 MiB are available; no other",
@@ -488,7 +485,7 @@ def test_two_threads_share_a_model(model):
     def speak(seed):
         prompt = np.random.default_rng(seed).integers(0, 64, 20).tolist()
         sampler = Sampler(temperature=1.0, seed=seed)
-        return list(generate(model, prompt, Context(model), sampler, max_tokens=60))
+        return list(generate(model, prompt, Session(model), sampler, max_tokens=60))
 
     alone, together = [speak(seed) for seed in range(4)], {}
     work = [threading.Thread(target=lambda i=i: together.update({i: speak(i)})) for i in range(4)]
@@ -515,16 +512,16 @@ def in_the_midst(model, do) -> list:
 
 def test_a_context_at_work_is_refused_to_another_thread(model):
     """Who is at work goes on, and gets what it gets alone."""
-    context = Context(model)
+    session = Session(model)
 
-    def speak(prompt, context):
-        return list(generate(model, prompt, context, Sampler(), max_tokens=5))
+    def speak(prompt, session):
+        return list(generate(model, prompt, session, Sampler(), max_tokens=5))
 
-    wanted = speak([1, 2, 3], Context(model))
-    came = in_the_midst(model, lambda: speak([4, 5, 6, 7], context))
-    assert speak([1, 2, 3], context) == wanted
-    assert isinstance(came[1], ParameterError) and "the context is in use by another thread" in str(came[1])
-    assert speak([1, 2, 3], context) == wanted
+    wanted = speak([1, 2, 3], Session(model))
+    came = in_the_midst(model, lambda: speak([4, 5, 6, 7], session))
+    assert speak([1, 2, 3], session) == wanted
+    assert isinstance(came[1], ParameterError) and "the session is in use by another thread" in str(came[1])
+    assert speak([1, 2, 3], session) == wanted
 
 
 FORK = """

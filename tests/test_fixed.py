@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numpy_llama._kernels import ffi, lib
+from numpy_llama.backend._kernels import ffi, lib
 from test_kernels import (
     HALVES,
     Guarded,
@@ -20,10 +20,10 @@ from test_kernels import (
     whole_blocks,
 )
 
-from numpy_llama import kernels
-from numpy_llama.kernels import Kernels, PackedWeight
+from numpy_llama.backend import kernels
+from numpy_llama.backend.formats import FORMATS, QK, X_MAX, StoredTensor, fixed_point
+from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.proof.bounds import U32, assert_within
-from numpy_llama.quantize import FORMATS, QK, X_MAX, StoredTensor, fixed_point
 
 FEW = lib.NL_FEW
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
@@ -64,7 +64,7 @@ def expected_and_bound(x, w: StoredTensor, isa):
 
 def assert_linear(x, w: StoredTensor, isa, threads=1):
     expected, bound = expected_and_bound(x, w, isa)
-    assert_within(Kernels(threads).linear(x, PackedWeight(w)), expected, bound)
+    assert_within(Kernels(threads).linear(x, KernelWeight(w)), expected, bound)
 
 
 @for_each
@@ -145,7 +145,7 @@ def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, see
     """Any number of threads, and any parts of the tokens, but that a few are summed in another order."""
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
-    w, x = PackedWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
+    w, x = KernelWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
     whole, few = Kernels(1).linear(x, w), Kernels(1).linear(x[:FEW], w)
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
@@ -160,7 +160,7 @@ def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, see
 
 def test_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
     IN = whole_blocks(format, 96)
-    w = PackedWeight(real_weight(rng, format, 133, IN))
+    w = KernelWeight(real_weight(rng, format, 133, IN))
     for T in (1, 3, 5):
         x = rng.standard_normal((T, IN), dtype=np.float32)
         whole = Kernels(2).linear(x, w)

@@ -1,4 +1,4 @@
-"""Generation: the loop over ids, streams of text, stop texts, contexts."""
+"""Generation: the loop over ids, streams of text, stop texts, sessions."""
 
 from copy import deepcopy
 from itertools import pairwise
@@ -8,6 +8,7 @@ import pytest
 from gguf_writer import random_weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy_llama.generation.transcript import StopTexts
 
 import numpy_llama as nl
 from numpy_llama.errors import (
@@ -17,9 +18,8 @@ from numpy_llama.errors import (
     ParameterError,
     TemplateError,
 )
-from numpy_llama.generate import PREFILL_CHUNK, Context, forward, generate
-from numpy_llama.llama import StopTexts
-from numpy_llama.sampling import Sampler
+from numpy_llama.generation.generate import PREFILL_CHUNK, Session, forward, generate
+from numpy_llama.generation.sampling import Sampler
 
 ARGS = nl.ModelArgs(
     dim=32,
@@ -45,9 +45,9 @@ def llama(smollm2_path):
     return nl.load(smollm2_path)
 
 
-def run(model, prompt, context=None, sampler=None, **options):
+def run(model, prompt, session=None, sampler=None, **options):
     """-> (the new ids, the reason of the end)."""
-    ids, steps = [], generate(model, prompt, context or Context(model), sampler or Sampler(), **options)
+    ids, steps = [], generate(model, prompt, session or Session(model), sampler or Sampler(), **options)
     while True:
         try:
             ids.append(next(steps))
@@ -84,7 +84,7 @@ def test_max_tokens_is_kept(model):
 
 def test_a_full_context_ends_with_length(model):
     for room in (4, 5):
-        ids, reason = run(model, [1, 2, 3], Context(model, room))
+        ids, reason = run(model, [1, 2, 3], Session(model, room))
         assert (len(ids), reason) == (room - 3, "length")
 
 
@@ -94,7 +94,7 @@ def test_a_prompt_without_room_is_refused_before_any_work(model):
 
     for length in (5, 6):
         with pytest.raises(ContextOverflowError, match=f"the prompt has {length} tokens, the context 5"):
-            run(model, [1] * length, Context(model, 5), on_prefill=no_work)
+            run(model, [1] * length, Session(model, 5), on_prefill=no_work)
     with pytest.raises(ParameterError, match="prompt is empty"):
         run(model, [])
 
@@ -117,12 +117,12 @@ def test_progress_is_told(model):
     new=st.lists(st.integers(0, 3), min_size=1, max_size=30),
 )
 def test_a_context_is_reused_as_far_as_the_prompts_agree(model, old, new):
-    """A second prompt in a used context gives what it gives in a fresh one; only its new end is computed."""
-    context = Context(model)
-    run(model, old, context, max_tokens=3)
-    held = list(context.ids)
+    """A second prompt in a used session gives what it gives in a fresh one; only its new end is computed."""
+    session = Session(model)
+    run(model, old, session, max_tokens=3)
+    held = list(session.ids)
     told = []
-    again = run(model, new, context, max_tokens=5, on_prefill=lambda done, total: told.append(done))
+    again = run(model, new, session, max_tokens=5, on_prefill=lambda done, total: told.append(done))
     assert again == run(model, new, max_tokens=5)
     same = next(
         (i for i, (a, b) in enumerate(zip(held, new, strict=False)) if a != b), min(len(held), len(new))
@@ -131,8 +131,8 @@ def test_a_context_is_reused_as_far_as_the_prompts_agree(model, old, new):
 
 
 def test_an_interrupted_context_can_be_used_again(model, monkeypatch):
-    context, prompt = Context(model), [1, 2, 3, 4]
-    steps = generate(model, prompt, context, Sampler())
+    session, prompt = Session(model), [1, 2, 3, 4]
+    steps = generate(model, prompt, session, Sampler())
     first = [next(steps) for _ in range(3)]
 
     def interrupt(x):
@@ -142,30 +142,30 @@ def test_an_interrupted_context_can_be_used_again(model, monkeypatch):
         patch.setattr(model.layers[1], "feed_forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(steps)
-    assert run(model, prompt, context, max_tokens=3)[0] == first
+    assert run(model, prompt, session, max_tokens=3)[0] == first
 
 
 def test_two_generations_in_one_context_are_refused(model):
-    context = Context(model)
-    first = generate(model, [1, 2], context, Sampler())
+    session = Session(model)
+    first = generate(model, [1, 2], session, Sampler())
     next(first)
-    second = generate(model, [3, 4], context, Sampler())
+    second = generate(model, [3, 4], session, Sampler())
     next(second)
-    with pytest.raises(ParameterError, match="the context is in use by a later generation"):
+    with pytest.raises(ParameterError, match="the session is in use by a later generation"):
         next(first)
     assert [next(second) for _ in range(2)]
 
 
 def test_a_copied_context_goes_on_by_itself(model):
     """Another text in the copy leaves what the first one holds as it was."""
-    context = Context(model)
-    made, _ = run(model, [1, 2, 3], context, max_tokens=6)
+    session = Session(model)
+    made, _ = run(model, [1, 2, 3], session, max_tokens=6)
     longer = [1, 2, 3, *made[:5], 7]
     wanted, _ = run(model, longer, max_tokens=5)
-    twin = deepcopy(context)
+    twin = deepcopy(session)
     run(model, [9, 8, 7, 6, 5, 4, 3, 2, 1], twin, max_tokens=5)
-    assert context.ids[:8] == longer[:8]
-    assert run(model, longer, context, max_tokens=5)[0] == wanted
+    assert session.ids[:8] == longer[:8]
+    assert run(model, longer, session, max_tokens=5)[0] == wanted
 
 
 def test_logits_that_are_no_numbers_stop_it(model, monkeypatch):
@@ -205,14 +205,14 @@ def test_tokens_are_whole_numbers_in_rows(model, tokens):
 
 
 def test_forward_counts_positions(model):
-    context = Context(model)
-    whole = forward(model, [1, 2, 3, 4, 5], context)
-    halves = Context(model)
+    session = Session(model)
+    whole = forward(model, [1, 2, 3, 4, 5], session)
+    halves = Session(model)
     forward(model, [1, 2], halves)
     np.testing.assert_allclose(
         forward(model, [3, 4, 5], halves), whole, rtol=0, atol=1e-5 * np.abs(whole).max()
     )
-    assert halves.ids == context.ids == [1, 2, 3, 4, 5]
+    assert halves.ids == session.ids == [1, 2, 3, 4, 5]
 
 
 # ---------------------------------------------------------------- stop texts

@@ -36,14 +36,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpy_llama import errors
+from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import open_checkpoint
-from numpy_llama.checkpoint.gguf import MAX_RECORDS, MAX_STRING, TENSOR_TYPES, GGUFFile
-from numpy_llama.checkpoint.gguf_model import model_args, weights
+from numpy_llama.checkpoint.gguf.file import MAX_RECORDS, MAX_STRING, TENSOR_TYPES, GGUFFile
+from numpy_llama.checkpoint.gguf.model import model_args, weights
 from numpy_llama.checkpoint.names import SCHEMES, expected_shape, tensor_names
 from numpy_llama.config import LIMITS, ModelArgs, RopeScaling
 from numpy_llama.functional import scale_freqs
 from numpy_llama.model import Transformer
-from numpy_llama.quantize import FORMATS, StoredTensor
 
 ARGS = ModelArgs(
     dim=64,
@@ -662,7 +662,7 @@ def test_the_formats_that_are_only_read():
 
 @pytest.mark.parametrize("name", READ_ONLY)
 def test_a_format_that_is_only_read_is_expanded_when_it_is_used(name, rng, monkeypatch):
-    monkeypatch.setattr("numpy_llama.checkpoint.gguf.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("numpy_llama.checkpoint.gguf.file.ROWS_AT_ONCE", 2)
     type = GGMLQuantizationType[name]
     block, block_bytes = GGML_QUANT_SIZES[type]
     data = rng.integers(64, size=(5, 3 * block_bytes), dtype=np.uint8)  # so small that scales are finite

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from numpy_llama import errors
-from numpy_llama.chat import ChatTemplate
-from numpy_llama.checkpoint import build, huggingface
+from numpy_llama.backend import build
+from numpy_llama.checkpoint import huggingface
 from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint, chat_template, model_args
 from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.names import tensor_names
@@ -24,6 +24,7 @@ from numpy_llama.config import LIMITS, ModelArgs, RopeScaling
 from numpy_llama.proof import torch_llama
 from numpy_llama.proof.bounds import MODEL_32, MODEL_64, assert_near
 from numpy_llama.proof.oracle import half_split
+from numpy_llama.text.chat import ChatTemplate
 
 # No two sizes are equal, so that none can stand for another.
 TINY = {

@@ -41,11 +41,13 @@ def test_what_type_checkers_see_is_what_there_is():
     }
 
 
-@pytest.mark.parametrize("first", ["", "import numpy_llama.llama", "from numpy_llama.download import locate"])
+@pytest.mark.parametrize(
+    "first", ["", "import numpy_llama.llama", "from numpy_llama.checkpoint.download import locate"]
+)
 def test_pull_is_the_function_and_not_its_module(first):
     code = "import numpy_llama as nl; from numpy_llama import pull; print(nl.pull is pull, callable(pull))"
     assert python(f"{first}\n{code}") == "True True\n"
-    code = "from numpy_llama import *; import numpy_llama.generate; print(load, KVCache, pull)"
+    code = "from numpy_llama import *; import numpy_llama.generation.generate; print(load, KVCache, pull)"
     assert "<function pull" in python(f"{first}\n{code}")
 
 

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numpy_llama._kernels import ffi, lib
+from numpy_llama.backend._kernels import ffi, lib
 
 import numpy_llama
 from numpy_llama import functional as F
-from numpy_llama import kernels
+from numpy_llama.backend import kernels
+from numpy_llama.backend.formats import FORMATS, QK, StoredTensor
+from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.errors import MismatchError, ParameterError
-from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.proof.bounds import U32, assert_within, g
 from numpy_llama.proof.test_quantisation import all_pairs_of_scales, packed_scales
-from numpy_llama.quantize import FORMATS, QK, StoredTensor
 
 # Where in a block its float16 numbers lie: the scale, and the minimum (or its scale) if there is one.
 HALVES = {
@@ -121,7 +121,7 @@ def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by,
     w = StoredTensor(format, w.shape, unaligned(w.data, by if format.name != "F32" else by // 4 * 4))
     x = unaligned(rng.integers(-8, 9, (T, IN)).astype(np.float32), by // 4 * 4)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
-    np.testing.assert_array_equal(exact_kernels(threads).linear(x, PackedWeight(w)), expected)
+    np.testing.assert_array_equal(exact_kernels(threads).linear(x, KernelWeight(w)), expected)
 
 
 def linear_bound(isa: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -139,7 +139,7 @@ def test_linear_is_within_the_rounding_of_its_sum(isa, format, T, OUT, IN, seed)
     IN = whole_blocks(format, IN)
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
-    assert_within(exact_kernels(1).linear(x, PackedWeight(w)), expected, linear_bound(isa, x, w.dequantize()))
+    assert_within(exact_kernels(1).linear(x, KernelWeight(w)), expected, linear_bound(isa, x, w.dequantize()))
 
 
 def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
@@ -147,7 +147,7 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
     T, OUT, IN = 64, 64, 4096
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
-    error = exact_kernels(1).linear(x, PackedWeight(w)) - expected
+    error = exact_kernels(1).linear(x, KernelWeight(w)) - expected
     length = IN if isa == "scalar" else CHUNK + IN / CHUNK
     assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
 
@@ -164,7 +164,7 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
 def test_linear_gives_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
-    w, x = PackedWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
+    w, x = KernelWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
     whole = exact_kernels(1).linear(x, w)
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(exact_kernels(threads).linear(x, w)), bits(whole))
@@ -183,9 +183,9 @@ def test_rows_may_lie_in_another_order(isa, format, shape, OUT, seed):
     w = StoredTensor(format, plain.shape, plain.data, order)
     np.testing.assert_array_equal(w.dequantize(), plain.dequantize()[order])
     x = rng.integers(-8, 9, (*shape, plain.shape[1])).astype(np.float32)
-    y = exact_kernels(2).linear(x, PackedWeight(w))
+    y = exact_kernels(2).linear(x, KernelWeight(w))
     assert y.flags.c_contiguous
-    np.testing.assert_array_equal(y, exact_kernels(2).linear(x, PackedWeight(plain))[..., order])
+    np.testing.assert_array_equal(y, exact_kernels(2).linear(x, KernelWeight(plain))[..., order])
 
 
 def test_sums_that_vanish_have_the_same_sign(isa, format):
@@ -199,7 +199,7 @@ def test_sums_that_vanish_have_the_same_sign(isa, format):
 
 def test_linear_gives_the_same_bits_in_short_calls(isa, format, rng, monkeypatch):
     IN = whole_blocks(format, 96)
-    w, x = PackedWeight(real_weight(rng, format, 37, IN)), rng.standard_normal((5, IN), dtype=np.float32)
+    w, x = KernelWeight(real_weight(rng, format, 37, IN)), rng.standard_normal((5, IN), dtype=np.float32)
     whole = exact_kernels(2).linear(x, w)
     for work in (1, IN * 5 * 3, IN * 5 * 5):  # so short that a call computes 1, 3 or 5 rows a thread
         monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
@@ -292,7 +292,7 @@ def test_linear_refuses_what_does_not_fit(rng):
     with pytest.raises(MismatchError, match="x has 31 columns, the weight 32"):
         Kernels(1).linear(np.ones((1, 31), np.float32), np.ones((2, 32), np.float32))
     with pytest.raises(MismatchError, match="2 axes"):
-        PackedWeight(StoredTensor.quantize(np.ones(32, np.float32), "F32"))
+        KernelWeight(StoredTensor.quantize(np.ones(32, np.float32), "F32"))
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 1025])
@@ -392,7 +392,7 @@ def test_a_forked_child_computes_the_same_and_does_not_hang(rng):
     code = """
 import os, numpy as np
 from numpy_llama import kernels
-from numpy_llama.kernels import Kernels
+from numpy_llama.backend.kernels import Kernels
 kernels.WORK_FOR_THREADS = 0  # threads even for little work
 rng = np.random.default_rng(0)
 x, w = rng.standard_normal((3, 64), dtype="f"), rng.standard_normal((40, 64), dtype="f")
@@ -407,7 +407,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 CUT = """
 import mmap, os, sys, tempfile
-from numpy_llama.kernels import watch
+from numpy_llama.backend.kernels import watch
 
 def mapped(text, left=mmap.PAGESIZE):
     with tempfile.NamedTemporaryFile(delete=False) as file:
@@ -442,7 +442,7 @@ def test_a_file_that_is_cut_under_the_kernels_is_named():
     code = """
 import numpy as np
 from numpy_llama import kernels
-from numpy_llama.quantize import FORMATS, StoredTensor
+from numpy_llama.backend.formats import FORMATS, StoredTensor
 kernels.WORK_FOR_THREADS = 0
 area = mapped("w.gguf")
 w = StoredTensor(FORMATS["F32"], (48, mmap.PAGESIZE // 64), np.frombuffer(area, np.uint8))
@@ -504,7 +504,7 @@ builder = runpy.run_path("csrc/build_kernels.py")
 builder["make_ffi"]("serial_kernels", openmp=["-O1"]).compile()  # hardly optimized: it is there sooner
 sys.path.insert(0, ".")
 from serial_kernels import ffi, lib
-from numpy_llama.kernels import Kernels
+from numpy_llama.backend.kernels import Kernels
 rng = np.random.default_rng(0)
 x, w = rng.standard_normal((5, 96), dtype="f"), rng.standard_normal((17, 96), dtype="f")
 y = np.empty((5, 17), "f")

@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numpy_llama._kernels import ffi, lib
+from numpy_llama.backend._kernels import ffi, lib
 from test_kernels import HALVES, Guarded, bits, for_each, seeds
 
-from numpy_llama import kernels
-from numpy_llama.batch import BatchCache, side_by_side
+from numpy_llama.backend import build, kernels
+from numpy_llama.backend.formats import FORMATS, X_MAX, StoredTensor
+from numpy_llama.backend.fused import FusedBlock, fuse
+from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.cache import KVCache
-from numpy_llama.checkpoint import build
 from numpy_llama.config import ModelArgs
 from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsError, ParameterError
-from numpy_llama.kernels import Kernels, PackedWeight
-from numpy_llama.layer import CompiledBlock, compile_layers
+from numpy_llama.generation.batch import BatchCache, side_by_side
 from numpy_llama.model import Transformer, TransformerBlock
 from numpy_llama.proof.bounds import U16, assert_near
-from numpy_llama.quantize import FORMATS, X_MAX, StoredTensor
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
@@ -83,10 +82,10 @@ def random_weights(rng, args: ModelArgs, half_split: bool = False) -> dict[str, 
 
 def two_models(args: ModelArgs, weights, threads: int, exact: bool) -> tuple[Transformer, Transformer]:
     """The same model, computed layer by layer and by the ordinary layers."""
-    packed = {key: w.dequantize() if len(w.shape) == 1 else PackedWeight(w) for key, w in weights.items()}
+    packed = {key: w.dequantize() if len(w.shape) == 1 else KernelWeight(w) for key, w in weights.items()}
     twin = Kernels(threads, exact)
     return (
-        compile_layers(Transformer(args, packed, twin.linear, twin.attention), twin),
+        fuse(Transformer(args, packed, twin.linear, twin.attention), twin),
         Transformer(args, packed, twin.linear, twin.attention),
     )
 
@@ -130,7 +129,7 @@ def test_a_layer_is_the_layer_of_the_model(isa, args, lengths, threads, scale, h
     compiled, ordinary = two_models(args, weights, threads, exact=True)
     x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
     (y, cache), (expected, other) = run(compiled, x, lengths), run(ordinary, x, lengths)
-    assert type(compiled.layers[0]) is CompiledBlock
+    assert type(compiled.layers[0]) is FusedBlock
     assert_near(y, expected, LAYER_32)
     T = sum(lengths)
     assert_near(cache.k[0, 0, :, :T], other.k[0, 0, :, :T], LAYER_32)
@@ -212,7 +211,7 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
             return w.dequantize() if len(w.shape) == 1 else StoredTensor(w.format, w.shape, data, w.row_order)
 
         weights = {key: guard(w) for key, w in weights.items()}
-        model = Transformer(args, {k: PackedWeight(w) if isinstance(w, StoredTensor) else w
+        model = Transformer(args, {k: KernelWeight(w) if isinstance(w, StoredTensor) else w
                                    for k, w in weights.items()}, twin.linear, twin.attention)  # fmt: skip
         layer = twin.pack_layer(model.layers[0])
         norms = [guarded.copy(norm, at_end) for norm in layer.kept[1]]
@@ -365,5 +364,5 @@ def test_two_python_threads_may_use_one_model(rng):
 
 def test_the_c_backend_is_built_of_such_layers(rng):
     weights = random_weights(rng, SMALL)
-    assert {type(layer) for layer in build(SMALL, weights).layers} == {CompiledBlock}
+    assert {type(layer) for layer in build(SMALL, weights).layers} == {FusedBlock}
     assert {type(layer) for layer in build(SMALL, weights, backend="numpy").layers} == {TransformerBlock}

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpy_llama import errors
-from numpy_llama.checkpoint import build
+from numpy_llama.backend import build
+from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint.llama2c import Llama2cCheckpoint, looks_like_llama2c
 from numpy_llama.config import ModelArgs
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import TINY
-from numpy_llama.quantize import FORMATS
 
 ARGS = replace(TINY, max_seq_len=32)
 VERSIONS = (0, 1, 2)

@@ -11,9 +11,9 @@ import torch
 from test_every_format import LLAMA_31
 
 import numpy_llama as nl
+from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint import open_checkpoint
-from numpy_llama.presets import Preset
-from numpy_llama.quantize import FORMATS
+from numpy_llama.checkpoint.presets import Preset
 
 WIDE = replace(LLAMA_31, dim=256, n_heads=16, n_kv_heads=4, head_dim=16, hidden_dim=512)  # for K formats
 PRESETS = {

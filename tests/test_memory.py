@@ -12,11 +12,10 @@ from gguf_writer import random_weights, write_llama
 from test_cli import PROGRAM, assert_refused
 
 import numpy_llama as nl
-from numpy_llama import memory
-from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.backend.formats import StoredTensor
+from numpy_llama.checkpoint import memory, open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
 from numpy_llama.errors import ResourceLimitError
-from numpy_llama.quantize import StoredTensor
 
 ARGS = replace(test_gguf.ARGS, max_seq_len=4096)
 PEAK_ERROR = 1.05  # how far beyond the plan a process may go
@@ -182,10 +181,10 @@ def test_the_context_is_cut_to_what_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(opened.__class__, "tokenizer", lambda self: Vocabulary())
     monkeypatch.setattr("numpy_llama.llama.available_memory", lambda mapped: plan.peak(600))
     llama = nl.load(path)
-    assert llama.max_context == llama.new_context().cache.max_seq_len == 600
+    assert llama.max_context == llama.new_session().cache.max_seq_len == 600
     with pytest.raises(ResourceLimitError, match="601 tokens was asked for, memory has room for 600"):
-        llama.new_context(601)
-    assert llama.new_context(10).cache.max_seq_len == 10
+        llama.new_session(601)
+    assert llama.new_session(10).cache.max_seq_len == 10
 
 
 class Vocabulary:

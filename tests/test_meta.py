@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch_writer import meta_params, write_meta
 
 from numpy_llama import errors
-from numpy_llama.checkpoint import build
+from numpy_llama.backend import build
 from numpy_llama.checkpoint.files import MappedFile
 from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.meta import MetaCheckpoint, model_args

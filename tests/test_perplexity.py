@@ -13,8 +13,8 @@ from test_cli import assert_refused, run
 
 import numpy_llama as nl
 from numpy_llama.errors import ContextOverflowError, NumericsError, ParameterError
-from numpy_llama.generate import PREFILL_CHUNK
-from numpy_llama.perplexity import LEAST_CTX, nll, perplexity, windows
+from numpy_llama.generation.generate import PREFILL_CHUNK
+from numpy_llama.inspect.perplexity import LEAST_CTX, nll, perplexity, windows
 
 ARGS = nl.ModelArgs(
     dim=32,

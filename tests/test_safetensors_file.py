@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from numpy_llama import errors
+from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.checkpoint.safetensors_file import BITS, MAX_HEADER, MAX_MARKS, RUNNABLE, SafetensorsFile
 from numpy_llama.functional import linear
-from numpy_llama.kernels import Kernels, PackedWeight
 from numpy_llama.proof.bounds import assert_within, g
 
 OPENING_SECONDS = 0.1
@@ -115,7 +115,7 @@ def test_weights_lie_at_any_byte(before, rng):
     stored = opened(data).tensor("w")
     np.testing.assert_array_equal(stored.dequantize(), w)
     bound = 2 * g(64) * linear(np.abs(x), np.abs(w))
-    assert_within(Kernels(1, exact=True).linear(x, PackedWeight(stored)), linear(x, w), bound)
+    assert_within(Kernels(1, exact=True).linear(x, KernelWeight(stored)), linear(x, w), bound)
 
 
 def test_opening_reads_the_header_alone(tmp_path):

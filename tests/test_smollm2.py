@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from numpy_llama._kernels import lib
+from numpy_llama.backend._kernels import lib
 
 import numpy_llama as nl
-from numpy_llama.checkpoint import build, open_checkpoint
+from numpy_llama.backend import build
+from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.proof.oracle import transformers_model
 
 # Logits against PyTorch's, relative to the largest. Measured: at most 3e-6 for NumPy, 4e-6 for C.

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from numpy_llama.checkpoint.gguf import GGUFFile
+from numpy_llama.checkpoint.gguf.file import GGUFFile
 from numpy_llama.errors import (
     FormatError,
     MismatchError,
@@ -20,7 +20,7 @@ from numpy_llama.errors import (
     TokenizerError,
     UnsupportedError,
 )
-from numpy_llama.tokenizer import (
+from numpy_llama.text.tokenizer import (
     CONTROL,
     NORMAL,
     UNKNOWN,

@@ -26,7 +26,6 @@ from test_tokenizer import (
 )
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from numpy_llama import merging, words
 from numpy_llama.checkpoint.tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder
 from numpy_llama.errors import (
     FormatError,
@@ -36,7 +35,9 @@ from numpy_llama.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from numpy_llama.tokenizer import (
+from numpy_llama.text import bpe as merging
+from numpy_llama.text import pretokenizer as words
+from numpy_llama.text.tokenizer import (
     BYTE,
     RANKS,
     USER_DEFINED,

@@ -52,8 +52,8 @@ from torch_writer import (
 )
 
 from numpy_llama import errors
-from numpy_llama.checkpoint import torch_pickle
-from numpy_llama.checkpoint.torch_file import TorchFile
+from numpy_llama.checkpoint.pytorch import pickle as torch_pickle
+from numpy_llama.checkpoint.pytorch.file import TorchFile
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OPENING_SECONDS = 0.05  # of CPU time; it takes a fifth of that on an idle machine
@@ -554,7 +554,7 @@ def refused(data: bytes, error: str, message: str) -> None:
 
 CHILD = """
 import sys
-from numpy_llama.checkpoint.torch_file import TorchFile
+from numpy_llama.checkpoint.pytorch.file import TorchFile
 watched = []
 sys.addaudithook(lambda event, args: watched.append(event))
 for i in range(int(sys.argv[1])):

@@ -11,7 +11,7 @@ import numpy_llama as nl
 from numpy_llama import cli
 from numpy_llama import functional as F
 from numpy_llama.errors import MismatchError, ParameterError
-from numpy_llama.tracing import PLACES, attention_weights, lens, names
+from numpy_llama.inspect.tracing import PLACES, attention_weights, lens, names
 
 EVERYTHING = ("*", "layers.*", "layers.*.*", "layers.*.*.*")
 IDS = np.array([[1, 40, 41, 42, 43, 44, 45], [1, 90, 80, 70, 60, 50, 40]])

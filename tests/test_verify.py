@@ -16,12 +16,13 @@ from test_convert import byte_vocabulary
 from test_tokenizer import pre_tokenizer
 from tokenizers import models
 
-from numpy_llama import cli, kernels, verify
+from numpy_llama import cli, verify
+from numpy_llama.backend import kernels
+from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import Checkpoint, open_checkpoint
 from numpy_llama.checkpoint.names import interleaved_rows, tensor_names
+from numpy_llama.checkpoint.presets import PRESETS
 from numpy_llama.config import ModelArgs, RopeScaling
-from numpy_llama.presets import PRESETS
-from numpy_llama.quantize import FORMATS, StoredTensor
 from numpy_llama.verify import operations
 from numpy_llama.verify.compare import arguments, compare
 from numpy_llama.verify.diagnosis import orders, published

@@ -7,11 +7,11 @@ import numpy as np
 
 import numpy_llama as nl
 from numpy_llama import functional as F
+from numpy_llama.backend.formats import StoredTensor
+from numpy_llama.backend.kernels import Kernels, KernelWeight, available_cpus, fma_probe, read_probe
 from numpy_llama.checkpoint import open_checkpoint
-from numpy_llama.download import pull
-from numpy_llama.kernels import Kernels, PackedWeight, available_cpus, fma_probe, read_probe
-from numpy_llama.presets import PRESETS
-from numpy_llama.quantize import StoredTensor
+from numpy_llama.checkpoint.download import pull
+from numpy_llama.checkpoint.presets import PRESETS
 
 INK, PALE, ACCENT = "#3b6ea5", "#9db8d3", "#d1603d"
 
@@ -194,7 +194,7 @@ def roofline():
     dense = np.tile(rows, (n // 1024, 1))
     w = StoredTensor.quantize(rows, "Q8_0")
     w = StoredTensor(w.format, dense.shape, np.tile(w.data, (n // 1024, 1)))
-    packed, kernels = PackedWeight(w), Kernels(threads)
+    packed, kernels = KernelWeight(w), Kernels(threads)
     bandwidth = dense.nbytes / seconds(read_probe, [dense], threads)
     operations = 1 << 30
     peak = operations * threads / seconds(fma_probe, operations, threads)

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import interruptible
+from ..backend import interruptible
+from ..backend.formats import StoredTensor
+from ..backend.fused import fuse
 from ..config import ModelArgs
 from ..errors import FormatError, ParameterError, UnsupportedError, escape
-from ..layer import compile_layers
 from ..model import Transformer
-from ..quantize import StoredTensor
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, cache_dtype
 from .files import MappedFile
-from .gguf import HEADER_BYTES
-from .gguf_model import GGUFCheckpoint
+from .gguf.file import HEADER_BYTES
+from .gguf.model import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint
 from .llama2c import Llama2cCheckpoint, looks_like_llama2c
 from .meta import MetaCheckpoint
@@ -96,16 +96,19 @@ def build(
     if dtype is not None and np.dtype(dtype) == np.float64:
         raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
 
-    from ..kernels import Kernels, PackedWeight  # only here: the readable path runs without a compiler
+    from ..backend.kernels import (  # only here: the readable path runs without a compiler
+        Kernels,
+        KernelWeight,
+    )
 
-    def pack(w: StoredTensor) -> np.ndarray | PackedWeight:
+    def pack(w: StoredTensor) -> np.ndarray | KernelWeight:
         if len(w.shape) == 1:
             return w.dequantize()
-        return PackedWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
+        return KernelWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
 
     kernels, kept = Kernels(threads, exact), cache_dtype(backend, dtype, exact)
     model = Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention, kept)
-    return compile_layers(model, kernels)
+    return fuse(model, kernels)
 
 
 def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatFormat, ChatTemplate, format_for
+from ..backend.formats import StoredTensor
 from ..config import ModelArgs
 from ..errors import TokenizerError
-from ..quantize import StoredTensor
-from ..tokenizer import Tokenizer
+from ..text.chat import ChatFormat, ChatTemplate, format_for
+from ..text.tokenizer import Tokenizer
 from .files import MappedFile
 
 
@@ -87,7 +87,7 @@ class Checkpoint(ABC):
 
     def watch(self) -> None:
         """A file that is cut while it is mapped will end the process with one line, not by a signal."""
-        from ..kernels import watch
+        from ..backend.kernels import watch
 
         for file in self.files:
             watch(file.map, str(file.path))

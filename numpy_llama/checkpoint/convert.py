@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from ..chat import CHAT_FORMATS
+from ..backend.formats import FORMATS, Format, StoredTensor
 from ..config import ModelArgs
 from ..errors import FormatError, MismatchError, NumericsError, ParameterError, ResourceLimitError
 from ..functional import scale_freqs
-from ..quantize import FORMATS, Format, StoredTensor
-from ..tokenizer import UNUSED
+from ..text.chat import CHAT_FORMATS
+from ..text.tokenizer import UNUSED
 from .base import Checkpoint, TensorInfo
-from .gguf_model import GGUFCheckpoint
-from .gguf_write import layout, write_tensor
+from .gguf.model import GGUFCheckpoint
+from .gguf.write import layout, write_tensor
 from .names import tensor_names
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
@@ -134,7 +134,7 @@ def converted(where: str, tensor: StoredTensor, to: str, threads: int | None) ->
     if len(tensor.shape) == 1:
         yield finite(where, StoredTensor.quantize(tensor.dequantize(), format).data, to)
         return
-    from ..kernels import Kernels  # only here: reading files needs no compiler
+    from ..backend.kernels import Kernels  # only here: reading files needs no compiler
 
     kernels, tensor = Kernels(threads), tensor.realize()
     rows = max(1, BYTES_AT_ONCE // format.row_bytes(tensor.shape[-1]))

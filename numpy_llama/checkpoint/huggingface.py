@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend.formats import StoredTensor
 from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import (
     ConfigError,
@@ -24,16 +25,15 @@ from ..errors import (
     UnsupportedError,
     escape,
 )
-from ..quantize import StoredTensor
-from ..sandbox import MAX_SOURCE
-from ..tokenizer import Tokenizer
+from ..text.sandbox import MAX_SOURCE
+from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo
 from .files import MappedFile
 from .json_file import JsonFile
 from .names import interleaved_rows, matched_names
+from .pytorch.file import TorchFile
 from .safetensors_file import SafetensorsFile
 from .tokenizers import tokenizer_of_folder, tokenizer_path
-from .torch_file import TorchFile
 
 # Where the weights may be: a file, or an index of files. The first of these that there is.
 WEIGHTS = (

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..backend.formats import FORMATS, StoredTensor
 from ..config import ModelArgs
 from ..errors import ConfigError, FormatError, NumpyLlamaError, TokenizerError, UnsupportedError
-from ..quantize import FORMATS, StoredTensor
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo
 from .files import MappedFile
 from .names import expected_shape

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from ..backend.formats import StoredTensor
 from ..config import LIMITS, ModelArgs, RopeScaling
 from ..errors import ConfigError, MismatchError, TruncatedError, UnsupportedError, escape
-from ..quantize import StoredTensor
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo
 from .json_file import JsonFile
 from .names import matched_names
+from .pytorch.file import TorchFile
 from .tokenizers import find_tokenizer, open_tokenizer
-from .torch_file import TorchFile
 
 N_SHARDS = (1, 2, 4, 8)
 # The axis along which a matrix is cut. Of tok_embeddings it is told by the shapes.

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..backend.formats import FORMATS, StoredTensor
 from ..errors import (
     FormatError,
     MismatchError,
@@ -25,7 +26,6 @@ from ..errors import (
     UnsupportedError,
     escape,
 )
-from ..quantize import FORMATS, StoredTensor
 from .base import TensorInfo
 from .files import MappedFile
 from .json_file import parse_json

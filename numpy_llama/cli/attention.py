@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import ParameterError, printable
-from ..tracing import attention_weights
+from ..inspect.tracing import attention_weights
 from . import common
 
 SHADES = " .:-=+*#%@"
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     labels = [printable(llama.tokenizer.piece(i)) for i in ids]
     title = f"layer {layer}, " + ("mean of all heads" if args.head is None else f"head {args.head}")
     if args.out is not None:
-        from ..plots import attention_map  # matplotlib is an extra
+        from ..inspect.plots import attention_map  # matplotlib is an extra
 
         figure = attention_map(weights, labels, title)
         with common.new_file(args.out) as file:

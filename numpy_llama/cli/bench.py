@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..bench import Machine, Result, Task, formats, measure
 from ..checkpoint import open_checkpoint
-from ..download import locate
+from ..checkpoint.download import locate
+from ..checkpoint.memory import available_memory, gib, memory_plan, peak_memory
 from ..errors import ParameterError, printable
-from ..memory import available_memory, gib, memory_plan, peak_memory
+from ..inspect.bench import Machine, Result, Task, formats, measure
 from . import common
 
 # After the model's name: what each column holds, and its width.

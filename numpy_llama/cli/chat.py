@@ -8,10 +8,10 @@ import argparse
 import contextlib
 import sys
 
-from ..chat import CHAT_FORMATS
 from ..errors import ContextOverflowError, ParameterError, TextError
 from ..llama import Llama
-from ..tokenizer import check_text
+from ..text.chat import CHAT_FORMATS
+from ..text.tokenizer import check_text
 from . import common
 
 
@@ -57,7 +57,7 @@ def converse(llama: Llama, messages: list, options: dict) -> None:
     """Question and answer in turn; the KV cache keeps what was said, so only what is new is computed."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then has line editing and a history
-    context = llama.new_context()
+    session = llama.new_session()
     print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
     while True:
         try:
@@ -76,7 +76,7 @@ def converse(llama: Llama, messages: list, options: dict) -> None:
         answer: list[str] = []
         try:
             with common.prefill_bar() as on_prefill:
-                stream = llama.stream_chat(messages, context=context, on_prefill=on_prefill, **options)
+                stream = llama.stream_chat(messages, session=session, on_prefill=on_prefill, **options)
                 common.show(common.collect(stream, answer))
         except KeyboardInterrupt:
             common.await_ctrl_c()  # what was said so far stays said, and the conversation goes on

@@ -13,11 +13,11 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
 
-from ..download import DEFAULT_MODEL
+from ..checkpoint.download import DEFAULT_MODEL
 from ..errors import NumpyLlamaError, ParameterError, TextError
-from ..generate import PREFILL_CHUNK
+from ..generation.generate import PREFILL_CHUNK
+from ..generation.sampling import Sampler
 from ..llama import Completion, Llama, Piece, finish, load
-from ..sampling import Sampler
 
 MOST_TOKENS = 512  # of a text that is looked into: each layer's scores take 4 * H * T^2 bytes
 

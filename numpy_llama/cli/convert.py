@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.convert import DTYPES, convert
-from ..download import locate
-from ..memory import gib
+from ..checkpoint.download import locate
+from ..checkpoint.memory import gib
 from . import common
 
 

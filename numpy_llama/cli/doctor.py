@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from .. import __version__
-from ..download import DEFAULT_MODEL, cache_folder, model_path
+from ..checkpoint.download import DEFAULT_MODEL, cache_folder, model_path
 from ..errors import NumpyLlamaError
 
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     _line("Python", f"{platform.python_version()}, {sys.executable}")
     _line("machine", f"{platform.machine()}, {_cpu_name()}, {os.cpu_count()} CPUs")
     try:
-        from .. import kernels
+        from ..backend import kernels
     except NumpyLlamaError as error:
         _line("C kernels", f"NOT USABLE: {error}")
     else:

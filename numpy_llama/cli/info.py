@@ -7,9 +7,9 @@ from dataclasses import fields
 from math import prod
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..checkpoint.memory import LEAST_CONTEXT, available_memory, gib, memory_plan
 from ..errors import NumpyLlamaError, escape, printable
-from ..memory import LEAST_CONTEXT, available_memory, gib, memory_plan
 from . import common
 
 

@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from ..tracing import lens
+from ..inspect.tracing import lens
 from . import common
 
 

@@ -6,7 +6,7 @@ T new tokens, S all positions, D dim, H heads, K key/value heads, Dh head_dim, F
 
 import argparse
 
-from ..tracing import PLACES
+from ..inspect.tracing import PLACES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import ContextOverflowError, ParameterError, TextError
-from ..perplexity import LEAST_CTX, perplexity
+from ..inspect.perplexity import LEAST_CTX, perplexity
 from . import common
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..download import MODELS, pull
+from ..checkpoint.download import MODELS, pull
 from . import common
 
 

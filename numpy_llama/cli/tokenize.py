@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL, locate
 from ..errors import ParameterError
 from ..llama import load_tokenizer
 from . import common

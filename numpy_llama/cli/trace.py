@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ParameterError
-from ..tracing import trace
+from ..inspect.tracing import trace
 from . import common
 
 

@@ -14,9 +14,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import open_checkpoint
-from ..download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..checkpoint.memory import available_memory, gib, memory_plan, peak_memory
 from ..errors import printable
-from ..memory import available_memory, gib, memory_plan, peak_memory
 from . import common
 
 if TYPE_CHECKING:

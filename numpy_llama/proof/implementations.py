@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import cache, functional, merging, model, quantize, sampling
+from .. import cache, functional, model
+from ..backend import formats as quantize
 from ..errors import BuildError
+from ..generation import sampling
+from ..text import bpe as merging
 
 STORED = [f.name.lower() for f in quantize.FORMATS.values()]
 
@@ -135,7 +138,7 @@ def torch_implementation() -> Implementation:
 def compiled_implementations() -> list[Implementation]:
     """The C kernels, float32 throughout, once for each instruction set that this machine has."""
     try:
-        from .. import kernels
+        from ..backend import kernels
     except BuildError:  # `numpy-llama doctor` is the place to wonder about it
         return []
     return [compiled(kernels, isa) for isa in kernels.available_isas()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ..quantize import FORMATS, MAX_F16, QK, QK_K
+from ..backend.formats import FORMATS, MAX_F16, QK, QK_K
 from .bounds import U16, U32, assert_same, assert_within
 from .laws import assert_that, law, seeds, sources
 

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from ..quantize import X_MAX, Format
+from ..backend.formats import X_MAX, Format
 
 U32 = 2.0**-24
 LAMBDA = 10.0

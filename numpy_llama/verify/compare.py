@@ -11,9 +11,9 @@ from itertools import groupby
 
 import numpy as np
 
+from ..backend.formats import StoredTensor
 from ..checkpoint import Checkpoint
 from ..config import ModelArgs, RopeScaling
-from ..quantize import StoredTensor
 from .diagnosis import described, orders
 
 # Relative to the root mean square of the weights. 4-bit formats make 0.07 to 0.1; nothing that is run, 0.2.

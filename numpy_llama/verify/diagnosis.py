@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import functional as F
+from ..backend.formats import StoredTensor
 from ..checkpoint import build
 from ..checkpoint.names import interleaved_rows
+from ..checkpoint.presets import PRESETS
 from ..config import ModelArgs, RopeScaling
 from ..errors import NumericsError
+from ..inspect.perplexity import losses
 from ..model import Transformer
-from ..perplexity import losses
-from ..presets import PRESETS
-from ..quantize import StoredTensor
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 TEXT = """\
 Bread is made from four things: flour, water, salt and yeast. The baker mixes them in a large bowl, works \

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import functional as F
+from ..backend.formats import QK, StoredTensor, fixed_point
+from ..backend.fused import FusedBlock
+from ..backend.kernels import Kernels, KernelWeight, is_fixed
 from ..cache import KVCache
 from ..checkpoint import Checkpoint
 from ..config import ModelArgs
-from ..kernels import Kernels, PackedWeight, is_fixed
-from ..layer import CompiledBlock
 from ..model import TransformerBlock
-from ..quantize import QK, StoredTensor, fixed_point
 from . import bounds
 
 LAYER = (
@@ -52,7 +52,7 @@ class C:
 
     def linear(self, x, w: StoredTensor, dense, y) -> Iterator[tuple]:
         """-> what was found, what is right, and the bound: for the prompt, and for its last token."""
-        packed, T = PackedWeight(w), x.shape[1]
+        packed, T = KernelWeight(w), x.shape[1]
         fixed = not self.exact and is_fixed(w.format, T)
         right = F.linear(_rounded(x, max(w.format.block, QK)), dense) if fixed else y
         yield self.kernels.linear(x, packed), right, bounds.linear(x[0], dense, w.format, fixed)
@@ -70,13 +70,13 @@ class C:
         """All of a layer in one call: a prompt, then one more token."""
         one = replace(args, n_layers=1)
         packed = {
-            f"layers.0.{name}.weight": t.dequantize() if len(t.shape) == 1 else PackedWeight(t)
+            f"layers.0.{name}.weight": t.dequantize() if len(t.shape) == 1 else KernelWeight(t)
             for name, t in w.items()
         }
         block = TransformerBlock(one, 0, packed, self.kernels.linear, self.kernels.attention)
         T, cache = h.shape[1], KVCache(one, 1, h.shape[1], self.dtype)
         if (weights := self.kernels.pack_layer(block)) is not None:
-            block = CompiledBlock(block, self.kernels, weights)
+            block = FusedBlock(block, self.kernels, weights)
         parts = [block(h[:, :-1], 0, freqs_cis[:-1], cache), block(h[:, -1:], T - 1, freqs_cis[-1:], cache)]
         found = np.concatenate(parts, axis=1)
         yield found - h, after - h, bounds.layer(h, after, self.exact)  # what it adds

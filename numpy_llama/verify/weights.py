@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..quantize import StoredTensor
+from ..backend.formats import StoredTensor
 
 ALIKE = 0.4  # correlation of what two layers give the channels, below which they are of two models
 LONELY = 8.0  # no norm weight is so many times as large as the second largest: trained ones reach 2

@@ -149,18 +149,18 @@ def nobody_reads(model: Path) -> str:
 
 LONG_PROMPT = b"ab" * 4000
 
-# A program that uses the library: interrupted, it goes on with the same model and the same context.
+# A program that uses the library: interrupted, it goes on with the same model and the same session.
 LIBRARY = """
 import sys, numpy_llama as nl
 llama = nl.load(sys.argv[1])
-context = llama.new_context()
+session = llama.new_session()
 print("ready", flush=True)
 try:
-    llama.generate("ab" * 4000, max_tokens=1, context=context)
+    llama.generate("ab" * 4000, max_tokens=1, session=session)
     sys.exit("not interrupted")
 except KeyboardInterrupt:
     print("stopped", flush=True)
-same = llama.generate("abc", max_tokens=5, context=context).tokens
+same = llama.generate("abc", max_tokens=5, session=session).tokens
 sys.exit(130 if same == llama.generate("abc", max_tokens=5).tokens and len(same) == 5 else "another text")
 """
 THREAD = """

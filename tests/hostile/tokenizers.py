@@ -338,7 +338,7 @@ def streamed(folder: Path) -> Iterator[Variant]:
     for name, path in every_tokenizer(folder):
 
         def use(tokenizer) -> None:
-            from numpy_llama.tokenizer import StreamDecoder
+            from numpy_llama.text.tokenizer import StreamDecoder
 
             for text in ("\u00e9\u4e16\U0001f600 a", " \U0001f468\u200d\U0001f469\u200d\U0001f467", "\ufffd"):
                 ids = tokenizer.encode(text)

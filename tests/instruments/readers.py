@@ -25,13 +25,13 @@ from gguf_writer import gguf_bytes, llama_metadata, llama_tensors, random_weight
 from hostile import gguf, models, safetensors, tokenizers, torch
 
 import numpy_llama as nl
-from numpy_llama.chat import ChatTemplate
+from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.pytorch.file import TorchFile
 from numpy_llama.checkpoint.safetensors_file import SafetensorsFile
-from numpy_llama.checkpoint.torch_file import TorchFile
 from numpy_llama.config import ModelArgs
 from numpy_llama.errors import NumpyLlamaError
-from numpy_llama.quantize import FORMATS, StoredTensor
+from numpy_llama.text.chat import ChatTemplate
 
 MAX_MESSAGE = 800  # characters: ours, and up to three texts of 200 from a file
 SECONDS = 4.0  # of CPU time for one file: two are allowed, and two for what counts the branches

@@ -70,13 +70,13 @@ def build(copy: Path, sanitizer: str) -> None:
     os.chdir(copy)  # build_kernels.py names its sources from here
     parts = runpy.run_path("csrc/build_kernels.py")
     ffi = parts["make_ffi"](openmp=["-fopenmp"])
-    ffi.emit_c_code("numpy_llama/_kernels.c")
+    ffi.emit_c_code("numpy_llama/backend/_kernels.c")
     flags = [flag for flag in parts["COMPILE"] if flag not in ("-O3", "-fno-tree-slp-vectorize")]
     flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
     flags += ["-fno-sanitize-recover=all", "-fopenmp", "-fPIC", "-DPy_LIMITED_API=0x030a0000"]
     includes = ["-I", "csrc", "-I", sysconfig.get_path("include")]
-    made = f"numpy_llama/_kernels{'.abi3' if sysconfig.get_config_var('SOABI') else ''}.so"
-    sources = ["numpy_llama/_kernels.c", *(f"csrc/{name}" for name in parts["SOURCES"])]
+    made = f"numpy_llama/backend/_kernels{'.abi3' if sysconfig.get_config_var('SOABI') else ''}.so"
+    sources = ["numpy_llama/backend/_kernels.c", *(f"csrc/{name}" for name in parts["SOURCES"])]
     jobs = [
         subprocess.Popen(["clang", *flags, *includes, "-c", source, "-o", f"{Path(source).stem}.o"])
         for source in sources

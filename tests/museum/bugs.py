@@ -219,7 +219,7 @@ BUGS = [
     Bug(
         "double BOS: the template's and the tokenizer's",
         "abetlen/llama-cpp-python#1501; sgl-project/sglang#888",
-        "numpy_llama/chat.py",
+        "numpy_llama/text/chat.py",
         "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
         "        if tokenizer.add_bos:",
         "tests/test_chat.py",
@@ -227,7 +227,7 @@ BUGS = [
     Bug(
         "one end token of two",
         "vllm-project/vllm#4180",
-        "numpy_llama/tokenizer.py",
+        "numpy_llama/text/tokenizer.py",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))[:1]",
         "tests/test_tokenizer.py tests/test_chat.py",
@@ -235,7 +235,7 @@ BUGS = [
     Bug(
         "spaces stripped from every piece of the stream",
         "huggingface/transformers#22710; karpathy/llama2.c#1",
-        "numpy_llama/tokenizer.py",
+        "numpy_llama/text/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         "        return self._utf8.decode(data).strip()\n",
         "tests/test_tokenizer.py",
@@ -243,7 +243,7 @@ BUGS = [
     Bug(
         "characters of several tokens decoded one by one",
         "abetlen/llama-cpp-python#57",
-        "numpy_llama/tokenizer.py",
+        "numpy_llama/text/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         '        return data.decode("utf-8", "replace")\n',
         "tests/test_tokenizer.py",

@@ -16,8 +16,8 @@ JUDGES = {
         for name in ("rms_norm", "softmax", "swiglu", "embedding", "linear", "rope", "attention", "model")
     )
     + " tests/test_model.py",
-    "numpy_llama/sampling.py": f"{LAWS}test_sampling.py tests/test_sampling.py",
-    "numpy_llama/quantize.py": f"{LAWS}test_quantisation.py tests/test_quantize.py",
+    "numpy_llama/generation/sampling.py": f"{LAWS}test_sampling.py tests/test_sampling.py",
+    "numpy_llama/backend/formats.py": f"{LAWS}test_quantisation.py tests/test_quantize.py",
 }
 
 OPERATORS = {

@@ -104,7 +104,7 @@ class Copy:
 
 
 EMIT = "import sys, build_kernels; build_kernels.make_ffi().emit_c_code(sys.argv[1])"
-WHERE = "import importlib.util as u; print(u.find_spec('numpy_llama._kernels').origin)"
+WHERE = "import importlib.util as u; print(u.find_spec('numpy_llama.backend._kernels').origin)"
 
 
 class Witness:

@@ -20,11 +20,11 @@ from conftest import DATA
 from test_tokenizer import hugging_face
 from transformers import PreTrainedTokenizerFast
 
-from numpy_llama.chat import CHAT_FORMATS, ChatTemplate, Llama2Chat, Llama3Chat, format_for
-from numpy_llama.checkpoint.gguf import GGUFFile
+from numpy_llama.checkpoint.gguf.file import GGUFFile
 from numpy_llama.checkpoint.tokenizers import open_tokenizer
 from numpy_llama.errors import TextError
-from numpy_llama.tokenizer import tokenizer_from_gguf
+from numpy_llama.text.chat import CHAT_FORMATS, ChatTemplate, Llama2Chat, Llama3Chat, format_for
+from numpy_llama.text.tokenizer import tokenizer_from_gguf
 
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>",

@@ -5,10 +5,10 @@ import pytest
 from conftest import DATA
 from gguf import GGUFReader, dequantize
 
-from numpy_llama.checkpoint.gguf import GGUFFile
-from numpy_llama.checkpoint.gguf_model import model_args, weights
+from numpy_llama.backend.formats import FORMATS
+from numpy_llama.checkpoint.gguf.file import GGUFFile
+from numpy_llama.checkpoint.gguf.model import model_args, weights
 from numpy_llama.errors import MismatchError
-from numpy_llama.quantize import FORMATS
 
 FILES = sorted(p for folder in ("models", "quants", "tokenizers") for p in (DATA / folder).glob("*.gguf"))
 LONG = 50_000  # elements; the reference reader takes seconds to decode a longer array

@@ -7,7 +7,8 @@ import pytest
 from conftest import DATA
 
 import numpy_llama as nl
-from numpy_llama.checkpoint import build, open_checkpoint
+from numpy_llama.backend import build
+from numpy_llama.checkpoint import open_checkpoint
 
 # Where the two likeliest tokens are closer than this (in nat), two correct programs may choose differently.
 NEAR_TIE = 2e-3

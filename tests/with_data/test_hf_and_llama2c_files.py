@@ -8,8 +8,8 @@ import pytest
 from conftest import DATA
 
 import numpy_llama as nl
-from numpy_llama.checkpoint import build
-from numpy_llama.checkpoint.gguf_model import GGUFCheckpoint
+from numpy_llama.backend import build
+from numpy_llama.checkpoint.gguf.model import GGUFCheckpoint
 from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from numpy_llama.checkpoint.llama2c import Llama2cCheckpoint, looks_like_llama2c
 from numpy_llama.llama import Llama

@@ -3,7 +3,7 @@
 import torch
 from conftest import DATA
 
-from numpy_llama.checkpoint.torch_file import TorchFile
+from numpy_llama.checkpoint.pytorch.file import TorchFile
 
 PATH = DATA / "models/torchtune_tiny_fair_checkpoint.pt"
 

@@ -16,7 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from numpy_llama.checkpoint.tokenizers import open_tokenizer, tokenizer_of_folder
 from numpy_llama.errors import UnsupportedError
-from numpy_llama.tokenizer import WORDS, spelled
+from numpy_llama.text.tokenizer import WORDS, spelled
 
 TOKENIZERS = DATA / "tokenizers"
 SENTENCEPIECE = {

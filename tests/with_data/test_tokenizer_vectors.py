@@ -8,10 +8,10 @@ import pytest
 from conftest import DATA
 from test_tokenizer import hugging_face, hugging_face_ids
 
-from numpy_llama.chat import ChatTemplate
-from numpy_llama.checkpoint.gguf import GGUFFile
+from numpy_llama.checkpoint.gguf.file import GGUFFile
 from numpy_llama.checkpoint.tokenizers import open_tokenizer
-from numpy_llama.tokenizer import tokenizer_from_gguf
+from numpy_llama.text.chat import ChatTemplate
+from numpy_llama.text.tokenizer import tokenizer_from_gguf
 
 VOCABULARIES = {
     "spm": DATA / "tokenizers/ggml-vocab-llama-spm.gguf",

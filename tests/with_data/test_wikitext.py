@@ -4,7 +4,7 @@ import pytest
 from conftest import DATA
 
 import numpy_llama as nl
-from numpy_llama.perplexity import perplexity
+from numpy_llama.inspect.perplexity import perplexity
 
 LLAMA_CPP = 21.3722  # after two windows of 512 tokens, of the file dequantised to float32
 ROUNDED = 1e-3  # it is given to 5e-5; activations in float32 in another order move it by less than this

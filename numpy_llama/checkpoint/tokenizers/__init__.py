@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import MismatchError, TokenizerError, TruncatedError, escape
-from ...tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer, tokenizer_from_gguf
+from ...text.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer, tokenizer_from_gguf
 from .. import files
 from ..files import MappedFile
-from ..gguf import GGUFFile
+from ..gguf.file import GGUFFile
 from ..json_file import JsonFile, parse_json
 from .json_tokenizer import json_metadata
 from .llama2c_file import llama2c_metadata

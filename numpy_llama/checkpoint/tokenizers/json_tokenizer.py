@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ...errors import ConfigError, TokenizerError, UnsupportedError, escape
-from ...tokenizer import (
+from ...text.tokenizer import (
     BYTE,
     CONTROL,
     CUSTOM,

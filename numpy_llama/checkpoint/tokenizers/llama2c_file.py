@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ResourceLimitError, TokenizerError, TruncatedError, escape
-from ...tokenizer import BYTE, CONTROL, MAX_TOKEN_TEXT, MAX_TOKENS, NORMAL, UNKNOWN
+from ...text.tokenizer import BYTE, CONTROL, MAX_TOKEN_TEXT, MAX_TOKENS, NORMAL, UNKNOWN
 
 RECORD = struct.Struct("<fi")
 FIRST = {b"<unk>": UNKNOWN, b"\n<s>\n": CONTROL, b"\n</s>\n": CONTROL}

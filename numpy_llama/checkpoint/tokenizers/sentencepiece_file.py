@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ...errors import ResourceLimitError, TokenizerError, UnsupportedError, escape
-from ...tokenizer import CONTROL, MAX_TOKENS, NORMAL
+from ...text.tokenizer import CONTROL, MAX_TOKENS, NORMAL
 
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5  # wire types
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import ResourceLimitError, TokenizerError, escape
-from ...merging import MAX_MERGED_TEXT
-from ...tokenizer import CONTROL, MAX_TOKENS, NORMAL, RANKS, spelled
+from ...text.bpe import MAX_MERGED_TEXT
+from ...text.tokenizer import CONTROL, MAX_TOKENS, NORMAL, RANKS, spelled
 
 N_CONTROL = 256
 CONTROL_NAMES = (

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint.base import cache_dtype
-from .checkpoint.convert import target_format
-from .config import ModelArgs
-from .errors import ResourceLimitError
-from .generate import PREFILL_CHUNK
-from .quantize import QK, StoredTensor
+from ..backend.formats import QK, StoredTensor
+from ..config import ModelArgs
+from ..errors import ResourceLimitError
+from ..generation.generate import PREFILL_CHUNK
+from .base import cache_dtype
+from .convert import target_format
 
 LEAST_CONTEXT = 512  # positions that a model must at least have room for
 BYTES_A_TOKEN = 800  # of a tokenizer: texts, bytes, ranks and merges; measured on 128,256 tokens

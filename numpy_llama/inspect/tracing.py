@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from . import functional as F
-from .errors import MismatchError, ParameterError
-from .llama import Llama
-from .model import Attention, FeedForward, Transformer, TransformerBlock
+from .. import functional as F
+from ..errors import MismatchError, ParameterError
+from ..llama import Llama
+from ..model import Attention, FeedForward, Transformer, TransformerBlock
 
 # Every name there is, in the order of the forward pass, with its shape and what it is.
 PLACES = {

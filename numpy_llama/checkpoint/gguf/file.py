@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import (
+from ...backend.formats import FORMATS, StoredTensor
+from ...errors import (
     ConfigError,
     FormatError,
     MismatchError,
@@ -32,9 +33,8 @@ from ..errors import (
     UnsupportedError,
     escape,
 )
-from ..quantize import FORMATS, StoredTensor
-from .base import TensorInfo
-from .files import MappedFile
+from ..base import TensorInfo
+from ..files import MappedFile
 
 # What a file may begin with to be our business: GGUF, and its forerunners, to be refused by their name.
 MAGICS = {b"GGUF": "GGUF"} | {

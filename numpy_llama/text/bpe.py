@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import TypeVar
 
-from .errors import TokenizerError, UnsupportedError, escape
+from ..errors import TokenizerError, UnsupportedError, escape
 
 MAX_MERGED_TEXT = 512  # characters of a token that merging makes; Llama 3 has one of 128 spaces
 MAX_BY_HAND = 4096  # tokens whose merging must be acted out to be understood; Llama 3 has 695

@@ -19,10 +19,10 @@ from copy import copy
 
 import numpy as np
 
-from .cache import KVCache
-from .errors import NumpyLlamaError
-from .generate import Continuation, check_finite, prefill
-from .model import Function, Transformer
+from ..cache import KVCache
+from ..errors import NumpyLlamaError
+from ..model import Function, Transformer
+from .generate import Request, check_finite, prefill
 
 
 class BatchCache:
@@ -56,25 +56,25 @@ def side_by_side(model: Transformer) -> Transformer:
     return model
 
 
-def forward_batch(model: Transformer, going: Mapping[int, Continuation]) -> np.ndarray:
-    """The last id of each behind what its context holds; -> logits (B, V) of what comes next."""
+def forward_batch(model: Transformer, going: Mapping[int, Request]) -> np.ndarray:
+    """The last id of each behind what its session holds; -> logits (B, V) of what comes next."""
     with (
         ExitStack() as steps,
         np.errstate(over="ignore", invalid="ignore"),
     ):  # looked at here and when sampling
-        contexts = [steps.enter_context(one.step()) for one in going.values()]
+        sessions = [steps.enter_context(one.step()) for one in going.values()]
         tokens = np.array([one.ids[-1:] for one in going.values()])  # (B, 1)
-        start_pos = np.array([len(context.ids) for context in contexts])
+        start_pos = np.array([len(session.ids) for session in sessions])
         hidden: Function = side_by_side(model).hidden
-        h = hidden(tokens, start_pos, BatchCache([context.cache for context in contexts]))[:, -1]
-        for i, context, token, row in zip(going, contexts, tokens.tolist(), h, strict=True):
+        h = hidden(tokens, start_pos, BatchCache([session.cache for session in sessions]))[:, -1]
+        for i, session, token, row in zip(going, sessions, tokens.tolist(), h, strict=True):
             with naming(i):
-                check_finite(row, model, token, len(context.ids), context.cache)
-            context.ids.extend(token)
+                check_finite(row, model, token, len(session.ids), session.cache)
+            session.ids.extend(token)
         return model.logits(h)
 
 
-def generate_batch(model: Transformer, sequences: Sequence[Continuation]) -> Iterator[tuple[int, int]]:
+def generate_batch(model: Transformer, sequences: Sequence[Request]) -> Iterator[tuple[int, int]]:
     """Yield (i, a new id of sequence i), until all have ended; `stop` of a sequence ends it earlier.
 
     Each gets the ids that `generate` gives it alone, where `linear` gives a row the same bits alone and among

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .config import ModelArgs, RopeScaling
+from ..config import ModelArgs, RopeScaling
 
 
 @dataclass(frozen=True)

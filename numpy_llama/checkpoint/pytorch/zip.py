@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from ..errors import (
+from ...errors import (
     FormatError,
     NumpyLlamaError,
     ResourceLimitError,
@@ -22,7 +22,7 @@ from ..errors import (
     UnsupportedError,
     escape,
 )
-from .files import MappedFile
+from ..files import MappedFile
 
 MAX_RECORDS = 100_000
 CRC_CHUNK = 1 << 24  # bytes: a signal waits no longer than one chunk takes

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ..chat import CHAT_FORMATS, ChatFormat
-from ..config import LIMITS, ModelArgs, RopeScaling
-from ..errors import ConfigError, MismatchError, UnsupportedError, escape
-from ..functional import scale_freqs
-from ..quantize import StoredTensor
-from ..tokenizer import Tokenizer, tokenizer_from_gguf
-from .base import Checkpoint
-from .gguf import GGUFFile, open_gguf
-from .names import matched_names
+from ...backend.formats import StoredTensor
+from ...config import LIMITS, ModelArgs, RopeScaling
+from ...errors import ConfigError, MismatchError, UnsupportedError, escape
+from ...functional import scale_freqs
+from ...text.chat import CHAT_FORMATS, ChatFormat
+from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
+from ..base import Checkpoint
+from ..names import matched_names
+from .file import GGUFFile, open_gguf
 
 # What else the metadata could say about the mathematics, and what it says of a LLaMA.
 PLAIN = {

@@ -12,8 +12,8 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from .errors import NumericsError, ParameterError
-from .functional import softmax
+from ..errors import NumericsError, ParameterError
+from ..functional import softmax
 
 
 def greedy(logits) -> int:

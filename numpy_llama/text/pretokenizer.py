@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import regex
 import tiktoken
 
-from .errors import TokenizerError, UnsupportedError, escape
+from ..errors import TokenizerError, UnsupportedError, escape
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Each digit alone, then GPT-2's pattern on what lies between: a digit is to it as the end of the text.

@@ -6,7 +6,7 @@ call takes from 0.3 s to several. What is small goes through as it is, to the bi
 
 import numpy as np
 
-from . import functional as F
+from .. import functional as F
 
 # Multiply-adds a call: some 50 ms on two cores. Fewer tokens than 32 wait for the memory as long as 32 do.
 LINEAR_WORK, LEAST_TOKENS = 1 << 32, 32

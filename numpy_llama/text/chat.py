@@ -16,7 +16,7 @@ from traceback import walk_tb
 from types import CodeType
 from typing import Protocol
 
-from .errors import MismatchError, ParameterError, TemplateError, TextError, escape
+from ..errors import MismatchError, ParameterError, TemplateError, TextError, escape
 from .sandbox import MADE_PER_CHARACTER, MAX_MADE, MESSAGE_OVERHEAD, Sandbox
 from .tokenizer import Tokenizer, check_text
 

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import MismatchError, ParameterError, UnsupportedError
+from ..errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
 QK_K = 256  # and in a block of a K format

@@ -7,14 +7,14 @@ from threading import RLock
 
 import numpy as np
 
-from .errors import ContextOverflowError, NumericsError, ParameterError
-from .model import Transformer
+from ..errors import ContextOverflowError, NumericsError, ParameterError
+from ..model import Transformer
 from .sampling import Sampler
 
 PREFILL_CHUNK = 512  # tokens a forward pass: large enough for full speed, small enough to report progress
 
 
-class Context:
+class Session:
     """A KV cache and the ids whose keys and values it holds: what one conversation owns.
 
     A prompt that begins with those ids is only computed from where it differs.
@@ -26,7 +26,7 @@ class Context:
         self.user: object = None  # the generation that goes on in it now
         self._lock = RLock()  # held during a step
 
-    def __deepcopy__(self, memo: dict) -> "Context":
+    def __deepcopy__(self, memo: dict) -> "Session":
         """A conversation that goes on in two ways."""
         twin = copy(self)
         twin.cache, twin.ids = deepcopy(self.cache, memo), list(self.ids)
@@ -37,7 +37,7 @@ class Context:
     def alone(self) -> Iterator[None]:
         """For the time of one step; any other thread that comes meanwhile is refused."""
         if not self._lock.acquire(blocking=False):
-            raise ParameterError("the context is in use by another thread: each at a time needs its own")
+            raise ParameterError("the session is in use by another thread: each at a time needs its own")
         try:
             yield
         finally:
@@ -52,13 +52,13 @@ class Context:
         return same
 
 
-def forward(model: Transformer, ids: Sequence[int], context: Context) -> np.ndarray:
-    """Compute `ids` behind what the context holds; -> logits (V,) of what comes after the last."""
-    start_pos = len(context.ids)
+def forward(model: Transformer, ids: Sequence[int], session: Session) -> np.ndarray:
+    """Compute `ids` behind what the session holds; -> logits (V,) of what comes after the last."""
+    start_pos = len(session.ids)
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at here and when sampling
-        h = model.hidden(np.array([ids]), start_pos, context.cache)
-        check_finite(h[0, -1], model, ids, start_pos, context.cache)
-        context.ids.extend(ids)
+        h = model.hidden(np.array([ids]), start_pos, session.cache)
+        check_finite(h[0, -1], model, ids, start_pos, session.cache)
+        session.ids.extend(ids)
         return model.logits(h[0, -1])
 
 
@@ -93,7 +93,7 @@ def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_po
     raise NumericsError(f"position {last}, token {ids[-1]}: the last layer's output was not finite, once")
 
 
-class Continuation:
+class Request:
     """A prompt and what follows it: logits in, the next id out. `reason` tells what ends it, or ended it.
 
     It ends at an id in `stop_ids` (which is not returned): "stop"; or when `max_tokens` are made or the
@@ -104,7 +104,7 @@ class Continuation:
     def __init__(
         self,
         prompt: Sequence[int],
-        context: Context,
+        session: Session,
         sampler: Sampler,
         max_tokens: int | None = None,
         stop_ids: Collection[int] = (),
@@ -112,7 +112,7 @@ class Continuation:
     ):
         if not prompt:
             raise ParameterError("the prompt is empty: there is nothing to continue")
-        room = context.cache.max_seq_len
+        room = session.cache.max_seq_len
         if len(prompt) >= room:
             raise ContextOverflowError(
                 f"the prompt has {len(prompt)} tokens, the context {room}: no room for an answer"
@@ -122,18 +122,18 @@ class Continuation:
             self.left = min(self.left, max_tokens)  # ids that may yet be made
         self.sampler, self.rng = sampler, sampler.new_rng()
         self.stop_ids, self.vocab_size, self.reason = stop_ids, vocab_size, "length"
-        with context.alone():
-            context.user, self._context = self, context
+        with session.alone():
+            session.user, self._session = self, session
 
     @contextmanager
-    def step(self) -> Iterator[Context]:
-        """The context, for the time of one step of this generation."""
-        with self._context.alone():
-            if self._context.user is not self:
+    def step(self) -> Iterator[Session]:
+        """The session, for the time of one step of this generation."""
+        with self._session.alone():
+            if self._session.user is not self:
                 raise ParameterError(
-                    "the context is in use by a later generation: each at a time needs its own"
+                    "the session is in use by a later generation: each at a time needs its own"
                 )
-            yield self._context
+            yield self._session
 
     def choose(self, logits: np.ndarray) -> int | None:
         """The id that comes next; None where it ends."""
@@ -157,15 +157,15 @@ class Continuation:
 
 def prefill(
     model: Transformer,
-    continuation: Continuation,
+    request: Request,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Read the prompt, as far as its context does not hold it yet; -> logits (V,) of what comes next."""
-    prompt = continuation.ids
-    with continuation.step() as context:
-        for begin in range(context.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
+    """Read the prompt, as far as its session does not hold it yet; -> logits (V,) of what comes next."""
+    prompt = request.ids
+    with request.step() as session:
+        for begin in range(session.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
             on_prefill(begin, len(prompt))
-            logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], context)
+            logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], session)
     on_prefill(len(prompt), len(prompt))
     return logits
 
@@ -173,21 +173,21 @@ def prefill(
 def generate(
     model: Transformer,
     prompt: Sequence[int],
-    context: Context,
+    session: Session,
     sampler: Sampler,
     *,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
     **options,
 ) -> Generator[int, None, str]:
-    """Yield new ids until it ends: -> the reason. The options are those of `Continuation`.
+    """Yield new ids until it ends: -> the reason. The options are those of `Request`.
 
     `on_prefill(done, total)` hears how far the prompt is read.
     """
-    this = Continuation(prompt, context, sampler, **options)
-    logits = prefill(model, this, on_prefill)
-    while (token := this.choose(logits)) is not None:
+    request = Request(prompt, session, sampler, **options)
+    logits = prefill(model, request, on_prefill)
+    while (token := request.choose(logits)) is not None:
         yield token
-        if this.left:
-            with this.step() as context:
-                logits = forward(model, [token], context)
-    return this.reason
+        if request.left:
+            with request.step() as session:
+                logits = forward(model, [token], session)
+    return request.reason

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DownloadError, escape
+from ..errors import DownloadError, escape
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 

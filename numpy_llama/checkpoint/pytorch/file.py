@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..errors import (
+from ...backend.formats import FORMATS, StoredTensor
+from ...errors import (
     FormatError,
     MismatchError,
     NumpyLlamaError,
@@ -28,11 +29,10 @@ from ..errors import (
     UnsupportedError,
     escape,
 )
-from ..quantize import FORMATS, StoredTensor
-from .base import TensorInfo
-from .files import MappedFile
-from .torch_pickle import MAX_BYTES, Storage, Unpickler, View, kind
-from .torch_zip import Record, check_crc, zip_records
+from ..base import TensorInfo
+from ..files import MappedFile
+from .pickle import MAX_BYTES, Storage, Unpickler, View, kind
+from .zip import Record, check_crc, zip_records
 
 LEGACY_HEADER = (("magic number", 0x1950A86A20F9469CFC6C), ("protocol", 1001))
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cache import KVCache
-from .errors import BuildError, ContextOverflowError, ResourceLimitError
-from .generate import PREFILL_CHUNK
-from .memory import MemoryPlan, gib
-from .model import Linear, Transformer
+from ..cache import KVCache
+from ..checkpoint.memory import MemoryPlan, gib
+from ..errors import BuildError, ContextOverflowError, ResourceLimitError
+from ..generation.generate import PREFILL_CHUNK
+from ..model import Linear, Transformer
 
 READ_BYTES = 1 << 30  # of the weights, by one probe: more than any cache, and over before Ctrl-C is missed
 PAUSE = 0.1  # seconds before a probe: threads of NumPy's BLAS still spin for a while after their last product
@@ -145,7 +145,7 @@ class Machine:
 
     def __init__(self, threads: int | None = None):
         try:
-            from . import kernels  # only here: NumPy's path runs without a compiler
+            from ..backend import kernels  # only here: NumPy's path runs without a compiler
         except BuildError:
             self.kernels, self.isa, self.threads = None, None, threads or os.cpu_count() or 1
         else:

@@ -6,13 +6,13 @@ of Python a layer. The model takes no notice: it is handed other layers.
 
 import numpy as np
 
-from .cache import KVCache
-from .model import Transformer, TransformerBlock
+from ..cache import KVCache
+from ..model import Transformer, TransformerBlock
 
 CACHED = (np.float32, np.float16)
 
 
-class CompiledBlock(TransformerBlock):
+class FusedBlock(TransformerBlock):
     """A TransformerBlock whose call is `layer` of csrc/layer.c, within the rounding of float32.
 
     A cache that is neither a KVCache nor batch.py's, or in float64, goes the ordinary way.
@@ -40,11 +40,11 @@ class CompiledBlock(TransformerBlock):
         return y
 
 
-def compile_layers(model: Transformer, kernels) -> Transformer:
+def fuse(model: Transformer, kernels) -> Transformer:
     """Let each layer of the model be one call, where the kernels can."""
     packed = [kernels.pack_layer(layer) for layer in model.layers]
     model.layers = [
-        CompiledBlock(layer, kernels, weights) if weights else layer
+        FusedBlock(layer, kernels, weights) if weights else layer
         for layer, weights in zip(model.layers, packed, strict=True)
     ]
     return model

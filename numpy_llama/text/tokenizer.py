@@ -25,7 +25,7 @@ import regex
 import sentencepiece
 import tiktoken
 
-from .errors import (
+from ..errors import (
     FormatError,
     MismatchError,
     NumpyLlamaError,
@@ -36,8 +36,8 @@ from .errors import (
     UnsupportedError,
     escape,
 )
-from .merging import in_chunks, order_of_merging
-from .words import CUSTOM, LLAMA3, WORDS, custom_words, of_older_unicode
+from .bpe import in_chunks, order_of_merging
+from .pretokenizer import CUSTOM, LLAMA3, WORDS, custom_words, of_older_unicode
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token_type, SentencePiece's numbers
 MAX_TOKENS = 1 << 20
@@ -228,7 +228,7 @@ class _Reader:
 
     def own(self, name: str, kind: type, default: Any) -> Any:
         """An entry that only we write."""
-        return self.get(name, kind, default, "numpy_llama.tokenizer")
+        return self.get(name, kind, default, "numpy_llama.text.tokenizer")
 
     def column(self, name: str, kind: type) -> np.ndarray:
         """An array with one entry for each token."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cache import KVCache
-from .errors import NumericsError, ParameterError
-from .generate import PREFILL_CHUNK
-from .model import Transformer
+from ..cache import KVCache
+from ..errors import NumericsError, ParameterError
+from ..generation.generate import PREFILL_CHUNK
+from ..model import Transformer
 
 LEAST_CTX = 8  # shorter windows would score next to nothing
 

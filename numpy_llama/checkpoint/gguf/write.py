@@ -6,10 +6,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import FormatError
-from ..quantize import Format
-from .base import TensorInfo
-from .gguf import VALUE_TYPES
+from ...backend.formats import Format
+from ...errors import FormatError
+from ..base import TensorInfo
+from .file import VALUE_TYPES
 
 ALIGNMENT = 32  # GGUF's own, where a file does not say otherwise
 TYPE_NUMBER = {code: number for number, (_, code) in enumerate(VALUE_TYPES)}

@@ -4,7 +4,7 @@ What this file promises: whatever it is given, it is refused with a clear error 
 C is only called with what csrc/kernels.h asks for. It is the only importer of the extension.
 
     kernels = Kernels(threads=2)
-    w = PackedWeight(stored)            # once
+    w = KernelWeight(stored)            # once
     y = kernels.linear(x, w)            # = functional.linear(x, stored.dequantize())
     out = kernels.attention(q, k, v)    # = functional.attention(q, k, v)
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import BuildError, MismatchError, ParameterError, UnsupportedError
-from .model import TransformerBlock
-from .quantize import FORMATS, MAX_F16, QK, Format, StoredTensor
+from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
+from ..model import TransformerBlock
+from .formats import FORMATS, MAX_F16, QK, Format, StoredTensor
 
 # Between two steps of a layer GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a
 # machine that also does other work a spinning thread is the first to lose its CPU, and the next step then
@@ -141,7 +141,7 @@ def watch(file_map: mmap.mmap, name: str) -> None:
     weakref.finalize(file_map, lib.nl_unwatch, begin)
 
 
-class PackedWeight:
+class KernelWeight:
     """A StoredTensor (OUT, IN) as the kernels take it: dense bytes, IN a multiple of 32.
 
     Nothing is copied, unless IN is no such multiple: then each row gets zeros at its end. Rows stay where
@@ -168,10 +168,10 @@ class PackedWeight:
         return self.tensor[index]
 
 
-class PackedLayer:
+class FusedWeights:
     """A TransformerBlock's sizes and weights as nl_layer takes them: made once."""
 
-    def __init__(self, weights: Sequence[PackedWeight], norms: Sequence[np.ndarray], eps, head_dim, exact):
+    def __init__(self, weights: Sequence[KernelWeight], norms: Sequence[np.ndarray], eps, head_dim, exact):
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
@@ -215,10 +215,10 @@ class Kernels:
         self.threads, self.exact = int(threads), exact
         self._scratch: list = []  # of `layer`; as many as calls have been at work at once
 
-    def linear(self, x: np.ndarray, w: PackedWeight | StoredTensor | np.ndarray) -> np.ndarray:
+    def linear(self, x: np.ndarray, w: KernelWeight | StoredTensor | np.ndarray) -> np.ndarray:
         """y = x W^T: (..., IN) float32, (OUT, IN) as stored -> (..., OUT) float32."""
-        if not isinstance(w, PackedWeight):
-            w = PackedWeight(w if isinstance(w, StoredTensor) else StoredTensor.quantize(w, "F32"))
+        if not isinstance(w, KernelWeight):
+            w = KernelWeight(w if isinstance(w, StoredTensor) else StoredTensor.quantize(w, "F32"))
         if x.shape[-1] != w.shape[1]:
             raise MismatchError(f"x has {x.shape[-1]} columns, the weight {w.shape[1]}")
         if w.width != w.shape[1]:
@@ -245,7 +245,7 @@ class Kernels:
         return y if w.row_order is None else y.take(w.row_order, axis=-1)  # in one piece, as RoPE needs it
 
     @staticmethod
-    def _fixed(x, w: PackedWeight, T: int, threads: int):
+    def _fixed(x, w: KernelWeight, T: int, threads: int):
         """x in fixed point, in the layout that this weight's format wants."""
         fixed = ffi.from_buffer(np.empty(lib.nl_fixed_bytes(T, w.width), np.uint8), require_writable=True)
         lib.nl_fixed(fixed, x, w.format.code, T, w.width, threads)
@@ -286,7 +286,7 @@ class Kernels:
                 raise MemoryError("no memory for the scratch of the attention kernel")
         return out
 
-    def pack_layer(self, block: TransformerBlock) -> PackedLayer | None:
+    def pack_layer(self, block: TransformerBlock) -> FusedWeights | None:
         """A layer's weights for `layer`; None where nl_layer does not take their sizes."""
         a, f = block.attention, block.feed_forward
         weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
@@ -296,9 +296,9 @@ class Kernels:
         )
         if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
             return None
-        return PackedLayer(weights, norms, block.attention_norm.eps, a.head_dim, self.exact)
+        return FusedWeights(weights, norms, block.attention_norm.eps, a.head_dim, self.exact)
 
-    def layer(self, w: PackedLayer, x, starts, freqs_cis, keys, values) -> np.ndarray | None:
+    def layer(self, w: FusedWeights, x, starts, freqs_cis, keys, values) -> np.ndarray | None:
         """TransformerBlock: x (B, T, D), T new positions of each sequence behind the old ones, starts[b].
 
         keys, values: for each sequence one layer's cache, (K, max_seq_len, Dh) float32 or float16, with room.

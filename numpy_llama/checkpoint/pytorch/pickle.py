@@ -16,7 +16,7 @@ from math import prod
 from types import FunctionType
 from typing import Any, NoReturn
 
-from ..errors import (
+from ...errors import (
     FormatError,
     NumpyLlamaError,
     ResourceLimitError,
@@ -25,7 +25,7 @@ from ..errors import (
     UnsupportedError,
     escape,
 )
-from .files import MappedFile
+from ..files import MappedFile
 
 # A tensor takes 45 steps. A step makes one object at most, so this bounds time, stack, memo and memory.
 MAX_STEPS = 1 << 19

@@ -15,23 +15,23 @@ __version__ = "0.1.0"
 # A name is imported when it is first asked for (PEP 562), so that the command line can begin, and end at
 # Ctrl-C, before NumPy and all the others are there.
 _HOME = {
-    "ChatTemplate": "chat",
-    "Completion": "llama",
-    "Session": "generate",
+    "ChatTemplate": "text.chat",
+    "Completion": "generation.transcript",
     "KVCache": "cache",
     "Llama": "llama",
     "ModelArgs": "config",
     "NumpyLlamaError": "errors",
-    "Piece": "llama",
+    "Piece": "generation.transcript",
     "RopeScaling": "config",
-    "Sampler": "sampling",
-    "Tokenizer": "tokenizer",
+    "Sampler": "generation.sampling",
+    "Session": "generation.generate",
+    "Tokenizer": "text.tokenizer",
     "Transformer": "model",
-    "edit": "tracing",
+    "edit": "inspect.tracing",
     "load": "llama",
     "load_tokenizer": "llama",
-    "pull": "download",
-    "trace": "tracing",
+    "pull": "checkpoint.download",
+    "trace": "inspect.tracing",
 }
 __all__ = [*_HOME]
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:  # the same, for those who read and do not run
     from .errors import NumpyLlamaError as NumpyLlamaError
     from .generation.generate import Session as Session
     from .generation.sampling import Sampler as Sampler
+    from .generation.transcript import Completion as Completion
+    from .generation.transcript import Piece as Piece
     from .inspect.tracing import edit as edit
     from .inspect.tracing import trace as trace
-    from .llama import Completion as Completion
     from .llama import Llama as Llama
-    from .llama import Piece as Piece
     from .llama import load as load
     from .llama import load_tokenizer as load_tokenizer
     from .model import Transformer as Transformer

@@ -9,13 +9,16 @@ it is built: those of functional.py are the definition, others compute the same 
 The letters of the shape comments are explained in config.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any
 
 import numpy as np
 
 from . import functional as F
 from .cache import KVCache
 from .config import ModelArgs
+from .errors import ParameterError
 
 Function = Callable[..., np.ndarray]
 
@@ -138,3 +141,37 @@ class Transformer:
     def logits(self, h):
         """(..., D) -> (..., V)."""
         return self.output(self.norm(h))
+
+    def with_parts(self, parts: Mapping[str, Any]) -> "Transformer":
+        """The same model with other parts, by the paths of their attributes; `*` means every layer.
+
+        model.with_parts({"layers.*.attention.wq": part}). Both models use the same weights; this one is
+        unchanged.
+        """
+        model = self
+        for name, part in parts.items():
+            try:
+                model = _with_part(model, name.split("."), part)
+            except (LookupError, TypeError, ValueError):
+                raise ParameterError(
+                    f"the model has no part {name!r} that {type(part).__name__} could replace; "
+                    'names are paths of attributes, for example "layers.0.attention.wq"'
+                ) from None
+        return model
+
+
+def _with_part(whole: Any, path: Sequence[str], part: Any) -> Any:
+    """A copy of `whole` with another part at the path; what is not on the path is shared."""
+    if not path:
+        if callable(whole) and not callable(part):
+            raise TypeError
+        return part
+    first, *rest = path
+    new = copy(whole)
+    if isinstance(whole, list):
+        names = [str(i) for i in range(len(whole))]
+        for i in map(int, names) if first == "*" else [names.index(first)]:
+            new[i] = _with_part(whole[i], rest, part)
+    else:
+        vars(new)[first] = _with_part(vars(whole)[first], rest, part)
+    return new

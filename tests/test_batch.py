@@ -17,7 +17,7 @@ from numpy_llama.errors import (
     ResourceLimitError,
     TemplateError,
 )
-from numpy_llama.generation.batch import BatchCache, generate_batch, side_by_side
+from numpy_llama.generation.batch import BatchCache, generate_batch, hidden_states, side_by_side
 from numpy_llama.generation.generate import PREFILL_CHUNK, Request, Session, generate
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.proof.bounds import CHUNKS_32
@@ -121,7 +121,7 @@ def decode_step(model, prompts, tokens, rooms, spoil=None):
             cache.k[:], cache.v[:] = spoil, spoil
         model.hidden(np.array([prompt]), 0, cache)
     start_pos = np.array([len(prompt) for prompt in prompts])
-    return side_by_side(model)(np.array(tokens)[:, None], start_pos, BatchCache(caches))[:, 0]
+    return model.logits(hidden_states(model, np.array(tokens)[:, None], start_pos, BatchCache(caches)))[:, 0]
 
 
 @given(B=st.integers(1, 5), seed=st.integers(0, 99))
@@ -170,7 +170,7 @@ def test_caches_are_written_where_they_lie(model):
 
 def test_the_model_itself_is_not_changed(model):
     tokens, before = np.array([[1, 2, 3]]), [layer.attention.attention for layer in model.layers]
-    side_by_side(model)
+    side_by_side(model, BatchCache([model.new_cache(1)]))
     assert [layer.attention.attention for layer in model.layers] == before
     assert np.isfinite(model(tokens)).all()
 
@@ -179,7 +179,7 @@ def test_positions_outside_the_context_are_refused(model):
     for start_pos in ([0, ARGS.max_seq_len], [-1, 0]):
         caches = BatchCache([model.new_cache(1) for _ in start_pos])
         with pytest.raises(ContextOverflowError, match="do not fit a context"):
-            side_by_side(model)(np.array([[1], [2]]), np.array(start_pos), caches)
+            side_by_side(model, caches)(np.array([[1], [2]]), np.array(start_pos), caches)
 
 
 def test_a_sequence_can_be_ended_from_outside(model):

@@ -8,7 +8,6 @@ import pytest
 from gguf_writer import random_weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numpy_llama.generation.transcript import StopTexts
 
 import numpy_llama as nl
 from numpy_llama.errors import (
@@ -20,6 +19,7 @@ from numpy_llama.errors import (
 )
 from numpy_llama.generation.generate import PREFILL_CHUNK, Session, forward, generate
 from numpy_llama.generation.sampling import Sampler
+from numpy_llama.generation.transcript import StopTexts
 
 ARGS = nl.ModelArgs(
     dim=32,

@@ -16,7 +16,7 @@ from test_kernels import HALVES, Guarded, bits, for_each, seeds
 
 from numpy_llama.backend import build, kernels
 from numpy_llama.backend.formats import FORMATS, X_MAX, StoredTensor
-from numpy_llama.backend.fused import FusedBlock, fuse
+from numpy_llama.backend.fused import FusedBlock, fuse, fused_weights
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.cache import KVCache
 from numpy_llama.config import ModelArgs
@@ -213,7 +213,7 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         weights = {key: guard(w) for key, w in weights.items()}
         model = Transformer(args, {k: KernelWeight(w) if isinstance(w, StoredTensor) else w
                                    for k, w in weights.items()}, twin.linear, twin.attention)  # fmt: skip
-        layer = twin.pack_layer(model.layers[0])
+        layer = fused_weights(model.layers[0], twin)
         norms = [guarded.copy(norm, at_end) for norm in layer.kept[1]]
         layer.struct.attention_norm, layer.struct.ffn_norm = (ffi.from_buffer("float[]", n) for n in norms)
         x = rng.standard_normal((1, T, args.dim), dtype=np.float32)
@@ -306,9 +306,9 @@ def test_a_batch_is_checked_like_each_alone(rng):
     caches = BatchCache([KVCache(SMALL, 1, 6), KVCache(SMALL, 1, 3)])
     tokens = rng.integers(0, SMALL.vocab_size, (2, 2))
     with pytest.raises(ParameterError, match="position 1 comes after 0 stored ones: a gap"):
-        side_by_side(model).hidden(tokens, np.array([0, 1]), caches)
+        side_by_side(model, caches).hidden(tokens, np.array([0, 1]), caches)
     with pytest.raises(ContextOverflowError, match=r"positions 2\.\.3 do not fit a cache of 3"):
-        side_by_side(model).hidden(tokens, np.array([0, 2]), caches)
+        side_by_side(model, caches).hidden(tokens, np.array([0, 2]), caches)
     assert [cache.filled for cache in caches.caches] == [[0, 0], [0, 0]]
 
 
@@ -324,7 +324,7 @@ def test_what_does_not_fit_is_refused(rng):
         layer(x[..., :-1], 0, model.freqs_cis[:2], KVCache(SMALL, 3, 6))
     with pytest.raises(MismatchError, match="3 sequences, 1 starts"):
         model.layers[0].kernels.layer(
-            layer.packed, x, [0], model.freqs_cis[:2], *KVCache(SMALL, 3, 6).k[:, :1]
+            layer.weights, x, [0], model.freqs_cis[:2], *KVCache(SMALL, 3, 6).k[:, :1]
         )
 
 

@@ -1,0 +1,73 @@
+"""What a model computes with: functional.py in NumPy, or the C kernels that tests hold equal to it.
+
+kernels.py         the C twins of `linear` and `attention`, and the weights they take
+fused.py           a whole block in one C call
+interruptible.py   NumPy's `linear` and `attention` in short calls, for Ctrl-C
+formats.py         the weight formats, read and written in NumPy
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..config import ModelArgs
+from ..errors import ParameterError, UnsupportedError
+from ..model import Transformer
+from . import interruptible
+from .formats import StoredTensor
+
+Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, bytes in all
+
+
+def build(
+    args: ModelArgs,
+    weights: Mapping[str, StoredTensor],
+    dtype=None,
+    backend: str = "c",
+    threads: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+    exact: bool = False,
+) -> Transformer:
+    """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
+
+    Weights stay where they lie in the file if the backend can use them so. `progress` counts the bytes of
+    the others.
+    """
+    if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
+        raise ParameterError(f"dtype is {dtype!r}, it must be None, float32 or float64")
+    if backend not in ("c", "numpy"):
+        raise ParameterError(f"backend is {backend!r}, it must be 'c' or 'numpy'")
+    if backend == "numpy":
+        expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
+        return Transformer(args, expanded, interruptible.linear, interruptible.attention)
+    if dtype is not None and np.dtype(dtype) == np.float64:
+        raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
+
+    from .fused import fuse  # only here: NumPy's path runs without the C extension
+    from .kernels import Kernels, KernelWeight
+
+    def pack(w: StoredTensor) -> np.ndarray | KernelWeight:
+        if len(w.shape) == 1:
+            return w.dequantize()
+        return KernelWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
+
+    kernels, kept = Kernels(threads, exact), cache_dtype(backend, dtype, exact)
+    model = Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention, kept)
+    return fuse(model, kernels)
+
+
+def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:
+    """Make something of every weight, and of one that has two names only once: a tied embedding."""
+    different = {id(w): w for w in weights.values()}
+    total, done, made = sum(w.nbytes for w in different.values()), 0, {}
+    for key, w in different.items():
+        if not w.in_place:
+            progress("loading", done, total)
+        made[key] = make(w)
+        done += w.nbytes
+    return {name: made[id(w)] for name, w in weights.items()}
+
+
+def cache_dtype(backend: str, dtype, exact: bool):
+    """What keys and values are kept in: half of float32 where only the C kernels read them."""
+    return np.float16 if backend == "c" and dtype is None and not exact else dtype or np.float32

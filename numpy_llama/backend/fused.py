@@ -1,50 +1,85 @@
-"""One C call for a whole layer: `TransformerBlock` with the same weights and the same meaning.
+"""One C call for a whole block: `TransformerBlock` with the same weights and the same meaning.
 
-What lies between two kernels costs a small model more than the kernels: thirty layers a token, twenty calls
-of Python a layer. The model takes no notice: it is handed other layers.
+Between two kernels Python costs a small model more time than the kernels take: a token passes 30 layers, and
+each layer makes 20 calls. A block is fused only as long as its parts are the ones that were fused. A block
+with any other part runs its parts, as model.py does.
 """
+
+from operator import is_
+from typing import Any
 
 import numpy as np
 
 from ..cache import KVCache
 from ..model import Transformer, TransformerBlock
+from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
 
 CACHED = (np.float32, np.float16)
 
 
 class FusedBlock(TransformerBlock):
-    """A TransformerBlock whose call is `layer` of csrc/layer.c, within the rounding of float32.
+    """A TransformerBlock whose call is nl_layer of csrc/layer.c, within the rounding of float32.
 
-    A cache that is neither a KVCache nor batch.py's, or in float64, goes the ordinary way.
+    It runs its parts instead where `fuses` says so.
     """
 
-    def __init__(self, block: TransformerBlock, kernels, packed):
+    def __init__(self, block: TransformerBlock, kernels: Kernels, weights: FusedWeights):
         vars(self).update(vars(block))
-        self.kernels, self.packed = kernels, packed
+        self.kernels, self.weights, self.fused_parts = kernels, weights, parts_of(block)
+
+    def fuses(self, cache) -> bool:
+        """Whether one C call computes this block: its parts are unchanged, and C can store into the cache."""
+        try:
+            unchanged = all(map(is_, parts_of(self), self.fused_parts))
+        except AttributeError:  # a foreign part holds something else
+            return False
+        return unchanged and all(
+            type(one) is KVCache and one.k.dtype in CACHED for one in getattr(cache, "caches", [cache])
+        )
 
     def __call__(self, x, start_pos, freqs_cis, cache):
-        caches, starts = getattr(cache, "caches", [cache]), np.atleast_1d(start_pos).tolist()
-        layer, (B, T, _) = self.attention.layer, x.shape
-        usual = all(type(one) is KVCache and one.k.dtype in CACHED for one in caches)
-        if not usual or sum(one.batch for one in caches) != B:
+        caches, (B, T, _) = getattr(cache, "caches", [cache]), x.shape
+        if not self.fuses(cache) or sum(one.batch for one in caches) != B:
             return super().__call__(x, start_pos, freqs_cis, cache)
+        layer, starts = self.attention.layer, np.atleast_1d(start_pos).tolist()
         ends = [one.check(layer, at, one.batch, T) for one, at in zip(caches, starts, strict=True)]
         keys = [k for one in caches for k in one.k[layer]]  # of each sequence (K, max_seq_len, Dh)
         values = [v for one in caches for v in one.v[layer]]
         starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
-        y = self.kernels.layer(self.packed, x, starts, freqs_cis, keys, values)
-        if y is None:  # the ordinary way says best what is wrong with these numbers
+        y = self.kernels.layer(self.weights, x, starts, freqs_cis, keys, values)
+        if y is None:  # the parts find what float16 cannot hold, and raise an error that names it
             return super().__call__(x, start_pos, freqs_cis, cache)
         for one, end in zip(caches, ends, strict=True):
             one.filled[layer] = end
         return y
 
 
-def fuse(model: Transformer, kernels) -> Transformer:
-    """Let each layer of the model be one call, where the kernels can."""
-    packed = [kernels.pack_layer(layer) for layer in model.layers]
-    model.layers = [
-        FusedBlock(layer, kernels, weights) if weights else layer
-        for layer, weights in zip(model.layers, packed, strict=True)
-    ]
-    return model
+def parts_of(block: TransformerBlock) -> tuple[Any, ...]:
+    """Everything that nl_layer computes with: the block's parts, and what these hold."""
+    a, f, norm, ffn_norm = block.attention, block.feed_forward, block.attention_norm, block.ffn_norm
+    q, k, v, o, gate, up, down = a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down
+    return (
+        *(type(a), type(f), norm, ffn_norm, q, k, v, o, gate, up, down, a.attention),
+        *(a.n_heads, a.n_kv_heads, a.head_dim, norm.weight, norm.eps, ffn_norm.weight, ffn_norm.eps),
+        *(q.weight, q.linear, k.weight, k.linear, v.weight, v.linear, o.weight, o.linear),
+        *(gate.weight, gate.linear, up.weight, up.linear, down.weight, down.linear),
+    )
+
+
+def fuse(model: Transformer, kernels: Kernels) -> Transformer:
+    """The same model with each block as one C call, where the kernels take its sizes."""
+    packed = {f"layers.{i}": (block, fused_weights(block, kernels)) for i, block in enumerate(model.layers)}
+    return model.with_parts(
+        {name: FusedBlock(block, kernels, weights) for name, (block, weights) in packed.items() if weights}
+    )
+
+
+def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | None:
+    """A block's weights as nl_layer takes them; None where it does not take their sizes."""
+    a, f = block.attention, block.feed_forward
+    weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
+    norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]
+    whole = all(w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights))
+    if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
+        return None
+    return FusedWeights(weights, norms, block.attention_norm.eps, a.head_dim, kernels.exact)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
-from ..model import TransformerBlock
 from .formats import FORMATS, MAX_F16, QK, Format, StoredTensor
 
 # Between two steps of a layer GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a
@@ -285,18 +284,6 @@ class Kernels:
             if lib.nl_attention(*arguments, begin, end, threads) != 0:
                 raise MemoryError("no memory for the scratch of the attention kernel")
         return out
-
-    def pack_layer(self, block: TransformerBlock) -> FusedWeights | None:
-        """A layer's weights for `layer`; None where nl_layer does not take their sizes."""
-        a, f = block.attention, block.feed_forward
-        weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
-        norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]
-        whole = all(
-            w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights)
-        )
-        if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
-            return None
-        return FusedWeights(weights, norms, block.attention_norm.eps, a.head_dim, self.exact)
 
     def layer(self, w: FusedWeights, x, starts, freqs_cis, keys, values) -> np.ndarray | None:
         """TransformerBlock: x (B, T, D), T new positions of each sequence behind the old ones, starts[b].

@@ -3,20 +3,12 @@
 `open_checkpoint` looks at what a file holds, never at how it is called.
 """
 
-from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
-import numpy as np
-
-from ..backend import interruptible
-from ..backend.formats import StoredTensor
-from ..backend.fused import fuse
-from ..config import ModelArgs
-from ..errors import FormatError, ParameterError, UnsupportedError, escape
-from ..model import Transformer
+from ..errors import FormatError, escape
 from ..text.tokenizer import Tokenizer
-from .base import Checkpoint, cache_dtype
+from .base import Checkpoint
 from .files import MappedFile
 from .gguf.file import HEADER_BYTES
 from .gguf.model import GGUFCheckpoint
@@ -24,8 +16,6 @@ from .huggingface import HuggingFaceCheckpoint
 from .llama2c import Llama2cCheckpoint, looks_like_llama2c
 from .meta import MetaCheckpoint
 from .tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder
-
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -71,53 +61,3 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if looks_like_llama2c(bytes(file.map[:256]), file.size):
             return Llama2cCheckpoint(path).tokenizer()
     return open_tokenizer(path)
-
-
-def build(
-    args: ModelArgs,
-    weights: Mapping[str, StoredTensor],
-    dtype=None,
-    backend: str = "c",
-    threads: int | None = None,
-    progress: Progress = lambda what, done, total: None,
-    exact: bool = False,
-) -> Transformer:
-    """Choose, once and from outside, what the model computes with: functional.py or its C twins.
-
-    What need not be made anew stays where it lies; `progress` hears of the bytes of what must.
-    """
-    if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
-        raise ParameterError(f"dtype is {dtype!r}, it must be None, float32 or float64")
-    if backend not in ("c", "numpy"):
-        raise ParameterError(f"backend is {backend!r}, it must be 'c' or 'numpy'")
-    if backend == "numpy":
-        expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
-        return Transformer(args, expanded, interruptible.linear, interruptible.attention)
-    if dtype is not None and np.dtype(dtype) == np.float64:
-        raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
-
-    from ..backend.kernels import (  # only here: the readable path runs without a compiler
-        Kernels,
-        KernelWeight,
-    )
-
-    def pack(w: StoredTensor) -> np.ndarray | KernelWeight:
-        if len(w.shape) == 1:
-            return w.dequantize()
-        return KernelWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
-
-    kernels, kept = Kernels(threads, exact), cache_dtype(backend, dtype, exact)
-    model = Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention, kept)
-    return fuse(model, kernels)
-
-
-def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:
-    """Make something of every weight, and of one that has two names only once: a tied embedding."""
-    different = {id(w): w for w in weights.values()}
-    total, done, made = sum(w.nbytes for w in different.values()), 0, {}
-    for key, w in different.items():
-        if not w.in_place:
-            progress("loading", done, total)
-        made[key] = make(w)
-        done += w.nbytes
-    return {name: made[id(w)] for name, w in weights.items()}

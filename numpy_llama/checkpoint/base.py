@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from ..backend.formats import StoredTensor
 from ..config import ModelArgs
 from ..errors import TokenizerError
@@ -91,8 +89,3 @@ class Checkpoint(ABC):
 
         for file in self.files:
             watch(file.map, str(file.path))
-
-
-def cache_dtype(backend: str, dtype, exact: bool):
-    """What keys and values are kept in: half of float32 where only the C kernels read them."""
-    return np.float16 if backend == "c" and dtype is None and not exact else dtype or np.float32

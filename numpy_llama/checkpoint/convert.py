@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import Progress
 from ..backend.formats import FORMATS, Format, StoredTensor
 from ..config import ModelArgs
 from ..errors import FormatError, MismatchError, NumericsError, ParameterError, ResourceLimitError
@@ -34,7 +35,6 @@ from .names import tensor_names
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
 EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 BYTES_AT_ONCE = 8 << 20  # of the result: progress is smooth, and memory small
-Progress = Callable[[str, int, int], None]
 
 
 def target_format(name: str, shape: tuple[int, ...], dtype: str) -> Format:

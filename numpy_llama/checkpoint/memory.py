@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..backend import cache_dtype
 from ..backend.formats import QK, StoredTensor
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
 from ..generation.generate import PREFILL_CHUNK
-from .base import cache_dtype
 from .convert import target_format
 
 LEAST_CONTEXT = 512  # positions that a model must at least have room for

@@ -17,7 +17,8 @@ from ..checkpoint.download import DEFAULT_MODEL
 from ..errors import NumpyLlamaError, ParameterError, TextError
 from ..generation.generate import PREFILL_CHUNK
 from ..generation.sampling import Sampler
-from ..llama import Completion, Llama, Piece, finish, load
+from ..generation.transcript import Completion, Piece
+from ..llama import Llama, finish, load
 
 MOST_TOKENS = 512  # of a text that is looked into: each layer's scores take 4 * H * T^2 bytes
 

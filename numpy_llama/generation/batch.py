@@ -10,18 +10,17 @@ many tokens already.
     attention   q (1, 1, H, Dh)            each by itself, on its own keys and values where they lie:
                 k, v (1, S_b, K, Dh)       nothing is padded, masked or copied
 
-The model takes no notice: it is handed another cache and another `attention`.
+The model is unchanged: it is given another cache and, through `with_parts`, another `attention`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 
 import numpy as np
 
 from ..cache import KVCache
 from ..errors import NumpyLlamaError
-from ..model import Function, Transformer
+from ..model import Attention, Function, Transformer, TransformerBlock
 from .generate import Request, check_finite, prefill
 
 
@@ -46,14 +45,37 @@ def one_by_one(attention: Function) -> Function:
     return each
 
 
-def side_by_side(model: Transformer) -> Transformer:
-    """The same model on the same weights, for sequences that a `BatchCache` holds."""
-    model = copy(model)
-    model.layers = [copy(layer) for layer in model.layers]
-    for layer in model.layers:
-        layer.attention = copy(layer.attention)
-        layer.attention.attention = one_by_one(layer.attention.attention)
-    return model
+def side_by_side(model: Transformer, cache: BatchCache) -> Transformer:
+    """The same model for the sequences of a `BatchCache`: each attends to its own keys and values."""
+    return model.with_parts(
+        {
+            f"layers.{i}.attention.attention": one_by_one(layer.attention.attention)
+            for i, layer in enumerate(model.layers)
+            if not takes_batches(layer, cache)
+        }
+    )
+
+
+def takes_batches(layer: Callable, cache: BatchCache) -> bool:
+    """Whether a layer reads such a cache by itself, as a fused block does."""
+    fuses: Callable[[BatchCache], bool] | None = getattr(layer, "fuses", None)
+    return fuses is not None and fuses(cache)
+
+
+def hidden_states(model: Transformer, tokens, start_pos, cache: BatchCache) -> np.ndarray:
+    """`model.hidden` of one new id of each sequence: (B, 1) ids -> (B, 1, D).
+
+    A foreign layer or attention may read a KVCache only: then one sequence runs after another.
+    """
+    if all(
+        takes_batches(layer, cache)
+        or (isinstance(layer, TransformerBlock) and isinstance(layer.attention, Attention))
+        for layer in model.layers
+    ):
+        hidden: Function = side_by_side(model, cache).hidden
+        return hidden(tokens, start_pos, cache)
+    rows = zip(tokens[:, None], start_pos.tolist(), cache.caches, strict=True)
+    return np.concatenate([model.hidden(*row) for row in rows])
 
 
 def forward_batch(model: Transformer, going: Mapping[int, Request]) -> np.ndarray:
@@ -65,8 +87,8 @@ def forward_batch(model: Transformer, going: Mapping[int, Request]) -> np.ndarra
         sessions = [steps.enter_context(one.step()) for one in going.values()]
         tokens = np.array([one.ids[-1:] for one in going.values()])  # (B, 1)
         start_pos = np.array([len(session.ids) for session in sessions])
-        hidden: Function = side_by_side(model).hidden
-        h = hidden(tokens, start_pos, BatchCache([session.cache for session in sessions]))[:, -1]
+        cache = BatchCache([session.cache for session in sessions])
+        h = hidden_states(model, tokens, start_pos, cache)[:, -1]
         for i, session, token, row in zip(going, sessions, tokens.tolist(), h, strict=True):
             with naming(i):
                 check_finite(row, model, token, len(session.ids), session.cache)

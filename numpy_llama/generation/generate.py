@@ -76,7 +76,7 @@ def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_po
             t = int(finite.argmin())
             raise NumericsError(f"position {start_pos + t}, token {ids[t]}: {what} is not finite")
 
-    def watched(i, layer):
+    def checked(i, layer):
         def run(h, *rest):
             if i == 0:
                 look(h, "its embedding")
@@ -86,9 +86,8 @@ def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_po
 
         return run
 
-    model = copy(model)
-    model.layers = [watched(i, layer) for i, layer in enumerate(model.layers)]  # type: ignore[misc]
-    model.hidden(np.array([ids]), start_pos, cache)
+    layers = {f"layers.{i}": checked(i, layer) for i, layer in enumerate(model.layers)}
+    model.with_parts(layers).hidden(np.array([ids]), start_pos, cache)
     last = start_pos + len(ids) - 1
     raise NumericsError(f"position {last}, token {ids[-1]}: the last layer's output was not finite, once")
 

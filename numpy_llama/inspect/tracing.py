@@ -7,23 +7,24 @@
     with edit(llama, "layers.3.attention.heads", without_head_2):
         llama.generate("The Eiffel Tower is in")
 
-The model knows nothing of this. While the block runs, some of its parts are exchanged for ones that do the
-same and tell of it; what is not asked for is computed as ever, by the same kernels. Only a layer that is
-asked for its inner steps takes them one by one, where csrc/layer.c would take them in one call.
+The model knows nothing of this. `Transformer.with_parts` puts hooks around the parts that are asked for, in
+a model of its own. `llama.model` is that model within the block, and only in the thread of the block: other
+threads run the model without hooks. A block of the model is one C call as long as no part in it has a hook.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import functional as F
 from ..errors import MismatchError, ParameterError
-from ..llama import Llama
-from ..model import Attention, FeedForward, Transformer, TransformerBlock
+from ..llama import STAND_INS, Llama
+from ..model import Attention, FeedForward, Linear, RMSNorm, Transformer, TransformerBlock
 
 # Every name there is, in the order of the forward pass, with its shape and what it is.
 PLACES = {
@@ -49,11 +50,16 @@ PLACES = {
     "norm": ("... D", "the stream as the output reads it"),
     "output": ("... V", "logits"),
 }
-Tell = Callable[[str, np.ndarray], np.ndarray]  # (name, array) -> what takes its place
+Hook = Callable[[str, np.ndarray], np.ndarray]  # (name, array) -> the array that takes its place
 
 
 class Trace(dict[str, np.ndarray]):
-    """What the last forward pass made, by name; `passes` has all of them, each a dict."""
+    """What the last forward pass made, by name; `passes` has all of them, each a dict.
+
+    `model` is the Transformer that records.
+    """
+
+    model: Transformer
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,24 +75,26 @@ class Trace(dict[str, np.ndarray]):
 
 @contextmanager
 def trace(llama: Llama | Transformer, *patterns: str) -> Iterator[Trace]:
-    """Record what the patterns name in every forward pass of this model; `*` stands for one part of a name.
+    """Record what the patterns name in every forward pass of this block; `*` stands for one part of a name.
 
-    The scores and weights are computed beside the kernel, which never has them in memory, from its q and k.
-    Blocks may lie within each other: what an outer one has replaced is what an inner one sees.
+    Of a Llama every pass in this thread is recorded, of a Transformer those of `seen.model`. A block without
+    any pass is a ParameterError. The kernel does not store scores and weights: they are computed again from
+    its q and k. Blocks may lie within each other: an inner one records what an outer one has replaced.
     """
     seen = Trace()
-    with _tapped(llama, lambda model: {*names(model, *patterns)}, seen.note):
+    with _hooked(llama, lambda model: {*names(model, *patterns)}, seen.note) as seen.model:
         yield seen
 
 
 @contextmanager
 def edit(
     llama: Llama | Transformer, pattern: str, change: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[None]:
-    """Put change(array) in the place of what the pattern names, in every forward pass of this model.
+) -> Iterator[Transformer]:
+    """Put change(array) in the place of what the pattern names, in every forward pass of this block.
 
-    MismatchError where its shape is another. A change of `attention.k` or `.v` is seen by that pass only; one
-    of `wk` or `wv` goes into the cache.
+    -> the Transformer that does so; a Llama runs it by itself, in this thread. MismatchError where the shape
+    is another. A change of `attention.k` or `.v` is seen by that pass only; one of `wk` or `wv` goes into the
+    cache.
     """
 
     def wanted(model: Transformer) -> set[str]:
@@ -104,8 +112,8 @@ def edit(
             raise MismatchError(f"{name} is {array.shape}, what should replace it {new.shape}")
         return new.astype(array.dtype)
 
-    with _tapped(llama, wanted, replaced):
-        yield
+    with _hooked(llama, wanted, replaced) as model:
+        yield model
 
 
 def names(model: Transformer, *patterns: str) -> list[str]:
@@ -136,105 +144,135 @@ def _means(pattern: str, name: str) -> bool:
     return len(parts) == len(of) and all(map(fnmatchcase, of, parts))
 
 
+class Listener(NamedTuple):
+    """What one block of `trace` or `edit` asks for."""
+
+    wanted: set[str]
+    hook: Hook
+
+
+# This thread's listeners to a model, the outermost block's first.
+_LISTENERS: ContextVar[dict[Transformer, list[Listener]]] = ContextVar("listeners")
+
+
 @contextmanager
-def _tapped(
-    llama: Llama | Transformer, wanted: Callable[[Transformer], set[str]], told: Tell
-) -> Iterator[None]:
-    """The model with parts that tell of what is wanted: told(name, array) gives what takes its place."""
-    model = llama.model if isinstance(llama, Llama) else llama
-    listener = wanted(model), told
-    taps = _TAPPED.setdefault(model, _Taps(model))
-    taps.listeners.append(listener)
-    taps.install()
+def _hooked(
+    llama: Llama | Transformer, wanted: Callable[[Transformer], set[str]], hook: Hook
+) -> Iterator[Transformer]:
+    """The model with hooks at the wanted places, for the time of a block and in its thread only."""
+    state = "not run"
+
+    def within_block(name: str, array: np.ndarray) -> np.ndarray:
+        nonlocal state
+        if state == "ended":  # a stream may go on after the block
+            return array
+        state = "run"
+        return hook(name, array)
+
+    model, stand_ins, listeners = _model_of(llama), STAND_INS.get(), _LISTENERS.get({})
+    heard = [*listeners.get(model, []), Listener(wanted(model), within_block)]
+    hooked = with_hooks(model, heard)
+    tokens = STAND_INS.set({**stand_ins, model: hooked}), _LISTENERS.set({**listeners, model: heard})
     try:
-        yield
+        yield hooked
+        if state == "not run":
+            raise ParameterError(
+                "no forward pass of this block reached a hook: run the Llama in the block's own thread; "
+                "of a Transformer run the one that the block gives, `seen.model` of a trace"
+            )
     finally:
-        taps.listeners.remove(listener)
-        taps.install()
+        state = "ended"
+        STAND_INS.reset(tokens[0])
+        _LISTENERS.reset(tokens[1])
 
 
-class _Taps:
-    """A model's own parts, and who listens: one after the other, in the order in which they came."""
+def _model_of(llama: Llama | Transformer) -> Transformer:
+    """The model without this thread's hooks."""
+    model = llama.model if isinstance(llama, Llama) else llama
+    return next((own for own, stand_in in STAND_INS.get().items() if stand_in is model), model)
 
-    def __init__(self, model: Transformer):
-        self.model, self.parts = model, (model.layers, model.norm, model.output)
-        self.listeners: list[tuple[set[str], Tell]] = []
 
-    def install(self) -> None:
-        """Put in the model's place of each part what the listeners want, or its own."""
-        model, (layers, norm, output) = self.model, self.parts
-        wanted = set[str]().union(*(names for names, _ in self.listeners))
-        layers = [_layer(layer, f"layers.{i}", wanted, self.tell) for i, layer in enumerate(layers)]
-        layers[0] = _twin(layers[0], self.tell, given="tok_embeddings")
-        model.layers, model.norm = layers, _twin(norm, self.tell, "norm")
-        model.output = _twin(output, self.tell, "output")
-        if not self.listeners:
-            model.layers, model.norm, model.output = self.parts
-            del _TAPPED[model]
+def with_hooks(model: Transformer, listeners: Sequence[Listener]) -> Transformer:
+    """The same model with a hook at every place that a listener wants; each calls the listeners in order."""
 
-    def tell(self, name: str, array: np.ndarray) -> np.ndarray:
-        for wanted, told in self.listeners:
-            if name in wanted:
-                array = told(name, array)
+    def hook(name: str, array: np.ndarray) -> np.ndarray:
+        for listener in listeners:
+            if name in listener.wanted:
+                array = listener.hook(name, array)
         return array
 
+    wanted = set[str]().union(*(listener.wanted for listener in listeners))
+    places: dict[str, set[str]] = {}
+    for name in wanted:
+        places.setdefault(_place(name), set()).add(name)
+    for place in sorted(places, key=lambda place: -place.count(".")):  # a part before what holds it
+        part = _part(model, place)
+        if place.endswith(".attention.attention"):
+            part = _with_inner_hooks(part, place.removesuffix(".attention"), wanted, hook)
+        else:
+            before, after = places[place] - {place}, places[place] & {place}
+            part = _with_hooks(part, hook, [*before], [*after])
+        model = model.with_parts({place: part})
+    return model
 
-_TAPPED: dict[Transformer, _Taps] = {}
+
+def _place(name: str) -> str:
+    """The part whose result, or whose argument, has that name."""
+    at, _, last = name.rpartition(".")
+    if last in ("q", "k", "v", "scores", "weights", "heads"):
+        return f"{at}.attention"
+    arguments = {"tok_embeddings": "layers.0", "h": f"{at}.ffn_norm", "swiglu": f"{at}.w_down"}
+    return arguments.get(last, name)
 
 
-def _twin(part: Any, tell: Tell, made: str | None = None, given: str | None = None) -> Any:
-    """A part of the model that tells of its result under the name `made`, of its argument as `given`."""
+def _part(model: Transformer, name: str) -> Any:
+    part: Any = model
+    for step in name.split("."):
+        part = part[int(step)] if isinstance(part, list) else getattr(part, step, None)
+    return part
 
-    class Twin(type(part)):  # type: ignore[misc]
+
+def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[str]) -> Callable:
+    """A part of the model with hooks on its argument and its result."""
+
+    def call(call_part: Callable, x: np.ndarray, rest: Sequence) -> np.ndarray:
+        for name in before:
+            x = hook(name, x)
+        y = call_part(x, *rest)
+        for name in after:
+            y = hook(name, y)
+        return y
+
+    if not isinstance(part, (Linear, RMSNorm, Attention, FeedForward, TransformerBlock)):
+        return lambda x, *rest: call(part, x, rest)
+
+    class Hooked(type(part)):  # type: ignore[misc]
+        """Still a part of its kind: its own parts can be exchanged."""
+
         def __call__(self, x, *rest):
-            x = tell(given, x) if given else x
-            y = super().__call__(x, *rest)
-            return tell(made, y) if made else y
+            return call(super().__call__, x, rest)
 
-    twin = object.__new__(Twin)
-    twin.__dict__.update(vars(part))
-    return twin
+    hooked: Any = object.__new__(Hooked)
+    vars(hooked).update(vars(part))
+    return hooked
 
 
-def _layer(block: TransformerBlock, at: str, wanted: set[str], tell: Tell) -> TransformerBlock:
-    if any(name.startswith(f"{at}.") for name in wanted):
-        steps = object.__new__(TransformerBlock)  # step by step, if it was one call
-        steps.__dict__.update(vars(block))
-        steps.attention_norm = _twin(block.attention_norm, tell, f"{at}.attention_norm")
-        steps.attention = _attention(block.attention, f"{at}.attention", wanted, tell)
-        steps.ffn_norm = _twin(block.ffn_norm, tell, f"{at}.ffn_norm", given=f"{at}.h")
-        steps.feed_forward = _feed_forward(block.feed_forward, f"{at}.feed_forward", tell)
-        block = steps
-    return _twin(block, tell, at)
-
-
-def _attention(part: Attention, at: str, wanted: set[str], tell: Tell) -> Attention:
-    """Its matrices, and what lies within its inner function."""
-    attend, within = part.attention, {f"{at}.scores", f"{at}.weights"} & wanted
+def _with_inner_hooks(attend: Callable, at: str, wanted: set[str], hook: Hook) -> Callable:
+    """`attention` with hooks on q, k, v, scores, weights and heads."""
+    within = {f"{at}.scores", f"{at}.weights"} & wanted
 
     def attention(q, k, v):
-        q, k, v = tell(f"{at}.q", q), tell(f"{at}.k", k), tell(f"{at}.v", v)
+        q, k, v = hook(f"{at}.q", q), hook(f"{at}.k", k), hook(f"{at}.v", v)
         heads = attend(q, k, v)
-        if within:  # the kernel does not keep them: they are computed again
+        if within:  # the kernel does not store them: they are computed again
             scores = F.attention_scores(q, k)
-            weights = F.softmax(new := tell(f"{at}.scores", scores))
-            used = tell(f"{at}.weights", weights)
+            weights = F.softmax(new := hook(f"{at}.scores", scores))
+            used = hook(f"{at}.weights", weights)
             if new is not scores or used is not weights:
                 heads = F.weighted_values(used, v)
-        return tell(f"{at}.heads", heads)
+        return hook(f"{at}.heads", heads)
 
-    twin = _twin(part, tell, at)
-    twin.attention = attention
-    for name in ("wq", "wk", "wv"):
-        setattr(twin, name, _twin(getattr(part, name), tell, f"{at}.{name}"))
-    return twin
-
-
-def _feed_forward(part: FeedForward, at: str, tell: Tell) -> FeedForward:
-    twin = _twin(part, tell, at)
-    twin.w_gate, twin.w_up = _twin(part.w_gate, tell, f"{at}.w_gate"), _twin(part.w_up, tell, f"{at}.w_up")
-    twin.w_down = _twin(part.w_down, tell, given=f"{at}.swiglu")
-    return twin
+    return attention
 
 
 # --- what the pictures show -------------------------------------------------------------------------------
@@ -248,7 +286,7 @@ def attention_weights(
     if head is not None and not 0 <= head < H:
         raise ParameterError(f"head is {head}, the model has 0..{H - 1}")
     with trace(model, name) as seen:
-        model.hidden(np.array([ids]))
+        seen.model.hidden(np.array([ids]))
     weights = seen[name][0]
     return weights.mean(axis=0) if head is None else weights[head]
 
@@ -260,6 +298,6 @@ def lens(model: Transformer, ids: Sequence[int]) -> np.ndarray:
     -> (n_layers + 1, V).
     """
     with trace(model, "tok_embeddings", "layers.*") as seen:
-        model.hidden(np.array([ids]))
+        seen.model.hidden(np.array([ids]))
     streams = np.stack([h[0, -1] for h in seen.values()])
     return F.softmax(model.logits(streams))

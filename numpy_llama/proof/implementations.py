@@ -169,7 +169,7 @@ def compiled(kernels: ModuleType, isa: str) -> Implementation:
         """model.py's, built of the kernels: each layer is one call."""
 
         def __init__(self, args, weights):
-            from ..checkpoint import build
+            from ..backend import build
 
             stored = {name: quantize.StoredTensor.quantize(w, "F32") for name, w in weights.items()}
             self.built = build(args, stored, threads=1, exact=True)

@@ -6,10 +6,10 @@ diagnosis.py    what a text tells, and what was published
 compare.py      what another copy tells
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from ..backend import Progress
 from ..checkpoint import Checkpoint
 from ..errors import TokenizerError
 from .compare import compare
@@ -18,7 +18,6 @@ from .operations import Error, operation_errors
 from .weights import Census
 
 PROMPT = 24  # tokens that go through the operations: more than the kernels take row by row
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

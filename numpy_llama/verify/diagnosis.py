@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import functional as F
+from ..backend import Progress, build
 from ..backend.formats import StoredTensor
-from ..checkpoint import build
 from ..checkpoint.names import interleaved_rows
 from ..checkpoint.presets import PRESETS
 from ..config import ModelArgs, RopeScaling
@@ -68,7 +67,6 @@ TOKENS = 640
 WORST = 100.0  # nats: what is no number counts as this
 
 Weights = Mapping[str, StoredTensor]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -113,24 +111,21 @@ class Sample:
     def losses(self, repair: Repair, most: float = math.inf) -> np.ndarray:
         """nats of each token; where their mean is above `most`, of the first FIRST only."""
         model = build(repair.args, repair.weights, threads=self.threads)
+        model = model.with_parts({f"layers.{i}": left_out for i in repair.without})
         cache, parts, ends = model.new_cache(max_seq_len=len(self.ids)), [], [FIRST, len(self.ids) - 1]
         begin = 0
         for end in sorted({min(end, len(self.ids) - 1) for end in ends}):
-            h = F.embedding(np.array([self.ids[begin:end]]), model.tok_embeddings)
-            freqs_cis = F.freqs_cis_at(model.freqs_cis, begin, end - begin)
-            parts.append(self._losses(model, h, freqs_cis, begin, cache, repair.without))
+            parts.append(self._losses(model, begin, end, cache))
             if parts[0].mean() > most:
                 break
             begin = end
         return np.concatenate(parts)
 
-    def _losses(self, model: Transformer, h, freqs_cis, begin: int, cache, without: range) -> np.ndarray:
-        wanted = self.ids[begin + 1 : begin + 1 + h.shape[1]]
+    def _losses(self, model: Transformer, begin: int, end: int, cache) -> np.ndarray:
+        wanted = self.ids[begin + 1 : end + 1]
         try:
             with np.errstate(all="ignore"):
-                for i, layer in enumerate(model.layers):
-                    if i not in without:
-                        h = layer(h, begin, freqs_cis, cache)
+                h = model.hidden(np.array([self.ids[begin:end]]), begin, cache)
                 found = losses(model.logits(h[0]), wanted)
         except NumericsError:
             return np.full(len(wanted), WORST)
@@ -162,6 +157,11 @@ class Sample:
         repaired, error, fault = best or (None, None, None)
         loss = float(before.mean())
         return Reading(len(before), self.blind, loss, len(tried), fault, repaired, error)
+
+
+def left_out(x, start_pos, freqs_cis, cache):
+    """The place of a layer that adds nothing to the residual stream."""
+    return x
 
 
 def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Iterator[Repair]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import functional as F
 from ..backend.formats import QK, StoredTensor, fixed_point
-from ..backend.fused import FusedBlock
+from ..backend.fused import FusedBlock, fused_weights
 from ..backend.kernels import Kernels, KernelWeight, is_fixed
 from ..cache import KVCache
 from ..checkpoint import Checkpoint
@@ -75,7 +75,7 @@ class C:
         }
         block = TransformerBlock(one, 0, packed, self.kernels.linear, self.kernels.attention)
         T, cache = h.shape[1], KVCache(one, 1, h.shape[1], self.dtype)
-        if (weights := self.kernels.pack_layer(block)) is not None:
+        if (weights := fused_weights(block, self.kernels)) is not None:
             block = FusedBlock(block, self.kernels, weights)
         parts = [block(h[:, :-1], 0, freqs_cis[:-1], cache), block(h[:, -1:], T - 1, freqs_cis[-1:], cache)]
         found = np.concatenate(parts, axis=1)

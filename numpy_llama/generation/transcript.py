@@ -1,0 +1,96 @@
+"""From the ids of one generation to its text: whole characters, cut where a stop text begins."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import ParameterError
+from ..text.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one generation made. `finish_reason` is "stop" (an end token, a stop text) or "length"."""
+
+    text: str
+    tokens: list[int]  # the new ones
+    prompt_tokens: list[int]
+    finish_reason: str
+    prefill_seconds: float  # until the first new token
+    decode_seconds: float  # for all tokens after the first
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return max(len(self.tokens) - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of the stream: whole characters, perhaps none. The last piece carries the completion."""
+
+    text: str
+    token: int | None = None
+    completion: Completion | None = None
+
+
+class StopTexts:
+    """Cuts a stream of text at the stop text that is complete first; it may straddle any number of pieces."""
+
+    def __init__(self, stop: Sequence[str]):
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise ParameterError(f"stop is {stop!r}, it must be a list of texts, none of them empty")
+        self.stop, self.held, self.found = stop, "", False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to come before any stop text; sets `found` at the first one."""
+        self.held += text
+        complete = [(at + len(s), at) for s in self.stop if (at := self.held.find(s)) >= 0]
+        self.found = bool(complete)
+        end = min(complete)[1] if complete else len(self.held) - self._possible_start()
+        certain, self.held = self.held[:end], self.held[end:]
+        return certain
+
+    def _possible_start(self) -> int:
+        """How much of the end of `held` may be the beginning of a stop text."""
+        longest = max((len(s) - 1 for s in self.stop), default=0)
+        for n in range(min(longest, len(self.held)), 0, -1):
+            if any(s.startswith(self.held[-n:]) for s in self.stop):
+                return n
+        return 0
+
+
+class Transcript:
+    """The text of one generation as its ids come: whole characters, cut where a stop text begins."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_texts: StopTexts, at_start: bool):
+        self.decoder, self.stop_texts = StreamDecoder(tokenizer, at_start), stop_texts
+        self.texts: list[str] = []
+        self.tokens: list[int] = []
+        self.began = time.perf_counter()
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_texts.found
+
+    def push(self, token: int) -> str:
+        """The text that this id makes certain; nothing follows once it is `stopped`."""
+        self.last = time.perf_counter()
+        if not self.tokens:
+            self.first = self.last
+        self.tokens.append(token)
+        self.texts.append(self.stop_texts.push(self.decoder.push(token)))
+        return self.texts[-1]
+
+    def finish(self, prompt: list[int], reason: str) -> Piece:
+        """What was held back, with the completion. `reason` is why no more ids came."""
+        text = ""
+        if not self.stopped:
+            text = self.stop_texts.push(self.decoder.flush())
+            text += "" if self.stopped else self.stop_texts.held
+        if not self.tokens:
+            self.first = self.last = time.perf_counter()
+        seconds = self.first - self.began, self.last - self.first
+        reason = "stop" if self.stopped else reason
+        return Piece(
+            text, None, Completion("".join(self.texts) + text, self.tokens, prompt, reason, *seconds)
+        )

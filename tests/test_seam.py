@@ -1,0 +1,212 @@
+"""What is exchanged in a model is what runs: on every backend, in every way to run a model."""
+
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+
+import numpy_llama as nl
+from numpy_llama.backend import build
+from numpy_llama.backend.formats import StoredTensor
+from numpy_llama.backend.fused import FusedBlock
+from numpy_llama.config import ModelArgs
+from numpy_llama.errors import MismatchError, NumericsError, ParameterError
+from numpy_llama.generation.batch import generate_batch
+from numpy_llama.generation.generate import Request, Session, generate
+from numpy_llama.generation.sampling import Sampler
+from numpy_llama.inspect.perplexity import nll
+from numpy_llama.model import Linear, RMSNorm
+from numpy_llama.proof.tiny import random_weights
+
+FUSED = ModelArgs(64, 2, 4, 2, 16, 96, 50, norm_eps=1e-5, rope_theta=1e4, max_seq_len=64)
+ODD = ModelArgs(40, 2, 4, 2, 10, 72, 50, norm_eps=1e-5, rope_theta=1e4, max_seq_len=64)  # C does not fuse it
+BACKENDS = {
+    "numpy": (FUSED, {"backend": "numpy"}),
+    "c": (FUSED, {}),
+    "c exact": (FUSED, {"exact": True}),
+    "c, 1 thread": (FUSED, {"threads": 1}),
+    "c, not fused": (ODD, {}),
+}
+LINEARS = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+LINEARS += ("feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down")
+PARTS = (*LINEARS, "attention", "attention.attention", "feed_forward", "attention_norm", "ffn_norm")
+CHILDREN = ["norm", "output", "layers.1", *(f"layers.1.{name}" for name in PARTS)]
+IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def model(request):
+    args, options = BACKENDS[request.param]
+    weights = random_weights(np.random.default_rng(7), args)
+    stored = {name: StoredTensor.quantize(w, "F32") for name, w in weights.items()}
+    model = build(args, stored, **options)
+    fused = [type(layer) is FusedBlock for layer in model.layers]
+    assert fused == [args is FUSED and request.param != "numpy"] * args.n_layers
+    return model
+
+
+def child(model, name):
+    part = model
+    for step in name.split("."):
+        part = part[int(step)] if isinstance(part, list) else getattr(part, step)
+    return part
+
+
+def doubled(part):
+    """The same part with twice its result."""
+    return lambda *arguments: 2 * part(*arguments)
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_an_exchanged_child_runs(model, name):
+    """Its result arrives in the logits; the old model and all other blocks stay as they are."""
+    before, part = model(IDS), child(model, name)
+    other = model.with_parts({name: doubled(part)})
+    moved = np.abs(other(IDS) - before).max() / np.abs(before).max()
+    print(f"{name:32} moves the logits by {moved:.3f} of the largest")
+    assert moved > 1e-2 or name == "layers.1"  # whose double the norm behind it undoes
+    np.testing.assert_array_equal(model(IDS), before)
+    assert child(model, name) is part and other.layers[0] is model.layers[0]
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_an_assigned_child_runs(model, name):
+    """Plain assignment does on every backend what it does in NumPy."""
+    before, (place, _, last) = model(IDS), name.rpartition(".")
+    whole, part = child(model, place) if place else model, child(model, name)
+    put = partial(whole.__setitem__, int(last)) if isinstance(whole, list) else partial(setattr, whole, last)
+    wanted = model.with_parts({name: doubled(part)})(IDS)
+    put(doubled(part))
+    try:
+        np.testing.assert_array_equal(model(IDS), wanted)
+    finally:
+        put(part)
+    np.testing.assert_array_equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("name", [*LINEARS, "attention_norm", "ffn_norm"])
+def test_an_assigned_weight_is_used(model, name):
+    """What a part holds counts as the part."""
+    before, part = model(IDS), child(model, f"layers.1.{name}")
+    weight = part.weight
+    part.weight = 2 * weight[:]
+    try:
+        assert np.abs(model(IDS) - before).max() > 1e-2 * np.abs(before).max()
+    finally:
+        part.weight = weight
+    np.testing.assert_array_equal(model(IDS), before)
+
+
+def negated(part):
+    return lambda *arguments: -part(*arguments)
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_every_way_to_run_a_model_runs_the_part(model, name):
+    """Decoding, batches and perplexity."""
+    other = model.with_parts({name: negated(child(model, name))})
+    scored = [nll(one, IDS[0].tolist(), 2) for one in (model, other)]
+    assert np.abs(scored[1] - scored[0]).max() > 1e-3
+    prompts = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
+
+    def ids(one):
+        return [[*generate(one, prompt, Session(one), Sampler(), max_tokens=8)] for prompt in prompts]
+
+    together = [[] for _ in prompts]
+    requests = [Request(p, Session(other), Sampler(), max_tokens=8) for p in prompts]
+    for i, token in generate_batch(other, requests):
+        together[i].append(token)
+    assert ids(other) == together != ids(model)
+
+
+def test_one_part_for_every_layer(model):
+    ran = []
+
+    def part(x):
+        ran.append(x.shape)
+        return np.zeros_like(x)
+
+    other = model.with_parts({"layers.*.feed_forward": part})
+    assert other(IDS).shape == (1, 8, 50) and len(ran) == model.args.n_layers
+
+
+def test_parts_that_compute_the_same_give_the_same_logits(model):
+    """An exchanged block runs its parts; they agree with the fused call within its rounding."""
+    parts = {
+        f"layers.{i}.ffn_norm": RMSNorm(layer.ffn_norm.weight, 1e-5) for i, layer in enumerate(model.layers)
+    }
+    expected = model(IDS)
+    assert np.abs(model.with_parts(parts)(IDS) - expected).max() < 2e-3 * np.abs(expected).max()
+    own = {f"layers.{i}.attention.wq": layer.attention.wq for i, layer in enumerate(model.layers)}
+    np.testing.assert_array_equal(model.with_parts(own)(IDS), expected)
+
+
+def test_layers_can_be_put_into_another_order(model):
+    first, second = model.layers
+    swapped = model.with_parts({"layers": [second, first]})  # each still stores into its own layer's cache
+    assert np.abs(swapped(IDS) - model(IDS)).max() > 1e-2 * np.abs(model(IDS)).max()
+
+
+NAMES = ["", "layer.0", "layers.2", "layers.-1", "layers.x", "layers.0.attention.wx", "output.x", "norm.*"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_none_is_refused(model, name):
+    with pytest.raises(ParameterError, match="the model has no part"):
+        model.with_parts({name: lambda x: x})
+
+
+def test_a_part_must_be_callable(model):
+    with pytest.raises(ParameterError, match="NoneType could replace"):
+        model.with_parts({"layers.0.attention.wq": None})
+
+
+def test_a_part_of_another_shape_is_an_error(model):
+    wide = Linear(np.ones((7, model.args.dim), np.float32), child(model, "layers.0.attention.wq").linear)
+    with pytest.raises((MismatchError, ValueError)):
+        model.with_parts({"layers.0.attention.wq": wide})(IDS)
+
+
+def test_the_first_layer_that_is_not_finite_is_found_behind_a_part(model):
+    other = model.with_parts({"layers.1.feed_forward": lambda x: np.full_like(x, np.inf)})
+    with pytest.raises(NumericsError, match="layer 1, the first to go wrong"):
+        next(generate(other, [1, 2, 3], Session(other), Sampler()))
+
+
+def test_a_trace_is_in_its_own_thread_only(smollm2_path):
+    """While one thread traces every layer, another runs the blocks of the model itself, to the bit."""
+    llama = nl.load(smollm2_path)
+    expected, logits = llama.generate("Once upon a time", max_tokens=12).tokens, llama.model(IDS)
+    blocks, found, traced = list(llama.model.layers), [], threading.Event()
+
+    def other():
+        traced.wait()
+        found.append(llama.generate("Once upon a time", max_tokens=12).tokens)
+        found.append([*map(id, llama.model.layers)])
+        found.append(llama.model(IDS))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with nl.trace(llama, "layers.*.attention.weights", "layers.*") as seen:
+        llama.model(IDS)
+        traced.set()
+        while thread.is_alive():
+            llama.model(IDS)
+        assert not {*map(id, llama.model.layers)} & {*map(id, blocks)}
+    thread.join()
+    assert len(seen) == 2 * llama.model.args.n_layers
+    assert found[0] == expected and found[1] == [*map(id, blocks)]
+    np.testing.assert_array_equal(found[2], logits)
+    assert [*map(id, llama.model.layers)] == [*map(id, blocks)]
+
+
+def test_a_block_that_records_nothing_is_refused(model):
+    """The model as it was given has no hooks; `seen.model` has."""
+    with pytest.raises(ParameterError, match=r"seen\.model"), nl.trace(model, "layers.0"):
+        model(IDS)
+    with nl.trace(model, "layers.0") as seen:
+        seen.model(IDS)
+    assert seen["layers.0"].shape == (1, 8, model.args.dim)
+    with nl.edit(model, "layers.0", np.zeros_like) as edited:
+        assert np.abs(edited(IDS) - model(IDS)).max() > 0

@@ -197,7 +197,7 @@ BUGS = [
         GENERATE,
         "    start_pos = len(context.ids)\n",
         "    start_pos = 0\n",
-        "tests/test_generate.py",
+        "tests/generation/test_generate.py",
     ),
     # --- files and text
     Bug(
@@ -206,7 +206,7 @@ BUGS = [
         "numpy_llama/checkpoint/huggingface.py",
         '"wk": interleaved_rows(args.n_kv_heads, args.head_dim),',
         '"wk": interleaved_rows(args.n_heads, args.head_dim * args.n_kv_heads // args.n_heads),',
-        "tests/test_huggingface.py",
+        "tests/checkpoint/test_huggingface.py",
     ),
     Bug(
         "w1 and w3 exchanged in the names",
@@ -214,7 +214,7 @@ BUGS = [
         "numpy_llama/checkpoint/names.py",
         '("feed_forward.w_gate", "feed_forward.w1",',
         '("feed_forward.w_gate", "feed_forward.w3",',
-        "tests/test_meta.py",
+        "tests/checkpoint/test_meta.py",
     ),
     Bug(
         "double BOS: the template's and the tokenizer's",
@@ -222,7 +222,7 @@ BUGS = [
         "numpy_llama/text/chat.py",
         "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
         "        if tokenizer.add_bos:",
-        "tests/test_chat.py",
+        "tests/text/test_chat.py",
     ),
     Bug(
         "one end token of two",
@@ -230,7 +230,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))[:1]",
-        "tests/test_tokenizer.py tests/test_chat.py",
+        "tests/text/test_tokenizer.py tests/text/test_chat.py",
     ),
     Bug(
         "spaces stripped from every piece of the stream",
@@ -238,7 +238,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         "        return self._utf8.decode(data).strip()\n",
-        "tests/test_tokenizer.py",
+        "tests/text/test_tokenizer.py",
     ),
     Bug(
         "characters of several tokens decoded one by one",
@@ -246,7 +246,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         '        return data.decode("utf-8", "replace")\n',
-        "tests/test_tokenizer.py",
+        "tests/text/test_tokenizer.py",
     ),
     # --- choosing
     Bug(
@@ -313,7 +313,7 @@ BUGS = [
         "csrc/linear.c",
         "weight(format, a->w + (r * blocks + b) * bytes, s, i)",
         "weight(format, a->w + (int)((r * blocks + b) * bytes), s, i)",
-        "tests/test_kernels.py::test_rows_beyond_4_gib_are_found",
+        "tests/kernels/test_kernels.py::test_rows_beyond_4_gib_are_found",
     ),
     Bug(
         "rows beyond the last whole panel dropped",
@@ -321,7 +321,7 @@ BUGS = [
         "csrc/linear.c",
         "/ n + 31) / 32 * 32;",
         "/ n) / 32 * 32;",
-        "tests/test_kernels.py",
+        "tests/kernels/test_kernels.py",
     ),
     Bug(
         "sums of bytes saturate at 32,767",
@@ -329,7 +329,7 @@ BUGS = [
         "csrc/vec_avx2.h",
         "{ return _mm256_maddubs_epi16(a, b); }",
         "{ return _mm256_srai_epi16(_mm256_maddubs_epi16(_mm256_slli_epi16(a, 2), b), 2); }",
-        "tests/test_fixed.py",
+        "tests/kernels/test_fixed.py",
     ),
     Bug(
         "minima of a K format forgotten",
@@ -337,7 +337,7 @@ BUGS = [
         "csrc/few_tokens.c",
         "*to = vec_fma(vec_from_ints(of_both), vec_mul(d,",
         "*to = vec_fma(vec_zero(), vec_mul(d,",
-        "tests/test_fixed.py",
+        "tests/kernels/test_fixed.py",
     ),
     Bug(
         "the sum not rescaled when a larger score comes",
@@ -345,6 +345,6 @@ BUGS = [
         "csrc/attention.c",
         "            l = l * old + p;",
         "            l = l + p;",
-        "tests/test_attention_kernel.py",
+        "tests/kernels/test_attention_kernel.py",
     ),
 ]

@@ -15,9 +15,9 @@ JUDGES = {
         f"{LAWS}test_{name}.py"
         for name in ("rms_norm", "softmax", "swiglu", "embedding", "linear", "rope", "attention", "model")
     )
-    + " tests/test_model.py",
-    "numpy_llama/generation/sampling.py": f"{LAWS}test_sampling.py tests/test_sampling.py",
-    "numpy_llama/backend/formats.py": f"{LAWS}test_quantisation.py tests/test_quantize.py",
+    + " tests/model/test_model.py",
+    "numpy_llama/generation/sampling.py": f"{LAWS}test_sampling.py tests/generation/test_sampling.py",
+    "numpy_llama/backend/formats.py": f"{LAWS}test_quantisation.py tests/kernels/test_quantize.py",
 }
 
 OPERATORS = {

@@ -11,7 +11,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 from conftest import DATA
-from gguf_writer import gguf_bytes
+from helpers.gguf_writer import gguf_bytes
 from tokenizers import models, normalizers, pre_tokenizers
 
 from numpy_llama.checkpoint.tokenizers import open_tokenizer, tokenizer_of_folder

@@ -1,0 +1,275 @@
+"""`convert`: the new file means what the old one meant, and nothing is ever left half-done."""
+
+import base64
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import test_every_format as every
+from helpers.gguf_writer import write_llama
+from test_cli import PROGRAM, assert_refused, run
+
+import numpy_llama as nl
+from numpy_llama.backend import build
+from numpy_llama.backend.formats import FORMATS, StoredTensor
+from numpy_llama.checkpoint import convert, open_checkpoint
+from numpy_llama.errors import (
+    FileChangedError,
+    MismatchError,
+    NumericsError,
+    ParameterError,
+    ResourceLimitError,
+)
+from numpy_llama.text.chat import CHAT_FORMATS
+from numpy_llama.text.tokenizer import spelled
+
+SOURCES = [
+    ("Llama 3.1 (scaled)", "HF, sharded"),
+    ("tied", "HF, safetensors, F16"),
+    ("explicit head_dim", "HF, .bin, BF16"),
+    ("Llama 2 (GQA)", "Meta, 1 file, BF16"),
+    ("LLaMA 1 (MHA)", "Meta, 4 files, F16"),
+]
+
+
+def write_source(name: str, format: str, folder: Path) -> Path:
+    """A model with the smallest of Meta's tokenizers: the 256 bytes and Llama 3's control tokens."""
+    every.FORMATS[format](name, folder)
+    lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "source").mkdir()
+    return write_source("Llama 3.1 (scaled)", "HF, sharded", tmp_path / "source")
+
+
+@pytest.mark.parametrize("dtype", convert.DTYPES)
+@pytest.mark.parametrize("name, format", SOURCES, ids=lambda value: value.replace(" ", "_"))
+def test_the_new_file_means_the_same(name, format, dtype, tmp_path):
+    old = open_checkpoint(write_source(name, format, tmp_path))
+    out = convert.convert(old, tmp_path / "out.gguf", dtype)
+    new = open_checkpoint(out)
+    assert (new.format, new.args) == ("GGUF", old.args)
+    weights, tied = new.weights(), every.GENERATIONS[name].tied
+    assert weights.keys() == old.weights().keys()
+    assert (weights["output.weight"] is weights["tok_embeddings.weight"]) == tied
+    for ours, w in old.weights().items():
+        target = convert.target_format(ours, w.shape, dtype)
+        assert weights[ours].format.name == target.name and weights[ours].in_place
+        wanted = StoredTensor.quantize(w.dequantize(), target)
+        np.testing.assert_array_equal(weights[ours].data, wanted.data)
+    if dtype in ("f32", "bf16", "f16"):  # the weights are numbers that all three hold
+        logits = [build(c.args, c.weights(), exact=True)(every.IDS) for c in (old, new)]
+        np.testing.assert_array_equal(*logits)
+    for text in ("Hello, wörld! 12345", "<|eot_id|> is no control token", " \n\n\t x"):
+        assert new.tokenizer().encode(text) == old.tokenizer().encode(text)
+    assert new.tokenizer().eos_ids == old.tokenizer().eos_ids
+    assert new.chat_format() is old.chat_format() is CHAT_FORMATS["llama3"]
+
+
+@pytest.mark.parametrize("dtype", convert.DTYPES)
+def test_the_reference_reader_reads_it(dtype, source, tmp_path):
+    out = convert.convert(open_checkpoint(source), tmp_path / "out.gguf", dtype)
+    ours = open_checkpoint(out)
+    tensors = gguf.GGUFReader(out).tensors
+    assert {t.name for t in tensors} == ours.tensors.keys()
+    for t in tensors:
+        expected = gguf.dequantize(t.data, t.tensor_type)
+        np.testing.assert_array_equal(ours.file.tensor(t.name).dequantize(), expected)
+
+
+def test_which_formats_are_chosen():
+    shape = (64, 128)
+    for dtype, layer, outer in [("q4", "Q4_0", "Q8_0"), ("q8", "Q8_0", "Q8_0"), ("bf16", "BF16", "BF16")]:
+        assert convert.target_format("layers.0.attention.wq.weight", shape, dtype) is FORMATS[layer]
+        assert convert.target_format("output.weight", shape, dtype) is FORMATS[outer]
+        assert convert.target_format("tok_embeddings.weight", shape, dtype) is FORMATS[outer]
+        assert convert.target_format("norm.weight", (64,), dtype) is FORMATS["F32"]
+    assert convert.target_format("layers.0.attention.wq.weight", (64, 72), "q4") is FORMATS["F32"]
+
+
+def test_a_real_model_from_q4_1_to_q8_still_knows(smollm2_path, tmp_path):
+    out = tmp_path / "smollm2-q8.gguf"
+    done = run("convert", str(smollm2_path), str(out), "--dtype", "q8")
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"smollm2-q8.gguf: 138" in done.stderr and done.stderr.count(b"\n") == 1
+    answer = run("chat", "-m", str(out), "What is the capital of France?")
+    assert answer.stdout == b"The capital of France is Paris.\n"
+    text = "The quick brown fox - 1234 - jumps, <|im_start|>!"
+    assert nl.load_tokenizer(out).encode(text) == nl.load_tokenizer(smollm2_path).encode(text)
+
+
+# Whatever happens, OUT is what it was, and nothing else is left behind
+
+
+def assert_untouched(folder: Path, before: dict[str, bytes]) -> None:
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+@pytest.fixture
+def old_out(tmp_path):
+    folder = tmp_path / "target"
+    folder.mkdir()
+    (folder / "out.gguf").write_bytes(b"the old file")
+    return folder / "out.gguf"
+
+
+def test_progress_counts_up_to_the_whole_file_twice(source, tmp_path):
+    heard = []
+    out = convert.convert(
+        open_checkpoint(source), tmp_path / "o", "q8", None, lambda *news: heard.append(news)
+    )
+    for what in ("converting", "checking"):
+        steps = [(done, total) for w, done, total in heard if w == what]
+        assert steps == sorted(steps) and len({total for _, total in steps}) == 1
+        assert 0.95 * out.stat().st_size < steps[-1][0] <= steps[-1][1] <= out.stat().st_size
+
+
+@pytest.mark.parametrize("when", ["converting", "checking"])
+def test_ctrl_c_leaves_the_old_file(when, source, old_out):
+    def interrupt(what, done, total):
+        if what == when:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(open_checkpoint(source), old_out, "q8", None, interrupt)
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+@pytest.mark.parametrize("spoilt", ["header", "tensor"])
+def test_what_reads_back_differently_is_thrown_away(spoilt, source, old_out, monkeypatch):
+    verify = convert.verify
+
+    def spoil(written, args, infos, sums, progress):
+        with written.path.open("r+b") as file:
+            file.seek(infos[3].offset + 5 if spoilt == "tensor" else 24)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+        verify(written.__class__(written.path), args, infos, sums, progress)
+
+    monkeypatch.setattr(convert, "verify", spoil)
+    with pytest.raises(nl.NumpyLlamaError) as caught:
+        convert.convert(open_checkpoint(source), old_out, "bf16")
+    if spoilt == "tensor":
+        assert isinstance(caught.value, MismatchError) and "reads back differently" in str(caught.value)
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+def test_a_full_disk_leaves_the_old_file(source, old_out):
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = run("convert", str(source), str(old_out), "--dtype", "f32", preexec_fn=small_files)
+    assert_refused(done, 1, str(old_out), "was not written", "nothing was changed")
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+def test_a_disk_without_room_is_seen_beforehand(source, old_out, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: os.stat_result and type("U", (), {"free": 999}))
+    with pytest.raises(ResourceLimitError, match=r"needs [\d,]+ bytes, the disk has 999 left"):
+        convert.convert(open_checkpoint(source), old_out, "f32")
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_the_old_file(number, smollm2_path, old_out):
+    command = [PROGRAM, "convert", str(smollm2_path), str(old_out), "--dtype", "f32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (parts := list(old_out.parent.glob(".out.gguf.*"))) or parts[0].stat().st_size < 1 << 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=20)
+    expected = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+    assert (process.returncode, message) == (expected[number], b"")
+    assert old_out.read_bytes() == b"the old file"
+    left = list(old_out.parent.glob(".*"))
+    assert len(left) == (number == signal.SIGKILL)  # nobody can tidy up after that one
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(source, old_out):
+    opened = open_checkpoint(source)
+    os.utime(opened.files[0].path, (1, 1))
+    with pytest.raises(FileChangedError, match="time of change was"):
+        convert.convert(opened, old_out, "q8")
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+def test_refusals(source, tmp_path):
+    opened = open_checkpoint(source)
+    with pytest.raises(ParameterError, match="dtype is 'q2', it must be one of f32, bf16, f16, q8, q4"):
+        convert.convert(opened, tmp_path / "o", "q2")
+    with pytest.raises(ParameterError, match="is a folder"):
+        convert.convert(opened, tmp_path, "q8")
+    link = tmp_path / "link"
+    link.symlink_to(opened.files[0].path)
+    for same in (opened.files[0].path, link):
+        with pytest.raises(ParameterError, match="part of what is to be converted"):
+            convert.convert(opened, same, "q8")
+    assert_refused(run("convert", str(source), str(tmp_path / "no" / "o"), "--dtype", "q8"), 1, "cannot be")
+    assert_refused(run("convert", str(source), str(tmp_path / "o")), 2, "--dtype")
+
+
+def test_nothing_that_belongs_to_the_source_is_overwritten(source):
+    opened = open_checkpoint(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for name in ("tokenizer.model", "config.json", "model.safetensors.index.json"):
+        with pytest.raises(ParameterError, match="part of what is to be converted"):
+            convert.convert(opened, source / name, "q8")
+    assert_untouched(source, before)
+
+
+def test_only_files_are_replaced(source, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ParameterError, match="no regular file"):
+        convert.convert(open_checkpoint(source), tmp_path / "fifo", "q8")
+    assert (tmp_path / "fifo").is_fifo()
+
+
+@pytest.mark.parametrize(
+    "bad, dtype",
+    [(np.nan, "f32"), (np.inf, "bf16"), (7e4, "f16"), (np.nan, "f16"), (7e4, "q8"), (np.nan, "q4")],
+)
+def test_a_weight_that_cannot_be_stored_is_named(bad, dtype, tmp_path, old_out):
+    weights = dict(every.weights_of("Llama 3"))
+    weights["layers.1.feed_forward.w_up.weight"] = weights["layers.1.feed_forward.w_up.weight"].copy()
+    weights["layers.1.feed_forward.w_up.weight"][3, 5] = bad
+    path = write_llama(tmp_path / "bad.gguf", every.LLAMA_3, weights, **byte_vocabulary(576))
+    with pytest.raises(NumericsError, match=r"bad\.gguf: blk\.1\.ffn_up\.weight"):
+        convert.convert(open_checkpoint(path), old_out, dtype)
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+def byte_vocabulary(n: int) -> dict:
+    """256 tokens of a byte each, and unused ones."""
+    tokens = [spelled(bytes([b])) for b in range(256)] + [f"[{i}]" for i in range(256, n)]
+    kinds = np.where(np.arange(n) < 256, 1, 5).astype(np.int32)
+    return {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": kinds, "merges": []}
+
+
+def test_rows_without_a_token_are_not_chosen_after_converting_either(tmp_path, source):
+    """The embedding has 576 rows, the tokenizer 512 ids: greedy or not, no other id may come out."""
+    out = convert.convert(open_checkpoint(source), tmp_path / "out.gguf", "f32")
+    old, new = nl.load(source), nl.load(out)
+    assert (old.tokenizer.vocab_size, new.tokenizer.vocab_size) == (512, 576)
+    for seed in range(3):
+        options = {"max_tokens": 60, "temperature": 5.0, "seed": seed}
+        made = [llama.generate([1, 2, 3], **options).tokens for llama in (old, new)]
+        assert made[0] == made[1] and max(made[0]) < 512
+
+
+def test_the_new_file_has_the_rights_of_any_new_file(source, tmp_path):
+    out = convert.convert(open_checkpoint(source), tmp_path / "o", "q8")
+    (tmp_path / "plain").touch()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,0 +1,332 @@
+"""Generation: the loop over ids, streams of text, stop texts, sessions."""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from helpers.gguf_writer import random_weights
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import numpy_llama as nl
+from numpy_llama.errors import (
+    ContextOverflowError,
+    MismatchError,
+    NumericsError,
+    ParameterError,
+    TemplateError,
+)
+from numpy_llama.generation.generate import PREFILL_CHUNK, Session, forward, generate
+from numpy_llama.generation.sampling import Sampler
+from numpy_llama.generation.transcript import StopTexts
+
+ARGS = nl.ModelArgs(
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    vocab_size=50,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_seq_len=2 * PREFILL_CHUNK + 50,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nl.Transformer(ARGS, random_weights(ARGS, np.random.default_rng(0)))
+
+
+@pytest.fixture(scope="module")
+def llama(smollm2_path):
+    return nl.load(smollm2_path)
+
+
+def run(model, prompt, session=None, sampler=None, **options):
+    """-> (the new ids, the reason of the end)."""
+    ids, steps = [], generate(model, prompt, session or Session(model), sampler or Sampler(), **options)
+    while True:
+        try:
+            ids.append(next(steps))
+        except StopIteration as end:
+            return ids, end.value
+
+
+@settings(max_examples=50)  # of up to 1,064 tokens
+@given(length=st.integers(1, 2 * PREFILL_CHUNK + 40), seed=st.integers(0, 99))
+def test_greedy_ids_are_those_of_the_plain_model(model, length, seed):
+    """However the prompt is cut and cached: each id is the argmax of one pass over all that came before."""
+    prompt = np.random.default_rng(seed).integers(0, 50, length).tolist()
+    ids, reason = run(model, prompt, max_tokens=4)
+    assert reason == "length" and len(ids) == 4
+    logits = model(np.array([prompt + ids]))[0]
+    for i, token in enumerate(ids):
+        row = logits[length - 1 + i]
+        # In float32 two ways of adding may order two nearly equal logits differently.
+        assert row[token] >= row.max() - 1e-5 * np.abs(row).max()
+
+
+def test_it_ends_before_any_of_several_stop_ids(model):
+    prompt = [3, 1, 4]
+    free, _ = run(model, prompt, max_tokens=10)
+    never = min(set(range(50)) - set(free))
+    for stop in set(free):
+        assert run(model, prompt, max_tokens=10, stop_ids={never, stop}) == (free[: free.index(stop)], "stop")
+
+
+def test_max_tokens_is_kept(model):
+    assert run(model, [1], max_tokens=0) == ([], "length")
+    assert len(run(model, [1], max_tokens=7)[0]) == 7
+
+
+def test_a_full_context_ends_with_length(model):
+    for room in (4, 5):
+        ids, reason = run(model, [1, 2, 3], Session(model, room))
+        assert (len(ids), reason) == (room - 3, "length")
+
+
+def test_a_prompt_without_room_is_refused_before_any_work(model):
+    def no_work(*args):
+        raise AssertionError("the model was called")
+
+    for length in (5, 6):
+        with pytest.raises(ContextOverflowError, match=f"the prompt has {length} tokens, the context 5"):
+            run(model, [1] * length, Session(model, 5), on_prefill=no_work)
+    with pytest.raises(ParameterError, match="prompt is empty"):
+        run(model, [])
+
+
+def test_ids_outside_the_vocabulary_are_refused(model):
+    for bad in (-1, 50):
+        with pytest.raises(ParameterError, match=r"they must lie in 0\.\.49"):
+            run(model, [1, bad])
+
+
+def test_progress_is_told(model):
+    told = []
+    run(model, [1] * (PREFILL_CHUNK + 7), max_tokens=1, on_prefill=lambda *news: told.append(news))
+    total = PREFILL_CHUNK + 7
+    assert told == [(0, total), (PREFILL_CHUNK, total), (total, total)]
+
+
+@given(
+    old=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    new=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+)
+def test_a_context_is_reused_as_far_as_the_prompts_agree(model, old, new):
+    """A second prompt in a used session gives what it gives in a fresh one; only its new end is computed."""
+    session = Session(model)
+    run(model, old, session, max_tokens=3)
+    held = list(session.ids)
+    told = []
+    again = run(model, new, session, max_tokens=5, on_prefill=lambda done, total: told.append(done))
+    assert again == run(model, new, max_tokens=5)
+    same = next(
+        (i for i, (a, b) in enumerate(zip(held, new, strict=False)) if a != b), min(len(held), len(new))
+    )
+    assert told[0] == min(same, len(new) - 1)
+
+
+def test_an_interrupted_context_can_be_used_again(model, monkeypatch):
+    session, prompt = Session(model), [1, 2, 3, 4]
+    steps = generate(model, prompt, session, Sampler())
+    first = [next(steps) for _ in range(3)]
+
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.layers[1], "feed_forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+    assert run(model, prompt, session, max_tokens=3)[0] == first
+
+
+def test_two_generations_in_one_context_are_refused(model):
+    session = Session(model)
+    first = generate(model, [1, 2], session, Sampler())
+    next(first)
+    second = generate(model, [3, 4], session, Sampler())
+    next(second)
+    with pytest.raises(ParameterError, match="the session is in use by a later generation"):
+        next(first)
+    assert [next(second) for _ in range(2)]
+
+
+def test_a_copied_context_goes_on_by_itself(model):
+    """Another text in the copy leaves what the first one holds as it was."""
+    session = Session(model)
+    made, _ = run(model, [1, 2, 3], session, max_tokens=6)
+    longer = [1, 2, 3, *made[:5], 7]
+    wanted, _ = run(model, longer, max_tokens=5)
+    twin = deepcopy(session)
+    run(model, [9, 8, 7, 6, 5, 4, 3, 2, 1], twin, max_tokens=5)
+    assert session.ids[:8] == longer[:8]
+    assert run(model, longer, session, max_tokens=5)[0] == wanted
+
+
+def test_logits_that_are_no_numbers_stop_it(model, monkeypatch):
+    monkeypatch.setattr(model, "logits", lambda h: np.full(50, np.nan, np.float32))
+    with pytest.raises(
+        NumericsError, match=r"position 1, token 7: every layer.* but the largest logit is nan"
+    ):
+        run(model, [1, 7])
+
+
+def test_the_seed_decides(model):
+    draw = [run(model, [1], sampler=Sampler(temperature=1.5, seed=s), max_tokens=20)[0] for s in (7, 7, 8)]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_the_penalty_sees_the_prompt_and_what_was_made(model):
+    ids, _ = run(model, [1, 2], sampler=Sampler(repetition_penalty=1e6), max_tokens=30)
+    assert len({1, 2, *ids}) == 32
+
+
+def test_a_cache_has_no_gaps_and_its_own_batch(model):
+    cache = model.new_cache(batch=1, max_seq_len=16)
+    with pytest.raises(ParameterError, match="position 5 comes after 0 stored ones"):
+        model(np.array([[1]]), 5, cache)
+    model(np.array([[1, 2, 3]]), 0, cache)
+    model(np.array([[4]]), 2, cache)  # going back is not a gap
+    with pytest.raises(ParameterError, match="position 4 comes after 3"):
+        model(np.array([[1]]), 4, cache)
+    with pytest.raises(ParameterError, match="2 sequences do not fit a cache for 1"):
+        model(np.array([[1], [2]]), 0, cache)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], 3, [[[1]]], [[1.5]], [[True]], None])
+def test_tokens_are_whole_numbers_in_rows(model, tokens):
+    with pytest.raises(ParameterError, match="wanted whole numbers of shape"):
+        model(np.array(tokens))
+
+
+def test_forward_counts_positions(model):
+    session = Session(model)
+    whole = forward(model, [1, 2, 3, 4, 5], session)
+    halves = Session(model)
+    forward(model, [1, 2], halves)
+    np.testing.assert_allclose(
+        forward(model, [3, 4, 5], halves), whole, rtol=0, atol=1e-5 * np.abs(whole).max()
+    )
+    assert halves.ids == session.ids == [1, 2, 3, 4, 5]
+
+
+# ---------------------------------------------------------------- stop texts
+
+
+@given(
+    text=st.text("ab", max_size=40),
+    stop=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+    cuts=st.lists(st.integers(0, 40), max_size=10),
+)
+@example(text="baa", stop=["a", "baa"], cuts=[2])  # "a" is complete before "baa", though it begins later
+def test_stop_texts_cut_at_the_first_one_however_the_text_arrives(text, stop, cuts):
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    stops, out, released = StopTexts(stop), "", []
+    for begin, end in pairwise(edges):
+        out += stops.push(text[begin:end])
+        released.append((end, len(out)))
+        if stops.found:
+            break
+    else:
+        out += stops.held
+    _, first = min(((at + len(s), at) for s in stop if (at := text.find(s)) >= 0), default=(0, None))
+    assert out == text[:first]
+    assert stops.found == (first is not None)
+    # Nothing is held back that cannot be the beginning of a stop text.
+    for end, given_out in released:
+        held = text[given_out:end]
+        assert stops.found or not held or any(s.startswith(held) for s in stop)
+
+
+def test_the_first_of_several_stop_texts_in_one_piece_counts():
+    stops = StopTexts(["late", "early"])
+    assert stops.push("so early, so late") == "so " and stops.found
+
+
+@pytest.mark.parametrize("stop", ["text", [""], [1], [None]])
+def test_stop_must_be_a_list_of_texts(stop):
+    with pytest.raises(ParameterError, match="stop is"):
+        StopTexts(stop)
+
+
+# ---------------------------------------------------------------- streams of text
+
+
+def test_a_stream_is_the_completion_in_pieces(llama):
+    expected = llama.generate("Once upon a time", max_tokens=20)
+    pieces = list(llama.stream("Once upon a time", max_tokens=20))
+    assert "".join(piece.text for piece in pieces) == expected.text == pieces[-1].completion.text
+    assert [piece.token for piece in pieces] == [*expected.tokens, None]
+    assert all(piece.completion is None for piece in pieces[:-1])
+    assert expected.text == llama.tokenizer.decode(expected.tokens)
+
+
+def test_a_stop_text_ends_the_stream(llama):
+    free = llama.generate("Once upon a time", max_tokens=30).text
+    stop = free[17:23]  # from the middle of one word into the next
+    cut = llama.generate("Once upon a time", max_tokens=30, stop=["never said", stop])
+    assert cut.text == free[: free.find(stop)] and cut.finish_reason == "stop"
+
+
+def test_a_stream_never_splits_a_character(llama):
+    """Emoji take several tokens: every piece is whole characters, and nothing is lost."""
+    ids = llama.tokenizer.encode("🙂🙃 naïve 漢字 🏳️‍🌈!")
+    assert any("\ufffd" in llama.tokenizer.decode([i]) for i in ids)  # there are tokens of half a character
+
+    class Parrot:
+        args = llama.model.args
+
+        def new_cache(self, batch, max_seq_len):
+            return type("Cache", (), {"max_seq_len": max_seq_len})()
+
+        def hidden(self, tokens, start_pos, cache):
+            return np.full((1, tokens.shape[1], 1), start_pos + tokens.shape[1] - 1)
+
+        def logits(self, h):
+            logits = np.zeros(49152, np.float32)
+            logits[[*ids, 2][int(h[0])]] = 1
+            return logits
+
+    parrot = nl.Llama(Parrot(), llama.tokenizer)
+    pieces = [piece.text for piece in parrot.stream([0], max_tokens=100)]
+    assert "".join(pieces) == "🙂🙃 naïve 漢字 🏳️‍🌈!"
+    assert not any("\ufffd" in piece for piece in pieces)
+    cut_in_half = parrot.generate([0], max_tokens=1).text
+    assert cut_in_half == "\ufffd" or cut_in_half == "🙂"
+
+
+@pytest.mark.parametrize("prompt", [b"hi", [1.5], [True], ["a"], [[1, 2]], {1: 2}.items()])
+def test_a_prompt_is_text_or_ids(llama, prompt):
+    with pytest.raises(ParameterError, match="a text or a list of token ids"):
+        llama.stream(prompt)
+
+
+@pytest.mark.parametrize("n", [-1, 1.5, "3", True])
+def test_max_tokens_is_checked(llama, n):
+    with pytest.raises(ParameterError, match="max_tokens is"):
+        llama.stream("hi", max_tokens=n)
+
+
+def test_a_model_without_a_template_does_not_chat(llama):
+    with pytest.raises(TemplateError, match="no chat template"):
+        nl.Llama(llama.model, llama.tokenizer).chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, model):
+    with pytest.raises(MismatchError, match="the tokenizer has 49152 ids, the embedding 50 rows"):
+        nl.Llama(model, llama.tokenizer)
+
+
+def test_what_the_docstring_of_the_package_shows(llama):
+    ids = llama.encode_chat([{"role": "user", "content": "hi"}])
+    assert llama.tokenizer.piece(ids[0]) == "<|im_start|>"
+    tokens = llama.tokenizer.encode("The Eiffel Tower is in")
+    cache = llama.model.new_cache(batch=1, max_seq_len=512)
+    logits = llama.model(np.array([tokens]), start_pos=0, cache=cache)
+    assert logits.shape == (1, len(tokens), 49152) and logits.dtype == np.float32
+    assert llama.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"

@@ -1,0 +1,392 @@
+"""`bench`: the probes do what they say, the columns are what they are called, wrong requests are refused."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.gguf_writer import random_weights, write_llama
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_cli import assert_refused, run
+from test_convert import byte_vocabulary
+from test_kernels import Guarded
+
+from numpy_llama import functional as F
+from numpy_llama.backend import build, kernels
+from numpy_llama.backend.formats import StoredTensor
+from numpy_llama.checkpoint.presets import n_parameters
+from numpy_llama.config import ModelArgs
+from numpy_llama.generation.generate import PREFILL_CHUNK
+from numpy_llama.inspect import bench
+from numpy_llama.inspect.bench import Machine, Result, Task
+from numpy_llama.model import Transformer
+
+# Every size another one, so that no two can be taken for each other.
+ARGS = ModelArgs(
+    dim=64,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    hidden_dim=160,
+    vocab_size=288,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_seq_len=2048,
+)
+LAST = PREFILL_CHUNK + 40  # a prompt of two chunks
+TASKS = [Task("pp", 5), Task("pp", LAST, 7), Task("tg", 4), Task("tg", 3, 9), Task("tg", 3, 9, 5)]
+ISA = kernels.isa()  # as it is chosen where nobody asks for another
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    weights = random_weights(ARGS, np.random.default_rng(0))
+    path = tmp_path_factory.mktemp("bench") / "tiny.gguf"
+    return write_llama(path, ARGS, weights, "Q8_0", **byte_vocabulary(ARGS.vocab_size))
+
+
+def stored_weights(format="Q8_0"):
+    weights = random_weights(ARGS, np.random.default_rng(0))
+    return {n: StoredTensor.quantize(w, format if w.ndim == 2 else "F32") for n, w in weights.items()}
+
+
+# --- the probes -------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3000), max_size=4), st.integers(1, 4), st.data())
+@settings(max_examples=settings().max_examples // 4)
+@example([2, 194, 64 * 3 + 2], 3, None)  # what is left behind equal shares
+def test_the_read_probe_reads_every_byte(isa, sizes, threads, data):
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in sizes]
+    words = [np.append(a, np.zeros(-len(a) % 4, np.uint8)).view("<u4") for a in arrays]
+    expected = int(np.bitwise_xor.reduce(np.concatenate([*words, np.zeros(1, "<u4")])))
+    assert kernels.read_probe(arrays, threads) == expected
+    if data is not None and sum(sizes):
+        array = arrays[data.draw(st.sampled_from([i for i, n in enumerate(sizes) if n]))]
+        array[data.draw(st.integers(0, len(array) - 1))] ^= 1
+        assert kernels.read_probe(arrays, threads) != expected
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_the_read_probe_touches_nothing_beside_its_arrays(isa, at_end):
+    for size in (1, 3, 4, 63, 64, 65, 127, 255, 256, 257, 300):
+        guarded = Guarded()
+        arrays = [guarded.copy(np.full(n, 1, np.uint8), at_end) for n in (size, 5)]
+        for threads in (1, 2, 3):
+            assert kernels.read_probe(arrays, threads) == kernels.read_probe([a.copy() for a in arrays], 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_fma_probe_does_all_its_work(isa, threads):
+    """x -> x / 2 + 1 goes to 2, from wherever it began; after no step it is still there."""
+    chains = 12
+    assert kernels.fma_probe(384 << 8, threads) == 2 * chains * threads
+    assert kernels.fma_probe(0, threads) == sum(range(chains)) * threads
+    vectors = {"scalar": 1, "avx2": 8, "avx512": 16}[isa]
+    assert kernels.fma_probe(2 * chains * vectors, 1) == sum(i / 2 + 1 for i in range(chains))  # one step
+
+
+def test_the_machine_has_limits(isa):
+    machine = Machine(2)
+    assert (machine.threads, machine.isa) == (2, isa)
+    one = Machine(1)
+    for ask in (lambda: one.read_bandwidth([np.zeros(1 << 22, np.uint8)]), one.fma_peak):
+        assert 1e7 < ask() < 1e13
+    assert Machine().threads == kernels.available_cpus()
+
+
+def test_without_kernels_the_limits_are_unknown(path):
+    code = """
+import sys
+sys.modules["numpy_llama.backend._kernels"] = None
+from numpy_llama.cli import main
+main(["bench", "-m", sys.argv[1], "--backend", "numpy", "-p", "4", "-n", "2", "-r", "1", *sys.argv[2:]])
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    prefill, decode = map(json.loads, done.stdout.splitlines())
+    for line in (prefill, decode):
+        assert line["tokens_per_second"] > 0
+        assert line["read_bandwidth"] is line["fma_peak"] is line["share_of_fma_peak"] is None
+    assert decode["bytes_per_second"] > 0 and decode["share_of_read_bandwidth"] is None
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 3 and "BLAS" in done.stdout
+
+
+# --- what a task takes ------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A model that counts what it multiplies and what it reads."""
+
+    def __init__(self):
+        self.operations = self.nbytes = 0
+        self.shapes = []
+
+    def linear(self, x, w):
+        self.operations += 2 * x.size * len(w)
+        self.nbytes += w.nbytes
+        return F.linear(x, w)
+
+    def attention(self, q, k, v):
+        self.nbytes += k.nbytes + v.nbytes
+        self.shapes.append(q.shape[:2])
+        return F.attention(q, k, v)
+
+    def model(self):
+        weights = random_weights(ARGS, np.random.default_rng(0))
+        return Transformer(ARGS, weights, self.linear, self.attention)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_costs_are_what_is_really_multiplied_and_read(task):
+    counted = Counted()
+    model, rng = counted.model(), np.random.default_rng(0)
+    cache = bench.filled_cache(model, task, rng)
+    assert cache.filled == [task.depth] * ARGS.n_layers and cache.batch == task.batch
+    bench.once(model, rng.integers(0, 288, (task.batch, task.length)), cache, task, task.steps)
+    assert cache.filled == [task.depth + task.length] * ARGS.n_layers == [cache.max_seq_len] * ARGS.n_layers
+    cost = bench.cost(model, task, kv_per_position=2 * 3 * 2 * 16 * 4)
+    assert (cost.operations, cost.nbytes) == (counted.operations, counted.nbytes)
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_weights_are_counted_in_the_bytes_that_the_path_reads(backend):
+    model = build(ARGS, stored_weights(), backend=backend)
+    n = n_parameters(ARGS) - ARGS.vocab_size * ARGS.dim - (2 * ARGS.n_layers + 1) * ARGS.dim
+    nbytes = n * 4 if backend == "numpy" else n // 32 * 34
+    assert bench.cost(model, Task("tg", 10), 0).nbytes == 10 * nbytes
+    assert sum(piece.nbytes for piece in bench.probed(model)) == nbytes
+    assert bench.formats(model) == ("F32" if backend == "numpy" else "Q8_0")
+
+
+def test_formats_are_named_by_their_bytes():
+    weights = stored_weights("Q4_0")
+    for name in ("output.weight", "layers.1.feed_forward.w_down.weight"):
+        weights[name] = stored_weights("F16")[name]
+    weights["layers.0.attention.wk.weight"] = stored_weights("Q8_0")["layers.0.attention.wk.weight"]
+    assert bench.formats(build(ARGS, weights)) == "Q4_0+F16+Q8_0"
+
+
+def test_of_a_large_model_only_a_part_is_probed(monkeypatch):
+    model = build(ARGS, stored_weights())
+    first, second, *_ = (bench.stored(linear).nbytes for linear in bench.matrices(model))
+    monkeypatch.setattr(bench, "READ_BYTES", first + 1)
+    assert [piece.nbytes for piece in bench.probed(model)] == [first, second]
+
+
+def test_names():
+    assert [str(task) for task in TASKS] == ["pp5", f"pp{LAST} @ d7", "tg4", "tg3 @ d9", "tg3 b5 @ d9"]
+    assert Task("pp", LAST, 7).steps == [(7, 7 + PREFILL_CHUNK), (7 + PREFILL_CHUNK, 7 + LAST)]
+    assert Task("tg", 3, 9).steps == [(9, 10), (10, 11), (11, 12)]
+
+
+# --- what is measured -------------------------------------------------------------------------------------
+
+
+class Limits:
+    """A machine whose probes give these numbers, one after another."""
+
+    def __init__(self, read, fma):
+        self.read, self.fma = iter(read), iter(fma)
+
+    def read_bandwidth(self, pieces):
+        return next(self.read)
+
+    def fma_peak(self):
+        return next(self.fma)
+
+
+def test_measure_with_a_clock_of_our_own(monkeypatch):
+    """Runs of 1, 3 and 2 seconds; the warm-up and the first probes do not count."""
+    now = iter(np.cumsum([0, 50, 0, 1, 0, 3, 0, 2]).tolist())
+    clock = types.SimpleNamespace(perf_counter=lambda: next(now), sleep=lambda seconds: None)
+    monkeypatch.setattr(bench, "time", clock)
+    counted, heard = Counted(), []
+    task = Task("tg", 6, 4, 2)
+    machine = Limits([9e9, 5e9, 1e9, 3e9], [9e9, 4e9, 6e9, 8e9])
+    result = bench.measure(counted.model(), task, machine, 3, lambda *run: heard.append(run))
+    assert heard == [(0, 3), (1, 3), (2, 3)]
+    assert counted.shapes == [(2, 1)] * ARGS.n_layers * (1 + 3 * 6)  # warm up with one step
+    assert result.seconds == [1, 3, 2]
+    assert result.rates == [12, 4, 6]
+    assert (result.read_bandwidth, result.fma_peak) == (3e9, 6e9)
+
+
+def test_columns():
+    task = Task("tg", 10, 0, 2)
+    result = Result(task, bench.Cost(operations=4000, nbytes=600), [2.0, 5.0, 4.0], 1e3, 1e4)
+    assert result.rates == [10, 4, 5]
+    assert (result.mean, result.sd) == (statistics.fmean([10, 4, 5]), statistics.stdev([10, 4, 5]))
+    a_token = 1 / 20
+    assert result.operations == pytest.approx(4000 * a_token * result.mean)
+    assert result.nbytes == pytest.approx(600 * a_token * result.mean)
+    assert Result(task, result.cost, [2.0], 1, 1).sd == 0
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+# fmt: off
+KEYS = [
+    "model", "size", "parameters", "format", "backend", "isa", "threads", "test", "length", "depth", "batch",
+    "tokens_per_second", "sd", "runs", "bytes_per_second", "read_bandwidth", "share_of_read_bandwidth",
+    "operations_per_second", "fma_peak", "share_of_fma_peak", "peak_memory",
+]
+# fmt: on
+
+
+def told(path, *arguments):
+    done = run("bench", "-m", str(path), *arguments)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout.decode().splitlines()
+
+
+def test_json_tells_all(path):
+    options = ["-p", "6", "-n", "4", "-d", "0,5", "-b", "1,3", "-t", "1,2", "-r", "2"]
+    lines = [json.loads(line) for line in told(path, *options, "--json")]
+    tests = ["pp6", "tg4", "tg4 b3", "pp6 @ d5", "tg4 @ d5", "tg4 b3 @ d5"]
+    assert [(line["threads"], line["test"]) for line in lines] == [
+        (t, test) for t in (1, 2) for test in tests
+    ]
+    for line in lines:
+        assert list(line) == KEYS
+        assert (line["model"], line["format"], line["backend"]) == ("tiny.gguf", "Q8_0", "c")
+        assert (line["isa"], line["parameters"]) == (ISA, n_parameters(ARGS))
+        assert len(line["runs"]) == 2 and line["tokens_per_second"] == pytest.approx(sum(line["runs"]) / 2)
+        assert line["peak_memory"] > 10 << 20 and line["fma_peak"] > 1e7
+        share = line["operations_per_second"] / line["fma_peak"]
+        assert line["share_of_fma_peak"] == pytest.approx(share) and share > 0
+        if line["test"].startswith("tg"):
+            share = line["bytes_per_second"] / line["read_bandwidth"]
+            assert line["share_of_read_bandwidth"] == pytest.approx(share) and share > 0
+        else:
+            assert line["bytes_per_second"] is line["share_of_read_bandwidth"] is None
+
+
+def test_the_numpy_path_can_be_measured_too(path):
+    (line,) = (json.loads(line) for line in told(path, "-p0", "-n3", "-r1", "--backend", "numpy", "--json"))
+    assert (line["test"], line["format"], line["threads"], line["isa"]) == ("tg3", "F32", None, None)
+    assert line["size"] == 4 * n_parameters(ARGS)
+    assert line["sd"] == 0 and line["bytes_per_second"] > 0
+
+
+def test_the_table_has_a_line_for_each_test(path):
+    title, prefill, decode, limits = told(path, "-p", "6", "-n", "4", "-t", "2", "-r", "2")
+    assert len({len(title), len(prefill), len(decode)}) == 1
+    assert title.split()[:4] == ["model", "size", "parameters", "format"]
+    assert "pp6" in prefill and prefill.split().count("-") == 2
+    assert "tg4" in decode and decode.count("%") == 2
+    assert limits.startswith(f"at best, 2 threads, {ISA}: read ")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["-p", "0", "-n", "0"], 2, ["nothing to measure"]),
+        (["-p", "6,x"], 2, ["-p", "'x' is not a whole number, 0 or above"]),
+        (["-p", ""], 2, ["-p", "''"]),
+        (["-n", "-1"], 2, ["-n", "'-1'"]),
+        (["-t", "1,0"], 2, ["-t", "'0' is not a whole number, 1 or above"]),
+        (["-b", "0"], 2, ["-b", "'0'"]),
+        (["-r", "0"], 2, ["-r", "'0'"]),
+        (["-p", "2049"], 1, ["pp2049 takes 2049 positions", "tiny.gguf has 2048"]),
+        (["-p", "1", "-n", "13", "-d", "2036"], 1, ["tg13 @ d2036 takes 2049 positions", "has 2048"]),
+        (
+            ["-p", "1", "-n", "512", "-b", "10000000"],
+            1,
+            ["tg512 b10000000 does not fit", "GiB are available"],
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(path, arguments, code, words):
+    assert_refused(run("bench", "-m", str(path), *arguments), code, *words)
+
+
+# --- against llama.cpp ------------------------------------------------------------------------------------
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "against_llama_cpp.py"
+
+# As much of llama-cpp-python as is asked for. A token takes it 2 ms, 1 ms with flash attention.
+STAND_IN = """
+import ctypes, time, types
+__version__ = "0"
+llama_token = ctypes.c_int32
+held, flash = [0], [0]
+llama_log_callback = lambda f: f
+llama_log_set = lambda *a: None
+llama_backend_init = lambda: None
+llama_model_default_params = lambda: None
+llama_model_load_from_file = lambda path, params: path.endswith(b".gguf")
+llama_model_get_vocab = lambda model: model
+llama_vocab_n_tokens = lambda vocab: 288
+llama_print_system_info = lambda: b"CPU : X = 1 | "
+llama_context_default_params = lambda: types.SimpleNamespace(n_batch=8)
+def llama_init_from_model(model, params):
+    held[0] = 0
+    return params
+def llama_batch_get_one(tokens, n):
+    return list(tokens)
+def llama_decode(context, batch):
+    held[0] += len(batch)
+    if len(batch) > context.n_batch or held[0] > context.n_ctx or max(batch) >= 288:
+        return 1
+    time.sleep((0.001 if context.flash_attn_type else 0.002) * len(batch))
+    return 0
+llama_get_memory = lambda context: context
+def llama_memory_seq_rm(memory, sequence, begin, end):
+    held[0] = begin
+llama_synchronize = lambda context: None
+"""
+
+
+def against(tmp_path, *arguments):
+    (tmp_path / "llama_cpp.py").write_text(STAND_IN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    command = [sys.executable, str(SCRIPT), "--llama-cpp", str(python), "-p", "8", "-r", "3", *arguments]
+    return subprocess.run(map(str, command), capture_output=True, text=True, timeout=60, env={**os.environ})
+
+
+def test_both_are_asked_for_the_same(path, tmp_path):
+    done = against(tmp_path, path, "-n", "5", "-d", "20", "-t", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["file"], told["depth"], told["threads"]) == ("tiny.gguf", 20, 1)
+    assert told["about"] == [f"numpy_llama, {ISA}", "llama-cpp-python 0, CPU : X = 1"]
+    for test, length in (("tg5", 5), ("pp8", 8)):
+        it = told[test]
+        assert it["flash_attention"] and 0 < it["llama_cpp"] <= 1000
+        assert len(it["runs"]["ours"]) == 3 and it["ours"] == statistics.median(it["runs"]["ours"])
+        assert it["llama_cpp"] == statistics.median(it["runs"]["theirs"])
+        assert it["ratio"] == pytest.approx(it["ours"] / it["llama_cpp"])
+        model = build(ARGS, stored_weights())
+        position = model.new_cache(1, 1)
+        cost = bench.cost(model, Task(test[:2], length, 20), position.k.nbytes + position.v.nbytes)
+        for share, of, limit in (
+            ("share_of_read_bandwidth", cost.nbytes, "read_bandwidth"),
+            ("share_of_fma_peak", cost.operations, "fma_peak"),
+        ):
+            assert it[share] == pytest.approx(of / length * it["ours"] / told[limit])
+
+
+def test_the_comparison_is_a_table(path, tmp_path):
+    done = against(tmp_path, path, path, "-n", "5", "-t", "1", "-r", "1")
+    title, rule, *rows = done.stdout.splitlines()[-4:]
+    assert title.startswith("| file | tg5 | llama.cpp | ratio | of read | pp8 |")
+    assert len(rows) == 2 and len({line.count("|") for line in (title, rule, *rows)}) == 1
+
+
+def test_a_contestant_that_fails_is_named(path, tmp_path):
+    done = against(tmp_path, path, "-n", "9", "-d", "2040")
+    assert done.returncode != 0 and "numpy_llama gave no answer" in done.stderr
+    done = against(tmp_path, path, "-p", "9")  # more than the batch of the stand-in
+    assert done.returncode != 0 and "llama.cpp gave no answer" in done.stderr and "returned 1" in done.stderr

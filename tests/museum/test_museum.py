@@ -1,0 +1,36 @@
+"""Every bug of the museum is caught. It prints who caught which: pytest -s tests/museum/test_museum.py."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = Path(__file__).with_name("run.py")
+
+
+def museum(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, RUN, *arguments], stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_every_historic_bug_is_caught():
+    told = museum()
+    killed, of = map(int, re.search(r"^(\d+) of (\d+) killed$", told, re.MULTILINE).groups())
+    assert killed == of > 30
+
+
+def test_what_changes_nothing_survives(tmp_path):
+    """The museum can tell: a fault that is none is caught by nobody, and is reported."""
+    code = (
+        "import run, bugs; run.BUGS[:] = [bugs.Bug('a space', '', bugs.F, 'x * x', 'x  *  x', bugs.NORM)]; "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "raise SystemExit(run.main())"],
+        cwd=RUN.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.split()[-3:]) == (1, ["of", "1", "killed"])
+    assert "SURVIVED" in done.stdout

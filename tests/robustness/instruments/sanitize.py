@@ -1,0 +1,131 @@
+"""The kernel tests on kernels built under a sanitizer:
+
+    python tests/robustness/instruments/sanitize.py address|undefined|thread [arguments for pytest]
+
+Everything happens in a temporary copy of the project. clang builds the extension there, straight from
+build_kernels.py's list of sources: setup.py would add Python's own flags, of which -fwrapv makes signed
+overflow legal. `--plant` first puts a fault into the copy which this sanitizer must find; then it is finding
+nothing that fails.
+"""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+TESTS = [
+    f"tests/kernels/{name}.py"
+    for name in ("test_kernels", "test_fixed", "test_attention_kernel", "test_layer", "test_convert_kernels")
+]
+# gcc under a sanitizer's library: that would be all that this one tests here.
+NOT_THIS = "tests/kernels/test_kernels.py::test_the_kernels_build_and_agree_without_openmp"
+MISSING = "apt install gcc clang libclang-rt-14-dev libomp-14-dev (or of another version)"
+
+# The library that must be there before Python is, and what it is told.
+RUNTIMES = {
+    # Python itself frees nothing at its end, so leaks are not looked for; SIGBUS is watch.c's, and tested.
+    "address": ("libclang_rt.asan-x86_64.so", {"ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0"}),
+    "undefined": ("libclang_rt.ubsan_standalone-x86_64.so", {"UBSAN_OPTIONS": "handle_sigbus=0"}),
+    # gcc's, for clang 14's crashes when it is loaded before a program. Python and NumPy are not instrumented:
+    # of what they do nothing is known, so nothing is said. A child of fork has one thread, and goes on.
+    "thread": (
+        "libtsan.so",
+        {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:die_after_fork=0:handle_sigbus=0"},
+    ),
+}
+# A line of a C file, and what it becomes with the fault that is to be found.
+PLANTED = {
+    "address": ("csrc/quantize.c", "w[i] = weight(format, p, 0, i);", "w[i] = weight(format, p, 0, i + 1);"),
+    "undefined": (
+        "csrc/linear.c",
+        "int64_t nl_fixed_bytes(int64_t T, int64_t IN) {",
+        "int64_t nl_fixed_bytes(int64_t T, int64_t IN) {\n    static volatile int most = 2147483647;\n"
+        "    most = most + (int)(T > 0);",
+    ),
+    "thread": ("csrc/layer.c", "#pragma omp barrier", ""),
+}
+
+
+def library(name: str) -> str:
+    """A library that comes with clang, beside its own files or where OpenMP's is; or with gcc."""
+
+    def asked(*command: str) -> Path:
+        return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+    resources = asked("clang", "-print-resource-dir")
+    of_gcc = asked("gcc", f"-print-file-name={name}")
+    for path in (resources / "lib" / "linux" / name, resources.parents[1] / name, of_gcc):
+        if path.is_file():
+            return str(path.resolve())
+    sys.exit(f"there is no {name}: {MISSING}")
+
+
+def build(copy: Path, sanitizer: str) -> None:
+    """The extension, from the copy's own sources, into the copy's package."""
+    os.chdir(copy)  # build_kernels.py names its sources from here
+    parts = runpy.run_path("csrc/build_kernels.py")
+    ffi = parts["make_ffi"](openmp=["-fopenmp"])
+    ffi.emit_c_code("numpy_llama/backend/_kernels.c")
+    flags = [flag for flag in parts["COMPILE"] if flag not in ("-O3", "-fno-tree-slp-vectorize")]
+    flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
+    flags += ["-fno-sanitize-recover=all", "-fopenmp", "-fPIC", "-DPy_LIMITED_API=0x030a0000"]
+    includes = ["-I", "csrc", "-I", sysconfig.get_path("include")]
+    made = f"numpy_llama/backend/_kernels{'.abi3' if sysconfig.get_config_var('SOABI') else ''}.so"
+    sources = ["numpy_llama/backend/_kernels.c", *(f"csrc/{name}" for name in parts["SOURCES"])]
+    jobs = [
+        subprocess.Popen(["clang", *flags, *includes, "-c", source, "-o", f"{Path(source).stem}.o"])
+        for source in sources
+    ]
+    if any([job.wait() for job in jobs]):
+        sys.exit("the kernels could not be compiled")
+    objects = [f"{Path(source).stem}.o" for source in sources]
+    subprocess.run(["clang", "-shared", *flags, *objects, "-lm", "-o", made], check=True)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    plant = "--plant" in arguments
+    if plant:
+        arguments.remove("--plant")
+    if not arguments or arguments[0] not in RUNTIMES:
+        sys.exit(__doc__)
+    if not shutil.which("clang"):
+        sys.exit(f"clang is not there: {MISSING}")
+    sanitizer, more = arguments[0], arguments[1:]
+    runtime, options = RUNTIMES[sanitizer]
+    environment = os.environ | options | {"LD_PRELOAD": library(runtime)}
+    environment |= {"OMP_TOOL_LIBRARIES": library("libarcher.so")} if sanitizer == "thread" else {}
+    with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:
+        copy = Path(folder)
+        for name in ("csrc", "numpy_llama", "tests"):
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "corpus")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if plant:
+            name, line, fault = PLANTED[sanitizer]
+            source = (copy / name).read_text()
+            if line not in source:
+                sys.exit(f"{name} has no line {line!r} any more to plant a fault in")
+            (copy / name).write_text(source.replace(line, fault))
+        build(copy, sanitizer)
+        environment |= {"PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "few", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "--deselect", NOT_THIS]
+        if sanitizer == "thread":  # addresses at random are sometimes where the shadow memory should be
+            command = ["setarch", "-R", *command]
+        named = any(argument.startswith("tests/") for argument in more)
+        done = subprocess.run([*command, *([] if named else TESTS), *more], env=environment)
+    if plant:
+        if not done.returncode:
+            sys.exit("the fault was not found")
+        print("the fault was found")
+        return
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

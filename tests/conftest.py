@@ -1,4 +1,4 @@
-"""Shared by all tests: the folder of extra test data, the real model."""
+"""Shared by all tests: the profiles, the real model, the instruction sets."""
 
 import os
 import signal
@@ -11,6 +11,8 @@ from hypothesis import settings
 from numpy_llama.backend import kernels
 from numpy_llama.checkpoint.download import pull
 from numpy_llama.proof import laws
+
+pytest.register_assert_rewrite("helpers")
 
 for _name, _profile in laws.PROFILES.items():
     settings.register_profile(_name, _profile)
@@ -27,8 +29,7 @@ def pytest_configure(config) -> None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A folder of further real files, golden outputs and texts; tests/with_data needs it and is collected with it.
-DATA = Path(os.environ.get("NUMPY_LLAMA_TEST_DATA", "/nonexistent"))
+# tests/with_data needs a folder of further real files, golden outputs and texts (helpers/data.py).
 collect_ignore = [] if "NUMPY_LLAMA_TEST_DATA" in os.environ else ["with_data"]
 
 

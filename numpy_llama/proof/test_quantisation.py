@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from ..backend.formats import FORMATS, MAX_F16, QK, QK_K
+from .blocks import ALL_16_BITS, all_pairs_of_scales, packed_scales
 from .bounds import U16, U32, assert_same, assert_within
 from .laws import assert_that, law, seeds, sources
 
@@ -233,8 +234,6 @@ def test_the_largest_weights_are_finite(ops, format, sign):
 
 # --- exhaustively -----------------------------------------------------------------------------------------
 
-ALL_16_BITS = np.arange(2**16, dtype=np.uint16)
-
 
 @each_half
 @law("dequantize_{format}")
@@ -327,31 +326,6 @@ def test_every_scale_times_every_code(ops, format):
 
 
 # --- the K formats, by hand -------------------------------------------------------------------------------
-
-
-def packed_scales(sc, m):
-    """(blocks, 8) numbers of 6 bits each -> (blocks, 12) bytes, bit by bit as quantize.py draws them."""
-    place = {}  # (array, sub-block, bit): (byte, bit)
-    for j in range(4):
-        for bit in range(6):
-            place["sc", j, bit] = (j, bit)
-            place["m", j, bit] = (j + 4, bit)
-        for bit in range(4):
-            place["sc", j + 4, bit] = (j + 8, bit)
-            place["m", j + 4, bit] = (j + 8, bit + 4)
-        for bit in range(4, 6):
-            place["sc", j + 4, bit] = (j, bit + 2)
-            place["m", j + 4, bit] = (j + 4, bit + 2)
-    packed = np.zeros((len(sc), 12), np.uint8)
-    for (name, j, bit), (byte, to) in place.items():
-        packed[:, byte] |= (({"sc": sc, "m": m}[name][:, j] >> bit & 1) << to).astype(np.uint8)
-    return packed
-
-
-def all_pairs_of_scales():
-    """(4096, 8) each: at every place of a block, every pair of two 6-bit numbers."""
-    pair = (np.arange(4096)[:, None] + 509 * np.arange(8)) % 4096
-    return pair // 64, pair % 64
 
 
 def two_halves(d, m):

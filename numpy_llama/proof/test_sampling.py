@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 from ..functional import softmax
 from .bounds import EXACT_64, U32, assert_same, assert_within
 from .laws import PROFILE, assert_refused, assert_that, law, seeds
+from .logits import EDGE, PROBABILITY, Fixed, all_logits
 
 fractions = st.floats(0, 1)
 
-# Probabilities of float32 logits: the rounding of x / T, at most 30 or so, goes through exp.
-PROBABILITY = 1e-6
-
-# A mass this close to the limit of top-p or min-p may fall on either side of it.
-EDGE = 1e-6
 
 # Chi-square of a fair draw: with fixed seeds the tests are repeatable, and a fair sampler passes them.
 LEAST_P_VALUE = 1e-6
@@ -27,20 +23,6 @@ DRAWS = min(max(400 * PROFILE.max_examples, 20_000), 1_000_000)
 
 # A repetition penalty is one product or quotient, perhaps by a penalty rounded to float32.
 ONE_ROUNDING = 4 * U32
-
-
-@st.composite
-def all_logits(draw, distinct=False):
-    """(V,) float32, flat or steep; with ties and ids already filtered, unless all shall be distinct."""
-    rng, V = np.random.default_rng(draw(seeds)), draw(st.integers(1, 60))
-    x = rng.normal(size=V) * draw(st.sampled_from([1, 5, 0.1]))
-    if not distinct and draw(st.booleans()):
-        x = np.round(x)
-    x = x.astype(np.float32)
-    if not distinct and draw(st.booleans()):
-        x[rng.random(V) < 0.3] = -np.inf
-        x[rng.integers(V)] = 1
-    return x
 
 
 def kept(logits):
@@ -54,19 +36,6 @@ def by_rank(logits):
 
 def probabilities(logits):
     return softmax(logits.astype(np.float64))
-
-
-class Fixed:
-    """A generator whose next numbers are known: `draw` takes one, by `random()`."""
-
-    def __init__(self, *values):
-        self.values = list(values)
-
-    def __repr__(self):
-        return f"a generator whose random() is next {self.values}"
-
-    def random(self):
-        return self.values.pop(0)
 
 
 # --- greedy -----------------------------------------------------------------------------------------------

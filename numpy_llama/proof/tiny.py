@@ -21,6 +21,8 @@ TINY = ModelArgs(
     rope_theta=1e4,
     max_seq_len=CONTEXT,
 )
+# Each row is whole blocks of 32: the quantized formats need that.
+TINY_BLOCKS = replace(TINY, dim=64, head_dim=16, hidden_dim=96)
 
 # The scaled RoPE has an original context of 16, so that slow, fast and ramped turns all occur in CONTEXT.
 GENERATIONS = {

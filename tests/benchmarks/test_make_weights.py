@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_every_format import LLAMA_31
+from helpers.generations import LLAMA_31
 
 import numpy_llama as nl
 from numpy_llama.backend.formats import FORMATS

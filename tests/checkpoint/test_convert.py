@@ -1,6 +1,5 @@
 """`convert`: the new file means what the old one meant, and nothing is ever left half-done."""
 
-import base64
 import os
 import resource
 import signal
@@ -11,9 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import test_every_format as every
-from helpers.gguf_writer import write_llama
-from test_cli import PROGRAM, assert_refused, run
+from helpers import generations
+from helpers.command_line import PROGRAM, assert_refused, run
+from helpers.generations import write_source
+from helpers.gguf_writer import byte_vocabulary, write_llama
 
 import numpy_llama as nl
 from numpy_llama.backend import build
@@ -27,7 +27,6 @@ from numpy_llama.errors import (
     ResourceLimitError,
 )
 from numpy_llama.text.chat import CHAT_FORMATS
-from numpy_llama.text.tokenizer import spelled
 
 SOURCES = [
     ("Llama 3.1 (scaled)", "HF, sharded"),
@@ -36,14 +35,6 @@ SOURCES = [
     ("Llama 2 (GQA)", "Meta, 1 file, BF16"),
     ("LLaMA 1 (MHA)", "Meta, 4 files, F16"),
 ]
-
-
-def write_source(name: str, format: str, folder: Path) -> Path:
-    """A model with the smallest of Meta's tokenizers: the 256 bytes and Llama 3's control tokens."""
-    every.FORMATS[format](name, folder)
-    lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
-    (folder / "tokenizer.model").write_text("".join(lines))
-    return folder
 
 
 @pytest.fixture
@@ -59,7 +50,7 @@ def test_the_new_file_means_the_same(name, format, dtype, tmp_path):
     out = convert.convert(old, tmp_path / "out.gguf", dtype)
     new = open_checkpoint(out)
     assert (new.format, new.args) == ("GGUF", old.args)
-    weights, tied = new.weights(), every.GENERATIONS[name].tied
+    weights, tied = new.weights(), generations.GENERATIONS[name].tied
     assert weights.keys() == old.weights().keys()
     assert (weights["output.weight"] is weights["tok_embeddings.weight"]) == tied
     for ours, w in old.weights().items():
@@ -68,7 +59,7 @@ def test_the_new_file_means_the_same(name, format, dtype, tmp_path):
         wanted = StoredTensor.quantize(w.dequantize(), target)
         np.testing.assert_array_equal(weights[ours].data, wanted.data)
     if dtype in ("f32", "bf16", "f16"):  # the weights are numbers that all three hold
-        logits = [build(c.args, c.weights(), exact=True)(every.IDS) for c in (old, new)]
+        logits = [build(c.args, c.weights(), exact=True)(generations.IDS) for c in (old, new)]
         np.testing.assert_array_equal(*logits)
     for text in ("Hello, wörld! 12345", "<|eot_id|> is no control token", " \n\n\t x"):
         assert new.tokenizer().encode(text) == old.tokenizer().encode(text)
@@ -242,20 +233,13 @@ def test_only_files_are_replaced(source, tmp_path):
     [(np.nan, "f32"), (np.inf, "bf16"), (7e4, "f16"), (np.nan, "f16"), (7e4, "q8"), (np.nan, "q4")],
 )
 def test_a_weight_that_cannot_be_stored_is_named(bad, dtype, tmp_path, old_out):
-    weights = dict(every.weights_of("Llama 3"))
+    weights = dict(generations.weights_of("Llama 3"))
     weights["layers.1.feed_forward.w_up.weight"] = weights["layers.1.feed_forward.w_up.weight"].copy()
     weights["layers.1.feed_forward.w_up.weight"][3, 5] = bad
-    path = write_llama(tmp_path / "bad.gguf", every.LLAMA_3, weights, **byte_vocabulary(576))
+    path = write_llama(tmp_path / "bad.gguf", generations.LLAMA_3, weights, **byte_vocabulary(576))
     with pytest.raises(NumericsError, match=r"bad\.gguf: blk\.1\.ffn_up\.weight"):
         convert.convert(open_checkpoint(path), old_out, dtype)
     assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
-
-
-def byte_vocabulary(n: int) -> dict:
-    """256 tokens of a byte each, and unused ones."""
-    tokens = [spelled(bytes([b])) for b in range(256)] + [f"[{i}]" for i in range(256, n)]
-    kinds = np.where(np.arange(n) < 256, 1, 5).astype(np.int32)
-    return {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": kinds, "merges": []}
 
 
 def test_rows_without_a_token_are_not_chosen_after_converting_either(tmp_path, source):

@@ -25,13 +25,13 @@ from helpers.gguf_writer import (
     llama_metadata,
     llama_tensors,
     padding,
-    random_weights,
     string,
     tensor_info,
     u32,
     u64,
     write_llama,
 )
+from helpers.tiny_models import float_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,19 +44,9 @@ from numpy_llama.checkpoint.names import SCHEMES, expected_shape, tensor_names
 from numpy_llama.config import LIMITS, ModelArgs, RopeScaling
 from numpy_llama.functional import scale_freqs
 from numpy_llama.model import Transformer
+from numpy_llama.proof.tiny import TINY_BLOCKS, random_weights
 
-ARGS = ModelArgs(
-    dim=64,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    hidden_dim=96,
-    vocab_size=40,
-    norm_eps=1e-5,
-    rope_theta=5e5,
-    max_seq_len=32,
-)
+ARGS = replace(TINY_BLOCKS, vocab_size=40, rope_theta=5e5, max_seq_len=32)
 OPENING_SECONDS = 0.1
 FUZZ_BYTES = 4 << 20  # of extra memory at most; the file has 0.3 MB
 
@@ -79,7 +69,7 @@ def opened(data: bytes, use=lambda file: file):
 
 @pytest.fixture(scope="module")
 def small() -> bytes:
-    values = random_weights(ARGS, np.random.default_rng(1))
+    values = float_weights(ARGS, seed=1)
     metadata = llama_metadata(ARGS) | {
         "tokenizer.ggml.tokens": [f"<{i}>" for i in range(ARGS.vocab_size)],
         "tokenizer.ggml.scores": np.arange(ARGS.vocab_size, dtype=np.float32),
@@ -268,7 +258,7 @@ def llama(**changes) -> bytes:
     """A tiny model with llama.* keys changed; None removes one."""
     keys = {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
     metadata = {key: value for key, value in (llama_metadata(ARGS) | keys).items() if value is not None}
-    return gguf_bytes(metadata, llama_tensors(ARGS, random_weights(ARGS, np.random.default_rng(0)), "F16"))
+    return gguf_bytes(metadata, llama_tensors(ARGS, float_weights(ARGS), "F16"))
 
 
 F32, Q4_0, Q4_K, Q8_K, I8, I64 = 0, 2, 12, 15, 24, 27
@@ -556,7 +546,7 @@ def test_a_vocabulary_alone_is_no_model():
 
 
 def small_tensors(format="F16") -> dict[str, StoredTensor]:
-    return llama_tensors(ARGS, random_weights(ARGS, np.random.default_rng(0)), format)
+    return llama_tensors(ARGS, float_weights(ARGS), format)
 
 
 def test_number_of_tokens_must_be_the_rows_of_the_embedding():
@@ -617,7 +607,7 @@ def test_rope_freqs_of_another_length_are_refused():
 
 @pytest.mark.parametrize("format", WRITABLE)
 def test_weights_of_a_whole_model(tmp_path, rng, format):
-    written = random_weights(ARGS, rng)
+    written = random_weights(rng, ARGS, np.float32)
     path = write_llama(tmp_path / "x.gguf", ARGS, written, format, tokens=["a"] * 40)
     file = GGUFFile(str(path))
     found = weights(file, model_args(file))
@@ -699,7 +689,7 @@ def write_parts(folder, changes=(), count=3, names="m-{:05}-of-{:05}.gguf"):
 @pytest.mark.parametrize("named", [0, 1, 2])
 def test_a_model_in_parts_is_one_whichever_is_named(tmp_path, named):
     checkpoint = open_checkpoint(write_parts(tmp_path)[named])
-    found, written = checkpoint.weights(), random_weights(ARGS, np.random.default_rng(0))
+    found, written = checkpoint.weights(), float_weights(ARGS)
     assert checkpoint.args == ARGS and found.keys() == written.keys() and len(checkpoint.files) == 3
     for name, w in written.items():
         stored = StoredTensor.quantize(w, "F16" if w.ndim == 2 else "F32")

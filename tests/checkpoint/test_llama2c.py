@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_models import float_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,28 +21,6 @@ from numpy_llama.proof.tiny import TINY
 
 ARGS = replace(TINY, max_seq_len=32)
 VERSIONS = (0, 1, 2)
-
-
-def random_weights(args: ModelArgs, tied: bool, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    D, F, V = args.dim, args.hidden_dim, args.vocab_size
-    kv = args.n_kv_heads * args.head_dim
-    matrices = {
-        "attention.wq": (D, D),
-        "attention.wk": (kv, D),
-        "attention.wv": (kv, D),
-        "attention.wo": (D, D),
-    }
-    matrices |= {f"feed_forward.{name}": (F, D) for name in ("w_gate", "w_up")}
-    matrices["feed_forward.w_down"] = (D, F)
-    shapes = {f"layers.{i}.{name}": shape for i in range(args.n_layers) for name, shape in matrices.items()}
-    shapes |= {"tok_embeddings": (V, D), "output": (V, D)}
-    w = {name: rng.normal(size=shape, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
-    norms = [f"layers.{i}.{name}_norm" for i in range(args.n_layers) for name in ("attention", "ffn")]
-    w |= {name: rng.uniform(0.5, 1.5, D) for name in ["norm", *norms]}
-    if tied:
-        w["output"] = w["tok_embeddings"]
-    return {f"{name}.weight": x.astype(np.float32) for name, x in w.items()}
 
 
 def quantized(x: np.ndarray, group: int) -> tuple[bytes, np.ndarray]:
@@ -108,7 +87,7 @@ def test_what_is_written_is_read(version, tied, n_kv_heads, n_rep, head_dim, n_l
     heads = {"n_heads": n_kv_heads * n_rep, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
     more = dict(zip(("hidden_dim", "vocab_size", "max_seq_len"), sizes, strict=True))
     args = replace(ARGS, dim=n_kv_heads * n_rep * head_dim, n_layers=n_layers, **heads, **more)
-    data, held = file_of(args, random_weights(args, tied, seed), version, tied, group)
+    data, held = file_of(args, float_weights(args, seed, tied=tied), version, tied, group)
     assert looks_like_llama2c(data[:256], len(data))
     checkpoint = opened(data)
     weights = checkpoint.weights()
@@ -128,7 +107,7 @@ def test_what_is_written_is_read(version, tied, n_kv_heads, n_rep, head_dim, n_l
 @pytest.mark.parametrize("version", VERSIONS)
 def test_logits(version, backend, rng):
     """The order of rows is Meta's: the same weights, handed to the model directly, give the same logits."""
-    data, held = file_of(ARGS, random_weights(ARGS, False), version, False)
+    data, held = file_of(ARGS, float_weights(ARGS), version, False)
     checkpoint = opened(data)
     tokens = rng.integers(ARGS.vocab_size, size=(1, 20))
     logits = build(checkpoint.args, checkpoint.weights(), backend=backend, exact=True)(tokens)
@@ -138,14 +117,14 @@ def test_logits(version, backend, rng):
 def test_groups_run_on_over_the_ends_of_rows():
     """40 is no multiple of 16, 24 * 40 is."""
     args = replace(ARGS, vocab_size=48, dim=32, head_dim=8, n_heads=4)
-    data, held = file_of(args, random_weights(args, True), 2, True, 16)
+    data, held = file_of(args, float_weights(args, tied=True), 2, True, 16)
     name = "layers.1.feed_forward.w_down.weight"
     np.testing.assert_array_equal(opened(data).weights()[name].dequantize(), held[name])
 
 
 # --- broken files -----------------------------------------------------------------------------------------
 
-FILES = {version: file_of(ARGS, random_weights(ARGS, True), version, True)[0] for version in VERSIONS}
+FILES = {version: file_of(ARGS, float_weights(ARGS, tied=True), version, True)[0] for version in VERSIONS}
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 
 
@@ -224,7 +203,7 @@ def test_headers_that_are_wrong(error, message, data):
 
 def test_scales_that_are_none():
     """The first exporter of version 2 wrote all int8 numbers, and then all scales."""
-    weights = random_weights(ARGS, True)
+    weights = float_weights(ARGS, tied=True)
     data = FILES[2]
     norms = 256 + 4 * ARGS.dim * (2 * ARGS.n_layers + 1)
     n = ARGS.vocab_size * ARGS.dim

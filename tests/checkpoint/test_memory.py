@@ -7,17 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import test_gguf
-from helpers.gguf_writer import random_weights, write_llama
-from test_cli import PROGRAM, assert_refused
+from helpers.command_line import PROGRAM, assert_refused
+from helpers.gguf_writer import write_llama
+from helpers.tiny_models import float_weights, stored
 
 import numpy_llama as nl
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.checkpoint import memory, open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
 from numpy_llama.errors import ResourceLimitError
+from numpy_llama.proof.tiny import TINY_BLOCKS
 
-ARGS = replace(test_gguf.ARGS, max_seq_len=4096)
+ARGS = replace(TINY_BLOCKS, max_seq_len=4096)
 PEAK_ERROR = 1.05  # how far beyond the plan a process may go
 PEAK_SLACK = 24 << 20  # and what a plan may leave out: pages of libraries, the allocator's reserves
 
@@ -26,13 +27,12 @@ def plan_of(weights, backend="c", dtype=None, args=ARGS):
     return memory.memory_plan(args, weights, backend, dtype)
 
 
-def stored(format="Q8_0", args=ARGS):
-    weights = random_weights(args, np.random.default_rng(0))
-    return {n: StoredTensor.quantize(w, format if w.ndim == 2 else "F32") for n, w in weights.items()}
+def weights_in(format="Q8_0", args=ARGS):
+    return stored(float_weights(args), format)
 
 
 def test_weights_in_place_take_what_they_take_in_the_file():
-    weights = stored()
+    weights = weights_in()
     plan = plan_of(weights)
     assert (plan.mapped, plan.made) == (sum(w.nbytes for w in weights.values()), 0)
     assert plan.parameters == sum(w.dequantize().size for w in weights.values())
@@ -41,7 +41,7 @@ def test_weights_in_place_take_what_they_take_in_the_file():
 
 
 def test_weights_that_must_be_made_are_told_apart():
-    weights = stored()
+    weights = weights_in()
     name = "layers.0.attention.wo.weight"
     weights[name] = StoredTensor(weights[name].format, weights[name].shape, lambda: np.empty(0, np.uint8))
     plan = plan_of(weights)
@@ -51,27 +51,27 @@ def test_weights_that_must_be_made_are_told_apart():
 
 @pytest.mark.parametrize("dtype, itemsize", [(None, 4), (np.float64, 8)])
 def test_the_numpy_path_expands_weights(dtype, itemsize):
-    plan = plan_of(stored(), "numpy", dtype)
-    vectors = sum(w.nbytes for w in stored().values() if len(w.shape) == 1)
+    plan = plan_of(weights_in(), "numpy", dtype)
+    vectors = sum(w.nbytes for w in weights_in().values() if len(w.shape) == 1)
     in_place = vectors if itemsize == 4 else 0
     assert (plan.mapped, plan.made) == (in_place, plan.parameters * itemsize - in_place)
 
 
 def test_a_tied_embedding_counts_once():
-    weights = stored()
+    weights = weights_in()
     weights["output.weight"] = weights["tok_embeddings.weight"]
-    assert plan_of(weights).parameters == plan_of(stored()).parameters - 40 * 64
+    assert plan_of(weights).parameters == plan_of(weights_in()).parameters - 40 * 64
 
 
 def test_narrow_rows_are_padded_copies():
     args = replace(ARGS, hidden_dim=72)
-    weights = stored("F32", args)
+    weights = weights_in("F32", args)
     w_down = [w for name, w in weights.items() if name.endswith("w_down.weight")]
     assert plan_of(weights, args=args).made == 2 * w_down[0].shape[0] * 96 * 4
 
 
 def test_room_for_a_context():
-    plan = plan_of(stored())
+    plan = plan_of(weights_in())
     for positions in (0, 1, 512, 4096):
         assert plan.context_within(plan.peak(positions)) == positions
         assert plan.context_within(plan.peak(positions) - 1) == max(0, positions - 1)
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
 
 
 def test_the_sizes_after_converting(tmp_path):
-    path = write_llama(tmp_path / "x.gguf", ARGS, random_weights(ARGS, np.random.default_rng(0)), "F32")
+    path = write_llama(tmp_path / "x.gguf", ARGS, float_weights(ARGS), "F32")
     opened = open_checkpoint(path)
     sizes = plan_of(opened.weights()).instead
     assert plan_of(opened.weights(), "numpy").instead == sizes | {
@@ -175,7 +175,7 @@ def test_loading_beyond_a_limit_is_refused_in_one_line(smollm2_path):
 
 
 def test_the_context_is_cut_to_what_fits(tmp_path, monkeypatch):
-    path = write_llama(tmp_path / "x.gguf", ARGS, random_weights(ARGS, np.random.default_rng(0)), "F32")
+    path = write_llama(tmp_path / "x.gguf", ARGS, float_weights(ARGS), "F32")
     opened = open_checkpoint(path)
     plan = memory.memory_plan(opened.args, opened.weights(), "c")
     monkeypatch.setattr(opened.__class__, "tokenizer", lambda self: Vocabulary())

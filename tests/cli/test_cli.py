@@ -6,33 +6,13 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import test_every_format as every
+from helpers import generations
+from helpers.command_line import PROGRAM, assert_refused, run
 
 import numpy_llama as nl
-
-PROGRAM = str(Path(sys.executable).with_name("numpy-llama"))
-
-
-def run(*arguments: str, stdin: bytes | None = None, **options) -> subprocess.CompletedProcess:
-    """Run the program to its end; standard input is empty unless given. Output is bytes."""
-    source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    done = subprocess.run([PROGRAM, *arguments], capture_output=True, timeout=120, **source, **options)
-    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done.stderr.decode()
-    return done
-
-
-def assert_refused(done: subprocess.CompletedProcess, code: int, *words: str) -> None:
-    """One line on stderr with these words, nothing on stdout, this exit code."""
-    message = done.stderr.decode()
-    assert done.returncode == code, message
-    assert done.stdout == b"" and message.count("\n") == 1, message
-    for word in words:
-        assert word in message
 
 
 def test_chat_answers(smollm2_path):
@@ -108,7 +88,7 @@ def test_info_tells_what_is_in_the_file_and_what_it_takes(smollm2_path):
 
 def test_info_on_a_folder_without_a_tokenizer(tmp_path):
     (tmp_path / "m").mkdir()
-    every.FORMATS["HF, sharded"]("Llama 3", tmp_path / "m")
+    generations.FORMATS["HF, sharded"]("Llama 3", tmp_path / "m")
     done = run("info", str(tmp_path / "m"))
     assert done.returncode == 0 and b"tokenizer        none" in done.stdout
     assert_refused(run("generate", "-m", str(tmp_path / "m"), "x"), 1, "no tokenizer")

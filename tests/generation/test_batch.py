@@ -1,15 +1,16 @@
 """Several sequences side by side: each gets what it gets alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from helpers.gguf_writer import random_weights
+from helpers.tiny_models import float_weights, stored
 from hypothesis import given
 from hypothesis import strategies as st
 
 import numpy_llama as nl
 from numpy_llama import llama as llama_module
 from numpy_llama.backend import build
-from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.errors import (
     ContextOverflowError,
     NumericsError,
@@ -21,19 +22,9 @@ from numpy_llama.generation.batch import BatchCache, generate_batch, hidden_stat
 from numpy_llama.generation.generate import PREFILL_CHUNK, Request, Session, generate
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.proof.bounds import CHUNKS_32
+from numpy_llama.proof.tiny import TINY_BLOCKS
 
-ARGS = nl.ModelArgs(
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=64,
-    vocab_size=50,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=PREFILL_CHUNK + 60,
-)
+ARGS = replace(TINY_BLOCKS, max_seq_len=PREFILL_CHUNK + 60)
 
 
 # With activations of 14 bits another order of sums moves some of them by a whole step, 2^-13 of its block.
@@ -41,9 +32,7 @@ STEPS_14 = 2e-3
 
 
 def build_tiny(format="Q8_0", **options):
-    weights = random_weights(ARGS, np.random.default_rng(0))
-    stored = {n: StoredTensor.quantize(w, format if w.ndim == 2 else "F32") for n, w in weights.items()}
-    return build(ARGS, stored, **options)
+    return build(ARGS, stored(float_weights(ARGS), format), **options)
 
 
 @pytest.fixture(scope="module", params=["numpy", "c"])

@@ -1,11 +1,12 @@
 """Generation: the loop over ids, streams of text, stop texts, sessions."""
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers.gguf_writer import random_weights
+from helpers.tiny_models import float_weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,24 +21,14 @@ from numpy_llama.errors import (
 from numpy_llama.generation.generate import PREFILL_CHUNK, Session, forward, generate
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.generation.transcript import StopTexts
+from numpy_llama.proof.tiny import TINY
 
-ARGS = nl.ModelArgs(
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=50,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=2 * PREFILL_CHUNK + 50,
-)
+ARGS = replace(TINY, max_seq_len=2 * PREFILL_CHUNK + 50)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return nl.Transformer(ARGS, random_weights(ARGS, np.random.default_rng(0)))
+    return nl.Transformer(ARGS, float_weights(ARGS))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from numpy_llama.errors import NumericsError, ParameterError
 from numpy_llama.functional import softmax
 from numpy_llama.generation import sampling
 from numpy_llama.generation.sampling import Sampler
-from numpy_llama.proof.test_sampling import EDGE, PROBABILITY, Fixed, all_logits
+from numpy_llama.proof.logits import EDGE, PROBABILITY, Fixed, all_logits
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 fractions = st.floats(0, 1)

@@ -1,7 +1,7 @@
 """A GGUF writer for tests. `gguf_bytes` writes valid files; from its parts one puts together broken ones.
 
 path.write_bytes(gguf_bytes({"general.architecture": "llama"}, {"x": StoredTensor.quantize(x, "Q8_0")}))
-write_llama(path, args, random_weights(args, rng), "Q4_0")
+write_llama(path, args, random_weights(rng, args), "Q4_0")
 """
 
 import struct
@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from numpy_llama.backend.formats import StoredTensor
-from numpy_llama.checkpoint.names import expected_shape, tensor_names
+from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.config import ModelArgs
+from numpy_llama.text.tokenizer import spelled
 
 STRING, ARRAY = 8, 9
 SCALARS = dict(zip("BbHhIif?Qqd", [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], strict=True))
@@ -111,21 +112,19 @@ def llama_metadata(args: ModelArgs) -> dict:
     }
 
 
-def random_weights(args: ModelArgs, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Normal weights under our names; matrices are scaled so that activations keep their size."""
-    shapes = {name: expected_shape(name, args) for name in tensor_names(args, "ours")}
-    return {
-        name: rng.normal(len(shape) == 1, shape[-1] ** -0.5, shape).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-
-
 def llama_tensors(args: ModelArgs, weights: dict[str, np.ndarray], format: str = "F32"):
     """Weights under our names -> tensors under GGUF's; matrices in `format`, vectors in F32."""
     names = tensor_names(args, "gguf")
     return {
         names[ours]: StoredTensor.quantize(w, format if w.ndim == 2 else "F32") for ours, w in weights.items()
     }
+
+
+def byte_vocabulary(n: int) -> dict:
+    """256 tokens of a byte each, and unused ones."""
+    tokens = [spelled(bytes([b])) for b in range(256)] + [f"[{i}]" for i in range(256, n)]
+    kinds = np.where(np.arange(n) < 256, 1, 5).astype(np.int32)
+    return {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": kinds, "merges": []}
 
 
 def write_llama(path: Path, args: ModelArgs, weights, format: str = "F32", **vocabulary) -> Path:

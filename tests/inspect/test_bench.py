@@ -6,40 +6,29 @@ import statistics
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.gguf_writer import random_weights, write_llama
+from helpers.command_line import assert_refused, run
+from helpers.gguf_writer import byte_vocabulary, write_llama
+from helpers.kernels import Guarded
+from helpers.tiny_models import float_weights, stored
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_cli import assert_refused, run
-from test_convert import byte_vocabulary
-from test_kernels import Guarded
 
 from numpy_llama import functional as F
 from numpy_llama.backend import build, kernels
-from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.checkpoint.presets import n_parameters
-from numpy_llama.config import ModelArgs
 from numpy_llama.generation.generate import PREFILL_CHUNK
 from numpy_llama.inspect import bench
 from numpy_llama.inspect.bench import Machine, Result, Task
 from numpy_llama.model import Transformer
+from numpy_llama.proof.tiny import TINY_BLOCKS
 
 # Every size another one, so that no two can be taken for each other.
-ARGS = ModelArgs(
-    dim=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    hidden_dim=160,
-    vocab_size=288,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=2048,
-)
+ARGS = replace(TINY_BLOCKS, n_layers=3, hidden_dim=160, vocab_size=288, max_seq_len=2048)
 LAST = PREFILL_CHUNK + 40  # a prompt of two chunks
 TASKS = [Task("pp", 5), Task("pp", LAST, 7), Task("tg", 4), Task("tg", 3, 9), Task("tg", 3, 9, 5)]
 ISA = kernels.isa()  # as it is chosen where nobody asks for another
@@ -47,14 +36,13 @@ ISA = kernels.isa()  # as it is chosen where nobody asks for another
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    weights = random_weights(ARGS, np.random.default_rng(0))
+    weights = float_weights(ARGS)
     path = tmp_path_factory.mktemp("bench") / "tiny.gguf"
     return write_llama(path, ARGS, weights, "Q8_0", **byte_vocabulary(ARGS.vocab_size))
 
 
 def stored_weights(format="Q8_0"):
-    weights = random_weights(ARGS, np.random.default_rng(0))
-    return {n: StoredTensor.quantize(w, format if w.ndim == 2 else "F32") for n, w in weights.items()}
+    return stored(float_weights(ARGS), format)
 
 
 # --- the probes -------------------------------------------------------------------------------------------
@@ -142,7 +130,7 @@ class Counted:
         return F.attention(q, k, v)
 
     def model(self):
-        weights = random_weights(ARGS, np.random.default_rng(0))
+        weights = float_weights(ARGS)
         return Transformer(ARGS, weights, self.linear, self.attention)
 
 

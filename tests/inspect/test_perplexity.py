@@ -3,31 +3,22 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.gguf_writer import random_weights
+from helpers.command_line import assert_refused, run
+from helpers.tiny_models import float_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import assert_refused, run
 
 import numpy_llama as nl
 from numpy_llama.errors import ContextOverflowError, NumericsError, ParameterError
 from numpy_llama.generation.generate import PREFILL_CHUNK
 from numpy_llama.inspect.perplexity import LEAST_CTX, nll, perplexity, windows
+from numpy_llama.proof.tiny import TINY
 
-ARGS = nl.ModelArgs(
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=50,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=2 * PREFILL_CHUNK + 20,
-)
+ARGS = replace(TINY, max_seq_len=2 * PREFILL_CHUNK + 20)
 # float32 in another order of sums: a log-probability moves by the rounding of its logits, at most about 5.
 NLL_32 = 1e-4
 NLL_14 = 2e-3  # with activations of 14 bits, the mean of a few
@@ -42,7 +33,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def model():
-    return nl.Transformer(ARGS, random_weights(ARGS, np.random.default_rng(0)))
+    return nl.Transformer(ARGS, float_weights(ARGS))
 
 
 def loss(model, before, token):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_verify import TINY, write_tiny
+from helpers.tiny_models import LOOKED_INTO, write_tiny
 
 import numpy_llama as nl
 from numpy_llama import cli
@@ -32,7 +32,7 @@ def llama(request, path) -> nl.Llama:
 def test_every_intermediate_has_the_shape_that_its_letters_say(llama):
     with nl.trace(llama, *EVERYTHING) as seen:
         llama.model(IDS)
-    assert [*seen] == names(llama.model, *EVERYTHING) and len(seen) == 3 + TINY.n_layers * 18
+    assert [*seen] == names(llama.model, *EVERYTHING) and len(seen) == 3 + LOOKED_INTO.n_layers * 18
     sizes = {"B": 2, "T": 7, "S": 7, "D": 64, "H": 4, "K": 2, "Dh": 32, "F": 96, "V": 300}
     for place, (letters, _) in PLACES.items():
         shape = [eval(letter, {}, sizes) for letter in letters.replace("...", "B T").split()]
@@ -48,7 +48,7 @@ def test_the_intermediates_make_each_other(llama):
         np.testing.assert_allclose(found, expected, rtol=NEAR, atol=NEAR)
 
     stream, angles = seen["tok_embeddings"], llama.model.freqs_cis[:7]
-    for i in range(TINY.n_layers):
+    for i in range(LOOKED_INTO.n_layers):
         of = {
             name.removeprefix(f"layers.{i}."): x
             for name, x in seen.items()
@@ -70,7 +70,7 @@ def test_the_intermediates_make_each_other(llama):
         near(f["swiglu"], F.swiglu(f["w_gate"], f["w_up"]))
         near(seen[f"layers.{i}"], of["h"] + of["feed_forward"])
         stream = seen[f"layers.{i}"]
-    near(seen["norm"], F.rms_norm(stream, llama.model.norm.weight, TINY.norm_eps))
+    near(seen["norm"], F.rms_norm(stream, llama.model.norm.weight, LOOKED_INTO.norm_eps))
     assert np.array_equal(seen["output"], logits)
 
 

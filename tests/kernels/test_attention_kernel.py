@@ -6,10 +6,10 @@ import mmap
 
 import numpy as np
 import pytest
+from helpers.kernels import Guarded, bits, for_each, seeds
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
-from test_kernels import Guarded, bits, for_each, seeds
 
 from numpy_llama import functional as F
 from numpy_llama.backend import kernels

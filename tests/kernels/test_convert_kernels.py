@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from helpers.kernels import Guarded, for_each, real_weight, seeds, unaligned, whole_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
-from test_kernels import Guarded, for_each, real_weight, seeds, unaligned, whole_blocks
 
 from numpy_llama.backend import kernels
 from numpy_llama.backend.formats import FORMATS, MAX_F16, QK, StoredTensor

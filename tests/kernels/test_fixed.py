@@ -4,10 +4,7 @@ rounding of its float32 sums, on every instruction set that this machine has.
 
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
-from numpy_llama.backend._kernels import ffi, lib
-from test_kernels import (
+from helpers.kernels import (
     HALVES,
     Guarded,
     bits,
@@ -19,6 +16,9 @@ from test_kernels import (
     unaligned,
     whole_blocks,
 )
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy_llama.backend._kernels import ffi, lib
 
 from numpy_llama.backend import kernels
 from numpy_llama.backend.formats import FORMATS, QK, X_MAX, StoredTensor, fixed_point

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.kernels import HALVES, Guarded, bits, for_each, seeds
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
-from test_kernels import HALVES, Guarded, bits, for_each, seeds
 
 from numpy_llama.backend import build, kernels
 from numpy_llama.backend.formats import FORMATS, X_MAX, StoredTensor
@@ -24,22 +24,12 @@ from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsErro
 from numpy_llama.generation.batch import BatchCache, side_by_side
 from numpy_llama.model import Transformer, TransformerBlock
 from numpy_llama.proof.bounds import U16, assert_near
+from numpy_llama.proof.tiny import TINY_BLOCKS, random_weights
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
 CONTEXT = 80
-SMALL = ModelArgs(
-    dim=64,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    hidden_dim=96,
-    vocab_size=32,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=CONTEXT,
-)
+SMALL = replace(TINY_BLOCKS, head_dim=32, vocab_size=32, max_seq_len=CONTEXT)
 # A layer in float32, relative to its largest output: the rounding of its sums, which the norms magnify.
 LAYER_32 = 1e-5
 # Some of the thousand numbers of a layer are rounded to the other side, each by one step or less.
@@ -57,26 +47,14 @@ def random_weight(rng, OUT: int, IN: int) -> StoredTensor:
     return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
 
 
-def random_weights(rng, args: ModelArgs, half_split: bool = False) -> dict[str, StoredTensor]:
+def mixed_weights(rng, args: ModelArgs, half_split: bool = False) -> dict[str, StoredTensor]:
     """Each weight in a format of its own; q and k, if so asked, with their rows in another order."""
-    D, F, V = args.dim, args.hidden_dim, args.vocab_size
-    q, k = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    weights = {"tok_embeddings": (V, D), "output": (V, D), "norm": (D,)}
-    for i in range(args.n_layers):
-        weights |= {f"layers.{i}.attention.{name}": shape for name, shape in
-                    {"wq": (q, D), "wk": (k, D), "wv": (k, D), "wo": (D, q)}.items()}  # fmt: skip
-        weights |= {f"layers.{i}.feed_forward.{name}": shape for name, shape in
-                    {"w_gate": (F, D), "w_up": (F, D), "w_down": (D, F)}.items()}  # fmt: skip
-        weights |= {f"layers.{i}.{name}": (D,) for name in ("attention_norm", "ffn_norm")}
     stored = {}
-    for name, shape in weights.items():
-        if len(shape) == 1:
-            w = StoredTensor.quantize(rng.uniform(0.5, 2, shape).astype(np.float32), "F32")
-        else:
-            w = random_weight(rng, *shape)
-        if half_split and name.endswith(("wq", "wk")):
+    for name, w in random_weights(rng, args, np.float32).items():
+        w = StoredTensor.quantize(w, "F32") if w.ndim == 1 else random_weight(rng, *w.shape)
+        if half_split and name.endswith(("wq.weight", "wk.weight")):
             w = StoredTensor(w.format, w.shape, w.data, rng.permutation(len(w)))
-        stored[f"{name}.weight"] = w
+        stored[name] = w
     return stored
 
 
@@ -123,7 +101,7 @@ scales = st.sampled_from([0.01, 1, 100])  # what swiglu's exp is given lies with
 @example(replace(SMALL, n_kv_heads=1, head_dim=128), [13, 1, 1], 3, 100, False, 1)
 def test_a_layer_is_the_layer_of_the_model(isa, args, lengths, threads, scale, half_split, seed):
     rng = np.random.default_rng(seed)
-    weights = random_weights(rng, args, half_split)
+    weights = mixed_weights(rng, args, half_split)
     up = weights["layers.0.ffn_norm.weight"]
     weights["layers.0.ffn_norm.weight"] = StoredTensor.quantize(up.dequantize() * np.float32(scale), "F32")
     compiled, ordinary = two_models(args, weights, threads, exact=True)
@@ -142,7 +120,7 @@ def test_a_layer_is_the_layer_of_the_model(isa, args, lengths, threads, scale, h
 @given(configurations(), lengths, st.integers(1, 3), st.booleans(), seeds)
 def test_in_fixed_point_too(isa, args, lengths, threads, half_split, seed):
     rng = np.random.default_rng(seed)
-    compiled, ordinary = two_models(args, random_weights(rng, args, half_split), threads, exact=False)
+    compiled, ordinary = two_models(args, mixed_weights(rng, args, half_split), threads, exact=False)
     x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
     assert_near(run(compiled, x, lengths)[0], run(ordinary, x, lengths)[0], ROUNDED)
 
@@ -152,7 +130,7 @@ def test_in_fixed_point_too(isa, args, lengths, threads, half_split, seed):
 def test_a_cache_of_float16(isa, args, lengths, seed):
     """What is stored is what NumPy would store, but where a number lies between two float16."""
     rng = np.random.default_rng(seed)
-    compiled, ordinary = two_models(args, random_weights(rng, args), 2, exact=True)
+    compiled, ordinary = two_models(args, mixed_weights(rng, args), 2, exact=True)
     x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
     y, cache = run(compiled, x, lengths, np.float16)
     expected, other = run(ordinary, x, lengths, np.float16)
@@ -170,7 +148,7 @@ def test_a_cache_of_float16(isa, args, lengths, seed):
 @given(configurations(), lengths, st.booleans(), st.booleans(), seeds)
 def test_threads_and_short_calls_never_change_a_bit(isa, args, lengths, exact, half_split, seed):
     rng = np.random.default_rng(seed)
-    weights = random_weights(rng, args, half_split)
+    weights = mixed_weights(rng, args, half_split)
     x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
     results = []
     for threads, work in [(1, 1 << 27), (2, 1 << 27), (5, 1 << 27), (2, 1000), (3, 1 << 15)]:
@@ -183,7 +161,7 @@ def test_threads_and_short_calls_never_change_a_bit(isa, args, lengths, exact, h
 
 def test_a_gate_far_below_zero_is_shut(isa, rng):
     """silu(-1e36) is -0: with nothing from attention either, y is x."""
-    weights = random_weights(rng, SMALL)
+    weights = mixed_weights(rng, SMALL)
     D, hidden = SMALL.dim, SMALL.hidden_dim
     for name, shape, value in [
         ("attention.wo", (D, SMALL.n_heads * SMALL.head_dim), 0),
@@ -203,7 +181,7 @@ def test_a_gate_far_below_zero_is_shut(isa, rng):
 def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rng):
     for T, start, head_dim, half_split in [(1, 0, 32, False), (3, 5, 40, True), (6, 2, 16, False)]:
         args = replace(SMALL, n_heads=4, head_dim=head_dim)
-        weights = random_weights(rng, args, half_split)
+        weights = mixed_weights(rng, args, half_split)
         guarded, twin = Guarded(), Kernels(2, exact)
 
         def guard(w, guarded=guarded):
@@ -236,7 +214,7 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
 
 
 def test_what_is_not_finite_stays_so(isa, rng):
-    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=True)
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=True)
     x = rng.standard_normal((1, 3, SMALL.dim), dtype=np.float32)
     for bad in (np.nan, np.inf):
         x[0, 1, 5] = bad
@@ -245,7 +223,7 @@ def test_what_is_not_finite_stays_so(isa, rng):
 
 
 def test_the_cache_refuses_what_it_always_refused(rng):
-    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
     layer, x = model.layers[1], rng.standard_normal((1, 4, SMALL.dim), dtype=np.float32)
     cache = KVCache(SMALL, 1, 6)
     layer(x, 0, model.freqs_cis[:4], cache)
@@ -265,7 +243,7 @@ def test_the_cache_refuses_what_it_always_refused(rng):
 
 @pytest.mark.parametrize("name", ["wk", "wv"])
 def test_what_float16_cannot_hold_is_refused(isa, rng, name):
-    weights = random_weights(rng, SMALL)
+    weights = mixed_weights(rng, SMALL)
     key = f"layers.0.attention.{name}.weight"
     weights[key] = StoredTensor.quantize(weights[key].dequantize() * np.float32(1e6), "F32")
     model, _ = two_models(SMALL, weights, 2, exact=False)
@@ -282,7 +260,7 @@ def test_what_float16_cannot_hold_is_refused(isa, rng, name):
 def test_a_batch_is_each_sequence_alone(isa, args, starts, T, seed):
     """Ragged or all of one length, to the bit: in exact mode a row among others is the row alone."""
     rng = np.random.default_rng(seed)
-    model, ordinary = two_models(args, random_weights(rng, args), 2, exact=True)
+    model, ordinary = two_models(args, mixed_weights(rng, args), 2, exact=True)
     x = rng.standard_normal((len(starts), max(starts) + T, args.dim), dtype=np.float32)
     alone = np.concatenate(
         [run(model, one[None], [n, T])[0][:, n : n + T] for one, n in zip(x, starts, strict=True)]
@@ -302,7 +280,7 @@ def test_a_batch_is_each_sequence_alone(isa, args, starts, T, seed):
 
 
 def test_a_batch_is_checked_like_each_alone(rng):
-    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
     caches = BatchCache([KVCache(SMALL, 1, 6), KVCache(SMALL, 1, 3)])
     tokens = rng.integers(0, SMALL.vocab_size, (2, 2))
     with pytest.raises(ParameterError, match="position 1 comes after 0 stored ones: a gap"):
@@ -314,7 +292,7 @@ def test_a_batch_is_checked_like_each_alone(rng):
 
 def test_what_does_not_fit_is_refused(rng):
     """Before C is called, which would read and write beyond it."""
-    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
     layer, x = model.layers[0], rng.standard_normal((3, 2, SMALL.dim), dtype=np.float32)
     with pytest.raises(ValueError):
         layer(x, np.array([0, 0]), model.freqs_cis[:2], BatchCache([KVCache(SMALL, 1, 6) for _ in range(2)]))
@@ -329,7 +307,7 @@ def test_what_does_not_fit_is_refused(rng):
 
 
 def test_a_cache_of_float64_goes_the_ordinary_way(rng):
-    compiled, ordinary = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    compiled, ordinary = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
     tokens = rng.integers(0, SMALL.vocab_size, (1, 5))
     double = [model.hidden(tokens, 0, KVCache(SMALL, 1, 6, np.float64)) for model in (compiled, ordinary)]
     np.testing.assert_array_equal(double[0], double[1])
@@ -338,13 +316,13 @@ def test_a_cache_of_float64_goes_the_ordinary_way(rng):
 @pytest.mark.parametrize("odd", [{"dim": 40}, {"hidden_dim": 33}, {"head_dim": 10}, {"head_dim": 288}])
 def test_sizes_that_c_does_not_take_stay_ordinary(rng, odd):
     args = replace(SMALL, **odd)
-    model, _ = two_models(args, random_weights(rng, args), 1, exact=False)
+    model, _ = two_models(args, mixed_weights(rng, args), 1, exact=False)
     assert all(type(layer) is TransformerBlock for layer in model.layers)
 
 
 def test_two_python_threads_may_use_one_model(rng):
     model, _ = two_models(
-        replace(SMALL, dim=256), random_weights(rng, replace(SMALL, dim=256)), 2, exact=False
+        replace(SMALL, dim=256), mixed_weights(rng, replace(SMALL, dim=256)), 2, exact=False
     )
     x = rng.standard_normal((4, 1, 48, 256), dtype=np.float32)
     alone, together = [run(model, one, [48])[0] for one in x], {}
@@ -363,6 +341,6 @@ def test_two_python_threads_may_use_one_model(rng):
 
 
 def test_the_c_backend_is_built_of_such_layers(rng):
-    weights = random_weights(rng, SMALL)
+    weights = mixed_weights(rng, SMALL)
     assert {type(layer) for layer in build(SMALL, weights).layers} == {FusedBlock}
     assert {type(layer) for layer in build(SMALL, weights, backend="numpy").layers} == {TransformerBlock}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy_llama.backend.formats import FORMATS, MAX_F16, QK, QK_K, StoredTensor
 from numpy_llama.backend.kernels import Kernels
 from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
+from numpy_llama.proof.blocks import ALL_16_BITS, packed_scales
 from numpy_llama.proof.bounds import assert_same
-from numpy_llama.proof.test_quantisation import ALL_16_BITS, packed_scales
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 every_format = pytest.mark.parametrize("name", FORMATS)

@@ -81,10 +81,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.gguf_writer import random_weights, write_llama
+from helpers.command_line import PROGRAM, assert_refused, run
+from helpers.generations import write_source
+from helpers.gguf_writer import byte_vocabulary, write_llama
+from helpers.tiny_models import float_weights, stored
 from robustness.hostile.command_line import cpu_seconds, interrupted
-from test_cli import PROGRAM, assert_refused, run
-from test_convert import byte_vocabulary, write_source
 
 import numpy_llama as nl
 from numpy_llama import functional
@@ -99,6 +100,7 @@ from numpy_llama.checkpoint.presets import PRESETS
 from numpy_llama.errors import NumericsError, ParameterError, ResourceLimitError, TruncatedError
 from numpy_llama.generation.generate import Session, generate
 from numpy_llama.generation.sampling import Sampler
+from numpy_llama.proof.tiny import TINY_BLOCKS
 
 HERE = Path(__file__).parent
 
@@ -260,7 +262,7 @@ def test_numpy_is_called_for_short_times_only(T, S, monkeypatch, rng):
     np.testing.assert_array_equal(interruptible.attention(q, k, v), wanted[1])
     assert calls == [limit] * 4
     calls.clear()
-    model = build(ARGS, stored(random_weights(ARGS, rng)), backend="numpy")
+    model = build(ARGS, stored(float_weights(ARGS)), backend="numpy")
     model(np.array([[1, 2]]))
     assert len(calls) == 8 * ARGS.n_layers + 1  # it is they that the readable path runs on
 
@@ -284,22 +286,11 @@ def test_weights_are_expanded_some_rows_at_a_time(monkeypatch, rng):
 
 # It spells the alphabet: the embedding of a letter is 1 in a place of its own, the output matrix leads from
 # there to the next letter, and the layers add nothing. But a "c" overflows in the middle one.
-ALPHABET = nl.ModelArgs(
-    dim=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    hidden_dim=96,
-    vocab_size=320,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=2048,
-)
+ALPHABET = replace(TINY_BLOCKS, n_layers=3, vocab_size=320, max_seq_len=2048)
 
 
 def alphabet(folder: Path, bad_layer: int | None = 1, bad_embedding: bool = False) -> Path:
-    weights = {n: 0 * w for n, w in random_weights(ALPHABET, np.random.default_rng(0)).items()}
+    weights = {n: 0 * w for n, w in float_weights(ALPHABET).items()}
     for w in weights.values():
         if w.ndim == 1:
             w += 1
@@ -456,13 +447,9 @@ def test_the_kernels_are_those_that_the_cpu_has(tmp_path):
 ARGS = replace(ALPHABET, vocab_size=64, max_seq_len=128)
 
 
-def stored(weights):
-    return {n: StoredTensor.quantize(w, "Q8_0" if w.ndim == 2 else "F32") for n, w in weights.items()}
-
-
 @pytest.fixture(params=["c", "numpy"])
 def model(request, rng):
-    return build(ARGS, stored(random_weights(ARGS, rng)), backend=request.param)
+    return build(ARGS, stored(float_weights(ARGS)), backend=request.param)
 
 
 def aside(work) -> list:

@@ -4,10 +4,7 @@ from functools import cache
 
 import jinja2
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from test_tokenizer import (
+from helpers.tokenizers import (
     CHARACTERS,
     CONTROL_NAMES,
     FRAGMENTS,
@@ -17,6 +14,9 @@ from test_tokenizer import (
     sentencepiece_metadata,
     trained_sentencepiece,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import numpy_llama as nl
 from numpy_llama.checkpoint.gguf.file import GGUFFile

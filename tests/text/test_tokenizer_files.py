@@ -14,9 +14,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 from helpers.gguf_writer import gguf_bytes
-from hypothesis import example, given
-from hypothesis import strategies as st
-from test_tokenizer import (
+from helpers.tokenizers import (
     CORPUS,
     TEXTS,
     altered,
@@ -24,6 +22,8 @@ from test_tokenizer import (
     pre_tokenizer,
     put,
 )
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from numpy_llama.checkpoint.tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from helpers.gguf_writer import random_weights, write_llama
-from test_cli import run
-from test_convert import byte_vocabulary
-from test_tokenizer import pre_tokenizer
+from helpers.command_line import run
+from helpers.tiny_models import LOOKED_INTO, write_tiny
+from helpers.tokenizers import pre_tokenizer
 from tokenizers import models
 
 from numpy_llama import cli, verify
@@ -22,25 +21,11 @@ from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import Checkpoint, open_checkpoint
 from numpy_llama.checkpoint.names import interleaved_rows, tensor_names
 from numpy_llama.checkpoint.presets import PRESETS
-from numpy_llama.config import ModelArgs, RopeScaling
+from numpy_llama.config import RopeScaling
 from numpy_llama.verify import operations
 from numpy_llama.verify.compare import arguments, compare
 from numpy_llama.verify.diagnosis import orders, published
 from numpy_llama.verify.weights import Census
-
-TINY = ModelArgs(
-    dim=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    hidden_dim=96,
-    vocab_size=300,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=512,
-)
-
 
 # --- sabotage ---------------------------------------------------------------------------------------------
 
@@ -271,12 +256,6 @@ def tiny(tmp_path_factory) -> Path:
     return write_tiny(path)
 
 
-def write_tiny(path: Path, format: str = "Q8_0", change=lambda weights: None, args: ModelArgs = TINY) -> Path:
-    weights = random_weights(args, np.random.default_rng(0))
-    change(weights)
-    return write_llama(path, args, weights, format, **byte_vocabulary(args.vocab_size))
-
-
 def test_of_an_untrained_model_nothing_is_said(tiny, capsys):
     assert cli.main(["verify", "-m", str(tiny)]) == 0
     out, _ = capsys.readouterr()
@@ -334,7 +313,7 @@ def test_a_wrong_end_is_named(tiny, monkeypatch, capsys):
 
     def linear(self, x, w):
         y = right(self, x, w)
-        return y + np.float32(1e-3) if len(w) == TINY.vocab_size else y
+        return y + np.float32(1e-3) if len(w) == LOOKED_INTO.vocab_size else y
 
     monkeypatch.setattr(operations, "OUTPUT_ROWS", 1 << 20)
     monkeypatch.setattr(kernels.Kernels, "linear", linear)
@@ -354,7 +333,7 @@ def test_json_tells_all(tiny, capsys):
     assert told["verdict"] == "nothing wrong found" and told["faults"] == []
     places = {(e["layer"], e["operation"], e["implementation"]) for e in told["errors"]}
     assert (
-        len(places) == TINY.n_layers * (7 * 3 + 3 + 2 + 2 + 1 + 1) + 3 + 1
+        len(places) == LOOKED_INTO.n_layers * (7 * 3 + 3 + 2 + 2 + 1 + 1) + 3 + 1
     )  # matrices, attention, layer, norms, rope, swiglu
     assert all(0 <= e["share"] < 1 for e in told["errors"])
     assert told["sample"]["tokens"] > 100 and told["seconds"] > 0
@@ -365,7 +344,7 @@ def test_json_tells_all(tiny, capsys):
     "scaling", [None, RopeScaling(8.0, original_max_seq_len=16), RopeScaling(4.0, type="linear")]
 )
 def test_every_format_passes(format, scaling, tmp_path, monkeypatch):
-    args = replace(TINY, rope_scaling=scaling)
+    args = replace(LOOKED_INTO, rope_scaling=scaling)
     opened = open_checkpoint(write_tiny(tmp_path / "model.gguf", format))
     monkeypatch.setattr(type(opened), "args", args)
     errors = list(operations.operation_errors(opened, range(24)))
@@ -457,12 +436,12 @@ def test_of_published_models_the_factor_and_eps_are_known():
     assert (
         published(replace(PRESETS["llama-2-7b"].args, rope_scaling=RopeScaling(4.0, type="linear"))) is None
     )
-    assert published(TINY) is None
+    assert published(LOOKED_INTO) is None
 
 
 def test_every_wrong_order_is_put_right(rng):
     """From Hugging Face's order, un-permuted not, twice, or with n_heads; -> Meta's, which is 0, 1, 2, ..."""
-    args = replace(TINY, n_heads=8, n_kv_heads=4, head_dim=16)
+    args = replace(LOOKED_INTO, n_heads=8, n_kv_heads=4, head_dim=16)
     q, k = interleaved_rows(8, 16), interleaved_rows(4, 16)
     huggingface = {"q": np.argsort(q), "k": np.argsort(k)}  # its row i is Meta's row [i]
     spoilt = {
@@ -484,7 +463,9 @@ def test_every_wrong_order_is_put_right(rng):
 # --- beside another copy ----------------------------------------------------------------------------------
 
 
-def compared(tmp_path, format: str, change, reference: str = "F32", args=TINY) -> tuple[list[str], list[str]]:
+def compared(
+    tmp_path, format: str, change, reference: str = "F32", args=LOOKED_INTO
+) -> tuple[list[str], list[str]]:
     a = write_tiny(tmp_path / "a.gguf", format, change, args)
     return compare(open_checkpoint(a), open_checkpoint(write_tiny(tmp_path / "b.gguf", reference)))
 
@@ -493,12 +474,12 @@ def compared(tmp_path, format: str, change, reference: str = "F32", args=TINY) -
 @pytest.mark.parametrize("format", [name for name, f in FORMATS.items() if f.quantize])
 def test_rounding_is_no_fault(format, reference, tmp_path):
     faults, lines = compared(tmp_path, format, lambda w: None, reference)
-    n = 9 * TINY.n_layers + 3
+    n = 9 * LOOKED_INTO.n_layers + 3
     assert faults == []
     if format == reference:
         assert lines == [f"{n} of {n} weights are equal"]
     else:
-        assert lines[0].startswith(f"{2 * TINY.n_layers + 1} of {n} weights are equal")
+        assert lines[0].startswith(f"{2 * LOOKED_INTO.n_layers + 1} of {n} weights are equal")
         assert f"differ by rounding: {format} against {reference}" in lines[1]
 
 
@@ -548,8 +529,8 @@ def test_weights_in_the_wrong_place_are_named(format, tmp_path):
 
 
 def test_arguments_that_differ_are_told():
-    wanted = replace(TINY, norm_eps=1e-6, rope_scaling=RopeScaling(8.0), max_seq_len=256)
-    told = dict(arguments(replace(TINY, rope_theta=5e5), wanted))
+    wanted = replace(LOOKED_INTO, norm_eps=1e-6, rope_scaling=RopeScaling(8.0), max_seq_len=256)
+    told = dict(arguments(replace(LOOKED_INTO, rope_theta=5e5), wanted))
     assert list(told) == ["norm_eps", "rope_theta", "max_seq_len", "rope_scaling"]
     assert told["rope_scaling"] == "rope_scaling is none, the reference has llama3, factor 8"
     near = replace(wanted, norm_eps=1e-6 * (1 + 1e-8))
@@ -558,8 +539,10 @@ def test_arguments_that_differ_are_told():
 
 @pytest.mark.parametrize("name, number", [("hidden_dim", 128), ("n_layers", 2), ("n_layers", 4)])
 def test_another_model_is_not_compared(name, number, tmp_path):
-    faults, lines = compared(tmp_path, "F32", lambda w: None, args=replace(TINY, **{name: number}))
-    assert faults == [f"it is another model: {name} is {number}, the reference has {getattr(TINY, name)}"]
+    faults, lines = compared(tmp_path, "F32", lambda w: None, args=replace(LOOKED_INTO, **{name: number}))
+    assert faults == [
+        f"it is another model: {name} is {number}, the reference has {getattr(LOOKED_INTO, name)}"
+    ]
     assert lines == []
 
 

@@ -16,8 +16,8 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from conftest import DATA
-from test_tokenizer import hugging_face
+from helpers.data import DATA
+from helpers.tokenizers import hugging_face
 from transformers import PreTrainedTokenizerFast
 
 from numpy_llama.checkpoint.gguf.file import GGUFFile

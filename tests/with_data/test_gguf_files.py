@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import DATA
 from gguf import GGUFReader, dequantize
+from helpers.data import DATA
 
 from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint.gguf.file import GGUFFile

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import DATA
+from helpers.data import DATA
 
 import numpy_llama as nl
 from numpy_llama.backend import build

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import DATA
+from helpers.data import DATA
 
 import numpy_llama as nl
 from numpy_llama.backend import build

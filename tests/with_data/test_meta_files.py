@@ -1,7 +1,7 @@
 """A genuine file of Meta's layout, as another project's torch.save left it."""
 
 import torch
-from conftest import DATA
+from helpers.data import DATA
 
 from numpy_llama.checkpoint.pytorch.file import TorchFile
 

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from conftest import DATA
+from helpers.data import DATA
 from helpers.gguf_writer import gguf_bytes
 from tokenizers import models, normalizers, pre_tokenizers
 

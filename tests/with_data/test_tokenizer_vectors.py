@@ -5,8 +5,8 @@ import re
 from functools import cache
 
 import pytest
-from conftest import DATA
-from test_tokenizer import hugging_face, hugging_face_ids
+from helpers.data import DATA
+from helpers.tokenizers import hugging_face, hugging_face_ids
 
 from numpy_llama.checkpoint.gguf.file import GGUFFile
 from numpy_llama.checkpoint.tokenizers import open_tokenizer

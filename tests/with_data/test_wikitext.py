@@ -1,7 +1,7 @@
 """Perplexity on WikiText-2 against llama.cpp's, on weights that both hold in float32."""
 
 import pytest
-from conftest import DATA
+from helpers.data import DATA
 
 import numpy_llama as nl
 from numpy_llama.inspect.perplexity import perplexity

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from helpers.gguf_writer import gguf_bytes, llama_metadata, llama_tensors, random_weights
+from helpers.gguf_writer import gguf_bytes, llama_metadata, llama_tensors
+from helpers.tiny_models import float_weights
 from robustness.hostile import gguf, models, safetensors, tokenizers, torch
 
 import numpy_llama as nl
@@ -29,16 +30,14 @@ from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.pytorch.file import TorchFile
 from numpy_llama.checkpoint.safetensors_file import SafetensorsFile
-from numpy_llama.config import ModelArgs
 from numpy_llama.errors import NumpyLlamaError
+from numpy_llama.proof.tiny import TINY_BLOCKS
 from numpy_llama.text.chat import ChatTemplate
 
 MAX_MESSAGE = 800  # characters: ours, and up to three texts of 200 from a file
 SECONDS = 4.0  # of CPU time for one file: two are allowed, and two for what counts the branches
-TINY = ModelArgs(
-    dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, hidden_dim=32, vocab_size=8, norm_eps=1e-5,
-    rope_theta=1e4, max_seq_len=16,
-)  # fmt: skip
+SIZES = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 32, "vocab_size": 8}
+TINY = replace(TINY_BLOCKS, **SIZES, max_seq_len=16)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _encode(tokenizer: nl.Tokenizer) -> None:
 
 
 def _ggufs() -> Iterator[bytes]:
-    weights = random_weights(TINY, np.random.default_rng(0))
+    weights = float_weights(TINY)
     for format in ("F16", "Q8_0", "Q4_0"):
         yield gguf_bytes(llama_metadata(TINY), llama_tensors(TINY, weights, format))
     block = {

@@ -1,0 +1,38 @@
+"""Logits of every kind, and a generator whose numbers are known: what laws and tests hand to a sampler."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from .laws import seeds
+
+# Probabilities of float32 logits: the rounding of x / T, at most 30 or so, goes through exp.
+PROBABILITY = 1e-6
+# A mass this close to the limit of top-p or min-p may fall on either side of it.
+EDGE = 1e-6
+
+
+@st.composite
+def all_logits(draw, distinct=False):
+    """(V,) float32, flat or steep; with ties and ids already filtered, unless all shall be distinct."""
+    rng, V = np.random.default_rng(draw(seeds)), draw(st.integers(1, 60))
+    x = rng.normal(size=V) * draw(st.sampled_from([1, 5, 0.1]))
+    if not distinct and draw(st.booleans()):
+        x = np.round(x)
+    x = x.astype(np.float32)
+    if not distinct and draw(st.booleans()):
+        x[rng.random(V) < 0.3] = -np.inf
+        x[rng.integers(V)] = 1
+    return x
+
+
+class Fixed:
+    """A generator whose next numbers are known: `draw` takes one, by `random()`."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def __repr__(self):
+        return f"a generator whose random() is next {self.values}"
+
+    def random(self):
+        return self.values.pop(0)

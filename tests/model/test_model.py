@@ -1,11 +1,9 @@
-"""The model's budget: what it may import, how long it may be, what it refuses.
+"""The model: what its cache, its sizes and its calls refuse, and in which words.
 
 What it computes is held to PyTorch in numpy_llama/proof/test_model.py.
 """
 
-import ast
 from dataclasses import MISSING, fields, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,96 +156,3 @@ def test_what_the_generations_differ_in_has_no_default():
 def test_rope_scaling_is_validated(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         RopeScaling(**({"factor": 8.0} | bad))
-
-
-# --- the budget -------------------------------------------------------------------------------------------
-
-PACKAGE = Path(numpy_llama.__file__).parent
-
-# Imports run downwards: a module knows those further down this list, and its neighbours on one line.
-LEVELS = [
-    {"__init__", "__main__"},
-    {"proof"},
-    {"cli"},
-    {"tracing", "plots"},
-    {"verify", "bench", "perplexity", "llama", "convert", "download", "doctor"},
-    {"memory"},
-    {"generate", "batch"},
-    {"checkpoint", "tokenizer", "chat", "sandbox", "sampling"},
-    {"words", "merging"},
-    {"kernels", "layer"},
-    {"quantize"},
-    {"model"},
-    {"cache"},
-    {"interruptible"},
-    {"functional"},
-    {"config", "presets"},
-    {"errors"},
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-
-
-def lines(name):
-    return len((PACKAGE / f"{name}.py").read_text().splitlines())
-
-
-def imports(path):
-    """All modules that a file imports, wherever the statement stands; ours as 'numpy_llama.name'."""
-    package = ["numpy_llama", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
-            if base == ["numpy_llama"]:  # from . import functional
-                yield from (f"numpy_llama.{alias.name}" for alias in node.names)
-            else:
-                yield ".".join(base)
-
-
-def own_imports(path):
-    """(the part of the package that the file belongs to, the parts that it imports)."""
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    names = [name.split(".")[1] for name in imports(path) if name.startswith("numpy_llama.")]
-    return part, {name for name in names if name != part}
-
-
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def test_lines():
-    assert lines("model") < 200
-    assert sum(map(lines, ["config", "functional", "cache", "model"])) <= 450
-
-
-def test_what_the_core_imports():
-    ours = {f"numpy_llama.{name}" for name in ("functional", "cache", "config")}
-    assert set(imports(PACKAGE / "model.py")) <= ours | {"numpy", "typing", "collections.abc"}
-    ours = {f"numpy_llama.{name}" for name in ("config", "errors")}
-    assert set(imports(PACKAGE / "functional.py")) <= ours | {"numpy", "math"}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_run_downwards(path):
-    part, imported = own_imports(path)
-    assert part in LEVEL, f"{part} has no level yet: say in LEVELS what may import it"
-    for name in imported & LEVEL.keys():  # a name without a level is a value of the package itself
-        assert LEVEL[part] <= LEVEL[name], f"{path.name} imports {name}, which lies above it"
-
-
-def test_imports_have_no_circles():
-    graph = {part: set() for part in LEVEL}
-    for path in FILES:
-        part, imported = own_imports(path)
-        graph[part] |= imported & LEVEL.keys()
-    while leaves := {part for part, imported in graph.items() if not imported}:
-        graph = {part: imported - leaves for part, imported in graph.items() if part not in leaves}
-    assert not graph
-
-
-def test_who_may_know_the_kernels():
-    allowed = {"checkpoint", "verify", "doctor", "bench", "proof"}
-    for path in FILES:
-        if "kernels" in own_imports(path)[1]:
-            assert allowed & {path.stem, path.parent.name}, f"{path} imports the kernels"

@@ -1,4 +1,4 @@
-"""Shared by all tests: the profiles, the real model, the instruction sets."""
+"""Shared by all tests: the profiles, what the shortest leaves out, the real model, the instruction sets."""
 
 import os
 import signal
@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+# The processes of a run share the CPUs, so no OpenMP thread may spin while it waits.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 from numpy_llama.backend import kernels
 from numpy_llama.checkpoint.download import pull
 from numpy_llama.proof import laws
@@ -16,13 +19,36 @@ pytest.register_assert_rewrite("helpers")
 
 for _name, _profile in laws.PROFILES.items():
     settings.register_profile(_name, _profile)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
+settings.load_profile(PROFILE)
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_configure(config) -> None:
     """pytest-xdist would begin with the files of most tests; but those of few are the ones that take long."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """The profile `dev` leaves out what is marked slow; all others run everything."""
+    slow = [item for item in items if PROFILE == "dev" and item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in set(slow)]
+    config.hook.pytest_deselected(items=slow)
+    config.stash[LEFT_OUT] = len(slow)
+    if hasattr(config, "workeroutput"):  # in a process of pytest-xdist
+        config.workeroutput["left out"] = len(slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Every process of pytest-xdist collects all tests, and leaves out the same."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if n := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{n} slow tests were left out; HYPOTHESIS_PROFILE=ci runs them")
 
 
 # A shell's background job is deaf to Ctrl-C, and so would be the programs that are started here to hear it.

@@ -157,7 +157,7 @@ print(json.dumps({"planned": plan.peak(604), "peak": peak}))
 """
 
 
-@pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.parametrize("backend", ["c", pytest.param("numpy", marks=pytest.mark.slow)])
 def test_a_real_run_stays_within_its_plan(backend, smollm2_path):
     command = [sys.executable, "-c", MEASURE, str(smollm2_path), backend]
     found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)

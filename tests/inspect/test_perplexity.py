@@ -173,6 +173,7 @@ def test_the_command(text, smollm2_path):
     assert told.pop("seconds") > 0 and told == {**vars(first), "ctx": 48}
 
 
+@pytest.mark.slow
 def test_the_numpy_path_says_the_same(text, smollm2_path):
     arguments = ["perplexity", "-m", str(smollm2_path), str(text), "--ctx", "32", "--windows", "2", "--json"]
     paths = ["--backend", "numpy"], ["--exact"], []

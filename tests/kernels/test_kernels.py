@@ -428,6 +428,7 @@ late[mmap.PAGESIZE]
     assert (done.returncode, done.stderr.split()[1]) == (1, "late.gguf")
 
 
+@pytest.mark.slow
 def test_the_kernels_build_and_agree_without_openmp(tmp_path):
     shutil.copytree(Path(numpy_llama.__file__).parents[1] / "csrc", tmp_path / "csrc")
     code = """

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = Path(__file__).with_name("run.py")
 
 
@@ -15,6 +17,7 @@ def museum(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_historic_bug_is_caught():
     told = museum()
     killed, of = map(int, re.search(r"^(\d+) of (\d+) killed$", told, re.MULTILINE).groups())

@@ -77,7 +77,10 @@ def begin(**options) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("milliseconds", range(0, 400, 25))
+SWEEP = [ms if ms % 100 == 0 else pytest.param(ms, marks=pytest.mark.slow) for ms in range(0, 400, 25)]
+
+
+@pytest.mark.parametrize("milliseconds", SWEEP)
 def test_ctrl_c_during_the_imports_is_quiet(milliseconds):
     with begin() as process:
         time.sleep(milliseconds / 1000)

@@ -36,6 +36,7 @@ def test_case(id, table):
     assert not table[id].problems, "\n".join(table[id].problems)
 
 
+@pytest.mark.slow
 def test_reference_readers_agree_or_are_less_strict_as_listed(records):
     differences = run.disagreements(records[0], run.asked(WITH_REFERENCE))
     excused = {key for key in differences if key in STRICTER or key[0] in STRICTER}

@@ -15,8 +15,8 @@
  * So it does not matter who walks the spans, one thread or several: the sums are the same, bit for bit.
  *
  * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar
- * form, and from avx2.c and avx512.c for the vector form. tests/test_attention_kernel.py holds every form
- * to NumPy, and any split of T and of the threads to the same bits. */
+ * form, and from avx2.c and avx512.c for the vector form. tests/kernels/test_attention_kernel.py holds every
+ * form to NumPy, and any split of T and of the threads to the same bits. */
 #include <float.h>
 #include <stdlib.h>
 
@@ -230,7 +230,7 @@ WORD vec exp_parts(vec x, vec *n) {
 }
 
 /* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN. The largest error,
- * all floats tried (tests/instruments/exhaustive.py), is 1.01 units in the last place. */
+ * all floats tried (tests/robustness/instruments/exhaustive.py), is 1.01 units in the last place. */
 WORD vec vec_exp(vec x) {
     const vec lowest = vec_all(-87.0f);
     vec n;

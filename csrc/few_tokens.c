@@ -9,7 +9,8 @@
  * block of 18 bytes (Q4_0) must take no longer than memory takes to bring it: at 13 GB/s a thread 1.4 ns, 4
  * cycles. What is unpacked serves all T tokens, and from some five on the panel of many_tokens.c is faster.
  *
- * Compiled from avx2.c and avx512.c. tests/test_fixed.py and tests/test_kernels.py hold it to NumPy. */
+ * Compiled from avx2.c and avx512.c. tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to
+ * NumPy. */
 #include "dispatch.h"
 #include "vec.h"
 

@@ -15,7 +15,7 @@
  * is rows of a weight, tokens or heads: so no number is touched by two threads in one step. That x is rounded
  * once for q, k and v, and once for gate and up, is a step of its own.
  *
- * Compiled like linear.c. tests/test_layer.py holds every form to the layer of model.py. */
+ * Compiled like linear.c. tests/kernels/test_layer.py holds every form to the layer of model.py. */
 #include "dispatch.h"
 #include "kernels.h"
 #include "vec.h"

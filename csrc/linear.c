@@ -18,7 +18,8 @@
  *
  * 16-bit numbers, multiplied in pairs (vpmaddwd, vpdpwssd), go through twice as fast as floats, and x keeps
  * 80 dB: more than the weights of any block format have, more than bfloat16. What is computed is exactly
- * linear(x rounded, w), but for the rounding of float32 sums: so tests/test_fixed.py holds it to NumPy.
+ * linear(x rounded, w), but for the rounding of float32 sums: so tests/kernels/test_fixed.py holds it to
+ * NumPy.
  *
  * Threads share out the rows of w. This file has the loop over threads and the scalar forms; the vector forms
  * are in few_tokens.c, for one to four tokens, and in many_tokens.c. */

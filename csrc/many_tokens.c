@@ -15,7 +15,8 @@
  * 128 * 31 * 63 * 8191; Q4_K 256 * 15 * 63 * 8191. The exact way makes floats of the panel, and the same tile
  * multiplies them: an FMA instead, for half as many weights.
  *
- * Compiled from avx2.c and avx512.c. tests/test_fixed.py and tests/test_kernels.py hold it to NumPy. */
+ * Compiled from avx2.c and avx512.c. tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to
+ * NumPy. */
 #include "dispatch.h"
 #include "vec.h"
 

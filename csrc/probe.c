@@ -4,7 +4,7 @@
  *     fma    multiply-adds of registers, no memory at all             nor can prefill in floats
  *
  * There is no clock here: whoever calls looks at one. What is returned is proof that the work was done, and
- * keeps the compiler from leaving it out; tests/test_bench.py knows both results beforehand.
+ * keeps the compiler from leaving it out; tests/inspect/test_bench.py knows both results beforehand.
  *
  * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar form,
  * and from avx2.c and avx512.c for the vector form. */

@@ -8,7 +8,7 @@
  * loops as plain as these, without a branch, the compiler makes the vectors, and with those that every x86-64
  * has it takes under 2 ns a weight, which is faster than disks write. Where floats are compared it is by
  * their bits: without the sign those are in the order of |x|, with infinity and NaN on top.
- * Threads share out the rows. tests/test_convert_kernels.py holds it to quantize.py. */
+ * Threads share out the rows. tests/kernels/test_convert_kernels.py holds it to quantize.py. */
 #include <stdint.h>
 
 #include "kernels.h"

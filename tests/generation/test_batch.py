@@ -25,6 +25,7 @@ from numpy_llama.proof.bounds import CHUNKS_32
 from numpy_llama.proof.tiny import TINY_BLOCKS
 
 ARGS = replace(TINY_BLOCKS, max_seq_len=PREFILL_CHUNK + 60)
+V = ARGS.vocab_size
 
 
 # With activations of 14 bits another order of sums moves some of them by a whole step, 2^-13 of its block.
@@ -116,7 +117,7 @@ def decode_step(model, prompts, tokens, rooms, spoil=None):
 @given(B=st.integers(1, 5), seed=st.integers(0, 99))
 def test_logits_are_those_of_each_alone(model, B, seed):
     rng = np.random.default_rng(seed)
-    prompts, tokens = ragged_prompts(rng, B), rng.integers(0, 50, B).tolist()
+    prompts, tokens = ragged_prompts(rng, B), rng.integers(0, V, B).tolist()
     rooms = [len(prompt) + int(rng.integers(1, 20)) for prompt in prompts]
     logits = decode_step(model, prompts, tokens, rooms)
     for prompt, token, row in zip(prompts, tokens, logits, strict=True):

@@ -24,6 +24,7 @@ from numpy_llama.generation.transcript import StopTexts
 from numpy_llama.proof.tiny import TINY
 
 ARGS = replace(TINY, max_seq_len=2 * PREFILL_CHUNK + 50)
+V = ARGS.vocab_size
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def run(model, prompt, session=None, sampler=None, **options):
 @given(length=st.integers(1, 2 * PREFILL_CHUNK + 40), seed=st.integers(0, 99))
 def test_greedy_ids_are_those_of_the_plain_model(model, length, seed):
     """However the prompt is cut and cached: each id is the argmax of one pass over all that came before."""
-    prompt = np.random.default_rng(seed).integers(0, 50, length).tolist()
+    prompt = np.random.default_rng(seed).integers(0, V, length).tolist()
     ids, reason = run(model, prompt, max_tokens=4)
     assert reason == "length" and len(ids) == 4
     logits = model(np.array([prompt + ids]))[0]
@@ -63,7 +64,7 @@ def test_greedy_ids_are_those_of_the_plain_model(model, length, seed):
 def test_it_ends_before_any_of_several_stop_ids(model):
     prompt = [3, 1, 4]
     free, _ = run(model, prompt, max_tokens=10)
-    never = min(set(range(50)) - set(free))
+    never = min(set(range(V)) - set(free))
     for stop in set(free):
         assert run(model, prompt, max_tokens=10, stop_ids={never, stop}) == (free[: free.index(stop)], "stop")
 
@@ -91,8 +92,8 @@ def test_a_prompt_without_room_is_refused_before_any_work(model):
 
 
 def test_ids_outside_the_vocabulary_are_refused(model):
-    for bad in (-1, 50):
-        with pytest.raises(ParameterError, match=r"they must lie in 0\.\.49"):
+    for bad in (-1, V):
+        with pytest.raises(ParameterError, match=rf"they must lie in 0\.\.{V - 1}"):
             run(model, [1, bad])
 
 
@@ -160,7 +161,7 @@ def test_a_copied_context_goes_on_by_itself(model):
 
 
 def test_logits_that_are_no_numbers_stop_it(model, monkeypatch):
-    monkeypatch.setattr(model, "logits", lambda h: np.full(50, np.nan, np.float32))
+    monkeypatch.setattr(model, "logits", lambda h: np.full(V, np.nan, np.float32))
     with pytest.raises(
         NumericsError, match=r"position 1, token 7: every layer.* but the largest logit is nan"
     ):
@@ -309,7 +310,7 @@ def test_a_model_without_a_template_does_not_chat(llama):
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, model):
-    with pytest.raises(MismatchError, match="the tokenizer has 49152 ids, the embedding 50 rows"):
+    with pytest.raises(MismatchError, match=f"the tokenizer has 49152 ids, the embedding {V} rows"):
         nl.Llama(model, llama.tokenizer)
 
 

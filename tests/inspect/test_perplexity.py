@@ -19,6 +19,7 @@ from numpy_llama.inspect.perplexity import LEAST_CTX, nll, perplexity, windows
 from numpy_llama.proof.tiny import TINY
 
 ARGS = replace(TINY, max_seq_len=2 * PREFILL_CHUNK + 20)
+V = ARGS.vocab_size
 # float32 in another order of sums: a log-probability moves by the rounding of its logits, at most about 5.
 NLL_32 = 1e-4
 NLL_14 = 2e-3  # with activations of 14 bits, the mean of a few
@@ -63,7 +64,7 @@ def by_definition(model, ids, ctx, bos_id):
     seed=st.integers(0, 99),
 )
 def test_it_is_the_definition(model, ctx, length, bos_id, seed):
-    ids = np.random.default_rng(seed).integers(0, 50, length).tolist()
+    ids = np.random.default_rng(seed).integers(0, V, length).tolist()
     told = list(perplexity(model, ids, ctx, bos_id))
     expected = list(by_definition(model, list(ids), ctx, bos_id))
     assert [one.windows for one in told] == list(range(1, length // ctx + 1))
@@ -76,7 +77,7 @@ def test_it_is_the_definition(model, ctx, length, bos_id, seed):
 
 @given(length=st.integers(2, 2 * PREFILL_CHUNK + 20), seed=st.integers(0, 99), data=st.data())
 def test_losses_however_the_text_is_cut_into_passes(model, length, seed, data):
-    ids = np.random.default_rng(seed).integers(0, 50, length).tolist()
+    ids = np.random.default_rng(seed).integers(0, V, length).tolist()
     first = data.draw(st.integers(1, length - 1))
     scored = nll(model, ids, first)
     assert scored.shape == (length - first,) and scored.dtype == np.float64
@@ -93,15 +94,15 @@ def test_a_used_cache_is_as_good_as_a_new_one(model):
 
 
 def test_it_stops_after_so_many_windows(model):
-    ids = np.random.default_rng(0).integers(0, 50, 100).tolist()
+    ids = np.random.default_rng(0).integers(0, V, 100).tolist()
     assert list(perplexity(model, ids, 10, most=3)) == list(perplexity(model, ids, 10))[:3]
     assert list(perplexity(model, ids[:39], 10)) == list(perplexity(model, ids, 10))[:3]
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model, monkeypatch):
-    monkeypatch.setattr(model, "logits", lambda h: np.full((*h.shape[:-1], 50), 3.0, np.float32))
+    monkeypatch.setattr(model, "logits", lambda h: np.full((*h.shape[:-1], V), 3.0, np.float32))
     (told,) = perplexity(model, [7] * 30, 30)
-    assert told.perplexity == pytest.approx(50) and told.standard_error == 0
+    assert told.perplexity == pytest.approx(V) and told.standard_error == 0
 
 
 def test_windows():
@@ -137,7 +138,7 @@ def test_logits_that_are_no_numbers_stop_it(model, monkeypatch, bad):
 
 
 def test_what_is_never_foretold_is_infinite(model, monkeypatch):
-    logits = np.full((3, 50), -800.0, np.float32)
+    logits = np.full((3, V), -800.0, np.float32)
     logits[:, 0] = 0
     monkeypatch.setattr(model, "logits", lambda h: logits[-len(h) :])
     (told,) = perplexity(model, [7] * 8, 8)

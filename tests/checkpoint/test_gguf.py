@@ -47,7 +47,7 @@ from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import TINY_BLOCKS, random_weights
 
 ARGS = replace(TINY_BLOCKS, vocab_size=40, rope_theta=5e5, max_seq_len=32)
-OPENING_SECONDS = 0.1
+OPENING_SECONDS = 0.1  # of CPU time
 FUZZ_BYTES = 4 << 20  # of extra memory at most; the file has 0.3 MB
 
 
@@ -145,9 +145,9 @@ def test_arrays_are_decoded_at_first_access_only():
 def test_the_real_model_opens_at_once(smollm2_path):
     seconds = []
     for _ in range(3):  # the best of three: a busy machine is not what is tested
-        start = time.perf_counter()
+        start = time.process_time()
         file = GGUFFile(smollm2_path)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < OPENING_SECONDS
     args = model_args(file)
     assert (args.dim, args.n_layers, args.n_kv_heads, args.vocab_size) == (576, 30, 3, 49152)

@@ -226,6 +226,7 @@ def write_shards(opened: Checkpoint, folder: Path, n: int, shuffled: range = ran
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_a_last_shard_of_another_model_is_named(smollm2, only_look, tmp_path, capsys):
     """Without the last layers there is no text that could tell; but they know other channels."""
     folder = tmp_path / "model"
@@ -234,6 +235,7 @@ def test_a_last_shard_of_another_model_is_named(smollm2, only_look, tmp_path, ca
     assert_found(r"model-00004-of-00004.safetensors \(layers 23..29\) are unlike the others", told)
 
 
+@pytest.mark.slow
 def test_a_shard_of_another_model_is_named(smollm2, only_look, tmp_path, capsys):
     folder = tmp_path / "model"
     write_shards(smollm2, folder, 4, range(15, 23))  # the third shard

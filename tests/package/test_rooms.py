@@ -21,7 +21,7 @@ FLOORS = [
     {"checkpoint"},
     {"backend", "generation"},
     {"model"},
-    {"functional", "cache"},
+    {"functional", "cache", "rope"},
     {"config", "text"},
     {"errors"},
 ]

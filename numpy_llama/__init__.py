@@ -1,4 +1,4 @@
-"""LLaMA 1, 2 and 3 in NumPy that a person reads in an evening, with C kernels proven equal to it.
+"""LLaMA 1, 2 and 3 in NumPy that a person reads in an evening, with C kernels that tests hold equal to it.
 
 import numpy_llama as nl
 

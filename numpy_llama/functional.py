@@ -1,7 +1,7 @@
 """The mathematics of LLaMA: pure functions on NumPy arrays, nothing else.
 
-What this file promises: every operation of the forward pass is here and is the definition; the C
-kernels are proven equal to it. Every function computes in the dtype it is given (float32 in use,
+What this file promises: every operation of the forward pass is here and is the definition; tests hold
+the C kernels equal to it. Every function computes in the dtype it is given (float32 in use,
 float64 in tests). The letters of the shape comments are explained in config.py.
 """
 

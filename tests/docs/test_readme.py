@@ -1,10 +1,11 @@
-"""The README is true: its output, its quotations, its line counts, its Python; and the examples run."""
+"""The README and the pages of the guide are true: output, quotations, counts, commands, Python, links."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,40 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
+REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
+BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+FOUR = ["config", "functional", "cache", "model"]
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [block for found, block in BLOCK.findall(path.read_text()) if found == language]
+
+
+def programs() -> list:
+    """Each Python program of a page, and the output that is shown behind it, or None."""
+    found = []
+    for path in [ROOT / "README.md", *GUIDE, *REFERENCE]:
+        shown = [*BLOCK.findall(path.read_text()), ("", "")]
+        for (language, code), (behind, output) in pairwise(shown):
+            if language == "python" and code.startswith("import "):
+                name = f"{path.stem}-{len(found)}"
+                found.append(pytest.param(code, output if behind == "output" else None, id=name))
+    return found
+
+
+def commands() -> list[str]:
+    """Each line of a page that calls the program."""
+    pages = [ROOT / "README.md", *GUIDE, *REFERENCE]
+    lines = [line for path in pages for block in blocks(path, "sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("numpy-llama ")]
 
 
 def run(command: list[str], folder: Path = ROOT, silent: bool = True) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
-    asked = "Is this a pipe?\n"  # what `chat` without a question reads
+    asked = "Is this a pipe?\n"  # the question that `chat` reads when it is given none
     done = subprocess.run(
         command, input=asked, capture_output=True, text=True, cwd=folder, env=env, timeout=300
     )
@@ -29,36 +55,44 @@ def run(command: list[str], folder: Path = ROOT, silent: bool = True) -> str:
 
 
 def test_the_first_command_prints_what_is_shown(smollm2_path):
-    install, _, command = blocks("sh")[0].strip().partition(" && ")
+    install, _, command = blocks(ROOT / "README.md", "sh")[0].strip().partition(" && ")
     assert install == "pip install -e ."
-    assert run(["sh", "-c", command]) == blocks("output")[0]
+    assert run(["sh", "-c", command]) == blocks(ROOT / "README.md", "output")[0]
 
 
-def test_the_quotations_stand_in_the_source():
+def test_the_quotation_stands_in_the_source():
     source = (ROOT / "numpy_llama" / "model.py").read_text()
-    quoted = [block for block in blocks("python") if block.startswith("    def ")]
-    assert len(quoted) == 2 and all(block in source for block in quoted)
+    (quoted,) = blocks(ROOT / "README.md", "python")
+    assert quoted.startswith("    def __call__") and quoted in source
+
+
+def test_the_budgets_are_kept():
+    """CONTRIBUTING.md, "How much a change may cost"."""
+    counted = {name: len((ROOT / "numpy_llama" / f"{name}.py").read_text().splitlines()) for name in FOUR}
+    assert counted["model"] < 200 and sum(counted.values()) < 500
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_line_counts_are_right():
-    rows = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", README, re.MULTILINE)
-    assert len(rows) > 10
-    counted = {name: len((ROOT / name).read_text().splitlines()) for name, _ in rows}
-    assert {name: int(lines) for name, lines in rows} == counted
+    rows = re.findall(r"^\| `numpy_llama/(\w+)\.py` \| (\d+) \|", README, re.MULTILINE)
+    counted = [(name, len((ROOT / "numpy_llama" / f"{name}.py").read_text().splitlines())) for name in FOUR]
+    assert [(name, int(lines)) for name, lines in rows] == counted
 
 
-def test_the_python_runs(smollm2_path):
-    (code,) = [block for block in blocks("python") if block.startswith("import")]
-    lines = run([sys.executable, "-c", code]).splitlines()
-    assert lines[-2:] == [" Paris", "(1, 9, 6, 6)"] and len(lines) >= 4
+def test_every_room_is_on_the_map():
+    shown = re.findall(r"^\| `numpy_llama/(\w+)/` \|", README, re.MULTILINE)
+    assert sorted(shown) == sorted(path.parent.name for path in (ROOT / "numpy_llama").glob("*/__init__.py"))
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("numpy-llama ")]
+@pytest.mark.parametrize("code, output", programs())
+def test_the_python_runs(code, output, smollm2_path):
+    told = run([sys.executable, "-c", code])
+    assert told if output is None else told == output
 
 
-@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.partition("#")[0].strip())
+@pytest.mark.parametrize("line", commands(), ids=lambda line: line.partition("#")[0].strip())
 def test_the_commands_run(line, smollm2_path, tmp_path):
-    """Each as it is shown, on files of those names; of the benchmark a little only."""
+    """Each as it is shown, on files of those names; the benchmark on little input."""
     for name in ("model.gguf", "Meta-Llama-3-8B"):
         (tmp_path / name).symlink_to(smollm2_path)
     shutil.copy(ROOT / "docs" / "course" / "wikitext.txt", tmp_path / "wiki.test.raw")
@@ -67,14 +101,40 @@ def test_the_commands_run(line, smollm2_path, tmp_path):
     assert told or (tmp_path / "llama-3-8b-q8.gguf").exists()
 
 
-def test_the_speed_is_told_with_its_command():
-    section = README.partition("## How fast it is")[2].partition("\n## ")[0]
-    assert "benchmarks/c_against_numpy.py" in section and re.search(r"\| C \|.*\d", section)
+def test_the_numbers_of_the_readme_are_those_of_the_benchmarks():
+    page = (ROOT / "docs" / "reference" / "benchmarks.md").read_text()
+    told = " ".join(README.split())
+    decode = re.search(r"decode at ([\d.]+) tokens a second, llama.cpp decodes at ([\d.]+)", told)
+    prefill = re.search(r"Prefill: (\d+) against (\d+)", told)
+    (row,) = re.findall(r"^\| Q4_0 \|.*$", page, re.MULTILINE)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert decode and (cells[2], cells[3]) == decode.groups()
+    assert prefill and (cells[6], cells[7]) == prefill.groups()
+    (perplexity,) = re.findall(r"perplexity on WikiText is ([\d.]+)", told)
+    assert f"| Q4_1, its own | {perplexity} | {perplexity} |" in page
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_readme_counts_the_laws():
+    chapters = sorted((ROOT / "numpy_llama" / "proof").glob("test_*.py"))
+    laws = sum(len(re.findall(r"^@(?:law|whole)\(", path.read_text(), re.MULTILINE)) for path in chapters)
+    assert f"held equal by {laws} property tests" in " ".join(README.split())
+
+
+@pytest.mark.parametrize("path", FRONT + GUIDE, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    """Those to files; Sphinx checks those within the site."""
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", FRONT + GUIDE, ids=lambda path: path.stem)
+def test_the_files_that_are_named_exist(path):
+    """Wherever a page names a path of this repository; NAME and NN stand for what the reader chooses."""
+    rooms = r"(?:numpy_llama|csrc|tests|docs|exercises|examples|benchmarks|\.ci|\.github)"
+    named = re.findall(rf"(?<![\w/.~-]){rooms}/[\w./-]*[\w/]", path.read_text())
+    built = ("docs/_build",)
+    missing = [name for name in named if not (ROOT / name).exists() and "NAME" not in name]
+    assert [name for name in missing if not name.startswith(built)] == []
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))

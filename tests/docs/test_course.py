@@ -21,6 +21,12 @@ def test_there_are_fifteen():
     assert [path.name[:2] for path in CHAPTERS] == [f"{n:02}" for n in range(15)]
 
 
+def test_each_word_is_explained_once_in_its_place():
+    _, _, glossary = (ROOT / "docs" / "reference" / "names.md").read_text().partition("## Words")
+    words = [word.lower() for word in re.findall(r"^(.+)\n: ", glossary, re.MULTILINE)]
+    assert len(words) > 40 and words == sorted({*words})
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_has_its_parts(path):
     text = path.read_text()

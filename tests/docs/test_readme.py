@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
+WORKFLOW = ROOT / ".github" / "workflows" / "tests.yml"
 FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
@@ -127,7 +128,7 @@ def test_links_lead_somewhere(path):
         assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", FRONT + GUIDE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FRONT, *GUIDE, WORKFLOW], ids=lambda path: path.name)
 def test_the_files_that_are_named_exist(path):
     """Wherever a page names a path of this repository; NAME and NN stand for what the reader chooses."""
     rooms = r"(?:numpy_llama|csrc|tests|docs|exercises|examples|benchmarks|\.ci|\.github)"

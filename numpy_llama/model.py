@@ -143,34 +143,31 @@ class Transformer:
         return self.output(self.norm(h))
 
     def with_parts(self, parts: Mapping[str, Any]) -> "Transformer":
-        """The same model with other parts, by the paths of their attributes; `*` means every layer.
+        """The same model with other parts: {"layers.*.attention.wq": part}, `*` means every layer.
 
-        model.with_parts({"layers.*.attention.wq": part}). Both models use the same weights; this one is
-        unchanged.
+        A name is a path of attributes. This model is unchanged, and both models use the same weights.
         """
         model = self
         for name, part in parts.items():
             try:
                 model = _with_part(model, name.split("."), part)
             except (LookupError, TypeError, ValueError):
-                raise ParameterError(
-                    f"the model has no part {name!r} that {type(part).__name__} could replace; "
-                    'names are paths of attributes, for example "layers.0.attention.wq"'
-                ) from None
+                found = f"no part {name!r} that {type(part).__name__} could replace"
+                wanted = 'a path of attributes as "layers.0.attention.wq", and a part that can be called'
+                raise ParameterError(f"the model has {found}; wanted {wanted}") from None
         return model
 
 
 def _with_part(whole: Any, path: Sequence[str], part: Any) -> Any:
-    """A copy of `whole` with another part at the path; what is not on the path is shared."""
+    """A copy of `whole` with another part at the path; it shares everything that is not on the path."""
     if not path:
         if callable(whole) and not callable(part):
             raise TypeError
         return part
-    first, *rest = path
-    new = copy(whole)
+    new, (first, *rest) = copy(whole), path
     if isinstance(whole, list):
         names = [str(i) for i in range(len(whole))]
-        for i in map(int, names) if first == "*" else [names.index(first)]:
+        for i in range(len(whole)) if first == "*" else [names.index(first)]:
             new[i] = _with_part(whole[i], rest, part)
     else:
         vars(new)[first] = _with_part(vars(whole)[first], rest, part)

@@ -10,23 +10,20 @@ import numpy_llama as nl
 from numpy_llama.backend import build
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.backend.fused import FusedBlock
-from numpy_llama.config import ModelArgs
 from numpy_llama.errors import MismatchError, NumericsError, ParameterError
 from numpy_llama.generation.batch import generate_batch
 from numpy_llama.generation.generate import Request, Session, generate
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.inspect.perplexity import nll
 from numpy_llama.model import Linear, RMSNorm
-from numpy_llama.proof.tiny import random_weights
+from numpy_llama.proof.tiny import TINY, TINY_BLOCKS, random_weights
 
-FUSED = ModelArgs(64, 2, 4, 2, 16, 96, 50, norm_eps=1e-5, rope_theta=1e4, max_seq_len=64)
-ODD = ModelArgs(40, 2, 4, 2, 10, 72, 50, norm_eps=1e-5, rope_theta=1e4, max_seq_len=64)  # C does not fuse it
 BACKENDS = {
-    "numpy": (FUSED, {"backend": "numpy"}),
-    "c": (FUSED, {}),
-    "c exact": (FUSED, {"exact": True}),
-    "c, 1 thread": (FUSED, {"threads": 1}),
-    "c, not fused": (ODD, {}),
+    "numpy": (TINY_BLOCKS, {"backend": "numpy"}),
+    "c": (TINY_BLOCKS, {}),
+    "c exact": (TINY_BLOCKS, {"exact": True}),
+    "c, 1 thread": (TINY_BLOCKS, {"threads": 1}),
+    "c, not fused": (TINY, {}),
 }
 LINEARS = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
 LINEARS += ("feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down")
@@ -42,7 +39,7 @@ def model(request):
     stored = {name: StoredTensor.quantize(w, "F32") for name, w in weights.items()}
     model = build(args, stored, **options)
     fused = [type(layer) is FusedBlock for layer in model.layers]
-    assert fused == [args is FUSED and request.param != "numpy"] * args.n_layers
+    assert fused == [args is TINY_BLOCKS and request.param != "numpy"] * args.n_layers
     return model
 
 
@@ -128,7 +125,7 @@ def test_one_part_for_every_layer(model):
         return np.zeros_like(x)
 
     other = model.with_parts({"layers.*.feed_forward": part})
-    assert other(IDS).shape == (1, 8, 50) and len(ran) == model.args.n_layers
+    assert other(IDS).shape == (1, 8, model.args.vocab_size) and len(ran) == model.args.n_layers
 
 
 def test_parts_that_compute_the_same_give_the_same_logits(model):

@@ -27,10 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from numpy_llama.backend.formats import FORMATS, Format
-from numpy_llama.checkpoint.convert import model_metadata, rope_divisors
+from numpy_llama.checkpoint.convert import model_metadata
 from numpy_llama.checkpoint.gguf.write import layout, write_tensor
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
 from numpy_llama.checkpoint.presets import PRESETS
+from numpy_llama.checkpoint.rope_scalings import gguf_tensors
 from numpy_llama.cli.common import transfer_bar, whole_number
 from numpy_llama.config import ModelArgs
 
@@ -210,7 +211,7 @@ def write_meta(folder: Path, args: ModelArgs, weights, progress) -> None:
 
 
 def write_gguf(path: Path, args: ModelArgs, tied: bool, dtype: str, progress) -> None:
-    plan, extra = [], rope_divisors(args)
+    plan, extra = [], gguf_tensors(args)
     for ours, theirs in tensor_names(args, "gguf").items():
         shape = expected_shape(ours, args)
         if not (tied and ours == "output.weight"):

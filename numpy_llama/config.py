@@ -8,7 +8,11 @@ Letters used in every shape comment of this package, in Python and in C:
 """
 
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
 
 from .errors import ConfigError
 
@@ -26,30 +30,28 @@ LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """A stretching of RoPE beyond the trained context.
+class RopeScaling(ABC):
+    """RoPE stretched beyond the context that a model was trained on. rope.py has the kinds.
 
-    "llama3": Llama 3.1 slows the slow turns only (its model card); it has factor 8, Llama 3.2 1B and 3B
-    have factor 32, the rest is the same in both. "linear": all positions are divided by the factor (Chen et
-    al. 2023), the other fields mean nothing.
+    Pair j turns by theta_j / divisors[j] a position, and its length is multiplied by `length_factor`.
     """
 
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
-    type: str = "llama3"
+    type: ClassVar[str]
+    length_factor: float
 
     def __post_init__(self) -> None:
-        _check(self)
-        if self.type not in ("llama3", "linear"):
-            raise ConfigError(f"the RoPE scaling is {self.type!r}, it must be 'llama3' or 'linear'")
-        if not self.high_freq_factor > self.low_freq_factor:
-            raise ConfigError(
-                f"high_freq_factor is {self.high_freq_factor}, "
-                f"it must be above low_freq_factor {self.low_freq_factor}"
-            )
+        _check(self, 1e-30, 1e38, "a number from 1e-30 to 1e38")  # 1e30: a pair that is not to turn
+
+    @abstractmethod
+    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
+        """What each of the theta_j is divided by, in a model of `context` positions -> (Dh / 2,) float64."""
+
+    @abstractmethod
+    def describe(self, context: int) -> str:
+        """The kind and its numbers in a few words, and what the size of the context decides."""
+
+    def check(self, args: "ModelArgs") -> None:  # noqa: B027  # most kinds fit all models
+        """ConfigError if this does not fit a model of these arguments."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,23 @@ class ModelArgs:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}, RoPE turns pairs: it must be even")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self)
 
 
-def _check(args: RopeScaling | ModelArgs) -> None:
-    for field in fields(args):
+def _check(
+    args: RopeScaling | ModelArgs,
+    least: float = 5e-324,
+    most: float = sys.float_info.max,
+    wanted: str = "a finite number above 0",
+) -> None:
+    for field in fields(args):  # type: ignore[arg-type]  # every kind of RopeScaling is a dataclass
         value, limit = getattr(args, field.name), LIMITS.get(field.name, sys.maxsize)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if field.type is int and not (number and isinstance(value, int) and 0 < value <= limit):
+        if field.type is int and not (type(value) is int and 0 < value <= limit):
             raise ConfigError(f"{field.name} is {value!r}, it must be a whole number from 1 to {limit}")
-        if field.type is float and not (number and 0 < value <= sys.float_info.max):
-            raise ConfigError(f"{field.name} is {value!r}, it must be a finite number above 0")
+        numbers = {field.name: value} if field.type is float else {}
+        if isinstance(value, tuple):
+            numbers = {f"{field.name}[{i}]": x for i, x in enumerate(value)}
+        for name, x in numbers.items():
+            if isinstance(x, bool) or not isinstance(x, int | float) or not least <= x <= most:
+                raise ConfigError(f"{name} is {x!r}, it must be {wanted}")

@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 
-from .config import RopeScaling
 from .errors import ContextOverflowError, MismatchError, ParameterError
 
 
@@ -53,33 +52,25 @@ def swiglu(gate, up):
     return silu(gate) * up
 
 
+def rope_freqs(head_dim, rope_theta, dtype=np.float64):
+    """theta_j = rope_theta^(-2j / head_dim): how far one position turns pair j (RoFormer) -> (Dh / 2,)."""
+    return 1 / dtype(rope_theta) ** (np.arange(0, head_dim, 2, dtype=dtype) / dtype(head_dim))
+
+
 def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
     """e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim).
 
-    RoFormer (Su et al. 2021), section 3.2.2. -> (end, Dh / 2) complex, for example (8192, 32).
+    RoFormer (Su et al. 2021), section 3.2.2. -> (end, Dh / 2) complex, for example (8192, 32). A scaling
+    (rope.py) divides each theta_j by a number, and multiplies the result by one. `end` is the context.
     """
-    j = np.arange(0, head_dim, 2, dtype=dtype)
-    freqs = 1 / dtype(rope_theta) ** (j / dtype(head_dim))
+    freqs = rope_freqs(head_dim, rope_theta, dtype)
     if scaling is not None:
-        freqs = scale_freqs(freqs, scaling)
+        freqs = (freqs / scaling.divisors(freqs, rope_theta, end)).astype(dtype)
     angles = np.outer(np.arange(end, dtype=dtype), freqs)
     freqs_cis = np.empty(angles.shape, np.result_type(dtype, np.complex64))
     np.cos(angles, out=freqs_cis.real)
     np.sin(angles, out=freqs_cis.imag)
-    return freqs_cis
-
-
-def scale_freqs(freqs, scaling: RopeScaling):
-    """Llama 3.1: slow turns are made `factor` times slower, fast ones kept, a ramp in between.
-
-    What counts is how many full turns a frequency makes within the original context. "linear" slows all.
-    """
-    if scaling.type == "linear":
-        return freqs / freqs.dtype.type(scaling.factor)
-    turns = scaling.original_max_seq_len * freqs / freqs.dtype.type(2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, 1: fast
-    return (1 - keep) * freqs / scaling.factor + keep * freqs
+    return freqs_cis if scaling is None else freqs_cis * dtype(scaling.length_factor)
 
 
 def freqs_cis_at(freqs_cis, start_pos, T):

@@ -24,13 +24,13 @@ from ..backend import Progress
 from ..backend.formats import FORMATS, Format, StoredTensor
 from ..config import ModelArgs
 from ..errors import FormatError, MismatchError, NumericsError, ParameterError, ResourceLimitError
-from ..functional import scale_freqs
 from ..text.chat import CHAT_FORMATS
 from ..text.tokenizer import UNUSED
 from .base import Checkpoint, TensorInfo
 from .gguf.model import GGUFCheckpoint
 from .gguf.write import layout, write_tensor
 from .names import tensor_names
+from .rope_scalings import gguf_metadata, gguf_tensors
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
 EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
@@ -60,7 +60,7 @@ def convert(
     names = tensor_names(source.args, "gguf")
     if weights["output.weight"] is weights["tok_embeddings.weight"]:
         del names["output.weight"]
-    extra = rope_divisors(source.args)
+    extra = gguf_tensors(source.args)
     formats = {ours: target_format(ours, weights[ours].shape, dtype) for ours in names}
     plan = [(theirs, formats[ours], weights[ours].shape) for ours, theirs in names.items()]
     plan += [(name, tensor.format, tensor.shape) for name, tensor in extra.items()]
@@ -180,8 +180,7 @@ def verify(
 
 def model_metadata(args: ModelArgs) -> dict[str, Any]:
     """The keys that gguf_model.model_args reads."""
-    scaling = args.rope_scaling
-    metadata: dict[str, Any] = {
+    return {
         "general.architecture": "llama",
         "llama.block_count": args.n_layers,
         "llama.context_length": args.max_seq_len,
@@ -195,25 +194,7 @@ def model_metadata(args: ModelArgs) -> dict[str, Any]:
         "llama.rope.freq_base": float(args.rope_theta),
         "llama.rope.dimension_count": args.head_dim,
         "llama.vocab_size": args.vocab_size,
-    }
-    if scaling is not None and scaling.type == "linear":
-        metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
-    elif scaling is not None:
-        metadata |= {
-            "numpy_llama.rope.low_freq_factor": float(scaling.low_freq_factor),
-            "numpy_llama.rope.high_freq_factor": float(scaling.high_freq_factor),
-            "numpy_llama.rope.original_max_seq_len": scaling.original_max_seq_len,
-        }
-    return metadata
-
-
-def rope_divisors(args: ModelArgs) -> dict[str, StoredTensor]:
-    """Llama 3.1's scaling as GGUF has it: what each frequency is divided by."""
-    if args.rope_scaling is None or args.rope_scaling.type != "llama3":
-        return {}
-    freqs = args.rope_theta ** -(np.arange(0, args.head_dim, 2) / args.head_dim)
-    divisors = (freqs / scale_freqs(freqs, args.rope_scaling)).astype(np.float32)
-    return {"rope_freqs.weight": StoredTensor.quantize(divisors, "F32")}
+    } | gguf_metadata(args.rope_scaling)
 
 
 def padded(vocabulary: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..backend.formats import StoredTensor
-from ..config import LIMITS, ModelArgs, RopeScaling
+from ..config import LIMITS, ModelArgs
 from ..errors import (
     ConfigError,
     FormatError,
@@ -32,6 +32,7 @@ from .files import MappedFile
 from .json_file import JsonFile
 from .names import interleaved_rows, matched_names
 from .pytorch.file import TorchFile
+from .rope_scalings import hf_rope
 from .safetensors_file import SafetensorsFile
 from .tokenizers import tokenizer_of_folder, tokenizer_path
 
@@ -56,7 +57,6 @@ PLAIN: dict[str, tuple] = {
     "num_local_experts": (0, 1),
 }
 ROWS_COMPARED = 4096  # at a time: never two whole matrices in memory
-ROPES_NOT_RUN = ("yarn", "longrope", "su", "mrope")
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -171,7 +171,7 @@ def model_args(config: JsonFile) -> ModelArgs:
     dim, n_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     if config.get("head_dim", int) is None and dim % n_heads:
         raise ConfigError(f"{config.path}: hidden_size {dim} cannot be divided among {n_heads} heads")
-    theta, scaling = _rope(config)
+    theta, scaling = hf_rope(config)
     values: dict[str, Any] = {
         "dim": dim,
         "n_layers": _size(config, "num_hidden_layers"),
@@ -185,7 +185,7 @@ def model_args(config: JsonFile) -> ModelArgs:
         "max_seq_len": min(context, LIMITS["max_seq_len"]),
     }
     try:
-        return ModelArgs(**values, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+        return ModelArgs(**values, rope_scaling=scaling)
     except ConfigError as error:
         raise ConfigError(f"{config.path}: {error}") from None
 
@@ -226,54 +226,6 @@ def _check_plain(config: JsonFile) -> None:
             raise UnsupportedError(
                 f"{config.path}: {key} is {escape(value, 60)}; only {plain[0]!r} is run here"
             )
-
-
-def _rope(config: JsonFile) -> tuple[float, dict[str, Any] | None]:
-    """theta, and what RopeScaling takes.
-
-    transformers 5 has all of it in `rope_parameters`; before, there was rope_theta, and `rope_scaling`.
-    """
-    given = [part for key in ("rope_parameters", "rope_scaling") if (part := config.part(key)) is not None]
-    if len(given) == 2 and given[0].values != given[1].values:
-        raise ConfigError(f"{config.path}: rope_parameters and rope_scaling say different things")
-    rope = given[0] if given else JsonFile(config.path, values={})
-    _check_plain(rope)
-    thetas = [config.get("rope_theta", float), rope.get("rope_theta", float)]
-    theta = _agreed(config, "rope_theta", thetas, 10000.0)
-    kinds = [rope.get("rope_type", str), rope.get("type", str)]
-    kind = _agreed(config, "rope_type", kinds, None if "factor" in rope.values else "default")
-    if kind == "default":
-        return theta, None
-    if kind in ROPES_NOT_RUN:
-        raise UnsupportedError(
-            f"{config.path}: RoPE scaling {escape(kind)}; only linear, dynamic, llama3 are run"
-        )
-    if kind not in ("linear", "dynamic", "llama3"):
-        raise ConfigError(f"{config.path}: rope_type is {escape(kind)}, it must be linear, dynamic or llama3")
-    factor = rope.require("factor", float)
-    if not factor > 0:
-        raise ConfigError(f"{config.path}: the factor of the RoPE scaling is {factor}, it must be above 0")
-    if kind == "dynamic":
-        # "NTK-aware": theta grows with a text beyond max_position_embeddings. Our context ends there.
-        return theta, None
-    if kind == "linear":
-        return theta, {"factor": factor, "type": "linear"}
-    return theta, {
-        "factor": factor,
-        "low_freq_factor": rope.require("low_freq_factor", float),
-        "high_freq_factor": rope.require("high_freq_factor", float),
-        "original_max_seq_len": rope.require("original_max_position_embeddings", int),
-    }
-
-
-def _agreed(config: JsonFile, key: str, values: list, default: Any) -> Any:
-    """The one value that is given, in however many places."""
-    given = [value for value in values if value is not None]
-    if given and given.count(given[0]) < len(given):
-        raise ConfigError(
-            f"{config.path}: {key} is given as {escape(given[0], 60)} and {escape(given[1], 60)}"
-        )
-    return given[0] if given else default
 
 
 def chat_template(folder: Path) -> str | None:

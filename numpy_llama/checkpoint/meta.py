@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..backend.formats import StoredTensor
-from ..config import LIMITS, ModelArgs, RopeScaling
+from ..config import LIMITS, ModelArgs
 from ..errors import ConfigError, MismatchError, TruncatedError, UnsupportedError, escape
+from ..rope import Llama3Scaling
 from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo
 from .json_file import JsonFile
@@ -159,7 +160,7 @@ def model_args(params: JsonFile, vocab_rows: int | None = None, hidden_rows: int
     try:
         args = ModelArgs(**values)
         if params.get("use_scaled_rope", bool, False):
-            args = replace(args, rope_scaling=RopeScaling(factor))
+            args = replace(args, rope_scaling=Llama3Scaling(factor))
     except ConfigError as error:
         raise ConfigError(f"{params.path}: {error}") from None
     if params.values.get("max_seq_len") is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..config import ModelArgs, RopeScaling
+from ..rope import Llama3Scaling
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _row(
 
 
 # Llama 3.1 was trained on 8192 positions and then stretched; 3.2 1B and 3B more so.
-_BY_8, _BY_32 = RopeScaling(8.0), RopeScaling(32.0)
+_BY_8, _BY_32 = Llama3Scaling(8.0), Llama3Scaling(32.0)
 
 # Code Llama 70B Instruct and Python were not trained on long texts as their base model was, hence a row of
 # its own. Mistral 7B v0.1 attends to the last 4096 positions only, within 32768: nobody sees that window in

@@ -63,7 +63,9 @@ def kinds(checkpoint: Checkpoint):
 def arguments(checkpoint: Checkpoint):
     for field in fields(checkpoint.args):
         value = getattr(checkpoint.args, field.name)
-        yield field.name, "none" if value is None else value
+        if field.name == "rope_scaling":
+            value = "none" if value is None else value.describe(checkpoint.args.max_seq_len)
+        yield field.name, value
 
 
 def text(checkpoint: Checkpoint):

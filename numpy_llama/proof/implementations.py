@@ -29,7 +29,7 @@ OPERATIONS = {
     functional: (
         *("embedding", "linear", "rms_norm", "softmax", "silu", "swiglu"),
         *("attention", "attention_scores", "weighted_values"),
-        *("precompute_freqs_cis", "scale_freqs", "freqs_cis_at", "apply_rotary_emb"),
+        *("precompute_freqs_cis", "freqs_cis_at", "apply_rotary_emb"),
         *("causal_mask", "repeat_kv"),
     ),
     sampling: ("greedy", "repetition_penalty", "apply_temperature", "top_k", "top_p", "min_p", "draw"),

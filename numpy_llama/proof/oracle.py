@@ -13,6 +13,14 @@ import numpy as np
 
 from ..checkpoint.names import tensor_names
 from ..config import ModelArgs
+from ..rope import (
+    DynamicScaling,
+    ExplicitScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+)
 
 
 class Oracle:
@@ -61,16 +69,7 @@ def transformers_model(args: ModelArgs, weights: dict):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)
-    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if s := args.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_seq_len,
-        }
-    more: dict = {"rope_parameters": rope, "attn_implementation": "eager"}
+    more: dict = {"rope_parameters": rope_parameters(args), "attn_implementation": "eager"}
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -94,3 +93,36 @@ def transformers_model(args: ModelArgs, weights: dict):
         model = LlamaForCausalLM(config).eval()
     model.load_state_dict(state)
     return model
+
+
+def rope_parameters(args: ModelArgs) -> dict:
+    """This RoPE as transformers has it, for all texts that fit into the context.
+
+    transformers chooses by the length of each text where we choose by the size of the context: it is given
+    what we choose. "longrope" with two equal lists is what explicit divisors are there.
+    """
+    theta, s = args.rope_theta, args.rope_scaling
+    if s is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    if isinstance(s, DynamicScaling):  # in any context that is a larger theta, from pair 0 to the last
+        longer = 1 + s.factor * max(args.max_seq_len / s.original_max_seq_len - 1, 0)
+        theta *= longer ** (args.head_dim / (args.head_dim - 2)) if args.head_dim > 2 else 1
+        return {"rope_type": "default", "rope_theta": theta}
+    rope = {"rope_type": s.type, "rope_theta": theta}
+    if isinstance(s, LinearScaling):
+        return rope | {"factor": s.factor}
+    if isinstance(s, ExplicitScaling):
+        lists = {"short_factor": list(s.factors), "long_factor": list(s.factors)}
+        more = {"rope_type": "longrope", "original_max_position_embeddings": args.max_seq_len, "factor": 1.0}
+        return rope | lists | more | {"attention_factor": s.length_factor}
+    rope["original_max_position_embeddings"] = s.original_max_seq_len
+    if isinstance(s, Llama3Scaling):
+        ramp = {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+        return rope | ramp | {"factor": s.factor}
+    rope["attention_factor"] = s.length_factor
+    if isinstance(s, YarnScaling):
+        ramp = {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
+        return rope | ramp | {"factor": s.factor}
+    assert isinstance(s, LongRopeScaling), s
+    chosen = list(s.long_factor if args.max_seq_len > s.original_max_seq_len else s.short_factor)
+    return rope | {"short_factor": chosen, "long_factor": chosen, "factor": 1.0}

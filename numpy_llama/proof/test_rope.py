@@ -1,5 +1,5 @@
-"""RoPE: pairs of numbers turned by an angle that grows with the position (Su et al. 2021), and Llama 3.1's
-scaling of it. Complex numbers of (x_2j, x_2j+1), Meta's layout."""
+"""RoPE: pairs of numbers turned by an angle that grows with the position (Su et al. 2021), and its scalings.
+Complex numbers of (x_2j, x_2j+1), Meta's layout."""
 
 import cmath
 import math
@@ -9,20 +9,44 @@ import pytest
 from hypothesis import strategies as st
 
 from ..checkpoint.names import interleaved_rows
-from ..config import RopeScaling
+from ..functional import rope_freqs
+from ..rope import (
+    DynamicScaling,
+    ExplicitScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+)
 from . import torch_ops
 from .bounds import EXACT_64, U32, U64, assert_same, assert_within
 from .laws import assert_refused, assert_that, even_sizes, law, small_sizes, sources
+from .tiny import every_scaling
 
 thetas = st.sampled_from([1e4, 1e5, 5e5])
-scalings = st.sampled_from(
-    [RopeScaling(8.0), RopeScaling(32.0), RopeScaling(4.0, 0.5, 3.0, 1024), RopeScaling(4.0, type="linear")]
-)
+ORIGINAL = 64  # positions, before any scaling
+kinds = st.sampled_from(range(len(every_scaling(2, ORIGINAL))))
+factors = st.sampled_from([2.0, 4.0, 8.0, 32.0])
+wide_heads = st.integers(4, 32).map(lambda half: 2 * half)  # so that a ramp has an inside
 positions = st.integers(0, 2000)
 
 
 def table(ops, head_dim, end, theta=1e4, scaling=None):
     return ops.precompute_freqs_cis(head_dim, end, theta, scaling, np.float64)
+
+
+def scaling_of(kind, head_dim):
+    return None if kind is None else every_scaling(head_dim, ORIGINAL)[kind]
+
+
+def length_of(scaling):
+    return 1.0 if scaling is None else scaling.length_factor
+
+
+def divided_by(ops, scaling, head_dim, theta=1e4, context=ORIGINAL):
+    """What each theta_j was divided by, read off the turn of position 1."""
+    turn = table(ops, head_dim, context, theta, scaling)[1]
+    return rope_freqs(head_dim, theta) / np.angle(turn)
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -38,32 +62,38 @@ def test_the_formula(ops, head_dim, theta, end):
     assert_within(actual[m, j], expected, (end + 8) * 8 * U64)
 
 
-@law("precompute_freqs_cis", even_sizes, thetas, st.none() | scalings, st.integers(1, 300))
-def test_as_pytorch(ops, head_dim, theta, scaling, end):
-    """The table is that of torch.polar; an angle is up to `end` radians, and its rounding counts so often."""
+@law("precompute_freqs_cis", even_sizes, thetas, st.none() | kinds, st.integers(1, 300))
+def test_as_pytorch(ops, head_dim, theta, kind, end):
+    """The table is that of torch.polar. An angle is up to 2 `end` radians, and is rounded in proportion."""
+    scaling = scaling_of(kind, head_dim)
     expected = torch_ops.precompute_freqs_cis(head_dim, end, theta, scaling, np.float64)
-    assert_within(table(ops, head_dim, end, theta, scaling), expected, (end + 8) * 8 * U64)
+    assert_within(table(ops, head_dim, end, theta, scaling), expected, (end + 8) * 16 * U64)
 
 
-@law("precompute_freqs_cis", even_sizes, thetas, st.none() | scalings, st.integers(1, 300))
-def test_the_table_in_float32(ops, head_dim, theta, scaling, end):
+@law("precompute_freqs_cis", even_sizes, thetas, st.none() | kinds, st.integers(1, 300))
+def test_the_table_in_float32(ops, head_dim, theta, kind, end):
     """In float32 it is complex64, and PyTorch's within the rounding of its angles."""
+    scaling = scaling_of(kind, head_dim)
     actual = ops.precompute_freqs_cis(head_dim, end, theta, scaling)
     assert_that(actual.dtype == np.complex64, f"complex64 wanted, {actual.dtype} made")
     expected = torch_ops.precompute_freqs_cis(head_dim, end, theta, scaling)
-    assert_within(actual, expected, (end + 8) * 8 * U32)
+    assert_within(actual, expected, (end + 8) * 16 * U32)
 
 
-@law("precompute_freqs_cis", even_sizes, thetas, st.none() | scalings)
-def test_nothing_turns_at_position_0(ops, head_dim, theta, scaling):
-    """e^0 = 1, exactly."""
-    assert_same(table(ops, head_dim, 1, theta, scaling), np.ones((1, head_dim // 2)))
+@law("precompute_freqs_cis", even_sizes, thetas, st.none() | kinds)
+def test_nothing_turns_at_position_0(ops, head_dim, theta, kind):
+    """r e^0 = r, exactly; without a scaling r is 1."""
+    scaling = scaling_of(kind, head_dim)
+    expected = np.full((1, head_dim // 2), length_of(scaling))
+    assert_same(table(ops, head_dim, 1, theta, scaling), expected)
 
 
-@law("precompute_freqs_cis", even_sizes, thetas, st.integers(1, 300))
-def test_turns_keep_lengths(ops, head_dim, theta, end):
-    """|e^(i a)| = 1."""
-    assert_within(np.abs(table(ops, head_dim, end, theta)), np.ones((end, head_dim // 2)), EXACT_64)
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(1, 300), st.none() | kinds)
+def test_turns_keep_lengths(ops, head_dim, theta, end, kind):
+    """|r e^(i a)| = r at every position; without a scaling r is 1."""
+    scaling = scaling_of(kind, head_dim)
+    expected = np.full((end, head_dim // 2), length_of(scaling))
+    assert_within(np.abs(table(ops, head_dim, end, theta, scaling)), expected, EXACT_64)
 
 
 @law("precompute_freqs_cis", even_sizes, thetas, st.integers(2, 300))
@@ -82,20 +112,23 @@ def test_later_pairs_turn_slower(ops, half, theta):
     assert_within(ratios, np.full(half - 1, theta ** (-1 / half)), 1e-9)
 
 
-@law("precompute_freqs_cis", even_sizes, thetas, st.integers(2, 100), st.none() | scalings)
-def test_a_longer_table_begins_with_a_shorter_one(ops, head_dim, theta, end, scaling):
-    """A position's angles do not depend on the context."""
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(2, 200), st.none() | kinds)
+def test_a_longer_table_begins_with_a_shorter_one(ops, head_dim, theta, end, kind):
+    """A position's angles do not depend on the context, or only on which side of the original it lies."""
+    scaling, longer = scaling_of(kind, head_dim), end
+    if isinstance(scaling, DynamicScaling | LongRopeScaling):
+        end = longer = min(end, ORIGINAL)
     shorter = table(ops, head_dim, end // 2, theta, scaling)
-    assert_within(table(ops, head_dim, end, theta, scaling)[: end // 2], shorter, (end + 8) * 8 * U64)
+    assert_within(table(ops, head_dim, longer, theta, scaling)[: end // 2], shorter, (end + 8) * 16 * U64)
 
 
-@law("precompute_freqs_cis", even_sizes, st.integers(1, 20), scalings)
-def test_scaling_is_used(ops, head_dim, m, scaling):
-    """The angles of the table are m times the scaled frequencies."""
-    freqs = 1e4 ** (-np.arange(0, head_dim, 2) / head_dim)
-    scaled = torch_ops.scale_freqs(freqs, scaling)
+@law("precompute_freqs_cis", even_sizes, st.integers(1, 100), kinds)
+def test_scaling_is_used(ops, head_dim, m, kind):
+    """Position m is r e^(i m theta_j / d_j): the scaling says d_j and r, for this context."""
+    scaling, freqs = scaling_of(kind, head_dim), rope_freqs(head_dim, 1e4)
+    slowed = freqs / scaling.divisors(freqs, 1e4, m + 1)
     actual = table(ops, head_dim, m + 1, 1e4, scaling)[m]
-    assert_within(actual, np.exp(1j * m * scaled), (m + 8) * 8 * U64)
+    assert_within(actual, scaling.length_factor * np.exp(1j * m * slowed), (m + 8) * 16 * U64)
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5])
@@ -118,61 +151,140 @@ def test_far_positions_in_float32(ops, theta):
     assert_within(actual, np.exp(1j * angles), 8 * (angles + 1) * U32)
 
 
-# --- Llama 3.1's scaling ----------------------------------------------------------------------------------
+# --- the scalings -----------------------------------------------------------------------------------------
 
 
-@law("scale_freqs", scalings, st.floats(-6, 0))
-def test_scaling_as_published(ops, scaling, magnitude):
-    """By its wavelength a frequency is kept, divided by the factor, or something in between."""
-    freqs = np.array([10**magnitude])
-    expected = torch_ops.scale_freqs(freqs, scaling)
-    assert_within(ops.scale_freqs(freqs, scaling), expected, EXACT_64 * expected)
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope", "explicit", "dynamic"])
+@law("precompute_freqs_cis", even_sizes, thetas)
+def test_a_factor_of_1_changes_nothing(ops, kind, head_dim, theta):
+    """By 1 nothing is divided. A dynamic scaling changes nothing up to the original context."""
+    ones = (1.0,) * (head_dim // 2)
+    scaling = {
+        "linear": LinearScaling(1.0),
+        "llama3": Llama3Scaling(1.0, original_max_seq_len=ORIGINAL),
+        "yarn": YarnScaling(1.0, ORIGINAL, 1.0),
+        "longrope": LongRopeScaling(ones, ones, ORIGINAL, 1.0),
+        "explicit": ExplicitScaling(ones),
+        "dynamic": DynamicScaling(8.0, 2 * ORIGINAL),
+    }[kind]
+    plain = table(ops, head_dim, 2 * ORIGINAL, theta)
+    assert_within(table(ops, head_dim, 2 * ORIGINAL, theta, scaling), plain, (2 * ORIGINAL + 8) * 8 * U64)
 
 
-@law("scale_freqs", scalings, st.floats(-6, 0))
-def test_scaling_in_float32(ops, scaling, magnitude):
-    """In float32 within 16 u."""
-    freqs = np.float32([10**magnitude])
-    expected = torch_ops.scale_freqs(freqs.astype(np.float64), scaling)
-    assert_within(ops.scale_freqs(freqs, scaling), expected, 16 * U32 * expected)
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(0, 5), st.integers(2, 300))
+def test_scaling_keeps_the_order(ops, head_dim, theta, kind, context):
+    """No pair turns faster than it did, and a slower pair is slowed by at least as much."""
+    scaling = scaling_of(kind, head_dim)  # of those that follow a formula
+    by = divided_by(ops, scaling, head_dim, theta, context)
+    assert_that((by >= 1 - EXACT_64) & (np.diff(by, prepend=1) >= -EXACT_64 * by), f"it divided by {by}")
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-@law("scale_freqs")
-def test_scaling_at_its_limits(ops, factor):
-    """At 8192 / 4 a wavelength is kept, at 8192 / 1 it is stretched whole, and in the middle by half."""
-    s = RopeScaling(factor)
-    slow, fast = 2 * math.pi / 8192, 2 * math.pi * 4 / 8192
-    middle = (slow + fast) / 2
-    freqs = np.array([slow / 2, slow, middle, fast, fast * 2])
-    expected = np.array([slow / 2 / factor, slow / factor, middle * (1 + 1 / factor) / 2, fast, 2 * fast])
-    assert_within(ops.scale_freqs(freqs, s), expected, EXACT_64 * expected)
+@law("precompute_freqs_cis", even_sizes, factors)
+def test_linear_divides_all(ops, head_dim, factor):
+    """Every theta_j by the factor (Chen et al. 2023)."""
+    by = divided_by(ops, LinearScaling(factor), head_dim)
+    assert_within(by, np.full(head_dim // 2, factor), EXACT_64 * factor)
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-@law("scale_freqs")
-def test_scaling_has_no_jump(ops, factor):
+@law("precompute_freqs_cis", wide_heads, thetas, factors, st.sampled_from([8.0, 32.0]))
+def test_llama3_keeps_fast_turns_and_slows_slow_ones(ops, head_dim, theta, low, factor):
+    """Above high_freq_factor turns in the original context a pair is kept, below low_freq_factor divided."""
+    scaling = Llama3Scaling(factor, low, 4 * low, 1024)
+    turns = 1024 * rope_freqs(head_dim, theta) / (2 * math.pi)
+    by = divided_by(ops, scaling, head_dim, theta)
+    for where, expected in ((turns > 4 * low, 1.0), (turns < low, factor)):
+        assert_within(by[where], np.full(where.sum(), expected), EXACT_64 * factor)
+    inside = by[(turns <= 4 * low) & (turns >= low)]
+    assert_that((inside >= 1 - EXACT_64) & (inside <= factor + EXACT_64 * factor), f"it divided by {inside}")
+
+
+@law("precompute_freqs_cis", wide_heads, thetas, st.integers(1, 3), st.sampled_from([8.0, 32.0]))
+def test_llama3_at_its_limits(ops, head_dim, theta, j, factor):
+    """With exactly high_freq_factor turns a pair is kept, with low_freq_factor divided, halfway by half."""
+    turns = 1024 * rope_freqs(head_dim, theta)[j] / (2 * math.pi)
+    for low, high, expected in [
+        (turns / 2, turns, 1.0),
+        (turns, 2 * turns, factor),
+        (turns / 2, turns * 3 / 2, 2 / (1 + 1 / factor)),
+    ]:
+        by = divided_by(ops, Llama3Scaling(factor, low, high, 1024), head_dim, theta)
+        assert_within(by[j], expected, EXACT_64 * factor)
+
+
+@law("precompute_freqs_cis", wide_heads, thetas, st.integers(1, 3), st.sampled_from([8.0, 32.0]))
+def test_llama3_has_no_jump(ops, head_dim, theta, j, factor):
     """Just beside a limit it changes by little."""
-    s = RopeScaling(factor)
-    limits = np.array([2 * math.pi / 8192, 2 * math.pi * 4 / 8192])
-    around = limits[:, None] * (1 + np.array([-1e-9, 0, 1e-9]))
-    scaled = ops.scale_freqs(around.reshape(-1), s).reshape(2, 3)
-    assert_within(scaled, np.repeat(scaled[:, 1:2], 3, axis=1), 1e-7 * scaled)
+    turns = 1024 * rope_freqs(head_dim, theta)[j] / (2 * math.pi)
+    for low, high in [(1 / 2, 1), (1, 2)]:
+        beside = [
+            divided_by(ops, Llama3Scaling(factor, low * near, high * near, 1024), head_dim, theta)[j]
+            for near in turns * (1 + np.array([-1e-9, 1e-9]))
+        ]
+        assert_within(beside[0], beside[1], 1e-6 * factor)
 
 
-@law("scale_freqs", st.floats(-6, 0), st.floats(-6, 0))
-def test_scaling_keeps_the_order(ops, one, other):
-    """A slower turn stays the slower one, and none becomes faster."""
-    freqs = np.sort(np.array([10**one, 10**other]))
-    scaled = ops.scale_freqs(freqs, RopeScaling(8.0))
-    assert_that((np.diff(scaled) >= 0) & (scaled <= freqs * (1 + EXACT_64)), f"of {freqs} it made {scaled}")
+@law("precompute_freqs_cis", wide_heads, thetas, st.data(), factors, st.booleans())
+def test_yarns_ramp_is_clamped(ops, head_dim, theta, data, factor, truncate):
+    """Pairs up to a are kept, from b on divided by the factor, and between them the mean is weighted.
+
+    Pair j makes original * theta_j / (2 pi) turns; `truncate` rounds a down and b up.
+    """
+    n, original = head_dim // 2, 1 << 16
+    a = data.draw(st.integers(0, n - 3))
+    b = data.draw(st.integers(a + 2, n - 1))
+    inwards = 0.3 if truncate else 0.0
+    fast, slow = (original / (2 * math.pi) * theta ** (-at / n) for at in (a + inwards, b - inwards))
+    scaling = YarnScaling(factor, original, 1.0, fast, slow, truncate)
+    share = np.clip((np.arange(n) - a) / (b - a), 0, 1)
+    by = divided_by(ops, scaling, head_dim, theta)
+    assert_within(by, 1 / (1 - share + share / factor), EXACT_64 * 10 * factor)
 
 
-@law("scale_freqs", st.floats(-6, 0), st.sampled_from([2.0, 4.0, 8.0]))
-def test_scaling_of_the_other_type_divides_all(ops, magnitude, factor):
-    """ "linear" divides every frequency by the factor (Chen et al. 2023)."""
-    freqs = np.array([10**magnitude])
-    assert_same(ops.scale_freqs(freqs, RopeScaling(factor, type="linear")), freqs / factor)
+@law("precompute_freqs_cis", wide_heads, factors)
+def test_yarns_ramp_stays_within_the_pairs(ops, head_dim, factor):
+    """An original context too short for beta_fast turns of any pair: the ramp begins at pair 0."""
+    by = divided_by(ops, YarnScaling(factor, 32, 1.0), head_dim)
+    last = math.ceil(head_dim // 2 * math.log(32 / (2 * math.pi)) / math.log(1e4))
+    share = np.clip(np.arange(head_dim // 2) / last, 0, 1)
+    assert_within(by, 1 / (1 - share + share / factor), EXACT_64 * 10 * factor)
+
+
+@law("precompute_freqs_cis", wide_heads, thetas, factors, st.integers(2, 300))
+def test_dynamic_is_another_theta(ops, head_dim, theta, factor, context):
+    """It is plain RoPE with theta * s^(Dh / (Dh - 2)): the first pair is kept, the last divided by s."""
+    s = 1 + factor * max(context / ORIGINAL - 1, 0)
+    actual = table(ops, head_dim, context, theta, DynamicScaling(factor, ORIGINAL))
+    expected = table(ops, head_dim, context, theta * s ** (head_dim / (head_dim - 2)))
+    assert_within(actual, expected, (context + 8) * 16 * U64)
+    by = divided_by(ops, DynamicScaling(factor, ORIGINAL), head_dim, theta, context)
+    assert_within(by[[0, -1]], np.array([1, s]), EXACT_64 * 10 * s)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.integers(2, 2 * ORIGINAL))
+def test_longrope_goes_by_the_context(ops, head_dim, theta, context):
+    """Up to the original context all positions are divided by the short list, above it by the long one."""
+    short, long = (tuple(by + np.arange(head_dim // 2)) for by in (1.0, 3.0))
+    by = divided_by(ops, LongRopeScaling(short, long, ORIGINAL, 1.19), head_dim, theta, context)
+    expected = np.array(long if context > ORIGINAL else short)
+    assert_within(by, expected, EXACT_64 * expected)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, kinds, st.integers(2, 300))
+def test_explicit_divisors_can_be_those_of_any_kind(ops, head_dim, theta, kind, context):
+    """A scaling is its divisors and its length factor, and nothing else."""
+    scaling = scaling_of(kind, head_dim)
+    by = scaling.divisors(rope_freqs(head_dim, theta), theta, context)
+    explicit = ExplicitScaling(tuple(by.tolist()), scaling.length_factor)
+    actual, expected = (table(ops, head_dim, context, theta, s) for s in (explicit, scaling))
+    assert_within(actual, expected, (context + 8) * 16 * U64)
+
+
+@law("precompute_freqs_cis", even_sizes, thetas, st.sampled_from([0.5, 1.19, 2.0]), st.integers(1, 100))
+def test_the_length_factor_multiplies_all(ops, head_dim, theta, length, end):
+    """Every entry of the table is multiplied by it; no angle changes."""
+    by = tuple(1.0 + np.arange(head_dim // 2))
+    plain, longer = (table(ops, head_dim, end, theta, ExplicitScaling(by, r)) for r in (1.0, length))
+    assert_within(longer, length * plain, EXACT_64)
 
 
 # --- which rows of the table ------------------------------------------------------------------------------
@@ -265,7 +377,7 @@ def test_turns_add_up(ops, source, head_dim, m, n):
 @law("apply_rotary_emb precompute_freqs_cis", sources, even_sizes, *[st.integers(0, 60)] * 3)
 def test_scores_depend_on_the_distance_alone(ops, source, head_dim, m, n, moved):
     """<R(m) q, R(n) k> = <R(m + s) q, R(n + s) k>: RoFormer's reason for it all (section 3.2.2)."""
-    freqs_cis = table(ops, head_dim, 121, 5e5, RopeScaling(8.0))
+    freqs_cis = table(ops, head_dim, 121, 5e5, Llama3Scaling(8.0))
     q, k = source.normal(1, 1, 1, head_dim), source.normal(1, 1, 1, head_dim)
 
     def score(m, n):

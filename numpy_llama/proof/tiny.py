@@ -6,6 +6,16 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ..config import ModelArgs, RopeScaling
+from ..rope import (
+    DynamicScaling,
+    ExplicitScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+    longrope_length,
+    yarn_length,
+)
 
 CONTEXT = 24
 
@@ -30,10 +40,27 @@ GENERATIONS = {
     "llama2": replace(TINY, n_kv_heads=4),
     "llama2-70b": TINY,
     "llama3": replace(TINY, rope_theta=5e5, vocab_size=97),
-    "llama3.1": replace(TINY, rope_theta=5e5, rope_scaling=RopeScaling(8.0, original_max_seq_len=16)),
-    "llama3.2": replace(TINY, rope_theta=5e5, rope_scaling=RopeScaling(32.0, original_max_seq_len=16)),
+    "llama3.1": replace(TINY, rope_theta=5e5, rope_scaling=Llama3Scaling(8.0, original_max_seq_len=16)),
+    "llama3.2": replace(TINY, rope_theta=5e5, rope_scaling=Llama3Scaling(32.0, original_max_seq_len=16)),
     "mqa": replace(TINY, n_kv_heads=1, head_dim=10, n_layers=1),
 }
+
+
+def every_scaling(head_dim: int, original: int) -> list[RopeScaling]:
+    """Each kind of RoPE scaling, some with numbers of their own, over a context of `original`."""
+    pairs = np.arange(head_dim // 2)
+    short, long = (tuple((1 + by * (pairs + 1) ** 0.5).tolist()) for by in (0.02, 1.5))
+    return [
+        LinearScaling(4.0),
+        DynamicScaling(4.0, original),
+        Llama3Scaling(8.0, original_max_seq_len=original),
+        Llama3Scaling(4.0, 0.5, 3.0, original),
+        YarnScaling(4.0, original, yarn_length(4.0)),
+        YarnScaling(8.0, original, 1.25, beta_fast=3.0, beta_slow=0.5, truncate=False),
+        LongRopeScaling(short, long, original, longrope_length(8.0, original)),
+        ExplicitScaling(tuple((0.5 + pairs % 3).tolist())),
+        ExplicitScaling(long[::-1], 0.9),
+    ]
 
 
 @st.composite
@@ -43,16 +70,18 @@ def configurations(draw):
     Below 16 dimensions the residual stream now and then cancels, and RMSNorm magnifies its rounding.
     """
     generation = draw(st.sampled_from(sorted(GENERATIONS)))
-    n_kv_heads = draw(st.integers(1, 3))
+    n_kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 32))
+    scaling = draw(st.none() | st.sampled_from(every_scaling(head_dim, 16)))
     return replace(
         GENERATIONS[generation],
         dim=draw(st.integers(16, 64)),
         n_layers=draw(st.integers(1, 3)),
         n_heads=n_kv_heads * draw(st.integers(1, 3)),
         n_kv_heads=n_kv_heads,
-        head_dim=2 * draw(st.integers(1, 32)),
+        head_dim=head_dim,
         hidden_dim=draw(st.integers(3, 64)),
         vocab_size=draw(st.integers(5, 101)),
+        rope_scaling=GENERATIONS[generation].rope_scaling or scaling,
     )
 
 
@@ -62,14 +91,15 @@ def longer_configurations(draw):
     the heads."""
     args = draw(configurations())
     n_heads, n_kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (3, 3), (4, 4)]))
-    scaling = args.rope_scaling and replace(args.rope_scaling, original_max_seq_len=64)
+    head_dim = draw(st.sampled_from([32, 48, 64, 80, 96, 112, 128]))
+    scaling = draw(st.none() | st.sampled_from(every_scaling(head_dim, 64)))
     return replace(
         args,
         dim=-(-args.dim // n_heads) * n_heads,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         n_layers=draw(st.integers(1, 4)),
-        head_dim=draw(st.sampled_from([32, 48, 64, 80, 96, 112, 128])),
+        head_dim=head_dim,
         max_seq_len=256,
         rope_scaling=scaling,
     )

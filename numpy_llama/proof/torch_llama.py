@@ -1,38 +1,15 @@
 """LLaMA in PyTorch, written from the papers with PyTorch's own functions.
 
-It shares no code with numpy_llama but the hyperparameters, and it has no cache: each call sees all
-the tokens. Its parameters bear the names of our weights, so `load_state_dict` checks those too.
+It shares no code with the model but the hyperparameters. It has no cache: each call sees all the tokens. Its
+parameters bear the names of our weights, so `load_state_dict` checks those too.
 """
-
-import math
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from ..config import ModelArgs, RopeScaling
-
-
-def scaled_freq(freq: float, s: RopeScaling) -> float:
-    """Llama 3.1's rule for one frequency, told by its wavelength (Meta's models/llama3/reference_impl)."""
-    if s.type == "linear":
-        return freq / s.factor
-    wavelen = 2 * math.pi / freq
-    if wavelen < s.original_max_seq_len / s.high_freq_factor:
-        return freq
-    if wavelen > s.original_max_seq_len / s.low_freq_factor:
-        return freq / s.factor
-    smooth = (s.original_max_seq_len / wavelen - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    return (1 - smooth) * freq / s.factor + smooth * freq
-
-
-def rotary_table(args: ModelArgs, seq_len: int, dtype: torch.dtype) -> torch.Tensor:
-    """e^(i m theta_j) -> (T, Dh / 2) complex. Angles are computed in `dtype`, as Meta's code does."""
-    freqs = args.rope_theta ** -(torch.arange(0, args.head_dim, 2, dtype=dtype) / args.head_dim)
-    if args.rope_scaling:
-        freqs = torch.tensor([scaled_freq(f, args.rope_scaling) for f in freqs.tolist()], dtype=dtype)
-    angles = torch.arange(seq_len, dtype=dtype)[:, None] * freqs
-    return torch.polar(torch.ones_like(angles), angles)
+from ..config import ModelArgs
+from ..verify.torch_rope import rotary_table
 
 
 def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:

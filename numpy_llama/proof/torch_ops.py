@@ -9,7 +9,7 @@ import torch.nn.functional as tF
 
 from ..config import ModelArgs
 from . import torch_llama
-from .torch_llama import rotary_table, rotate, scaled_freq
+from .torch_llama import rotary_table, rotate
 
 torch.set_num_threads(1)  # arrays are tiny here, and to wake a second thread takes longer than all of it
 
@@ -43,12 +43,8 @@ def swiglu(gate, up):
 
 
 def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
-    args = ModelArgs(8, 1, 1, 1, head_dim, 8, 8, 1e-5, rope_theta, 8, scaling)
+    args = ModelArgs(8, 1, 1, 1, head_dim, 8, 8, 1e-5, rope_theta, end, scaling)
     return rotary_table(args, end, tensor(np.zeros(0, dtype)).dtype).numpy()
-
-
-def scale_freqs(freqs, scaling):
-    return np.array([scaled_freq(f, scaling) for f in freqs.tolist()], freqs.dtype)
 
 
 def freqs_cis_at(freqs_cis, start_pos, T):

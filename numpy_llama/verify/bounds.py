@@ -49,11 +49,14 @@ def norm(expected):
     return (g(expected.shape[-1]) + 8 * U32) * np.abs(expected)
 
 
-def rope(x, positions):
-    """An angle m theta_j is rounded by some m u; a pair keeps its length. (B, T, H, Dh) -> the same."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
+def rope(turned, angles):
+    """An angle a is rounded by some a u, and the pair that it turns by that share of its length.
+
+    (B, T, H, Dh), the largest angle of each position (T,) -> (B, T, H, Dh).
+    """
+    pairs = turned.reshape(*turned.shape[:-1], -1, 2)
     lengths = np.repeat(np.sqrt((pairs.astype(np.float64) ** 2).sum(axis=-1)), 2, axis=-1)
-    return (8 * positions[:, None, None] + 8) * U32 * lengths
+    return (8 * angles[:, None, None] + 8) * U32 * lengths
 
 
 def attention(q, k, v):

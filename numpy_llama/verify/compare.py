@@ -13,7 +13,8 @@ import numpy as np
 
 from ..backend.formats import StoredTensor
 from ..checkpoint import Checkpoint
-from ..config import ModelArgs, RopeScaling
+from ..config import ModelArgs
+from ..functional import rope_freqs
 from .diagnosis import described, orders
 
 # Relative to the root mean square of the weights. 4-bit formats make 0.07 to 0.1; nothing that is run, 0.2.
@@ -47,22 +48,26 @@ def arguments(found: ModelArgs, wanted: ModelArgs) -> Iterator[tuple[str, str]]:
     """The name of each argument that differs, and how."""
     for field in fields(ModelArgs):
         a, b = getattr(found, field.name), getattr(wanted, field.name)
-        if not _same(a, b):
-            told = [described(x) if field.name == "rope_scaling" else f"{x:g}" for x in (a, b)]
-            yield field.name, f"{field.name} is {told[0]}, the reference has {told[1]}"
+        if field.name == "rope_scaling":
+            if not _same_rope(found, wanted):
+                told = described(found), described(wanted)
+                yield field.name, f"rope_scaling is {told[0]}, the reference has {told[1]}"
+        elif not math.isclose(a, b, rel_tol=1e-6):
+            yield field.name, f"{field.name} is {a:g}, the reference has {b:g}"
 
 
-def _same(a, b) -> bool:
-    if isinstance(a, RopeScaling) and isinstance(b, RopeScaling):
-        return a.type == b.type and all(
-            math.isclose(getattr(a, name), getattr(b, name), rel_tol=1e-3)
-            for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
-        )
-    return (
-        a == b
-        if a is None or b is None
-        else not isinstance(a, RopeScaling) and math.isclose(a, b, rel_tol=1e-6)
-    )
+def _same_rope(a: ModelArgs, b: ModelArgs) -> bool:
+    """Whether both scalings make the same angles and lengths, in the context of each."""
+    if a.rope_scaling == b.rope_scaling or a.head_dim != b.head_dim:
+        return a.rope_scaling == b.rope_scaling
+    made = []
+    for args in (a, b):
+        freqs = rope_freqs(args.head_dim, args.rope_theta)
+        same = np.ones(len(freqs) + 1)
+        if (s := args.rope_scaling) is not None:
+            same = np.append(s.divisors(freqs, args.rope_theta, args.max_seq_len), s.length_factor)
+        made.append(same)
+    return np.allclose(*made, rtol=1e-5, atol=0)
 
 
 def compare(

@@ -19,7 +19,7 @@ from ..backend import Progress, build
 from ..backend.formats import StoredTensor
 from ..checkpoint.names import interleaved_rows
 from ..checkpoint.presets import PRESETS
-from ..config import ModelArgs, RopeScaling
+from ..config import ModelArgs
 from ..errors import NumericsError
 from ..inspect.perplexity import losses
 from ..model import Transformer
@@ -183,8 +183,9 @@ def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Ite
         proof = (MARGIN_PUBLISHED, SURE_PUBLISHED) if theta in thetas else (MARGIN, SURE)
         yield Repair(fault, replace(args, rope_theta=theta), weights, range(0), *proof)
     for scaling in {preset.args.rope_scaling for preset in PRESETS.values()} - {args.rope_scaling}:
-        fault = f"the RoPE scaling is {described(args.rope_scaling)}, it should be {described(scaling)}"
-        yield Repair(fault, replace(args, rope_scaling=scaling), weights)
+        other = replace(args, rope_scaling=scaling)
+        fault = f"the RoPE scaling is {described(args)}, it should be {described(other)}"
+        yield Repair(fault, other, weights)
     for what, layers in runs.items():
         if len(layers) < args.n_layers:
             yield Repair(f"{what} do not belong to this model, or are corrupt", args, weights, layers)
@@ -222,8 +223,9 @@ def _each_named(weights: Weights, **make: Callable[[StoredTensor], StoredTensor]
     return {name: make[kinds[name]](w) if kinds[name] in make else w for name, w in weights.items()}
 
 
-def described(scaling: RopeScaling | None) -> str:
-    return "none" if scaling is None else f"{scaling.type}, factor {scaling.factor:g}"
+def described(args: ModelArgs) -> str:
+    """Its RoPE scaling in a few words."""
+    return "none" if args.rope_scaling is None else args.rope_scaling.describe(args.max_seq_len)
 
 
 def same_shape(args: ModelArgs) -> dict[str, ModelArgs]:
@@ -251,5 +253,5 @@ def published(args: ModelArgs) -> str | None:
         return f"norm_eps is {args.norm_eps:g}, {which} {nearest.norm_eps:g}"
     if nearest.rope_scaling is None:  # stretched by others
         return None
-    found, wanted = described(args.rope_scaling), described(nearest.rope_scaling)
+    found, wanted = described(args), described(nearest)
     return f"the RoPE scaling is {found}, {which} {wanted}"

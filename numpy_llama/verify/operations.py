@@ -88,17 +88,11 @@ class Torch:
     name = "PyTorch"
 
     def __init__(self, torch, args: ModelArgs, T: int):
+        from .torch_rope import rotary_table
+
         torch.set_num_threads(1)  # a second pool of OpenMP threads beside ours would disturb both
         self.torch = torch
-        freqs = args.rope_theta ** -(torch.arange(0, args.head_dim, 2) / args.head_dim)
-        if (s := args.rope_scaling) is not None and s.type == "linear":
-            freqs = freqs / s.factor
-        elif s is not None:
-            turns = s.original_max_seq_len * freqs / (2 * torch.pi)
-            smooth = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-            freqs = torch.lerp(freqs / s.factor, freqs, smooth)
-        angles = torch.outer(torch.arange(T, dtype=torch.float32), freqs)
-        self.turns = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, Dh / 2)
+        self.turns = rotary_table(args, T, torch.float32)[:, None]  # (T, 1, Dh / 2)
 
     def tensor(self, x):
         return self.torch.from_numpy(x if x.flags.writeable else x.copy())
@@ -156,8 +150,10 @@ def operation_errors(
     args, weights, T = opened.args, opened.weights(), len(ids)
     torch, kernels = pytorch(), [C(threads, exact=True), C(threads, exact=False)]
     torches = [] if torch is None else [Torch(torch, args, T)]
-    angles = replace(args, max_seq_len=T)
-    freqs_cis = F.precompute_freqs_cis(args.head_dim, T, args.rope_theta, angles.rope_scaling)
+    # The whole context's table, for a scaling may depend on its size.
+    freqs_cis = F.precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)[
+        :T
+    ]
     walk = Walk(args, kernels, torches, freqs_cis)
     h = weights["tok_embeddings.weight"][np.array([ids])]
     for layer in range(args.n_layers):
@@ -182,6 +178,11 @@ class Walk:
 
     def __init__(self, args: ModelArgs, kernels: list[C], torches: list[Torch], freqs_cis):
         self.args, self.kernels, self.torches, self.freqs_cis = args, kernels, torches, freqs_cis
+        self.fastest = 1.0  # radians a position, of the fastest pair
+        if args.rope_scaling is not None:
+            freqs = F.rope_freqs(args.head_dim, args.rope_theta)
+            freqs /= args.rope_scaling.divisors(freqs, args.rope_theta, args.max_seq_len)
+            self.fastest = max(1.0, freqs.max())
         self.others: list[C | Torch] = [*kernels, *torches]
         self.errors: list[Error] = []
 
@@ -227,9 +228,9 @@ class Walk:
         return expected
 
     def rope(self, x):
-        expected, positions = F.apply_rotary_emb(x, self.freqs_cis), np.arange(x.shape[1])
+        expected, angles = F.apply_rotary_emb(x, self.freqs_cis), np.arange(x.shape[1]) * self.fastest
         for other in self.torches:
-            self.note("rope", other, [(other.rope(x), expected, bounds.rope(x, positions))])
+            self.note("rope", other, [(other.rope(x), expected, bounds.rope(expected, angles))])
         return expected
 
     def linear(self, name: str, x):

@@ -41,10 +41,19 @@ from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.gguf.file import MAX_RECORDS, MAX_STRING, TENSOR_TYPES, GGUFFile
 from numpy_llama.checkpoint.gguf.model import model_args, weights
 from numpy_llama.checkpoint.names import SCHEMES, expected_shape, tensor_names
-from numpy_llama.config import LIMITS, ModelArgs, RopeScaling
-from numpy_llama.functional import scale_freqs
+from numpy_llama.checkpoint.rope_scalings import as_float32
+from numpy_llama.config import LIMITS, ModelArgs
+from numpy_llama.functional import rope_freqs
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import TINY_BLOCKS, random_weights
+from numpy_llama.rope import (
+    ExplicitScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+    yarn_length,
+)
 
 ARGS = replace(TINY_BLOCKS, vocab_size=40, rope_theta=5e5, max_seq_len=32)
 OPENING_SECONDS = 0.1  # of CPU time
@@ -489,6 +498,9 @@ def test_model_args_defaults(changes, expected):
     assert ModelArgs(**(vars(args) | {key: getattr(ARGS, key) for key in expected})) == ARGS
 
 
+YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
+
+
 @pytest.mark.parametrize(
     "changes, error, message",
     [
@@ -516,9 +528,27 @@ def test_model_args_defaults(changes, expected):
         ({"attention__causal": False}, "UnsupportedError", "causal is False, not True"),
         ({"logit_scale": 2.0}, "UnsupportedError", "logit_scale is 2.0"),
         ({"attention__sliding_window": 0}, "ConfigError", "sliding_window is 0"),
-        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "UnsupportedError", "'yarn' by 4.0"),
-        ({"rope__scaling__factor": np.nan}, "ConfigError", "rope.scaling: factor is nan"),
-        ({"rope__scale_linear": -1.0}, "ConfigError", "rope.scaling: factor is -1.0"),
+        (
+            {"rope__scaling__type": "spiral", "rope__scaling__factor": 4.0},
+            "UnsupportedError",
+            "'spiral' by 4.0",
+        ),
+        ({"rope__scaling__type": "longrope"}, "UnsupportedError", "together with no tensor"),
+        ({"rope__scaling__factor": np.nan}, "ConfigError", "the RoPE scaling: factor is nan"),
+        ({"rope__scale_linear": -1.0}, "ConfigError", "the RoPE scaling: factor is -1.0"),
+        ({"rope__scaling__attn_factor": 0.0}, "ConfigError", "the RoPE scaling: length_factor is 0.0"),
+        (YARN | {"rope__scaling__factor": -4.0}, "ConfigError", "rope.scaling.factor is -4.0"),
+        (YARN | {"rope__scaling__factor": np.inf}, "ConfigError", "the RoPE scaling: factor is inf"),
+        (YARN | {"rope__scaling__original_context_length": 0}, "ConfigError", "original_max_seq_len is 0"),
+        (YARN | {"rope__scaling__yarn_beta_slow": 32.0}, "ConfigError", "must be above beta_slow 32.0"),
+        (YARN | {"rope__freq_base": 1.0}, "ConfigError", "rope_theta is 1.0, with YaRN it must be above 1"),
+        (
+            YARN | {"rope__scaling__yarn_log_multiplier": 0.1},
+            "UnsupportedError",
+            "yarn_log_multiplier is 0.1",
+        ),
+        (YARN | {"rope__scaling__yarn_ext_factor": 0.5}, "UnsupportedError", "yarn_ext_factor is 0.5"),
+        ({"rope__scaling__alpha": 1000.0}, "UnsupportedError", "scaling.alpha is 1000.0"),
         ({"rope__scaling__type": 1}, "FormatError", "wanted str"),
         ({"vocab_size": 41}, "MismatchError", "llama.vocab_size is 41, but token_embd.weight has 40 rows"),
         ({"block_count": 3}, "MismatchError", "9 missing weights: 'blk.2.attn_k.weight, "),
@@ -561,8 +591,7 @@ def with_rope_freqs(divisors) -> bytes:
 
 
 def llama3_divisors(factor: float) -> np.ndarray:
-    freqs = 1 / ARGS.rope_theta ** (np.arange(0, ARGS.head_dim, 2) / ARGS.head_dim)
-    return freqs / scale_freqs(freqs, RopeScaling(factor))
+    return Llama3Scaling(factor).divisors(rope_freqs(ARGS.head_dim, ARGS.rope_theta), ARGS.rope_theta, 64)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -571,19 +600,34 @@ def test_llama3_scaling_is_recovered(factor):
         assert "rope_freqs.weight" not in weights(file, model_args(file))
         return model_args(file).rope_scaling
 
-    assert opened(with_rope_freqs(llama3_divisors(factor)), use) == RopeScaling(factor)
+    assert opened(with_rope_freqs(llama3_divisors(factor)), use) == Llama3Scaling(factor)
 
 
 def test_divisors_of_one_are_no_scaling():
     assert opened(with_rope_freqs(np.ones(8)), model_args).rope_scaling is None
 
 
+@pytest.mark.parametrize("original", [4096, 8192])
+def test_any_divisors_are_read_as_they_are(original):
+    """Llama 3.1's ramp over another context too: GGUF has no key for that."""
+    freqs = rope_freqs(ARGS.head_dim, ARGS.rope_theta)
+    ramp = Llama3Scaling(8.0, original_max_seq_len=original).divisors(freqs, ARGS.rope_theta, 64)
+    for at, by in [(0, 1.0), *((at, by) for at in range(8) for by in (1.001, 0.01, 1e30, 1e-30))]:
+        divisors = ramp.astype(np.float32)
+        divisors[at] *= np.float32(by)
+        found = opened(with_rope_freqs(divisors), model_args).rope_scaling
+        if (by, original) == (1.0, 8192):
+            assert found == Llama3Scaling(8.0)
+        else:
+            assert found == ExplicitScaling(tuple(divisors.tolist()))
+
+
 @pytest.mark.parametrize("at", range(8))
-@pytest.mark.parametrize("by", [1.001, np.nan, np.inf, -1, 0])
-def test_other_scalings_are_refused(at, by):
+@pytest.mark.parametrize("by", [np.nan, np.inf, -1, 0])
+def test_divisors_that_cannot_be_are_refused(at, by):
     divisors = llama3_divisors(8)
     divisors[at] *= by
-    with pytest.raises(errors.UnsupportedError, match=r"rope_freqs.weight is not Llama 3\.1's scaling"):
+    with pytest.raises(errors.ConfigError, match=rf"x\.gguf: the RoPE scaling: factors\[{at}\] is "):
         opened(with_rope_freqs(divisors), model_args)
 
 
@@ -591,10 +635,57 @@ def test_other_scalings_are_refused(at, by):
 def test_linear_scaling(key):
     metadata = llama_metadata(ARGS) | {f"llama.rope.{key.replace('__', '.')}": 4.0}
     args = opened(gguf_bytes(metadata, small_tensors()), model_args)
-    assert args.rope_scaling == RopeScaling(4.0, type="linear")
+    assert args.rope_scaling == LinearScaling(4.0)
     both = small_tensors() | {"rope_freqs.weight": StoredTensor.quantize(np.ones(8, np.float32), "F32")}
     with pytest.raises(errors.UnsupportedError, match=r"'linear' by 4.0 together with rope_freqs.weight"):
         opened(gguf_bytes(metadata, both), model_args)
+    longer = metadata | {"llama.rope.scaling.attn_factor": 1.25}
+    args = opened(gguf_bytes(longer, small_tensors()), model_args)
+    assert args.rope_scaling == ExplicitScaling((4.0,) * 8, 1.25)
+
+
+def test_a_length_factor_alone_is_a_scaling():
+    """llama.cpp multiplies with it whatever else there is, or is not."""
+    metadata = llama_metadata(ARGS) | {"llama.rope.scaling.attn_factor": 1.25}
+    args = opened(gguf_bytes(metadata, small_tensors()), model_args)
+    assert args.rope_scaling == ExplicitScaling((1.0,) * 8, 1.25)
+
+
+def test_yarn_as_llama_cpp_has_it():
+    """Its length is 0.1 ln(factor) + 1, times attn_factor; the original context is the whole one."""
+    keys = {"scaling.type": "yarn", "scaling.factor": 4.0}
+
+    def scaling(**more):
+        scaled = {f"llama.rope.{key}": value for key, value in (keys | more).items()}
+        return opened(gguf_bytes(llama_metadata(ARGS) | scaled, small_tensors()), model_args).rope_scaling
+
+    assert scaling() == YarnScaling(4.0, ARGS.max_seq_len, as_float32(yarn_length(4.0)))
+    found = scaling(
+        **{
+            "scaling.original_context_length": 16,
+            "scaling.attn_factor": 0.5,
+            "scaling.yarn_beta_fast": 8.0,
+            "scaling.yarn_beta_slow": 2.0,
+        }
+    )
+    assert found == YarnScaling(4.0, 16, as_float32(0.5 * yarn_length(4.0)), 8.0, 2.0)
+    assert scaling(**{"scaling.factor": 1.0}) is None
+
+
+def test_longrope_as_llama_cpp_has_it():
+    """Two tensors, and no type in files of Phi-3."""
+    lists = [tuple(np.float32(1 + by * np.arange(8)).tolist()) for by in (0.1, 0.9)]
+    names = ("rope_factors_short.weight", "rope_factors_long.weight")
+    both = {name: StoredTensor.quantize(np.float32(x), "F32") for name, x in zip(names, lists, strict=True)}
+    keys = {"llama.rope.scaling.attn_factor": 1.19, "llama.rope.scaling.original_context_length": 16}
+    metadata = llama_metadata(ARGS) | keys
+    for kind in ({}, {"llama.rope.scaling.type": "longrope"}):
+        args = opened(gguf_bytes(metadata | kind, small_tensors() | both), model_args)
+        assert args.rope_scaling == LongRopeScaling(*lists, 16, 1.19)
+    for name in names:
+        alone = {name: both[name]}
+        with pytest.raises(errors.UnsupportedError, match=f"together with {name} cannot be run"):
+            opened(gguf_bytes(metadata, small_tensors() | alone), model_args)
 
 
 def test_rope_freqs_of_another_length_are_refused():

@@ -20,10 +20,20 @@ from numpy_llama.checkpoint import huggingface
 from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint, chat_template, model_args
 from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.names import tensor_names
-from numpy_llama.config import LIMITS, ModelArgs, RopeScaling
+from numpy_llama.checkpoint.rope_scalings import as_float32
+from numpy_llama.config import LIMITS, ModelArgs
 from numpy_llama.proof import torch_llama
 from numpy_llama.proof.bounds import MODEL_32, MODEL_64, assert_near
 from numpy_llama.proof.oracle import half_split
+from numpy_llama.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+    longrope_length,
+    yarn_length,
+)
 from numpy_llama.text.chat import ChatTemplate
 
 # No two sizes are equal, so that none can stand for another.
@@ -275,11 +285,17 @@ def test_every_spelling_of_a_scaled_rope(key, kind):
         return args_of(**{key: values}).rope_scaling
 
     scaled = {k: v for k, v in LLAMA3.items() if k != "rope_type"}
-    assert scaling(is_of="llama3", **scaled) == RopeScaling(8.0, 1.0, 4.0, 16)
-    assert scaling(is_of="llama3", **scaled | {"factor": 32}) == RopeScaling(32.0, 1.0, 4.0, 16)
-    assert scaling(is_of="linear", factor=2) == RopeScaling(2.0, type="linear")
-    assert scaling(is_of="dynamic", factor=2.0) is None
+    assert scaling(is_of="llama3", **scaled) == Llama3Scaling(8.0, 1.0, 4.0, 16)
+    assert scaling(is_of="llama3", **scaled | {"factor": 32}) == Llama3Scaling(32.0, 1.0, 4.0, 16)
+    assert scaling(is_of="linear", factor=2) == LinearScaling(2.0)
+    assert scaling(is_of="dynamic", factor=2.0) == DynamicScaling(2.0, 32)
     assert scaling(is_of="default") is None
+    yarn, lists = without("rope_type", YARN), without("rope_type", LONGROPE)
+    assert scaling(is_of="yarn", **yarn) == YarnScaling(4.0, 16, as_float32(yarn_length(4.0)))
+    stretched = LongRopeScaling(*LISTS, 16, as_float32(longrope_length(2.0, 16)))  # 32 positions over 16
+    assert scaling(is_of="longrope", **lists) == scaling(is_of="su", **lists) == stretched
+    beside = args_of(**{key: {kind: "su"} | without("original_max_position_embeddings", lists)} | OVER_16)
+    assert beside.rope_scaling == stretched  # as Phi-3 has it
     assert args_of(**{key: None}).rope_scaling is args_of(**{key: {}}).rope_scaling is None
     assert args_of(**{key: {"rope_theta": 5e5}}).rope_theta == 5e5
     both = {"type": "linear", "rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
@@ -297,8 +313,19 @@ def rope(error, message, **rope_scaling):
     return "C09", error, message, {"rope_scaling": rope_scaling}
 
 
-def without(key):
-    return {k: v for k, v in LLAMA3.items() if k != key}
+def without(key, rope=LLAMA3):
+    return {k: v for k, v in rope.items() if k != key}
+
+
+OVER_16 = {"original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0} | OVER_16
+FACTORS = ("short_factor", "long_factor")
+LISTS = [tuple(np.float32(x).tolist()) for x in ([1.0, 1.1, 1.2], [1.0, 2.0, 4.0])]
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0],
+} | OVER_16
 
 
 BAD_CONFIGS = [
@@ -316,9 +343,49 @@ BAD_CONFIGS = [
     rope(CONFIG_ERROR, "rope_type is None", factor=2.0),
     rope(CONFIG_ERROR, "rope_type is 3, wanted str", rope_type=3, factor=2.0),
     rope(CONFIG_ERROR, "rope_type is given as 'linear' and 'dynamic'", rope_type="linear", type="dynamic"),
-    *(rope(UNSUPPORTED, f"RoPE scaling '{kind}'", type=kind, factor=2.0) for kind in ("yarn", "longrope")),
+    *(rope(UNSUPPORTED, f"RoPE scaling '{kind}'", type=kind, factor=2.0) for kind in ("mrope", "axial")),
+    rope(UNSUPPORTED, "has 'mrope_section', which is not known", type="default", mrope_section=[1, 1, 1]),
+    rope(UNSUPPORTED, "has 'alpha', which is not known", type="dynamic", factor=2.0, alpha=1000.0),
+    rope(UNSUPPORTED, "partial_rotary_factor is 0.5", type="linear", factor=2.0, partial_rotary_factor=0.5),
+    rope(CONFIG_ERROR, "given as 32 and 16", type="dynamic", factor=2.0, **OVER_16),
+    *(rope(CONFIG_ERROR, "has no original_max_position", type=kind, factor=2.0) for kind in ("yarn", "su")),
+    rope(CONFIG_ERROR, "has no factor", type="yarn", **OVER_16),
     *(
-        rope(CONFIG_ERROR, f"factor.* is {factor!r}", **LLAMA3 | {"rope_type": kind, "factor": factor})
+        rope(CONFIG_ERROR, f"{key}.* is .*{value}", **YARN | {key: value})
+        for key, value in [
+            *(("factor", 0), ("factor", -4.0), ("factor", "4"), ("attention_factor", "1")),
+            *(("beta_fast", -1.0), ("beta_slow", -1.0), ("mscale", -1.0), ("truncate", 1)),
+        ]
+    ),
+    *(rope(CONFIG_ERROR, "length_factor is", **YARN | {"attention_factor": x}) for x in (0, -1.0)),
+    rope(CONFIG_ERROR, "beta_fast is 1.0, it must be above beta_slow 1.0", **YARN | {"beta_fast": 1.0}),
+    rope(CONFIG_ERROR, "original_max_seq_len is 0", **YARN | {"original_max_position_embeddings": 0}),
+    rope(CONFIG_ERROR, "must be 2 or more", **LONGROPE | {"original_max_position_embeddings": 1}),
+    *(rope(CONFIG_ERROR, f"has no {key}", **without(key, LONGROPE)) for key in FACTORS),
+    *(
+        rope(CONFIG_ERROR, message, **LONGROPE | {key: value})
+        for key in FACTORS
+        for value, message in [
+            ([1.0, 1.0], f"{key} has 2 numbers, with head_dim 6 it must have 3"),
+            ([1.0] * 100_000, f"{key} has 100000 numbers"),
+            ([], f"{key} has 0 numbers"),
+            (1.0, f"{key} is 1.0, wanted list"),
+            ([1.0, 0, 1.0], rf"{key}\[1\] is 0"),
+            ([1.0, 1.0, -1.0], rf"{key}\[2\] is -1"),
+            ([float("nan"), 1.0, 1.0], rf"{key}\[0\] is nan"),
+            ([1.0, float("inf"), 1.0], rf"{key}\[1\] is inf"),
+            ([1.0, 10**400, 1.0], rf"{key}\[1\] is 1000"),
+            ([1.0, True, 1.0], rf"{key}\[1\] is True"),
+            ([1.0, "2", 1.0], rf"{key}\[1\] is '2'"),
+            ([[1.0], 1.0, 1.0], rf"{key}\[0\] is \[1"),
+        ]
+    ),
+    *(
+        rope(
+            CONFIG_ERROR,
+            f"factor.* is {factor!r}",
+            **(LLAMA3 if kind == "llama3" else {}) | {"rope_type": kind, "factor": factor},
+        )
         for kind in ("linear", "dynamic", "llama3")
         for factor in (0, 0.0, -1, "2", True)
     ),

@@ -20,10 +20,10 @@ from numpy_llama.checkpoint.files import MappedFile
 from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.meta import MetaCheckpoint, model_args
 from numpy_llama.checkpoint.names import tensor_names
-from numpy_llama.config import RopeScaling
 from numpy_llama.proof import torch_ops
 from numpy_llama.proof.bounds import MODEL_32, assert_near
 from numpy_llama.proof.tiny import GENERATIONS, TINY, random_tokens, random_weights
+from numpy_llama.rope import Llama3Scaling
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Every axis that is cut has 8 parts.
@@ -82,7 +82,7 @@ def test_logits_as_torch(tmp_path, rng, generation, n_shards):
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_scaled_rope(tmp_path, rng, factor):
-    args = replace(GROUPED, rope_theta=5e5, rope_scaling=RopeScaling(factor))
+    args = replace(GROUPED, rope_theta=5e5, rope_scaling=Llama3Scaling(factor))
     weights = random_weights(rng, args, np.float32)
     folder = write_meta(tmp_path, args, weights, use_scaled_rope=True, rope_scaling_factor=factor)
     checkpoint = MetaCheckpoint(folder)
@@ -151,10 +151,10 @@ LLAMA32_3B = LLAMA32_1B | {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_
         (LLAMA1 | {"norm_eps": 1e-5, "rope_theta": 1000000, "vocab_size": 32016}, 11008, 16384, None),
         (LLAMA3, 14336, 8192, None),
         (LLAMA3 | {"use_scaled_rope": False}, 14336, 8192, None),
-        (LLAMA3 | {"use_scaled_rope": True}, 14336, 131072, RopeScaling(8.0)),
-        (LLAMA32_1B, 8192, 131072, RopeScaling(32.0)),
-        (LLAMA32_3B, 8192, 131072, RopeScaling(32.0)),
-        (LLAMA32_1B | {"rope_scaling_factor": 16}, 8192, 131072, RopeScaling(16.0)),
+        (LLAMA3 | {"use_scaled_rope": True}, 14336, 131072, Llama3Scaling(8.0)),
+        (LLAMA32_1B, 8192, 131072, Llama3Scaling(32.0)),
+        (LLAMA32_3B, 8192, 131072, Llama3Scaling(32.0)),
+        (LLAMA32_1B | {"rope_scaling_factor": 16}, 8192, 131072, Llama3Scaling(16.0)),
         (LLAMA3 | {"max_seq_len": 512}, 14336, 512, None),
     ],
 )

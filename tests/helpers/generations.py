@@ -18,10 +18,11 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from numpy_llama.checkpoint.names import tensor_names
-from numpy_llama.config import ModelArgs, RopeScaling
-from numpy_llama.functional import scale_freqs
+from numpy_llama.config import ModelArgs
+from numpy_llama.functional import rope_freqs
 from numpy_llama.proof.oracle import transformers_model
 from numpy_llama.proof.tiny import random_weights
+from numpy_llama.rope import Llama3Scaling
 
 logging.disable_progress_bar()
 
@@ -52,7 +53,7 @@ LLAMA_1 = ModelArgs(
 )
 LLAMA_2 = replace(LLAMA_1, n_heads=16, n_kv_heads=8, head_dim=8, norm_eps=1e-5, max_seq_len=4096)
 LLAMA_3 = replace(LLAMA_2, rope_theta=500000.0, max_seq_len=8192)
-LLAMA_31 = replace(LLAMA_3, rope_scaling=RopeScaling(8.0), max_seq_len=131072)
+LLAMA_31 = replace(LLAMA_3, rope_scaling=Llama3Scaling(8.0), max_seq_len=131072)
 GENERATIONS = {
     "LLaMA 1 (MHA)": Generation(LLAMA_1),
     "Llama 2 (GQA)": Generation(LLAMA_2),
@@ -149,8 +150,8 @@ def write_gguf(name: str, folder: Path, type: str) -> Path:
         elif not (generation.tied and ours == "output.weight"):
             writer.add_tensor(names[ours], gguf.quantize(w, type), raw_dtype=type)
     if args.rope_scaling:
-        freqs = args.rope_theta ** -(np.arange(0, args.head_dim, 2) / args.head_dim)
-        divisors = freqs / scale_freqs(freqs, args.rope_scaling)
+        freqs = rope_freqs(args.head_dim, args.rope_theta)
+        divisors = args.rope_scaling.divisors(freqs, args.rope_theta, args.max_seq_len)
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -10,10 +10,11 @@ import pytest
 
 import numpy_llama
 from numpy_llama import functional as F
-from numpy_llama.config import ModelArgs, RopeScaling
+from numpy_llama.config import ModelArgs
 from numpy_llama.errors import ConfigError, ContextOverflowError, MismatchError, ParameterError
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import CONTEXT, TINY, random_tokens, random_weights
+from numpy_llama.rope import Llama3Scaling
 
 # --- the cache --------------------------------------------------------------------------------------------
 
@@ -155,4 +156,4 @@ def test_what_the_generations_differ_in_has_no_default():
 )
 def test_rope_scaling_is_validated(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
-        RopeScaling(**({"factor": 8.0} | bad))
+        Llama3Scaling(**({"factor": 8.0} | bad))

@@ -88,9 +88,9 @@ BUGS = [
     Bug(
         "scaling factor 8, as in Llama 3.1, for all",
         "meta-llama/llama-models#241; pytorch/executorch#7265",
-        F,
-        "freqs / scaling.factor + keep",
-        "freqs / 8 + keep",
+        "numpy_llama/rope.py",
+        "(1 - keep) / self.factor",
+        "(1 - keep) / 8",
         ROPE,
     ),
     Bug(

@@ -21,7 +21,7 @@ from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import Checkpoint, open_checkpoint
 from numpy_llama.checkpoint.names import interleaved_rows, tensor_names
 from numpy_llama.checkpoint.presets import PRESETS
-from numpy_llama.config import RopeScaling
+from numpy_llama.rope import LinearScaling, Llama3Scaling
 from numpy_llama.verify import operations
 from numpy_llama.verify.compare import arguments, compare
 from numpy_llama.verify.diagnosis import orders, published
@@ -343,9 +343,7 @@ def test_json_tells_all(tiny, capsys):
 
 
 @pytest.mark.parametrize("format", [name for name, f in FORMATS.items() if f.quantize])
-@pytest.mark.parametrize(
-    "scaling", [None, RopeScaling(8.0, original_max_seq_len=16), RopeScaling(4.0, type="linear")]
-)
+@pytest.mark.parametrize("scaling", [None, Llama3Scaling(8.0, original_max_seq_len=16), LinearScaling(4.0)])
 def test_every_format_passes(format, scaling, tmp_path, monkeypatch):
     args = replace(LOOKED_INTO, rope_scaling=scaling)
     opened = open_checkpoint(write_tiny(tmp_path / "model.gguf", format))
@@ -430,15 +428,13 @@ def test_layers_of_another_model_are_unlike_the_others(trained, rng):
 def test_of_published_models_the_factor_and_eps_are_known():
     assert all(published(preset.args) is None for preset in PRESETS.values())
     llama = PRESETS["llama-3.2-1b"].args
-    told = published(replace(llama, rope_scaling=RopeScaling(8.0)))
+    told = published(replace(llama, rope_scaling=Llama3Scaling(8.0)))
     assert told is not None and "factor 8, llama-3.2-1b, which has this shape, was published with" in told
     assert "factor 32" in told and "none" in str(published(replace(llama, rope_scaling=None)))
     assert "norm_eps is 1e-06" in str(published(replace(llama, norm_eps=1e-6)))
     for harmless in ({"max_seq_len": 4096}, {"rope_theta": 1e7}):
         assert published(replace(llama, **harmless)) is None
-    assert (
-        published(replace(PRESETS["llama-2-7b"].args, rope_scaling=RopeScaling(4.0, type="linear"))) is None
-    )
+    assert published(replace(PRESETS["llama-2-7b"].args, rope_scaling=LinearScaling(4.0))) is None
     assert published(LOOKED_INTO) is None
 
 
@@ -532,7 +528,7 @@ def test_weights_in_the_wrong_place_are_named(format, tmp_path):
 
 
 def test_arguments_that_differ_are_told():
-    wanted = replace(LOOKED_INTO, norm_eps=1e-6, rope_scaling=RopeScaling(8.0), max_seq_len=256)
+    wanted = replace(LOOKED_INTO, norm_eps=1e-6, rope_scaling=Llama3Scaling(8.0), max_seq_len=256)
     told = dict(arguments(replace(LOOKED_INTO, rope_theta=5e5), wanted))
     assert list(told) == ["norm_eps", "rope_theta", "max_seq_len", "rope_scaling"]
     assert told["rope_scaling"] == "rope_scaling is none, the reference has llama3, factor 8"

@@ -132,6 +132,13 @@ class GGUFFile:
             raise FormatError(f"{self.path}: {key} is {shown} ({found.__name__}), wanted {kind.__name__}")
         return value
 
+    def decimal(self, key: str, default: float | None = None) -> float:
+        """A number as it was meant: a file holds 1e-5 as a float32, which as a float64 is 9.99999974e-06."""
+        x = self.require(key, float) if default is None else self.get(key, float, default)
+        with np.errstate(over="ignore"):
+            short = float(str(np.float32(x)))
+        return short if float(np.float32(short)) == x else x
+
     def require(self, key: str, kind: type) -> Any:
         """As `get`, for what a model cannot do without: a missing key is a ConfigError."""
         if key not in self.metadata:

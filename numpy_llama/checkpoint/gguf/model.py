@@ -9,16 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...backend.formats import StoredTensor
-from ...config import LIMITS, ModelArgs, RopeScaling
+from ...config import LIMITS, ModelArgs
 from ...errors import ConfigError, MismatchError, UnsupportedError, escape
-from ...functional import scale_freqs
 from ...text.chat import CHAT_FORMATS, ChatFormat
 from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
 from ..base import Checkpoint
 from ..names import matched_names
+from ..rope_scalings import TENSORS, gguf_scaling
 from .file import GGUFFile, open_gguf
 
 # What else the metadata could say about the mathematics, and what it says of a LLaMA.
@@ -28,9 +26,7 @@ PLAIN = {
     "llama.attention.causal": True,
     "llama.logit_scale": 0.0,
     "llama.use_parallel_residual": False,
-    "llama.rope.scaling.attn_factor": 1.0,
 }
-ROPE_TOLERANCE = 1e-4  # relative: the divisors were computed and stored in float32
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -91,8 +87,8 @@ def model_args(file: GGUFFile) -> ModelArgs:
         "head_dim": head_dim,
         "hidden_dim": _size(file, "llama.feed_forward_length", "hidden_dim"),
         "vocab_size": _vocab_size(file),
-        "norm_eps": _decimal(file.require("llama.attention.layer_norm_rms_epsilon", float)),
-        "rope_theta": _decimal(file.get("llama.rope.freq_base", float, 10000.0)),
+        "norm_eps": file.decimal("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": file.decimal("llama.rope.freq_base", 10000.0),
         "max_seq_len": _size(file, "llama.context_length", "max_seq_len"),
     }
     # Within a sliding window nothing changes, so the context may be no longer.
@@ -102,7 +98,7 @@ def model_args(file: GGUFFile) -> ModelArgs:
         args = ModelArgs(**values)
     except ConfigError as error:
         raise ConfigError(f"{file.path}: {error}") from None
-    return replace(args, rope_scaling=_rope_scaling(file, args))
+    return replace(args, rope_scaling=gguf_scaling(file, args))
 
 
 def _size(file: GGUFFile, key: str, ours: str, default: int | None = None) -> int:
@@ -110,13 +106,6 @@ def _size(file: GGUFFile, key: str, ours: str, default: int | None = None) -> in
     if not 0 < value <= LIMITS[ours]:
         raise ConfigError(f"{file.path}: {key} is {value}, it must lie in 1..{LIMITS[ours]}")
     return value
-
-
-def _decimal(x: float) -> float:
-    """What was meant: a file holds 1e-5 as a float32, which read as a float64 is 9.99999974e-06."""
-    with np.errstate(over="ignore"):
-        is_float32 = float(np.float32(x)) == x
-    return float(str(np.float32(x))) if is_float32 else x
 
 
 def _vocab_size(file: GGUFFile) -> int:
@@ -132,54 +121,9 @@ def _vocab_size(file: GGUFFile) -> int:
     return rows
 
 
-def _rope_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
-    """Linear scaling by its key; Llama 3.1's as what each frequency was divided by, 1 to `factor`."""
-    kind = file.get("llama.rope.scaling.type", str, "linear")
-    factor = file.get("llama.rope.scaling.factor", float, file.get("llama.rope.scale_linear", float, 1.0))
-    is_scaled = kind != "none" and factor != 1
-    has_divisors = "rope_freqs.weight" in file.tensors
-    if is_scaled and (kind != "linear" or has_divisors):
-        what = f"{escape(kind)} by {factor}" + (" together with rope_freqs.weight" if has_divisors else "")
-        raise UnsupportedError(f"{file.path}: RoPE scaling {what}; known are linear, and Llama 3.1's")
-    if is_scaled:
-        try:
-            return RopeScaling(factor, type="linear")
-        except ConfigError as error:
-            raise ConfigError(f"{file.path}: llama.rope.scaling: {error}") from None
-    if not has_divisors:
-        return None
-    stored = file.tensor("rope_freqs.weight")
-    if stored.shape != (args.head_dim // 2,):
-        raise MismatchError(f"{file.path}: rope_freqs.weight is {stored.shape}, head_dim is {args.head_dim}")
-    with np.errstate(all="ignore"):  # hostile numbers become inf or NaN, which equal nothing
-        divisors = stored.dequantize(np.float64)
-        factor = float(divisors.max())
-        freqs = args.rope_theta ** -(np.arange(0, args.head_dim, 2) / args.head_dim)
-        if 1 <= factor < np.inf:
-            scaling = _llama3_scaling(file, factor)
-            wanted = freqs / scale_freqs(freqs, scaling)
-            if np.allclose(divisors, wanted, rtol=ROPE_TOLERANCE, atol=0):
-                return scaling if factor > 1 else None
-    raise UnsupportedError(f"{file.path}: rope_freqs.weight is not Llama 3.1's scaling by {factor}")
-
-
-def _llama3_scaling(file: GGUFFile, factor: float) -> RopeScaling:
-    """GGUF has no keys for the corners of the ramp, which are the same in all of Meta's models: ours."""
-    usual = RopeScaling(factor)
-    try:
-        return RopeScaling(
-            factor,
-            file.get("numpy_llama.rope.low_freq_factor", float, usual.low_freq_factor),
-            file.get("numpy_llama.rope.high_freq_factor", float, usual.high_freq_factor),
-            file.get("numpy_llama.rope.original_max_seq_len", int, usual.original_max_seq_len),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{file.path}: numpy_llama.rope: {error}") from None
-
-
 def weights(file: GGUFFile, args: ModelArgs) -> dict[str, StoredTensor]:
     """Every weight under our name."""
-    shapes = {name: info.shape for name, info in file.tensors.items() if name != "rope_freqs.weight"}
+    shapes = {name: info.shape for name, info in file.tensors.items() if name not in TENSORS}
     names = matched_names(file.path, "gguf", args, shapes)
     stored = {theirs: file.tensor(theirs) for theirs in names.values()}
     return {ours: stored[theirs] for ours, theirs in names.items()}

@@ -45,7 +45,10 @@ def _string(text: str) -> bytes:
 
 
 def _value(key: str, value: Any) -> bytes:
-    """The type and the bytes: whole numbers as UINT32, others as FLOAT32, lists as strings."""
+    """The type and the bytes: whole numbers as UINT32, lists as strings, others as FLOAT32.
+
+    Where a FLOAT32 would not mean the same number it is a FLOAT64.
+    """
     if isinstance(value, str):
         return struct.pack("<I", TYPE_NUMBER["S"]) + _string(value)
     if isinstance(value, list):
@@ -61,5 +64,7 @@ def _value(key: str, value: Any) -> bytes:
     if isinstance(value, int) and 0 <= value < 1 << 32:
         return struct.pack("<II", TYPE_NUMBER["I"], value)
     if isinstance(value, float):
-        return struct.pack("<If", TYPE_NUMBER["f"], value)
+        with np.errstate(over="ignore"):
+            code = "f" if float(str(np.float32(value))) == value else "d"
+        return struct.pack(f"<I{code}", TYPE_NUMBER[code], value)
     raise FormatError(f"{key} is {value!r}, which has no place in a GGUF file")

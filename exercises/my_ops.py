@@ -32,8 +32,12 @@ def rms_norm(x, weight, eps):
 
 
 # Chapter 4: e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim). Where there is a
-# scaling, the theta_j go through scale_freqs(freqs, scaling), which for now may be imported from
-# numpy_llama.functional.
+# scaling, it is r e^(i m theta_j / d_j): r is scaling.length_factor, and d is
+# scaling.divisors(theta, rope_theta, end), with all theta_j as one array.
+# Chapter 14: for scaling.type "llama3" write out d yourself:
+#     turns = original_max_seq_len * theta / (2 pi)
+#     keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), but not below 0 or above 1
+#     d = 1 / (keep + (1 - keep) / factor)
 def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
     """-> complex (end, Dh / 2), complex64 for float32 and complex128 for float64."""
     raise NotImplementedError
@@ -166,13 +170,4 @@ def dequantize_q4_0(rows):
 # Where d is 0, q is 8.
 def quantize_q4_0(x):
     """(rows, n) float32 -> (rows, n / 32 * 18) bytes."""
-    raise NotImplementedError
-
-
-# Chapter 14: scaling is a numpy_llama.RopeScaling. Of type "linear": f / factor. Else, as in Llama 3.1,
-#     turns = original_max_seq_len * f / (2 pi)
-#     keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), but not below 0 or above 1
-#     f becomes (1 - keep) * f / factor + keep * f
-def scale_freqs(freqs, scaling):
-    """(Dh / 2,) -> (Dh / 2,)."""
     raise NotImplementedError

@@ -8,6 +8,7 @@ llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -18,6 +19,7 @@ from . import checkpoint
 from .backend import Progress, build
 from .checkpoint.download import DEFAULT_MODEL, locate
 from .checkpoint.memory import available_memory, gib, memory_plan
+from .config import LIMITS, ModelArgs
 from .errors import (
     BuildError,
     MismatchError,
@@ -31,6 +33,7 @@ from .generation.generate import Request, Session, generate
 from .generation.sampling import Sampler
 from .generation.transcript import Completion, Piece, StopTexts, Transcript
 from .model import Transformer
+from .rope import DynamicScaling
 from .text.chat import ChatFormat
 from .text.tokenizer import Tokenizer
 
@@ -243,6 +246,7 @@ def load(
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
     exact: bool = False,
+    max_seq_len: int | None = None,
 ) -> Llama:
     """Load a model from a file, a folder, or by a name that `pull` knows (fetched on first use).
 
@@ -250,19 +254,34 @@ def load(
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
     exact: the C kernels multiply float32 numbers as they are and keep a cache of float32, for reference work;
     else activations are rounded to 14 bits (csrc/fixed.c), which is faster. NumPy's path is always exact.
+    max_seq_len: the context, where it is to be smaller than the file's; with a dynamic RoPE scaling it may be
+    larger. Its size chooses between LongRoPE's two sets of angles (`numpy-llama info` prints which).
     What does not fit into memory is refused before it is begun. progress(what, done, total) counts bytes.
     """
     opened = checkpoint.open_checkpoint(locate(model, progress))
-    weights = opened.weights()
-    plan = memory_plan(opened.args, weights, backend, dtype, exact)
+    args, weights = opened.args, opened.weights()
+    if max_seq_len is not None:
+        args = _with_context(args, max_seq_len, opened.path)
+    plan = memory_plan(args, weights, backend, dtype, exact)
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
     with suppress(BuildError):  # without the extension NumPy's path does without a watch too
         opened.watch()
-    transformer = build(opened.args, weights, dtype, backend, threads, progress, exact)
+    transformer = build(args, weights, dtype, backend, threads, progress, exact)
     room = plan.context_within(available)
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
+
+
+def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
+    """The same model with another session: a smaller one, or with a dynamic RoPE scaling any."""
+    most, scaling = args.max_seq_len, args.rope_scaling
+    if isinstance(scaling, DynamicScaling) and most >= scaling.original_max_seq_len:
+        most = LIMITS["max_seq_len"]
+    if not _is_whole(max_seq_len) or not 0 < max_seq_len <= most:
+        found = escape(max_seq_len, 60)
+        raise ParameterError(f"max_seq_len is {found}, {source} allows a whole number from 1 to {most}")
+    return replace(args, max_seq_len=int(max_seq_len))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

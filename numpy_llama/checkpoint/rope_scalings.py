@@ -129,7 +129,7 @@ def _numbers(rope: JsonFile, key: str) -> tuple[float, ...]:
             raise ConfigError(
                 f"{rope.path}: {key}[{i}] is {escape(x, 60)}, wanted a number from 1e-30 to 1e38"
             )
-    return tuple(np.float32(listed).tolist())
+    return tuple(np.array(listed, np.float32).tolist())
 
 
 def _agreed(config: JsonFile, key: str, values: list, default: Any) -> Any:
@@ -191,8 +191,8 @@ def _gguf_values(file: GGUFFile, args: ModelArgs) -> tuple[type[RopeScaling], tu
         return YarnScaling, (factor, original, length, *betas, file.get(f"{ours}truncate", bool, True))
     if length == 1 and not tensors:
         return (LinearScaling, (factor,)) if scaled else None
-    same = factor if scaled else 1.0
-    divisors = tensors.get(DIVISORS) or tuple(np.float32([same] * (args.head_dim // 2)).tolist())
+    same = np.full(args.head_dim // 2, factor if scaled else 1.0, np.float32)
+    divisors = tensors.get(DIVISORS) or tuple(same.tolist())
     return None if length == 1 and set(divisors) == {1.0} else (ExplicitScaling, (divisors, length))
 
 
@@ -257,7 +257,7 @@ def gguf_metadata(scaling: RopeScaling | None) -> dict[str, Any]:
 
 def gguf_tensors(args: ModelArgs) -> dict[str, StoredTensor]:
     """The divisors that GGUF has as tensors."""
-    scaling, lists = args.rope_scaling, {}
+    scaling, lists = args.rope_scaling, dict[str, Any]()
     if isinstance(scaling, Llama3Scaling | ExplicitScaling):
         freqs = rope_freqs(args.head_dim, args.rope_theta)
         lists = {DIVISORS: scaling.divisors(freqs, args.rope_theta, args.max_seq_len)}

@@ -44,6 +44,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         "--backend", choices=["c", "numpy"], default="c", help="the C kernels, or plain NumPy [c]"
     )
     group.add_argument(
+        "--max-seq-len",
+        type=whole_number(1),
+        metavar="N",
+        help="a context of N tokens [the model's own]",
+    )
+    group.add_argument(
         "--exact",
         action="store_true",
         help="multiply float32 numbers as they are; slower, for reference work",
@@ -126,7 +132,7 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
-        options = {"backend": args.backend, "threads": args.threads, "exact": args.exact}
+        options = {name: getattr(args, name) for name in ("backend", "threads", "exact", "max_seq_len")}
         return load(args.model, progress=progress, **options)
 
 

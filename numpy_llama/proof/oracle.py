@@ -115,6 +115,7 @@ def rope_parameters(args: ModelArgs) -> dict:
         lists = {"short_factor": list(s.factors), "long_factor": list(s.factors)}
         more = {"rope_type": "longrope", "original_max_position_embeddings": args.max_seq_len, "factor": 1.0}
         return rope | lists | more | {"attention_factor": s.length_factor}
+    assert isinstance(s, Llama3Scaling | YarnScaling | LongRopeScaling), s
     rope["original_max_position_embeddings"] = s.original_max_seq_len
     if isinstance(s, Llama3Scaling):
         ramp = {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
@@ -123,6 +124,5 @@ def rope_parameters(args: ModelArgs) -> dict:
     if isinstance(s, YarnScaling):
         ramp = {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
         return rope | ramp | {"factor": s.factor}
-    assert isinstance(s, LongRopeScaling), s
     chosen = list(s.long_factor if args.max_seq_len > s.original_max_seq_len else s.short_factor)
     return rope | {"short_factor": chosen, "long_factor": chosen, "factor": 1.0}

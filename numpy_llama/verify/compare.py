@@ -67,7 +67,7 @@ def _same_rope(a: ModelArgs, b: ModelArgs) -> bool:
         if (s := args.rope_scaling) is not None:
             same = np.append(s.divisors(freqs, args.rope_theta, args.max_seq_len), s.length_factor)
         made.append(same)
-    return np.allclose(*made, rtol=1e-5, atol=0)
+    return np.allclose(made[0], made[1], rtol=1e-5, atol=0)
 
 
 def compare(

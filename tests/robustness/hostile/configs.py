@@ -167,7 +167,12 @@ def rope_scaling(folder: Path) -> Iterator[Variant]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    yield config(folder, "in order", {"rope_scaling": llama3}, ACCEPTED)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    ones = [1.0] * (DH // 2)
+    longrope = {"rope_type": "longrope", "short_factor": ones, "long_factor": ones}
+    longrope["original_max_position_embeddings"] = 64
+    for kind in (llama3, yarn, longrope):
+        yield config(folder, f"{kind['rope_type']} in order", {"rope_scaling": kind}, ACCEPTED)
     for name, value in [
         ("an unknown type", llama3 | {"rope_type": "spiral"}),
         ("factor 0", llama3 | {"factor": 0.0}),
@@ -176,6 +181,12 @@ def rope_scaling(folder: Path) -> Iterator[Variant]:
         ("a list", [1, 2]),
         ("no original length", {k: v for k, v in llama3.items() if not k.startswith("original")}),
         ("no factor", {k: v for k, v in llama3.items() if k != "factor"}),
+        ("yarn, a ramp that falls", yarn | {"beta_fast": 1.0, "beta_slow": 32.0}),
+        ("yarn, a length of 0", yarn | {"attention_factor": 0.0}),
+        ("longrope, 100,000 numbers", longrope | {"long_factor": [1.0] * 100_000}),
+        ("longrope, none", longrope | {"short_factor": []}),
+        ("longrope, a 0 among them", longrope | {"short_factor": [0.0, *ones[1:]]}),
+        ("longrope, a text among them", longrope | {"short_factor": ["1", *ones[1:]]}),
     ]:
         yield config(folder, name, {"rope_scaling": value}, "ConfigError")
 

@@ -14,11 +14,15 @@ from gguf_writer import gguf_bytes, llama_metadata, llama_tensors, random_weight
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+import numpy_llama as nl
+from numpy_llama import cli
 from numpy_llama.backend import build
 from numpy_llama.checkpoint import convert, open_checkpoint
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.checkpoint.rope_scalings import as_float32
 from numpy_llama.config import ModelArgs
+from numpy_llama.errors import ParameterError
+from numpy_llama.functional import rope_freqs
 from numpy_llama.proof.oracle import half_split
 from numpy_llama.rope import (
     DynamicScaling,
@@ -200,3 +204,39 @@ def test_the_size_of_the_context_chooses():
     dynamic = KINDS["dynamic"][1]
     assert (dynamic.divisors(np.ones(PAIRS), 1e4, ORIGINAL) == 1).all()
     assert dynamic.divisors(np.ones(PAIRS), 1e4, 2 * ORIGINAL)[-1] == 3.0
+
+
+def test_whoever_loads_a_model_chooses_its_context(tmp_path):
+    """A smaller one takes LongRoPE's short list. Only with a dynamic scaling may it be larger."""
+    for kind in ("longrope", "dynamic"):
+        (tmp_path / kind).mkdir()
+        written(hugging_face(KINDS[kind][0], LONGER if kind == "longrope" else ORIGINAL), tmp_path / kind)
+    for context, which in [(None, LONG), (LONGER, LONG), (ORIGINAL, SHORT)]:
+        args = nl.load(tmp_path / "longrope", max_seq_len=context, backend="numpy").model.args
+        freqs = rope_freqs(ARGS.head_dim, ARGS.rope_theta)
+        found = args.rope_scaling.divisors(freqs, args.rope_theta, args.max_seq_len)
+        np.testing.assert_array_equal(found, which)
+    for context in (None, 7, 4 * ORIGINAL):
+        args = nl.load(tmp_path / "dynamic", max_seq_len=context, backend="numpy").model.args
+        assert args.max_seq_len == context or (context, args.max_seq_len) == (None, ORIGINAL)
+    for kind, wrong in [
+        ("longrope", LONGER + 1),
+        ("dynamic", (1 << 20) + 1),
+        *(("longrope", x) for x in BAD),
+    ]:
+        with pytest.raises(ParameterError, match=r"max_seq_len is .* allows a whole number from 1 to"):
+            nl.load(tmp_path / kind, max_seq_len=wrong)
+
+
+BAD = (0, -1, 2.5, "32", True)
+
+
+def test_info_says_which_angles_a_model_has(tmp_path, capsys):
+    for kind, told in [
+        ("longrope", "longrope, its long factors, because the context of 96 is above 32"),
+        ("dynamic", "dynamic, factor 2, as trained, because the context of 96 is not above 96"),
+        ("yarn", "yarn, factor 4, original context 32"),
+    ]:
+        written(hugging_face(KINDS[kind][0], LONGER), tmp_path)
+        assert cli.main(["info", str(tmp_path)]) == 0
+        assert f"rope_scaling     {told}\n" in capsys.readouterr().out

@@ -30,12 +30,12 @@ class KVCache:
     def update(self, layer, start_pos, xk, xv):
         """Store T new keys and values (B, T, K, Dh) at start_pos; return all S so far, (B, S, K, Dh)."""
         end = self.check(layer, start_pos, *xk.shape[:2])
+        self.filled[layer] = start_pos  # until all are stored: an interrupted update leaves no mixture
         k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
         try:
             with np.errstate(over="raise"):  # not an infinity: its score may be -inf, and so count nothing
                 k[:, start_pos:end], v[:, start_pos:end] = xk, xv
         except FloatingPointError:
-            self.filled[layer] = start_pos
             raise NumericsError(
                 f"layer {layer}, positions {start_pos}..{end - 1}: a key or value, "
                 f"{max(np.abs(x).max() for x in (xk, xv)):.6g}, is beyond {np.finfo(k.dtype).max:.6g}, "

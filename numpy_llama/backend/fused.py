@@ -43,6 +43,8 @@ class FusedBlock(TransformerBlock):
             return super().__call__(x, start_pos, freqs_cis, cache)
         layer, starts = self.attention.layer, np.atleast_1d(start_pos).tolist()
         ends = [one.check(layer, at, one.batch, T) for one, at in zip(caches, starts, strict=True)]
+        for one, at in zip(caches, starts, strict=True):
+            one.filled[layer] = at  # until all are stored, as in KVCache.update
         keys = [k for one in caches for k in one.k[layer]]  # of each sequence (K, max_seq_len, Dh)
         values = [v for one in caches for v in one.v[layer]]
         starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]

@@ -125,6 +125,29 @@ def test_gaps_are_refused(ops, source, there):
     assert_refused(lambda: cache.update(0, there + 1, *keys_values(source, 1, 1)), told)
 
 
+# (layer, where to begin, how many), in any order: appended, rewound, or with a gap.
+updates = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 99), st.integers(1, 4)), max_size=20)
+
+
+@law("KVCache", sources, st.integers(1, 3), updates)
+def test_only_the_positions_before_the_last_update_count(ops, source, B, updates):
+    """After an update of T positions at start, layer by layer, start + T are stored: never more."""
+    cache, stored = new(ops, source, B), [keys_values(source, B, 0) for _ in range(3)]
+    for layer, place, T in updates:
+        more, before = keys_values(source, B, T), stored[layer]
+        held = before[0].shape[1]
+        start = place % (held + 3)  # the last two are gaps
+        if start > held or start + T > ROOM:
+            what = f"positions {start}..{start + T - 1} of layer {layer}, which holds {held} of {ROOM}"
+            assert_refused(lambda at=start, new=more, i=layer: cache.update(i, at, *new), what)
+            continue
+        both = zip(before, more, strict=True)
+        stored[layer] = tuple(np.concatenate([old[:, :start], x], axis=1) for old, x in both)
+        keys, values = cache.update(layer, start, *more)
+        assert_same(keys, stored[layer][0])
+        assert_same(values, stored[layer][1])
+
+
 @law("KVCache", sources)
 def test_a_batch_of_another_size_is_refused(ops, source):
     """Two sequences do not fit a cache for three."""

@@ -199,16 +199,33 @@ def test_a_context_serves_one_sequence(model):
         next(generate_batch(model, sequences))
 
 
-def test_the_sequence_that_fails_is_named(model, monkeypatch):
-    sequences = [Request([i], Session(model), Sampler(), max_tokens=3) for i in (1, 2, 3)]
+@pytest.mark.parametrize("odd", range(5))
+def test_the_sequence_that_fails_is_named(model, odd):
+    sequences = [Request([i], Session(model), Sampler(), max_tokens=3) for i in range(1, 6)]
     steps = generate_batch(model, sequences)
-    for _ in range(3):
+    for _ in sequences:
         next(steps)
-    with sequences[1].step() as session:
+    with sequences[odd].step() as session:
         session.cache.v[1] = np.inf
-    where = r"prompts\[1\]: position 1, token \d+: what comes out of layer 1, the first to go wrong, is not"
+    where = rf"prompts\[{odd}\]: position 1, token \d+: what comes out of layer 1, the first to go wrong, is"
     with pytest.raises(NumericsError, match=where):
         next(steps)
+
+
+@pytest.mark.parametrize("odd", range(5))
+def test_each_of_many_caches_is_checked(model, odd):
+    """A gap, or no room, in any one of them."""
+    caches = [model.new_cache(batch=1, max_seq_len=8) for _ in range(5)]
+    for cache in caches:
+        model.hidden(np.array([[1, 2, 3, 4]]), 0, cache)
+    for start, error, message in [
+        (5, ParameterError, "position 5 comes after 4 stored ones"),
+        (8, ContextOverflowError, r"positions 8\.\.8 do not fit a cache of 8"),
+        (-1, ContextOverflowError, r"positions -1\.\.2 do not fit"),
+    ]:
+        starts = np.where(np.arange(5) == odd, start, 2)
+        with pytest.raises(error, match=message):
+            side_by_side(model).hidden(np.full((5, 1), 7), starts, BatchCache(caches))
 
 
 # ---------------------------------------------------------------- texts

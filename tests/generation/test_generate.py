@@ -1,5 +1,6 @@
 """Generation: the loop over ids, streams of text, stop texts, sessions."""
 
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import numpy_llama as nl
+from numpy_llama.cache import KVCache
 from numpy_llama.errors import (
     ContextOverflowError,
     MismatchError,
@@ -122,6 +124,42 @@ def test_a_context_is_reused_as_far_as_the_prompts_agree(model, old, new):
     assert told[0] == min(same, len(new) - 1)
 
 
+turns = st.tuples(
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),  # the prompt: with 4 ids, prefixes are often equal
+    st.none() | st.tuples(st.integers(0, 5), st.integers(0, 1)),  # an interrupt, in which call of which layer
+)
+
+
+@given(st.lists(turns, min_size=1, max_size=5))
+def test_a_context_holds_whatever_was_said_in_it(model, turns):
+    """Prompts that agree in part, some of them interrupted, one after another in one session.
+
+    Each gives what it gives in a fresh session, and the cache counts no position behind the ids.
+    """
+    session = Session(model)
+    for prompt, interrupt in turns:
+        if interrupt is None:
+            assert run(model, prompt, session, max_tokens=3) == run(model, prompt, max_tokens=3)
+            assert session.cache.filled == [len(session.ids)] * ARGS.n_layers
+        else:
+            calls, layer = interrupt[0], model.layers[interrupt[1]]
+            with pytest.MonkeyPatch.session() as patch, suppress(KeyboardInterrupt):
+                patch.setattr(layer, "feed_forward", interrupted(layer.feed_forward, calls))
+                run(model, prompt, session, max_tokens=3)
+
+
+def interrupted(part, after: int):
+    """A part of the model, interrupted by Ctrl-C once it was called `after` times."""
+    left = iter(range(after))
+
+    def run(x):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return part(x)
+
+    return run
+
+
 def test_an_interrupted_context_can_be_used_again(model, monkeypatch):
     session, prompt = Session(model), [1, 2, 3, 4]
     steps = generate(model, prompt, session, Sampler())
@@ -188,6 +226,28 @@ def test_a_cache_has_no_gaps_and_its_own_batch(model):
         model(np.array([[1]]), 4, cache)
     with pytest.raises(ParameterError, match="2 sequences do not fit a cache for 1"):
         model(np.array([[1], [2]]), 0, cache)
+
+
+def test_an_update_that_stops_halfway_counts_nothing(model):
+    """Keys are new and values still old: the positions from its start on are stored no longer."""
+    cache = model.new_cache(batch=1, max_seq_len=16)
+    model(np.array([[1, 2, 3, 4, 5]]), 0, cache)
+
+    class Interrupt:
+        def __array__(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    keys = np.ones((1, 2, ARGS.n_kv_heads, ARGS.head_dim), np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        cache.update(1, 2, keys, Interrupt())
+    assert cache.filled == [5, 2]
+    with pytest.raises(ParameterError, match="position 3 comes after 2"):
+        cache.update(1, 3, keys, keys)
+    small = KVCache(ARGS, 1, 16, np.float16)
+    small.update(0, 0, *[np.repeat(keys, 3, axis=1)] * 2)
+    with pytest.raises(NumericsError, match="beyond 65504"):
+        small.update(0, 2, keys, keys * 1e6)
+    assert small.filled == [2, 0]
 
 
 @pytest.mark.parametrize("tokens", [[1, 2], 3, [[[1]]], [[1.5]], [[True]], None])

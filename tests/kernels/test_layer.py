@@ -290,6 +290,44 @@ def test_a_batch_is_checked_like_each_alone(rng):
     assert [cache.filled for cache in caches.caches] == [[0, 0], [0, 0]]
 
 
+def filled_caches(model, tokens) -> list[KVCache]:
+    caches = [KVCache(SMALL, 1, 8, np.float16) for _ in tokens]
+    for row, cache in zip(tokens, caches, strict=True):
+        model.hidden(row[None], 0, cache)
+    assert [cache.filled for cache in caches] == [[tokens.shape[1]] * 2] * len(tokens)
+    return caches
+
+
+def test_rewound_caches_count_no_position_behind(rng):
+    """One alone and several side by side: what lies behind the last update is stored no longer."""
+    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    tokens, starts = rng.integers(0, SMALL.vocab_size, (5, 6)), [4, 0, 2, 5, 1]
+    caches = filled_caches(model, tokens)
+    model.hidden(tokens[:1, :1], starts[0], caches[0])
+    side_by_side(model).hidden(tokens[1:, :1], np.array(starts[1:]), BatchCache(caches[1:]))
+    assert [cache.filled for cache in caches] == [[start + 1] * 2 for start in starts]
+    for cache, start in zip(caches, starts, strict=True):
+        with pytest.raises(ParameterError, match=f"position {start + 2} comes after {start + 1} stored"):
+            model.hidden(tokens[:1, :1], start + 2, cache)
+
+
+def test_an_interrupted_call_counts_nothing(rng, monkeypatch):
+    """C may have written some of it: the positions from its start on are stored no longer."""
+    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    caches = filled_caches(model, rng.integers(0, SMALL.vocab_size, (5, 6)))
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Kernels, "layer", interrupt)
+    x = np.zeros((4, 1, SMALL.dim), np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        model.layers[1](x[:1], 4, model.freqs_cis[:1], caches[0])
+    with pytest.raises(KeyboardInterrupt):
+        model.layers[0](x, np.array([0, 2, 5, 6]), model.freqs_cis[:4, None], BatchCache(caches[1:]))
+    assert [cache.filled for cache in caches] == [[6, 4], [0, 6], [2, 6], [5, 6], [6, 6]]
+
+
 def test_what_does_not_fit_is_refused(rng):
     """Before C is called, which would read and write beyond it."""
     model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)

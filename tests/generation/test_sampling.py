@@ -4,11 +4,12 @@ The filters' own laws are in numpy_llama/proof/test_sampling.py.
 """
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
@@ -26,10 +27,6 @@ from numpy_llama.proof.logits import EDGE, PROBABILITY, Fixed, all_logits
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 fractions = st.floats(0, 1)
-
-
-def kept(logits):
-    return set(np.flatnonzero(logits > -np.inf).tolist())
 
 
 def theirs(processor, logits, seen_ids=()):
@@ -182,12 +179,129 @@ def test_each_filter_counts(rng):
     assert len(set(runs)) == len(settings)
 
 
-def test_penalty_comes_before_temperature_and_top_k_before_top_p():
-    """Where the order shows: the same settings in another order would leave other ids."""
-    probs = np.float32([0.4, 0.3, 0.2, 0.1])
-    sampler = Sampler(1.0, top_k=2, top_p=0.5)  # of two, 0.57 and 0.43: the first reaches 0.5
-    assert {sampler(np.log(probs), [], Fixed(u)) for u in np.linspace(0, 0.99, 50)} == {0}
-    assert kept(sampling.top_k(sampling.top_p(np.log(probs), 0.5), 2)) == {0, 1}
+# The chain once more, written from the papers: each step takes and gives {id: logit}.
+
+
+class OnTheEdge(Exception):
+    """A mass so near to a limit that rounding decides."""
+
+
+def penalty_step(x, r, seen):
+    return {i: float(np.float32((v / r if v > 0 else v * r) if i in seen else v)) for i, v in x.items()}
+
+
+def temperature_step(x, t, seen):
+    """Less the maximum; in float32, where a temperature may make logits equal."""
+    return {i: float(np.float32((v - max(x.values())) / t)) for i, v in x.items()}
+
+
+def ranked(x):
+    return sorted(x, key=lambda i: (-x[i], i))
+
+
+def weights(x):
+    return {i: math.exp(v - max(x.values())) for i, v in x.items()}
+
+
+def top_k_step(x, k, seen):
+    return {i: x[i] for i in ranked(x)[:k]}
+
+
+def top_p_step(x, p, seen):
+    w = weights(x)
+    before = {i: sum(w[j] for j in ranked(x)[:n]) / sum(w.values()) for n, i in enumerate(ranked(x))}
+    if any(mass > 0 and abs(mass - p) < EDGE for mass in before.values()):
+        raise OnTheEdge
+    return {i: x[i] for i in x if before[i] <= p}
+
+
+def min_p_step(x, p, seen):
+    w = weights(x)
+    if any(share < 1 and abs(share - p) < EDGE for share in w.values()):
+        raise OnTheEdge
+    return {i: x[i] for i in x if w[i] >= p}
+
+
+STEPS = {
+    "repetition_penalty": penalty_step,
+    "temperature": temperature_step,
+    "top_k": top_k_step,
+    "top_p": top_p_step,
+    "min_p": min_p_step,
+}
+
+
+def chain(logits, seen, settings, order=tuple(STEPS)):
+    """What is left: {id: probability}."""
+    x = {i: float(v) for i, v in enumerate(logits) if v > -np.inf}
+    for name in order:
+        if name in settings:
+            x = STEPS[name](x, settings[name], seen)
+    w = weights(x)
+    return {i: w[i] / sum(w.values()) for i in sorted(x)}
+
+
+@given(
+    all_logits(),
+    st.data(),
+    st.fixed_dictionaries(
+        {"temperature": st.sampled_from([0.3, 1.0, 3.0, 1e300])},
+        optional={
+            "repetition_penalty": st.sampled_from([0.5, 1.3, 4.0]),
+            "top_k": st.integers(1, 12),
+            "top_p": fractions,
+            "min_p": fractions,
+        },
+    ),
+)
+def test_the_sampler_is_the_chain(logits, data, settings):
+    """Any settings together, ties included: each id that is left is drawn in its share, and no other."""
+    seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=9))
+    try:
+        left = chain(logits, seen, settings)
+    except OnTheEdge:
+        reject()
+    sampler, end = Sampler(**settings), 0.0
+    for i, share in left.items():
+        if share > 4 * EDGE:
+            for u in (end + 2 * EDGE, end + share / 2, end + share - 2 * EDGE):
+                assert sampler(logits, seen, Fixed(min(u, 1 - EDGE))) == i
+        end += share
+
+
+# Where the order shows: settings, probabilities, ids seen, and what is left. In the first two the numbers
+# are logits: temperature takes the maximum away, after which the penalty sees no number above 0; and a
+# temperature that makes all equal leaves top-k the lowest id.
+FOUR, THREE = np.log([0.4, 0.3, 0.2, 0.1]), np.log([0.6, 0.3, 0.1])
+ORDER_SHOWS = [
+    ({"repetition_penalty": 4.0, "temperature": 0.01}, [2, 1], [0], {1}),
+    ({"temperature": 1e300, "top_k": 1}, [0, 1], [], {0}),
+    ({"temperature": 1.0, "top_k": 2, "top_p": 0.5}, FOUR, [], {0}),  # 0.57 and 0.43: the first reaches 0.5
+    ({"temperature": 1.0, "top_p": 0.75, "min_p": 0.4}, FOUR, [], {0, 1, 2}),
+    ({"temperature": 2.0, "min_p": 0.4}, THREE, [], {0, 1, 2}),  # 1/6 before, 0.41 after
+    ({"temperature": 2.0, "top_p": 0.5}, THREE, [], {0, 1}),  # 0.6 before, 0.47 after
+    ({"repetition_penalty": 2.0, "temperature": 1.0, "top_k": 1}, [3, 2], [0], {1}),
+    ({"repetition_penalty": 2.0, "temperature": 1.0, "top_p": 0.7}, [3, 1], [0], {0, 1}),
+    ({"repetition_penalty": 2.0, "temperature": 1.0, "min_p": 0.3}, [3, 1], [0], {0, 1}),
+]
+
+
+@pytest.mark.parametrize("settings, logits, seen, left", ORDER_SHOWS)
+def test_what_is_left_where_the_order_shows(settings, logits, seen, left):
+    logits, sampler = np.float32(logits), Sampler(**settings)
+    assert {i for i, share in chain(logits, seen, settings).items() if share > EDGE} == left
+    assert {sampler(logits, seen, Fixed(u)) for u in np.linspace(0.001, 0.999, 100)} == left
+
+
+def test_no_other_order_leaves_the_same():
+    """Each of the 119 other orders leaves something else in one of these examples."""
+
+    def all_left(order):
+        for settings, x, seen, _ in ORDER_SHOWS:
+            yield {i for i, p in chain(np.float32(x), seen, settings, order).items() if p > EDGE}
+
+    right = [left for *_, left in ORDER_SHOWS]
+    assert [order for order in permutations(STEPS) if [*all_left(order)] == right] == [tuple(STEPS)]
 
 
 @given(st.integers(0, 2**64))

@@ -35,6 +35,7 @@ from numpy_llama.errors import (
     TruncatedError,
     UnsupportedError,
 )
+from numpy_llama.generation.transcript import StopTexts, Transcript
 from numpy_llama.text import bpe as merging
 from numpy_llama.text import pretokenizer as words
 from numpy_llama.text.tokenizer import (
@@ -42,6 +43,8 @@ from numpy_llama.text.tokenizer import (
     RANKS,
     USER_DEFINED,
     WORDS,
+    StreamDecoder,
+    Tokenizer,
     order_of_merging,
     spelled,
     tokenizer_from_gguf,
@@ -364,6 +367,12 @@ SPACES = {  # normalizer, pre_tokenizer
     "always": (None, METASPACE | {"prepend_scheme": "always"}),
     "never": (None, METASPACE | {"prepend_scheme": "never"}),
 }
+LLAMA2_DECODER = [
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+]
 
 
 @cache
@@ -689,6 +698,82 @@ def test_written_into_gguf_it_is_the_same_tokenizer(folder):
         assert again.metadata.keys() == tokenizer.metadata.keys()
         assert {"tokenizer.ggml.merges", "tokenizer.ggml.scores"} & again.metadata.keys()
         assert RANKS not in again.metadata
+
+
+def every_tokenizer(folder: Path) -> dict[str, Tokenizer]:
+    """Every kind of file, and every way to put a space before a text."""
+    out = {name: open_tokenizer(path) for name, path in every_kind(folder).items()}
+    out["no prefix"] = open_tokenizer(sentencepiece_file(folder, add_dummy_prefix=False))
+    for name in SPACES:
+        out[f"JSON, {name}"] = open_tokenizer(write_json(folder, like_sentencepiece_json(name)))
+    return out
+
+
+# What shows at the seams: spaces before and behind, characters of several bytes, nothing.
+SEAMS = st.sampled_from([" fox", "fox", " ", "  the", "the ", "\u1200", " \u1200", "\n", "", "1 2"])
+
+
+def assert_streamed_as_at_once(tokenizer: Tokenizer, ids: list[int], at_start: bool) -> None:
+    """Id by id, in a transcript, and at once: the bytes of the ids that are no control tokens."""
+    control = tokenizer.control_tokens.values()
+    data = b"".join(tokenizer.meanings[i] for i in ids if i not in control)
+    if at_start and tokenizer.add_space:
+        data = data.removeprefix(b" ")
+    text = data.decode("utf-8", "replace")
+    stream, transcript = StreamDecoder(tokenizer, at_start), Transcript(tokenizer, StopTexts([]), at_start)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == text
+    assert [transcript.push(i) for i in ids] == pieces
+    assert transcript.finish([], "length").completion.text == text
+    assert tokenizer.decode(ids, at_start) == text
+    assert not any(piece for i, piece in zip(ids, pieces, strict=True) if i in control)
+
+
+def test_a_stream_with_control_tokens_anywhere_is_the_text_at_once(folder):
+    """One space is dropped at the start of a text, behind any control tokens there, and no other."""
+    for name, tokenizer in every_tokenizer(folder).items():
+        control = min(tokenizer.control_tokens.values())
+        fox, spelt_in_bytes = tokenizer.encode(" fox"), tokenizer.encode("\u1200")
+        any_control = st.sampled_from(sorted(tokenizer.control_tokens.values())).map(lambda i: [i])
+
+        @given(st.lists(any_control | SEAMS.map(tokenizer.encode), max_size=8), st.booleans())
+        @example([[control], fox, [control], fox], True)
+        @example([spelt_in_bytes[:-1], [control], spelt_in_bytes[-1:]], True)
+        def compare(parts, at_start):
+            assert_streamed_as_at_once(tokenizer, [i for part in parts for i in part], at_start)  # noqa: B023
+
+        print(name)  # shown where one fails
+        compare()
+
+
+@pytest.mark.parametrize("options", SENTENCEPIECE, ids=str)
+def test_control_tokens_in_a_stream_as_sentencepiece_has_them(folder, options):
+    """Its own decode, of ids with control tokens among them."""
+    reference, tokenizer = trained(**options), open_tokenizer(sentencepiece_file(folder, **options))
+    control = sorted(i for i in tokenizer.control_tokens.values() if reference.is_control(i))
+
+    @given(st.lists(st.sampled_from(control).map(lambda i: [i]) | SEAMS.map(tokenizer.encode), max_size=8))
+    def compare(parts):
+        ids = [i for part in parts for i in part]
+        assert tokenizer.decode(ids) == reference.decode(ids)
+
+    compare()
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Mistral"])
+def test_control_tokens_in_a_stream_as_tokenizers_has_them(folder, name):
+    """Hugging Face's decoder of Llama 2, of ids with control tokens among them."""
+    value = json.loads(like_sentencepiece_json(name))
+    value["decoder"] = {"type": "Sequence", "decoders": LLAMA2_DECODER}
+    tokenizer = open_tokenizer(write_json(folder, json.dumps(value)))
+    reference = tokenizers.Tokenizer.from_str(json.dumps(value))
+
+    @given(st.lists(st.sampled_from([[1], [2], [259]]) | SEAMS.map(tokenizer.encode), max_size=8))
+    def compare(parts):
+        ids = [i for part in parts for i in part]
+        assert tokenizer.decode(ids) == reference.decode(ids)
+
+    compare()
 
 
 def test_a_file_is_what_it_holds_not_what_it_is_called(folder):

@@ -99,6 +99,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         for name in sorted(wanted):
             file = _open(self.path / name)
             if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys() if not ANGLES.search(tensor)}:
+                if other := next((one for one in sorted(wanted) if wanted[one] == file.tensors.keys()), None):
+                    raise MismatchError(f"{file.path} has the tensors of {other}: is it a copy of that file?")
                 what = f"{len(odd)} tensors are in only one of the two: {escape(', '.join(sorted(odd)))}"
                 raise MismatchError(f"{file.path} and {index.path.name} disagree: {what}")
             holders |= dict.fromkeys(file.tensors, file)

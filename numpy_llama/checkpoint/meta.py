@@ -7,6 +7,7 @@ time. params.json leaves much unsaid, and what it leaves is written down here wi
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from .pytorch.file import TorchFile
 from .tokenizers import find_tokenizer, open_tokenizer
 
 N_SHARDS = (1, 2, 4, 8)
+SAMPLED_PARTS, SAMPLED_BYTES = 8, 256  # by which shards are told apart
 # The axis along which a matrix is cut. Of tok_embeddings it is told by the shapes.
 AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 # What in params.json makes another model: quantised, adapted, of experts, with eyes, Llama 4, Mistral.
@@ -53,6 +55,7 @@ class MetaCheckpoint(Checkpoint):
             if odd := shard.tensors.keys() ^ self.shards[0].tensors.keys():
                 raise MismatchError(f"{shard.path} and the first shard differ in having {escape(min(odd))}")
         self.tensors = {name: self._joined(name) for name in self.shards[0].tensors}
+        self._refuse_copies()
 
     @cached_property
     def args(self) -> ModelArgs:
@@ -86,6 +89,33 @@ class MetaCheckpoint(Checkpoint):
             return 0 if shape[1] == self.params.values["dim"] else 1
         return AXES.get(stem)
 
+    def _refuse_copies(self) -> None:
+        """MismatchError where two shards hold the same parts of all matrices.
+
+        Only shards with equal samples, the first bytes of a few parts, are compared as a whole.
+        """
+        held = {name: [shard.tensors[name] for shard in self.shards] for name in self.tensors}
+        cut = [
+            name
+            for name, each in held.items()
+            if self._axis(name) is not None and all(t.nbytes and t.dense for t in each)
+        ]
+
+        def parts(shard: TorchFile, names: list[str]) -> Iterator[np.ndarray]:
+            infos = (shard.tensors[name] for name in names)
+            return (shard.file.bytes_at(t.offset, t.nbytes, escape(t.name)) for t in infos)
+
+        seen: dict[bytes, list[TorchFile]] = {}
+        for shard in self.shards if cut else []:
+            few = cut[:: -(-len(cut) // SAMPLED_PARTS)]
+            sample = b"".join(part[:SAMPLED_BYTES].tobytes() for part in parts(shard, few))
+            for other in seen.setdefault(sample, []):
+                if all(map(np.array_equal, parts(shard, cut), parts(other, cut))):
+                    raise MismatchError(
+                        f"{shard.path} is a copy of {other.path.name}: its own part is missing"
+                    )
+            seen[sample].append(shard)
+
     def _joined(self, name: str) -> TensorInfo:
         parts = [shard.tensors[name] for shard in self.shards]
         first, axis = parts[0], self._axis(name)
@@ -101,8 +131,10 @@ class MetaCheckpoint(Checkpoint):
         parts = [shard.tensor(name) for shard in self.shards]
         first, axis = parts[0], self._axis(name)
         if axis is None:
-            if any(part.data.tobytes() != first.data.tobytes() for part in parts[1:]):
-                raise MismatchError(f"{self.path}: {escape(name)} must be the same in all shards, it is not")
+            for shard, part in zip(self.shards, parts, strict=True):
+                if not np.array_equal(part.data, first.data):
+                    what = f"{escape(name)} must be the same in all shards"
+                    raise MismatchError(f"{self.path}: {what}, it is another in {shard.path.name}")
             return first
         info = self.tensors[name]
 

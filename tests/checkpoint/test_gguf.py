@@ -792,12 +792,51 @@ def test_a_model_in_parts_is_one_whichever_is_named(tmp_path, named):
     [
         ([(1, "split.no", np.uint16(2))], "00002-of-00003.gguf: split.no is 2, by its name it must be 1"),
         ([(2, "split.count", np.uint16(4))], "split.count is 4, by its name it must be 3"),
-        ([(0, "split.tensors.count", 20)], "split.tensors.count is 20, the parts have 21 tensors, 21 differ"),
+        ([(0, "split.tensors.count", 20)], "split.tensors.count is 20, the parts have 21 tensors"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(tmp_path, changes, message):
     with pytest.raises(errors.MismatchError, match=message):
         open_checkpoint(write_parts(tmp_path, changes)[0])
+
+
+@pytest.mark.parametrize("odd", range(6))
+def test_each_of_many_parts_is_checked(tmp_path, odd):
+    """The number, the count and the sum of tensors of any one; a part that is a copy of any other."""
+
+    def refused(message):
+        with pytest.raises(errors.MismatchError, match=f"m-{odd + 1:05}-of-00006.gguf{message}"):
+            open_checkpoint(paths[0])
+
+    paths = write_parts(tmp_path, [(odd, "split.no", np.uint16(9))], count=6)
+    refused(f": split.no is 9, by its name it must be {odd}$")
+    if odd:  # the first file's count is that of them all
+        paths = write_parts(tmp_path, [(odd, "split.count", np.uint16(7))], count=6)
+        refused(": split.count is 7, by its name it must be 6")
+    paths = write_parts(tmp_path, [(odd, "split.tensors.count", 20)], count=6)
+    refused(": split.tensors.count is 20, the parts have 21 tensors")
+    paths = write_parts(tmp_path, count=6)
+    whole = paths[odd].read_bytes()
+    for other in set(range(6)) - {odd}:
+        paths[odd].write_bytes(paths[other].read_bytes())
+        where = f": split.no is {other}, by its name it must be {odd}"
+        refused(f"{where}; is it a copy of m-{other + 1:05}-of-00006.gguf")
+        paths[odd].write_bytes(whole)
+    assert open_checkpoint(paths[0]).args == ARGS
+    paths[odd].unlink()
+    with pytest.raises(errors.MismatchError, match=f"m-{odd + 1:05}-of-00006.gguf is not beside it"):
+        open_checkpoint(paths[odd - 1])
+
+
+def test_a_tensor_in_two_parts_is_refused_by_both_names(tmp_path):
+    """A copy of another part whose number was put right."""
+    paths = write_parts(tmp_path, count=6)
+    for odd in range(1, 6):
+        whole, number = paths[odd].read_bytes(), kv("split.no", np.uint16(odd))
+        paths[odd].write_bytes(paths[0].read_bytes().replace(kv("split.no", np.uint16(0)), number))
+        with pytest.raises(errors.MismatchError, match=f"m-0000{odd + 1}-of.* and so has m-00001-of-00006"):
+            open_checkpoint(paths[0])
+        paths[odd].write_bytes(whole)
 
 
 def test_a_missing_part_is_named(tmp_path):

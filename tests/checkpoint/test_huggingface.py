@@ -663,6 +663,29 @@ def test_an_index_that_is_wrong_about_its_files(sharded):
     refused(sharded, f"{right[Q]} and {INDEX} disagree: 1 tensors are in only one of the two: '{Q}'")
 
 
+@pytest.mark.parametrize("container", ["sharded", "bin sharded"])
+def test_each_of_many_shards_is_checked(container, tmp_path):
+    """Any one that is missing, that lacks a tensor, or that is a copy of any other."""
+    CONTAINERS[container](model_of({}), tmp_path)
+    shards = sorted(p for p in tmp_path.iterdir() if re.search(r"-of-\d+\.", p.name))
+    assert len(shards) >= 3
+    for shard in shards:
+        whole = shard.read_bytes()
+        shard.unlink()
+        refused(tmp_path, f"1 of {len(shards)} files are missing: '{shard.name}'", errors.TruncatedError)
+        for other in set(shards) - {shard}:
+            shard.write_bytes(other.read_bytes())
+            message = f"{shard.name} has the tensors of {other.name}: is it a copy of that file?"
+            refused(tmp_path, re.escape(message))
+        shard.write_bytes(whole)
+        index = next(tmp_path.glob("*.index.json"))
+        weight_map = json.loads(index.read_text())["weight_map"]
+        rewrite(index, weight_map=weight_map | {"extra": shard.name})
+        refused(tmp_path, f"{shard.name} and {index.name} disagree: 1 tensors .*: 'extra'")
+        rewrite(index, weight_map=weight_map)
+    assert HuggingFaceCheckpoint(tmp_path).weights()
+
+
 def test_files_that_change_are_noticed(sharded):
     checkpoint = HuggingFaceCheckpoint(sharded)
     checkpoint.check_unchanged()

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import time
 import tracemalloc
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -300,22 +302,55 @@ def changed_shard(folder: Path, i: int, change) -> Path:
     return folder
 
 
-def test_shards_that_do_not_fit_each_other(tmp_path, rng):
+@pytest.mark.parametrize("odd, n_shards", [(i, n) for n in (2, 4, 8) for i in range(n)])
+def test_each_shard_must_fit_all_others(tmp_path, rng, odd, n_shards):
+    """Any one that lacks a tensor, has another shape or format, or other numbers in what all hold alike."""
     weights = random_weights(rng, ARGS, np.float32)
+    path = write_meta(tmp_path, ARGS, weights, n_shards) / f"consolidated.{odd:02}.pth"
+    whole, wq = path.read_bytes(), "layers.0.attention.wq.weight"
 
-    def opened(name, change):
-        return MetaCheckpoint(changed_shard(write_meta(tmp_path / name, ARGS, weights, 2), 1, change))
+    def refused(message, change):
+        changed_shard(tmp_path, odd, change)
+        with pytest.raises(errors.MismatchError, match=message):
+            MetaCheckpoint(tmp_path).weights()
+        path.write_bytes(whole)
 
-    wq = "layers.0.attention.wq.weight"
-    with pytest.raises(errors.MismatchError, match=r"differ in having 'layers.0.attention.wq.weight'"):
-        opened("missing", lambda state: state.pop(wq))
-    with pytest.raises(errors.MismatchError, match=r"wq.weight' is .* in one shard, .* in another"):
-        opened("shape", lambda state: state.update({wq: state[wq][1:]}))
-    with pytest.raises(errors.MismatchError, match=r"wq.weight' is .*F32.* in one shard, .*F16.* in another"):
-        opened("format", lambda state: state.update({wq: state[wq].half()}))
-    checkpoint = opened("norm", lambda state: state["norm.weight"][3].add_(1))
-    with pytest.raises(errors.MismatchError, match=r"'norm.weight' must be the same in all shards"):
-        checkpoint.weights()
+    refused("differ in having 'layers.0.attention.wq.weight'", lambda state: state.pop(wq))
+    refused("differ in having 'more'", lambda state: state.update(more=state[wq]))
+    refused("wq.weight' is .* in one shard, .* in another", lambda state: state.update({wq: state[wq][1:]}))
+    refused("F16.* in another|F16.* in one", lambda state: state.update({wq: state[wq].half()}))
+    named = f"consolidated.{odd or 1:02}.pth"  # all are held against the first
+    for name in ("norm.weight", "layers.0.attention_norm.weight", "layers.1.ffn_norm.weight"):
+        message = f"'{name}' must be the same in all shards, it is another in {named}"
+        refused(message, lambda state, name=name: state[name][-1].add_(1))
+    assert MetaCheckpoint(tmp_path).weights().keys() == weights.keys()
+
+
+@pytest.mark.parametrize("n_shards", [2, 4, 8])
+@pytest.mark.parametrize("zip", [True, False])
+def test_a_shard_that_is_a_copy_is_refused(tmp_path, rng, n_shards, zip):
+    """Any of them, of any other; saved again it is a copy still."""
+    write_meta(tmp_path, ARGS, random_weights(rng, ARGS, np.float32), n_shards, zip=zip)
+    paths = [tmp_path / f"consolidated.{i:02}.pth" for i in range(n_shards)]
+    for one, other in combinations(paths, 2):
+        for source, target in ((one, other), (other, one)):
+            whole = target.read_bytes()
+            target.write_bytes(source.read_bytes())
+            with pytest.raises(errors.MismatchError, match=f"{other.name} is a copy of {one.name}"):
+                MetaCheckpoint(tmp_path)
+            torch.save(torch.load(source), target)
+            with pytest.raises(errors.MismatchError, match=f"{other.name} is a copy of {one.name}"):
+                MetaCheckpoint(tmp_path)
+            target.write_bytes(whole)
+    MetaCheckpoint(tmp_path)
+
+
+def test_shards_that_begin_alike_are_no_copies(tmp_path, rng):
+    """One number in one matrix makes two of them."""
+    write_meta(tmp_path, ARGS, random_weights(rng, ARGS, np.float32), 4)
+    shutil.copy(tmp_path / "consolidated.01.pth", tmp_path / "consolidated.03.pth")
+    changed_shard(tmp_path, 3, lambda state: state["layers.1.feed_forward.w2.weight"][-1, -1].add_(1))
+    MetaCheckpoint(tmp_path)
 
 
 def test_too_few_shards_do_not_pass_for_all(tmp_path, rng):

@@ -1,7 +1,8 @@
 """The bug museum: faults that implementations of LLaMA have had, each as a change to this one.
 
 `before` stands in `file` once, and becomes `after`; then one of `tests` must fail. `source` names the public
-discussion of it, repository#number on GitHub. run.py applies them one at a time.
+discussion of it, repository#number on GitHub; OURS is a fault that was put in here, and that no test noticed
+at the time. run.py applies them one at a time.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,35 @@ SAMPLING, QUANTIZE, GENERATE = (f"numpy_llama/{name}.py" for name in ("sampling"
 ROPE, ATTENTION, WHOLE = (f"{LAWS}test_{name}.py" for name in ("rope", "attention", "model"))
 NORM, SOFTMAX, STORED = (f"{LAWS}test_{name}.py" for name in ("rms_norm", "softmax", "quantisation"))
 CHANCE = f"{LAWS}test_sampling.py"
+OURS = "a fault put in by hand, which no test noticed then"
+
+# The steps of Sampler.__call__, to be put into another order.
+STEPS = {
+    1: """        if self.repetition_penalty != 1:
+            logits = repetition_penalty(logits, seen_ids, self.repetition_penalty)
+        _require_finite(logits)
+""",
+    2: """        if self.temperature == 0:
+            return greedy(logits)
+        logits = apply_temperature(logits, self.temperature)
+""",
+    3: """        if self.top_k is not None:
+            logits = top_k(logits, self.top_k)
+""",
+    4: """        if self.top_p is not None:
+            logits = top_p(logits, self.top_p)
+""",
+    5: """        if self.min_p is not None:
+            logits = min_p(logits, self.min_p)
+""",
+}
+
+
+def chain(*order: int) -> str:
+    return "".join(map(STEPS.__getitem__, order))
+
+
+CHAIN = chain(1, 2, 3, 4, 5)
 
 BUGS = [
     # --- the operations
@@ -199,6 +229,40 @@ BUGS = [
         "    start_pos = 0\n",
         "tests/generation/test_generate.py",
     ),
+    Bug(
+        "a rewound cache still counts what lay behind",
+        OURS,
+        CACHE,
+        "        self.filled[layer] = end\n",
+        "        most = vars(self).setdefault('most', {})\n"
+        "        self.filled[layer] = most[layer] = max(end, most.get(layer, 0))\n",
+        f"{LAWS}test_cache.py",
+    ),
+    Bug(
+        "a rewound cache still counts what lay behind, in C",
+        OURS,
+        "numpy_llama/backend/fused.py",
+        "            one.filled[layer] = end\n",
+        "            most = vars(one).setdefault('most', {})\n"
+        "            one.filled[layer] = most[layer] = max(end, most.get(layer, 0))\n",
+        "tests/test_layer.py",
+    ),
+    Bug(
+        "an update that stops halfway counts what it began",
+        OURS,
+        CACHE,
+        "        self.filled[layer] = start_pos  #",
+        "        #",
+        "tests/test_generate.py",
+    ),
+    Bug(
+        "of the caches of a batch only two are checked",
+        OURS,
+        "numpy_llama/backend/fused.py",
+        "for one, at in zip(caches, starts, strict=True)]\n        for",
+        "for one, at in zip(caches[:2], starts)]\n        ends += [at + T for at in starts[2:]]\n        for",
+        "tests/test_batch.py",
+    ),
     # --- files and text
     Bug(
         "K permuted with n_heads",
@@ -248,6 +312,63 @@ BUGS = [
         '        return data.decode("utf-8", "replace")\n',
         "tests/text/test_tokenizer.py",
     ),
+    Bug(
+        "the space behind a control token dropped from a stream",
+        OURS,
+        "numpy_llama/text/tokenizer.py",
+        "        if data and self._drop_space:\n            data,",
+        "        self._drop_space |= not data and self._tokenizer.add_space\n"
+        "        if data and self._drop_space:\n            data,",
+        "tests/test_tokenizer_files.py",
+    ),
+    Bug(
+        "only the space at once behind BOS kept out of a stream",
+        OURS,
+        "numpy_llama/text/tokenizer.py",
+        "        if data and self._drop_space:\n",
+        "        if self._drop_space:\n",
+        "tests/test_tokenizer_files.py",
+    ),
+    Bug(
+        "of the vectors of all shards two are compared",
+        OURS,
+        "numpy_llama/checkpoint/meta.py",
+        "            for shard, part in zip(self.shards, parts, strict=True):\n                if not",
+        "            for shard, part in zip(self.shards[:2], parts):\n                if not",
+        "tests/test_meta.py",
+    ),
+    Bug(
+        "of the names of all shards two are compared",
+        OURS,
+        "numpy_llama/checkpoint/meta.py",
+        "        for shard in self.shards[1:]:\n",
+        "        for shard in self.shards[1:2]:\n",
+        "tests/test_meta.py",
+    ),
+    Bug(
+        "of the shapes in all shards two are compared",
+        OURS,
+        "numpy_llama/checkpoint/meta.py",
+        "if odd := [p for p in parts if",
+        "if odd := [p for p in parts[:2] if",
+        "tests/test_meta.py",
+    ),
+    Bug(
+        "of the parts of a GGUF two are compared",
+        OURS,
+        "numpy_llama/checkpoint/gguf/file.py",
+        "            if (found := part.get(key, int)) != by_name:",
+        "            if i < 2 and (found := part.get(key, int)) != by_name:",
+        "tests/test_gguf.py",
+    ),
+    Bug(
+        "of the files of an index two are compared",
+        OURS,
+        "numpy_llama/checkpoint/huggingface.py",
+        "if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys()",
+        "if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys() if name in sorted(wanted)[:2]",
+        "tests/test_huggingface.py",
+    ),
     # --- choosing
     Bug(
         "top-p drops the id that reaches p",
@@ -273,6 +394,38 @@ BUGS = [
         "keep[logits == kth] = True",
         CHANCE,
     ),
+    Bug(
+        "min-p of raw logits",
+        OURS,
+        SAMPLING,
+        CHAIN,
+        "        raw = logits\n"
+        + CHAIN.replace(
+            "= min_p(logits, self.min_p)", "= np.where(min_p(raw, self.min_p) > -np.inf, logits, -np.inf)"
+        ),
+        "tests/test_sampling.py",
+    ),
+    Bug(
+        "min-p before the temperature",
+        OURS,
+        SAMPLING,
+        CHAIN,
+        chain(1, 5, 2, 3, 4),
+        "tests/test_sampling.py",
+    ),
+    Bug(
+        "the temperature before the penalty",
+        OURS,
+        SAMPLING,
+        CHAIN,
+        chain(2, 1, 3, 4, 5),
+        "tests/test_sampling.py",
+    ),
+    Bug(
+        "top-k before the temperature", OURS, SAMPLING, CHAIN, chain(1, 3, 2, 4, 5), "tests/test_sampling.py"
+    ),
+    Bug("top-p before top-k", OURS, SAMPLING, CHAIN, chain(1, 2, 4, 3, 5), "tests/test_sampling.py"),
+    Bug("min-p before top-p", OURS, SAMPLING, CHAIN, chain(1, 2, 3, 5, 4), "tests/test_sampling.py"),
     # --- stored weights
     Bug(
         "neighbours, not halves, share a byte",

@@ -173,23 +173,32 @@ def open_gguf(path: Path) -> GGUFFile:
     if not name or int(name[3]) != count or count > MAX_PARTS:
         wanted = f"such a file is called NAME-00001-of-{min(count, 99999):05}.gguf"
         raise FormatError(f"{path} is one of {count} parts by split.count; {wanted}")
-    parts, total = [], 0
+
+    def part_name(i: int) -> str:
+        return f"{name[1]}-{i + 1:05}-of-{count:05}.gguf"
+
+    parts: list[GGUFFile] = []
+    holders: dict[str, str] = {}  # the name of each tensor's part
     for i in range(count):
-        part_path = path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf")
+        part_path = path.with_name(part_name(i))
         if not part_path.exists():
             raise MismatchError(f"{path} is one of {count} parts, and {part_path.name} is not beside it")
         part = file if part_path == path else GGUFFile(part_path)
         for key, by_name in (("split.no", i), ("split.count", count)):
             if (found := part.get(key, int)) != by_name:
-                raise MismatchError(f"{part_path}: {key} is {found}, by its name it must be {by_name}")
+                is_copy = key == "split.no" and found in range(count)
+                of = f"; is it a copy of {part_name(found)}?" if is_copy else ""
+                raise MismatchError(f"{part_path}: {key} is {found}, by its name it must be {by_name}{of}")
+        for tensor in part.tensors:
+            if (other := holders.setdefault(tensor, part_path.name)) != part_path.name:
+                raise MismatchError(f"{part_path} has {escape(tensor)}, and so has {other}")
         parts.append(part)
-        total += len(part.tensors)
-    split = SplitGGUFFile(parts)
-    declared = split.get("split.tensors.count", int, total)
-    if not declared == total == len(split.tensors):
-        found = f"{total} tensors, {len(split.tensors)} different ones"
-        raise MismatchError(f"{split.path}: split.tensors.count is {declared}, the parts have {found}")
-    return split
+    total = len(holders)
+    for part in parts:
+        if (declared := part.get("split.tensors.count", int, total)) != total:
+            what = f"split.tensors.count is {declared}, the parts have {total} tensors"
+            raise MismatchError(f"{part.path}: {what}")
+    return SplitGGUFFile(parts)
 
 
 def _dequantizer(type_name: str, source: str) -> Callable[[np.ndarray], np.ndarray]:

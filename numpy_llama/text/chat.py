@@ -148,7 +148,8 @@ class ChatTemplate:
     def encode(
         self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
     ) -> list[int]:
-        """The ids of a conversation; BOS once, at its start, if the model wants one.
+        """The ids of a conversation. BOS is where the template writes it, as in Hugging Face's; before a
+        template that writes none it is put once, if the tokenizer puts it before a text.
 
         In what the template sees, one unused character stands for each control token's name that a message
         has. So trimming and searching work on real text, and all names in the outcome are the template's: cut
@@ -178,7 +179,7 @@ class ChatTemplate:
         ids: list[int] = []
         for i, part in enumerate(found):
             ids += [control[part]] if i % 2 else tokenizer.encode(part.translate(original))
-        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+        if tokenizer.add_bos and tokenizer.bos_id not in ids:
             ids = tokenizer.encode("", bos=True) + ids
         return ids
 

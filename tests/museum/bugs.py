@@ -284,9 +284,17 @@ BUGS = [
         "double BOS: the template's and the tokenizer's",
         "abetlen/llama-cpp-python#1501; sgl-project/sglang#888",
         "numpy_llama/text/chat.py",
-        "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
+        "        if tokenizer.add_bos and tokenizer.bos_id not in ids:",
         "        if tokenizer.add_bos:",
         "tests/text/test_chat.py",
+    ),
+    Bug(
+        "double BOS: the template's, which does not begin with it",
+        OURS,
+        "numpy_llama/text/chat.py",
+        "        if tokenizer.add_bos and tokenizer.bos_id not in ids:",
+        "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
+        "tests/test_chat.py",
     ),
     Bug(
         "one end token of two",

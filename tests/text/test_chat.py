@@ -17,6 +17,7 @@ from helpers.tokenizers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import PreTrainedTokenizerFast
 
 import numpy_llama as nl
 from numpy_llama.checkpoint.gguf.file import GGUFFile
@@ -366,6 +367,52 @@ def test_bos_comes_once():
     assert expected[0] == bare.control_tokens["<|start|>"]
     for tokenizer, template in ((adds, plain), (adds, with_bos), (bare, with_bos)):
         assert template.encode(tokenizer, messages) == [tokenizer.bos_id, *expected]
+
+
+WITH_BOS = {
+    "llama3": LLAMA3,
+    "before each question": LLAMA2,
+    "behind a line feed": "{{ '\\n' }}" + LLAMA3,
+    "behind another control token": "{{ '<|start|>' + bos_token }}" + CHATML,
+    "in the middle": "{% for m in messages %}{{ '<|start|>' + m.content }}"
+    "{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}{% endfor %}",
+    "at the end": CHATML + "{{ bos_token }}",
+    "by its name": "<|begin_of_text|>" + CHATML,
+    "twice": "{{ bos_token }}" + LLAMA3,
+}
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("source", WITH_BOS.values(), ids=WITH_BOS)
+@given(contents=st.lists(ORDINARY, min_size=1, max_size=3))
+def test_bos_stands_where_the_template_writes_it_as_in_transformers(source, add_bos, contents):
+    messages = conversation(*contents)
+    reference = apply_chat_template(source, messages)
+    assert template(source).encode(byte_level(add_bos_token=add_bos), messages) == reference
+    assert BYTE_LEVEL.bos_id in reference
+
+
+@given(contents=st.lists(ORDINARY, min_size=1, max_size=3))
+def test_bos_comes_before_a_template_that_writes_none_if_the_tokenizer_says_so(contents):
+    messages = conversation(*contents)
+    reference = apply_chat_template(CHATML, messages)
+    assert template(CHATML).encode(byte_level(add_bos_token=False), messages) == reference
+    assert template(CHATML).encode(byte_level(add_bos_token=True), messages) == [
+        BYTE_LEVEL.bos_id,
+        *reference,
+    ]
+
+
+@cache
+def of_transformers() -> PreTrainedTokenizerFast:
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=hugging_face(byte_level_metadata()), **names)
+
+
+def apply_chat_template(source: str, messages: list[dict]) -> list[int]:
+    """transformers' own."""
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return of_transformers().apply_chat_template(messages, chat_template=source, **options)
 
 
 def test_longest_control_token_first():

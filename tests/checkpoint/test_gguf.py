@@ -140,6 +140,28 @@ def test_metadata_round_trip(texts, code, n, seed):
     assert "text" in file.metadata and "none" not in file.metadata and len(file.metadata) == 4
 
 
+def test_what_is_only_shown_need_not_be_utf8(tmp_path):
+    """A name in Latin-1 has its odd bytes escaped, and the model is read."""
+    metadata = llama_metadata(ARGS)
+    for key in ("general.name", "general.author", "general.license", "quantize.imatrix.file"):
+        metadata[key] = Raw(STRING, string(b"caf\xe9 \x1b \xc3\xa9"))
+    metadata["general.tags"] = array(STRING, 1, string(b"\xff"))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_bytes(metadata, small_tensors()))
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.args == ARGS and checkpoint.weights()
+    assert checkpoint.file.metadata["general.name"] == "caf\\xe9 \x1b \u00e9"
+    assert checkpoint.file.metadata["general.tags"] == ["\\xff"]
+
+
+@pytest.mark.parametrize(
+    "key", ["llama.rope.scaling.type", "tokenizer.ggml.model", "tokenizer.chat_template", "split.x"]
+)
+def test_what_is_used_must_be_utf8(key):
+    with pytest.raises(errors.FormatError, match=f"'{key}' at byte .* is not UTF-8"):
+        opened(gguf_bytes({key: Raw(STRING, string(b"\xff"))}, {}))
+
+
 def test_arrays_are_decoded_at_first_access_only():
     bad = b"\xff"
     metadata = {"bad": array(STRING, 1, string(bad)), "good": ["a"], "flags": array(7, 2, b"\x01\x02")}

@@ -77,6 +77,8 @@ TENSOR_TYPES = {
     40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }
 # fmt: on
+# Keys, as messages spell them, whose texts describe the file to people: names, authors, licences.
+ONLY_SHOWN = ("'general.", "'quantize.")
 RUNNABLE = f"this program runs {', '.join(FORMATS)}"
 
 
@@ -273,6 +275,8 @@ class _Reader:
         return self.utf8(start, self.at, field)
 
     def utf8(self, start: int, end: int, field: str) -> str:
+        if field.startswith(ONLY_SHOWN):  # nothing depends on it: what is no UTF-8 stands there as \\xff
+            return str(self.map[start:end], "utf-8", "backslashreplace")
         try:
             return str(self.map[start:end], "utf-8")
         except UnicodeDecodeError as error:

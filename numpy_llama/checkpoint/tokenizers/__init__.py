@@ -103,8 +103,12 @@ class _Beside:
         """Put into GGUF's form what only these files know: added tokens, BOS, and what ends a turn."""
         self.add_tokens(metadata)
         ids = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+        known = {
+            file.path.stem: {name: _numbers(file, f"{name}_token_id", len(ids)) for name in ("bos", "eos")}
+            for file in (self.model, self.generation)
+        }
         # config.json often has a library's defaults there: it is asked only where nobody else knows.
-        guess = {name: _numbers(self.model, f"{name}_token_id") for name in ("bos", "eos")}
+        guess = known["config"]
         for name in guess:
             key = f"tokenizer.ggml.{name}_token_id"
             if (text := self.named(f"{name}_token")) in ids:
@@ -113,7 +117,7 @@ class _Beside:
                 guess[name] = []
             elif guess[name]:
                 metadata[key] = guess[name][0]
-        ends = _numbers(self.generation, "eos_token_id") or guess["eos"]
+        ends = known["generation_config"]["eos"] or guess["eos"]
         if ends:
             metadata["numpy_llama.tokenizer.end_token_ids"] = np.array(ends, np.int32)
         add_bos = self.config.get("add_bos_token", bool)
@@ -161,10 +165,11 @@ class _Beside:
             metadata["tokenizer.ggml.scores"] = np.append(scores, np.zeros(len(tokens) - before, np.float32))
 
 
-def _numbers(file: JsonFile, key: str) -> list[int]:
-    """One id or several; null and absent are none."""
+def _numbers(file: JsonFile, key: str, n_tokens: int) -> list[int]:
+    """One id or several, whether they are used or not: all must be tokens. Null, absent and [] are none."""
     value = file.get(key, (int, list), [])
     numbers = value if isinstance(value, list) else [value]
-    if not all(type(i) is int and 0 <= i < 1 << 31 for i in numbers):
-        raise MismatchError(f"{file.path}: {key} is {escape(value, 60)}, wanted ids of tokens")
+    if not all(type(i) is int and 0 <= i < n_tokens for i in numbers):
+        wanted = f"wanted ids of tokens, 0 to {n_tokens - 1}"
+        raise MismatchError(f"{file.path}: {key} is {escape(value, 60)}, {wanted}")
     return numbers

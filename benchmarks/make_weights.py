@@ -259,8 +259,10 @@ def vocabulary(n: int) -> dict:
     }
 
 
-def write_tokenizer(folder: Path) -> None:
-    lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+def write_tokenizer(folder: Path, n: int) -> None:
+    """tiktoken's ranks: the bytes, and words that nobody says. 256 control tokens follow by themselves."""
+    tokens = [bytes([b]) for b in range(256)] + [b"word%d" % i for i in range(n - 512)]
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     (folder / "tokenizer.model").write_text("".join(lines))
 
 
@@ -311,7 +313,7 @@ def main() -> None:
             write_huggingface(folder, args, tied, weights, progress)
         else:
             write_meta(folder, args, weights, progress)
-    write_tokenizer(folder)
+    write_tokenizer(folder, args.vocab_size)
 
 
 if __name__ == "__main__":

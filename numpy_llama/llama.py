@@ -20,14 +20,7 @@ from .backend import Progress, build
 from .checkpoint.download import DEFAULT_MODEL, locate
 from .checkpoint.memory import available_memory, gib, memory_plan
 from .config import LIMITS, ModelArgs
-from .errors import (
-    BuildError,
-    MismatchError,
-    ParameterError,
-    ResourceLimitError,
-    TemplateError,
-    escape,
-)
+from .errors import BuildError, ParameterError, ResourceLimitError, TemplateError, escape
 from .generation.batch import generate_batch, naming
 from .generation.generate import Request, Session, generate
 from .generation.sampling import Sampler
@@ -59,10 +52,7 @@ class Llama:
 
         `check_unchanged` is called before each use, and raises where the weights' files were changed.
         """
-        if tokenizer.vocab_size > model.args.vocab_size:
-            raise MismatchError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.args.vocab_size} rows"
-            )
+        tokenizer.check_rows(model.args.vocab_size)
         self._model, self.tokenizer, self.chat_format = model, tokenizer, chat_format
         self.max_context = min(model.args.max_seq_len, max_context or model.args.max_seq_len)
         self.check_unchanged = check_unchanged

@@ -5,7 +5,8 @@
     q4               the layers in Q4_0; the embedding and the output matrix in Q8_0, because every token's
                      meaning passes through one row of each
 
-What this file promises: OUT is either what it was before or the whole new file, read back and compared.
+What this file promises: OUT is either what it was before or the whole new file, read back and compared; and
+an error says which of the two it is.
 Whatever stops us (a full disk, Ctrl-C, a kill, a loss of power) happens to a file of another name.
 """
 
@@ -64,6 +65,7 @@ def convert(
     formats = {ours: target_format(ours, weights[ours].shape, dtype) for ours in names}
     plan = [(theirs, formats[ours], weights[ours].shape) for ours, theirs in names.items()]
     plan += [(name, tensor.format, tensor.shape) for name, tensor in extra.items()]
+    source.tokenizer().check_rows(source.args.vocab_size)
     vocabulary = padded(source.tokenizer().metadata, source.args.vocab_size)
     metadata = model_metadata(source.args) | vocabulary | chat_metadata(source)
     head, infos = layout(plan, metadata)
@@ -116,13 +118,25 @@ def _replace(out: Path, write: Callable[[Path], None]) -> None:
     try:
         write(part)
         os.replace(part, out)
+    except BaseException as error:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError as left:
+            if isinstance(error, Exception):
+                what = f"{error}; {part.name} is left beside it, it cannot be removed: {left.strerror}"
+                raise FormatError(f"{out} was not written: {what}") from None
+        raise
+    try:
         folder = os.open(out.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the name too must survive a loss of power
         finally:
             os.close(folder)
-    finally:
-        part.unlink(missing_ok=True)
+    except OSError as error:
+        what = f"its folder cannot be synchronized with the disk: {error.strerror}"
+        raise FormatError(
+            f"{out} was written and is whole, but {what}; after a loss of power the old file may be back"
+        ) from None
 
 
 def converted(where: str, tensor: StoredTensor, to: str, threads: int | None) -> Iterator[np.ndarray]:

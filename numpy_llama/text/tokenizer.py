@@ -42,6 +42,7 @@ from .pretokenizer import CUSTOM, LLAMA3, WORDS, custom_words, of_older_unicode
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token_type, SentencePiece's numbers
 MAX_TOKENS = 1 << 20
 MAX_TOKEN_TEXT = 65_536  # characters
+PADDING = 1024  # rows: an embedding has fewer without a token, where it was only padded
 MAX_MATCHED = 4096  # tokens that a text is searched for
 # Where a model ends its turn, by the text of the control token. A vocabulary may have several of them.
 END_TOKENS = {
@@ -102,6 +103,17 @@ class Tokenizer:
         """How many ids have a meaning: those behind them only fill up the rows of an embedding."""
         used = np.flatnonzero(self.entries["tokenizer.ggml.token_type"] != UNUSED)
         return int(used[-1]) + 1 if len(used) else 0
+
+    def check_rows(self, rows: int) -> None:
+        """MismatchError unless this can be the tokenizer of an embedding of so many rows.
+
+        Every id needs a row. Rows without an id fill the embedding up to a multiple of 1,024 at most, or
+        are 2,400 of 102,400 (DeepSeek LLM). A vocabulary that leaves more than an eighth is another model's.
+        """
+        unused = rows - self.n_used
+        if self.vocab_size > rows or unused >= max(PADDING, rows / 8):
+            found = f"the tokenizer has {self.n_used} ids, the embedding {rows} rows"
+            raise MismatchError(f"{found}; wanted the tokenizer that came with the weights")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text, on demand with BOS before and EOS behind. Half a surrogate pair: TextError."""

@@ -4,6 +4,8 @@ A message names the file, the offset or key, the value found and the value wante
 `escape` is for whatever came out of a file: it may hold anything, terminal codes included.
 """
 
+import re
+
 
 class NumpyLlamaError(Exception):
     """The root: `except NumpyLlamaError` catches all of ours and nothing else.
@@ -84,6 +86,20 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# What a terminal obeys: control characters but newline and tab, and those of the direction of writing.
+_ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str, spelling: str | None = None) -> str:
+    """A text of several lines for a terminal: what it would obey is escaped, any other character stays.
+
+    Each character is escaped by itself, so that a text may come in pieces. `spelling`: JSON's, for example.
+    """
+    if spelling is None:
+        return _ORDERS.sub(lambda order: ascii(order[0])[1:-1], text)
+    return _ORDERS.sub(lambda order: spelling.format(ord(order[0])), text)
 
 
 def escape(value: object, limit: int = 200) -> str:

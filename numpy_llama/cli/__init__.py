@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a question mark, no crash
+        if sys.stdout.isatty():
+            sys.stdout = common.Terminal(sys.stdout)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # we may be started to ignore it
         common.await_ctrl_c()
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: clean up and end
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(problem: object, code: int) -> int:
-    print(f"numpy-llama: {problem}", file=sys.stderr)
+    print(f"numpy-llama: {printable(str(problem))}", file=sys.stderr)
     return code
 
 

@@ -5,6 +5,7 @@ A row is a token that looks, a column one that is looked at; the darker, the mor
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if len(ids) > MOST:
         raise ParameterError(f"the text has {len(ids)} tokens, a terminal shows {MOST}: --out draws more")
-    console, width = Console(highlight=False), max(map(len, labels))
+    console = Console(file=getattr(sys.stdout, "plain", None), highlight=False)
+    width = max(map(len, labels))
     print(title)
     for label, row in zip(labels, weights, strict=True):
         line = Text(f"{label:>{width}} ")

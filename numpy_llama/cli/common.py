@@ -1,6 +1,7 @@
 """What several commands share: their arguments, their input, and how they show progress."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -14,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
 
 from ..checkpoint.download import DEFAULT_MODEL
-from ..errors import NumpyLlamaError, ParameterError, TextError
+from ..errors import NumpyLlamaError, ParameterError, TextError, printable, visible
 from ..generation.generate import PREFILL_CHUNK
 from ..generation.sampling import Sampler
 from ..generation.transcript import Completion, Piece
 from ..llama import Llama, finish, load
+from ..text.tokenizer import PADDING
 
 MOST_TOKENS = 512  # of a text that is looked into: each layer's scores take 4 * H * T^2 bytes
 
@@ -133,7 +135,11 @@ def load_model(args: argparse.Namespace) -> Llama:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
         options = {name: getattr(args, name) for name in ("backend", "threads", "exact", "max_seq_len")}
-        return load(args.model, progress=progress, **options)
+        llama = load(args.model, progress=progress, **options)
+    ids, rows = llama.tokenizer.n_used, llama.model.args.vocab_size
+    if rows - ids >= PADDING:
+        note(f"the tokenizer has {ids} ids, the embedding {rows} rows: is it the tokenizer of this model?")
+    return llama
 
 
 def text_ids(llama: Llama, text: str) -> list[int]:
@@ -153,10 +159,12 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         with part.open("wb") as file:
             yield file
         part.replace(path)
-    except OSError as error:
-        raise NumpyLlamaError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise NumpyLlamaError(f"{path} cannot be written: {error.strerror}") from None
+        raise
 
 
 def read_stdin() -> str:
@@ -178,6 +186,21 @@ def as_text(data: bytes, source: str) -> str:
     return text
 
 
+class Terminal(io.TextIOWrapper):
+    """Standard output on a terminal: no text of a model or of a file can command it.
+
+    `plain` is the stream below, for colours of our own.
+    """
+
+    def __init__(self, plain: io.TextIOWrapper):
+        self.plain = plain
+        super().__init__(plain.buffer, plain.encoding, plain.errors, line_buffering=True)
+
+    def write(self, text: str) -> int:
+        super().write(visible(text))
+        return len(text)
+
+
 def await_ctrl_c() -> None:
     """The next Ctrl-C is a KeyboardInterrupt; one more kills at once, whatever is still being tidied up."""
 
@@ -191,7 +214,7 @@ def await_ctrl_c() -> None:
 def note(text: str) -> None:
     """A remark to a person, on stderr; if nobody can hear it, the work is done all the same."""
     with suppress(OSError):
-        print(f"numpy-llama: {text}", file=sys.stderr, flush=True)
+        print(f"numpy-llama: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def written(stream: Iterable[Piece]) -> Iterator[Piece]:
@@ -238,7 +261,7 @@ def run_stream(stream: Iterable[Piece], as_json: bool) -> None:
 
 
 def completion_json(completion: Completion) -> str:
-    return json.dumps(
+    shown = json.dumps(
         {
             "text": completion.text,
             "tokens": completion.tokens,
@@ -255,6 +278,7 @@ def completion_json(completion: Completion) -> str:
         },
         ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8"),
     )
+    return visible(shown, "\\u{:04x}") if sys.stdout.isatty() else shown
 
 
 class _Bar:

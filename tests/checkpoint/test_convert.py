@@ -1,10 +1,13 @@
 """`convert`: the new file means what the old one meant, and nothing is ever left half-done."""
 
+import errno
 import os
 import resource
 import signal
 import subprocess
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -14,6 +17,7 @@ from helpers import generations
 from helpers.command_line import PROGRAM, assert_refused, run
 from helpers.generations import write_source
 from helpers.gguf_writer import byte_vocabulary, write_llama
+from helpers.tiny_models import float_weights
 
 import numpy_llama as nl
 from numpy_llama.backend import build
@@ -21,12 +25,14 @@ from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import convert, open_checkpoint
 from numpy_llama.errors import (
     FileChangedError,
+    FormatError,
     MismatchError,
     NumericsError,
     ParameterError,
     ResourceLimitError,
 )
 from numpy_llama.text.chat import CHAT_FORMATS
+from numpy_llama.text.tokenizer import UNUSED, Tokenizer
 
 SOURCES = [
     ("Llama 3.1 (scaled)", "HF, sharded"),
@@ -173,6 +179,51 @@ def test_a_disk_without_room_is_seen_beforehand(source, old_out, monkeypatch):
     assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
 
 
+@pytest.mark.parametrize("step", ["open", "fsync", "close"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EINVAL])
+def test_what_fails_after_the_rename_says_that_the_new_file_is_there(
+    step, number, source, old_out, monkeypatch
+):
+    """The folder cannot be opened, synchronized or closed: the name is new all the same."""
+    usual, folders = {name: getattr(os, name) for name in ("open", "fsync", "close")}, set()
+
+    def instead(name, *arguments, **options):
+        of_folder = arguments[0] in folders or arguments[0] == old_out.parent
+        if name == step and of_folder:
+            raise OSError(number, os.strerror(number))
+        result = usual[name](*arguments, **options)
+        if name == "open" and of_folder:
+            folders.add(result)
+        return result
+
+    for name in usual:
+        monkeypatch.setattr(os, name, partial(instead, name))
+    with pytest.raises(FormatError, match=r"out\.gguf was written and is whole, but its folder") as caught:
+        convert.convert(open_checkpoint(source), old_out, "q8")
+    assert os.strerror(number) in str(caught.value) and "nothing was changed" not in str(caught.value)
+    assert os.listdir(old_out.parent) == ["out.gguf"]
+    assert open_checkpoint(old_out).weights()
+
+
+def test_a_part_that_cannot_be_removed_is_told_of(source, old_out, monkeypatch):
+    """The old file is there, and beside it what was written."""
+
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_unlink(path, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(convert, "write_tensor", no_space)
+    monkeypatch.setattr(Path, "unlink", no_unlink)
+    with pytest.raises(
+        FormatError, match=r"not written: .*No space.*; \.out\.gguf\..*part is left"
+    ) as caught:
+        convert.convert(open_checkpoint(source), old_out, "q8")
+    assert "nothing was changed" not in str(caught.value)
+    assert old_out.read_bytes() == b"the old file"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_the_old_file(number, smollm2_path, old_out):
     command = [PROGRAM, "convert", str(smollm2_path), str(old_out), "--dtype", "f32"]
@@ -251,6 +302,59 @@ def test_rows_without_a_token_are_not_chosen_after_converting_either(tmp_path, s
         options = {"max_tokens": 60, "temperature": 5.0, "seed": seed}
         made = [llama.generate([1, 2, 3], **options).tokens for llama in (old, new)]
         assert made[0] == made[1] and max(made[0]) < 512
+
+
+@pytest.mark.parametrize(
+    "n_used, rows, fits",
+    [
+        (32_000, 32_000, True),
+        (32_001, 32_000, False),
+        (32_022, 32_256, True),  # DeepSeek Coder
+        (512, 1_535, True),
+        (512, 1_536, False),
+        (100_016, 102_400, True),  # DeepSeek LLM
+        (128_000, 147_000, False),
+        (32_000, 128_256, False),
+        (128_256, 202_048, False),
+    ],
+)
+def test_a_tokenizer_is_that_of_its_embedding(n_used, rows, fits):
+    """Padding is less than 1,024 rows, or less than an eighth."""
+    kinds = np.ones(n_used, np.int32)
+    unused = {"tokenizer.ggml.token_type": np.append(kinds, np.full(max(rows - n_used, 0), UNUSED, np.int32))}
+    for entries in ({"tokenizer.ggml.token_type": kinds}, unused):
+        n = len(entries["tokenizer.ggml.token_type"])
+        tokenizer = Tokenizer([""] * n, [], {}, lambda text: [], None, (), False, False, entries)
+        if fits:
+            tokenizer.check_rows(rows)
+            continue
+        with pytest.raises(MismatchError, match=f"the tokenizer has {n_used} ids, the embedding {rows} rows"):
+            tokenizer.check_rows(rows)
+
+
+def test_the_tokenizer_of_another_model_is_not_converted(tmp_path, old_out):
+    """512 ids before an embedding of 2,000 rows: neither run nor written."""
+    args = replace(generations.GENERATIONS["Llama 3"].args, vocab_size=2000)
+    weights = float_weights(args)
+    path = write_llama(tmp_path / "model.gguf", args, weights, **byte_vocabulary(2000))
+    for use in (nl.load, lambda path: convert.convert(open_checkpoint(path), old_out, "q8")):
+        with pytest.raises(MismatchError, match="the tokenizer has 256 ids, the embedding 2000 rows"):
+            use(path)
+    assert_untouched(old_out.parent, {"out.gguf": b"the old file"})
+
+
+def test_rows_beyond_any_padding_are_remarked_upon(tmp_path):
+    """As DeepSeek LLM has them: it runs, and stderr has the two numbers."""
+    args = replace(generations.GENERATIONS["Llama 3"].args, n_layers=1, vocab_size=9000)
+    weights = float_weights(args)
+    vocabulary = byte_vocabulary(9000)
+    vocabulary["tokens"][256:] = [f"word{i}" for i in range(256, 9000)]
+    for n in (7900, 7976, 7977):
+        vocabulary["token_type"][256:] = np.where(np.arange(256, 9000) < n, 1, 5)
+        path = write_llama(tmp_path / "model.gguf", args, weights, **vocabulary)
+        done = run("generate", "-m", str(path), "--prompt-ids", "1", "-n", "1")
+        remark = f"the tokenizer has {n} ids, the embedding 9000 rows: is it".encode()
+        assert done.returncode == 0 and (remark in done.stderr) == (9000 - n >= 1024)
 
 
 def test_the_new_file_has_the_rights_of_any_new_file(source, tmp_path):

@@ -334,7 +334,7 @@ def test_a_tokenizer_is_that_of_its_embedding(n_used, rows, fits):
 
 def test_the_tokenizer_of_another_model_is_not_converted(tmp_path, old_out):
     """512 ids before an embedding of 2,000 rows: neither run nor written."""
-    args = replace(generations.GENERATIONS["Llama 3"].args, vocab_size=2000)
+    args = replace(generations.LLAMA_3, vocab_size=2000)
     weights = float_weights(args)
     path = write_llama(tmp_path / "model.gguf", args, weights, **byte_vocabulary(2000))
     for use in (nl.load, lambda path: convert.convert(open_checkpoint(path), old_out, "q8")):
@@ -345,7 +345,7 @@ def test_the_tokenizer_of_another_model_is_not_converted(tmp_path, old_out):
 
 def test_rows_beyond_any_padding_are_remarked_upon(tmp_path):
     """As DeepSeek LLM has them: it runs, and stderr has the two numbers."""
-    args = replace(generations.GENERATIONS["Llama 3"].args, n_layers=1, vocab_size=9000)
+    args = replace(generations.LLAMA_3, n_layers=1, vocab_size=9000)
     weights = float_weights(args)
     vocabulary = byte_vocabulary(9000)
     vocabulary["tokens"][256:] = [f"word{i}" for i in range(256, 9000)]

@@ -13,11 +13,11 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
+from ..limits import available_cpus as available_cpus
 from .formats import FORMATS, MAX_F16, QK, Format, StoredTensor
 
 # Between two steps of a layer GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a
@@ -119,16 +119,6 @@ def fma_probe(operations: int, threads: int) -> float:
 
 if _wanted_isa := os.environ.get("NUMPY_LLAMA_ISA"):
     use_isa(_wanted_isa)
-
-
-def available_cpus() -> int:
-    """The CPUs that this process may use: its affinity, and the quota of its container."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cpus, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such limit
-        return cpus
 
 
 def watch(file_map: mmap.mmap, name: str) -> None:

@@ -10,7 +10,7 @@ Loading asks `MemoryPlan.check`, which refuses with these numbers, instead of be
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from ..backend.formats import QK, StoredTensor
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
 from ..generation.generate import PREFILL_CHUNK
+from ..limits import groups, numbers
 from .convert import target_format
 
 LEAST_CONTEXT = 512  # positions that a model must at least have room for
 BYTES_A_TOKEN = 800  # of a tokenizer: texts, bytes, ranks and merges; measured on 128,256 tokens
-CGROUP = Path("/sys/fs/cgroup")
 PYTHON = 64 << 20  # the interpreter, NumPy and this package
 
 
@@ -119,12 +119,12 @@ def available_memory(mapped: int = 0) -> int:
 
 def peak_memory() -> int | None:
     """The most bytes that this process ever had in memory, pages of mapped files included."""
-    kib = _numbers("/proc/self/status").get("VmHWM:")
+    kib = numbers("/proc/self/status").get("VmHWM:")
     return None if kib is None else kib * 1024
 
 
 def _machine() -> int:
-    meminfo = _numbers("/proc/meminfo")
+    meminfo = numbers("/proc/meminfo")
     if "MemAvailable:" in meminfo:
         return meminfo["MemAvailable:"] * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -135,21 +135,8 @@ def _container() -> int | None:
 
     What only caches files counts as free: the kernel takes it back.
     """
-    left = [n for folder in _groups() if (n := _left_in(folder)) is not None]
+    left = [n for folder in groups("memory") if (n := _left_in(folder)) is not None]
     return min(left, default=None)
-
-
-def _groups() -> Iterator[Path]:
-    """The folders of our own group and of all around it, in version 2 and in version 1 of control groups."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in ["0::/", *lines]:  # in a container its own group is the root
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            inner = CGROUP / controllers / path.lstrip("/")
-            yield from (folder for folder in [inner, *inner.parents] if folder.is_relative_to(CGROUP))
 
 
 def _left_in(group: Path) -> int | None:
@@ -159,7 +146,7 @@ def _left_in(group: Path) -> int | None:
         except OSError:
             continue
         if limit.isdigit() and used.isdigit():  # not "max"
-            return int(limit) - int(used) + _numbers(group / "memory.stat").get("inactive_file", 0)
+            return int(limit) - int(used) + numbers(group / "memory.stat").get("inactive_file", 0)
     return None
 
 
@@ -170,17 +157,8 @@ def _own_limit() -> int | None:
     except ImportError:
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = _numbers("/proc/self/status").get("VmSize:")
+    used = numbers("/proc/self/status").get("VmSize:")
     return None if limit == resource.RLIM_INFINITY or used is None else limit - used * 1024
-
-
-def _numbers(path: str | Path) -> dict[str, int]:
-    """The lines "name number ..." of one of the kernel's tables."""
-    try:
-        lines = [line.split() for line in Path(path).read_text().splitlines()]
-    except OSError:
-        return {}
-    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
 
 
 def gib(nbytes: int) -> str:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from .. import __version__
+from .. import __version__, limits
 from ..checkpoint.download import DEFAULT_MODEL, cache_folder, model_path
 from ..errors import NumpyLlamaError
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         _line("C kernels", f"built by compiler {kernels.compiler()}")
         _line("OpenMP", f"version {openmp}" if openmp else "NOT BUILT IN: the kernels run on one thread")
         _line("instructions", f"{kernels.isa()}, of {', '.join(kernels.available_isas())}")
-        _line("threads", f"{kernels.available_cpus()} (choose with -t)")
+        _line("threads", f"{limits.available_cpus()}{_quota()} (choose with -t)")
     _line("compiler", compiler or "none on the PATH (needed only to build)")
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     pool = {name: value for name, value in os.environ.items() if name.endswith("_NUM_THREADS")}
@@ -46,6 +46,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _line(what: str, value: str) -> None:
     print(f"{what:<14} {value}")
+
+
+def _quota() -> str:
+    """Why there are fewer threads than CPUs, where a control group says so."""
+    quota, cpus = limits.cpu_quota(), limits.affinity()
+    return "" if quota is None or quota >= cpus else f" of {cpus} CPUs, for the quota is {quota:g} CPUs"
 
 
 def _cpu_name() -> str:

@@ -12,7 +12,6 @@ does other work too they change from one second to the next.
 """
 
 import math
-import os
 import statistics
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from ..cache import KVCache
 from ..checkpoint.memory import MemoryPlan, gib
 from ..errors import BuildError, ContextOverflowError, ResourceLimitError
 from ..generation.generate import PREFILL_CHUNK
+from ..limits import available_cpus
 from ..model import Linear, Transformer
 
 READ_BYTES = 1 << 30  # of the weights, by one probe: more than any cache, and over before Ctrl-C is missed
@@ -147,10 +147,10 @@ class Machine:
         try:
             from ..backend import kernels  # only here: NumPy's path runs without a compiler
         except BuildError:
-            self.kernels, self.isa, self.threads = None, None, threads or os.cpu_count() or 1
+            self.kernels, self.isa, self.threads = None, None, threads or available_cpus()
         else:
             self.kernels, self.isa = kernels, kernels.isa()
-            self.threads = threads or kernels.available_cpus()
+            self.threads = threads or available_cpus()
 
     def read_bandwidth(self, pieces: Sequence[np.ndarray]) -> float:
         """Bytes a second."""

@@ -12,6 +12,7 @@ from helpers.gguf_writer import write_llama
 from helpers.tiny_models import float_weights, stored
 
 import numpy_llama as nl
+from numpy_llama import limits
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.checkpoint import memory, open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
@@ -123,7 +124,8 @@ def test_available_memory_is_the_least_of_the_limits(monkeypatch):
 
 
 def test_a_container_has_a_limit_and_gives_back_what_only_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(limits, "CGROUP", tmp_path)
+    monkeypatch.setattr(limits, "PROC", tmp_path)
     assert memory._container() is None
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.max").write_text("max\n")
@@ -143,7 +145,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import numpy_llama as nl
-from numpy_llama import memory
+from numpy_llama import limits, memory
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
 path, backend = sys.argv[1:]

@@ -88,7 +88,7 @@ from helpers.tiny_models import float_weights, stored
 from robustness.hostile.command_line import cpu_seconds, interrupted
 
 import numpy_llama as nl
-from numpy_llama import functional
+from numpy_llama import functional, limits
 from numpy_llama.backend import build, interruptible
 from numpy_llama.backend import formats as quantize
 from numpy_llama.backend.formats import FORMATS, StoredTensor
@@ -389,7 +389,8 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 def test_a_container_that_is_too_small_is_told_before_loading(llama_3_8b, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{700 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{100 << 20}\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(limits, "CGROUP", tmp_path)
+    monkeypatch.setattr(limits, "PROC", tmp_path)
     monkeypatch.setattr("numpy_llama.llama.build", None)  # nothing is loaded
     with pytest.raises(
         ResourceLimitError,

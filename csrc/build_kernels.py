@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["linear.c", "attention.c", "layer.c", "quantize.c", "probe.c", "watch.c"]
+SOURCES = ["linear.c", "attention.c", "layer.c", "quantize.c", "probe.c", "watch.c", "team.c"]
 SOURCES += ["avx2.c", "avx512.c", "dispatch.c"]  # the instruction sets, and the choice among them
 
 COMPILE = [

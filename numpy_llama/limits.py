@@ -1,12 +1,16 @@
-"""What the system leaves to this process: its control groups, and the CPUs that it may use.
+"""What the system leaves to this process: control groups, CPUs, threads and their stacks.
 
 A container is a control group (cgroups(7)). Each group has limits of its own, and the groups around it have
 theirs. Version 2 has one tree for all controllers; version 1 has a tree for each of them.
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from .errors import ResourceLimitError
 
 PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
@@ -27,7 +31,7 @@ def groups(controller: str) -> Iterator[Path]:
 
 
 def _trees(controller: str) -> Iterator[tuple[Path, str, int]]:
-    """(folder, the group at its root, version) of each tree: in the usual places, and wherever it is mounted."""
+    """(folder, the group at its root, version) of each tree: the usual ones, and those mounted."""
     yield CGROUP, "/", 2
     yield CGROUP / controller, "/", 1
     for line in _lines(PROC / "mountinfo"):
@@ -61,6 +65,45 @@ def _quota_of(group: Path) -> float | None:
         if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):  # not "max", not -1
             return int(words[0]) / int(words[1])
     return None
+
+
+def stack_bytes(environment: Mapping[str, str]) -> int:
+    """The stack of each OpenMP thread by OMP_STACKSIZE, else GOMP_STACKSIZE; 0: the system's default.
+
+    A number of KiB, or one followed by B, K, M or G. What is written otherwise counts for nothing.
+    """
+    for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
+        if found := re.fullmatch(r"\s*\+?(\d+)\s*([BKMG]?)\s*", environment.get(name, ""), re.I | re.A):
+            nbytes = int(found[1]) << 10 * "BKMG".index(found[2].upper() or "K")
+            return nbytes if nbytes < 1 << 40 else 0
+    return 0
+
+
+def too_many_threads(threads: int, made: int, stack: int) -> ResourceLimitError:
+    """The error for a team that cannot be made, with the limits that there are."""
+    limits = [f"each takes a stack of {stack} bytes (OMP_STACKSIZE)"] if stack else []
+    with suppress(ImportError):
+        import resource
+
+        for option, number in (("-u", resource.RLIMIT_NPROC), ("-v", resource.RLIMIT_AS)):
+            if (limit := resource.getrlimit(number)[0]) != resource.RLIM_INFINITY:
+                limits.append(f"`ulimit {option}` is {limit if option == '-u' else limit >> 10}")
+    pids = [int(line) for group in groups("pids") for line in _lines(group / "pids.max") if line.isdecimal()]
+    if pids:
+        limits.append(f"the control group allows {min(pids)} processes (pids.max)")
+    known = f" ({', '.join(limits)})" if limits else ""
+    return ResourceLimitError(
+        f"{threads} threads were asked for, the system makes {made}{known}; "
+        "choose fewer, for example threads=1, on the command line -t 1, or raise the limit"
+    )
+
+
+def too_small_stack(whose: str, room: int, wanted: int) -> ResourceLimitError:
+    """The error for a stack that the C kernels would run over."""
+    return ResourceLimitError(
+        f"the stack of {whose} has room for {max(room, 0)} bytes, the C kernels need {wanted}; "
+        "OMP_STACKSIZE=1M or `ulimit -s 1024` gives more; a thread of Python's gets it by threading.stack_size"
+    )
 
 
 def numbers(path: str | Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The CPUs that control groups leave: quotas of both versions, of the own group and of those around it."""
+"""The CPUs that control groups leave, and the threads that can be made."""
 
 import os
 import subprocess
@@ -127,3 +127,149 @@ def test_the_doctor_says_which_quota_holds(system, capsys):
     system({"cgroup/cpu.max": "max 100000"})
     assert main(["doctor"]) == 0
     assert "\nthreads        8 (choose with -t)\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- threads that cannot be made
+
+LIMITED = """
+import resource, threading
+import numpy as np
+from numpy_llama.errors import NumpyLlamaError
+from numpy_llama import kernels
+
+def limit_address_space(more):
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))
+
+def product(k):
+    x = np.ones((64, 4096), np.float32)
+    return k.linear(x, np.ones((256, 4096), np.float32)).sum(dtype=np.float64)
+
+def attempt():
+    try:
+        print(work())
+    except NumpyLlamaError as error:
+        print(type(error).__name__, error)
+    finally:
+        print("finally")
+"""
+
+
+def limited(work, **environment):
+    env = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", LIMITED + work], capture_output=True, text=True, env=env)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    return done.stdout
+
+
+TOO_MANY = """
+def work():
+    limit_address_space({more} << 20)
+    return product(kernels.Kernels(threads={threads}))
+attempt()
+"""
+
+
+@pytest.mark.parametrize(
+    "threads, more, environment",
+    [(1000, 1024, {}), (8, 2048, {"OMP_STACKSIZE": "1G"}), (8, 2048, {"GOMP_STACKSIZE": "1048576"})],
+)
+def test_threads_that_cannot_be_made_are_an_error(threads, more, environment):
+    told = limited(TOO_MANY.format(threads=threads, more=more), **environment)
+    assert f"ResourceLimitError {threads} threads were asked for, the system makes " in told
+    assert "`ulimit -v` is " in told and "threads=1, on the command line -t 1" in told
+    assert told.endswith("\nfinally\n")
+
+
+def test_where_openmp_asks_for_fewer_fewer_are_enough():
+    told = limited(TOO_MANY.format(threads=1000, more=1024), OMP_THREAD_LIMIT="2")
+    assert told == f"{float(64 * 256 * 4096)}\nfinally\n"
+
+
+def test_one_thread_needs_no_other():
+    told = limited(TOO_MANY.format(threads=1, more=256), OMP_STACKSIZE="1G")
+    assert told == f"{float(64 * 256 * 4096)}\nfinally\n"
+
+
+def test_each_thread_that_calls_has_a_team_of_its_own():
+    told = limited(
+        """
+k = kernels.Kernels(threads=4)
+print(product(k))
+work = lambda: product(k)
+limit_address_space(1200 << 20)  # room for the caller's stack, not for three more of its team
+thread = threading.Thread(target=attempt)
+thread.start()
+thread.join()
+print(product(k))
+""",
+        OMP_STACKSIZE="1G",
+    )
+    first, error, finally_, last = told.splitlines()
+    assert first == last == str(float(64 * 256 * 4096))
+    assert error.startswith("ResourceLimitError 4 threads were asked for, the system makes ")
+    assert finally_ == "finally"
+
+
+def test_a_team_grows_again_only_where_it_can():
+    told = limited(
+        """
+print(product(kernels.Kernels(threads=4)), product(kernels.Kernels(threads=2)))
+def work():
+    limit_address_space(512 << 20)
+    return product(kernels.Kernels(threads=16))
+attempt()
+""",
+        OMP_STACKSIZE="1G",
+    )
+    assert "ResourceLimitError 16 threads were asked for" in told
+
+
+@pytest.mark.parametrize("size", ["16k", "64K", "100000B"])
+def test_stacks_of_the_team_that_are_too_small_are_an_error(size):
+    told = limited(TOO_MANY.format(threads=2, more=4096), OMP_STACKSIZE=size)
+    assert "ResourceLimitError the stack of OpenMP's threads has room for " in told
+    assert "the C kernels need 196608; OMP_STACKSIZE=1M" in told
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stack_of_the_caller_that_is_too_small_is_an_error(threads):
+    told = limited(f"""
+k = kernels.Kernels(threads={threads})
+work = lambda: product(k)
+threading.stack_size(128 << 10)
+thread = threading.Thread(target=attempt)
+thread.start()
+thread.join()
+""")
+    assert "ResourceLimitError the stack of the calling thread has room for " in told
+    assert "threading.stack_size" in told
+
+
+@pytest.mark.parametrize(
+    "environment, nbytes",
+    [
+        ({}, 0),
+        ({"OMP_STACKSIZE": "64"}, 64 << 10),
+        ({"OMP_STACKSIZE": " 64 k "}, 64 << 10),
+        ({"OMP_STACKSIZE": "2M", "GOMP_STACKSIZE": "1M"}, 2 << 20),
+        ({"GOMP_STACKSIZE": "1g"}, 1 << 30),
+        ({"OMP_STACKSIZE": "300000B"}, 300_000),
+        ({"OMP_STACKSIZE": "many"}, 0),
+        ({"OMP_STACKSIZE": "-1"}, 0),
+        ({"OMP_STACKSIZE": "99999999999999999999G"}, 0),
+    ],
+)
+def test_the_size_of_the_teams_stacks(environment, nbytes):
+    assert limits.stack_bytes(environment) == nbytes
+
+
+def test_the_limits_that_there_are_are_named(system):
+    system({"cgroup/a.slice/pids.max": "20", "cgroup/pids.max": "max", "proc/cgroup": OWN})
+    told = str(limits.too_many_threads(8, 5, 1 << 20))
+    assert told.startswith(
+        "8 threads were asked for, the system makes 5 (each takes a stack of 1048576 bytes"
+    )
+    assert "the control group allows 20 processes (pids.max)" in told

@@ -11,6 +11,7 @@ C is only called with what csrc/kernels.h asks for. It is the only importer of t
 
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
 from ..limits import available_cpus as available_cpus
+from ..limits import stack_bytes, too_many_threads, too_small_stack
 from .formats import FORMATS, MAX_F16, QK, Format, StoredTensor
 
 # Between two steps of a layer GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a
@@ -25,6 +27,7 @@ from .formats import FORMATS, MAX_F16, QK, Format, StoredTensor
 # waits for it: two busy neighbours made decoding 7 times slower than it is with 3,000 turns (0.1 ms). These
 # cost no more beside such neighbours, and bridge the wait for the slower of two threads: without neighbours
 # they decode 7% faster than 3,000. It is read when the library is loaded; our children need it not.
+STACK = stack_bytes(os.environ)  # of OpenMP's threads: also read when the library is loaded
 _ours = "GOMP_SPINCOUNT" not in os.environ
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 try:
@@ -53,6 +56,8 @@ ATTENTION_ROWS, ATTENTION_WORK = 240, 16
 # What it can pack.
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 MAX_HEAD_DIM = 256
+# Bytes of a thread's stack: the panels of many tokens take 120 KiB of it.
+STACK_OF_KERNELS = 192 << 10
 ATTEND = 3  # the step of nl_layer that is attention
 F32, F16 = (FORMATS[name].code for name in ("F32", "F16"))
 
@@ -67,6 +72,36 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Team(threading.local):
+    """The team of OpenMP threads that the calling thread has: OpenMP keeps one for each thread that calls."""
+
+    size = 0
+
+
+_team = _Team()
+
+
+def team(threads: int) -> int:
+    """`threads` itself. ResourceLimitError where the calling thread cannot have a team of so many.
+
+    A team that stands is used again. Work of a single thread leaves it as it is.
+    """
+    if _team.size != threads and not (threads == 1 and _team.size):
+        _form_team(threads)
+    return threads
+
+
+def _form_team(threads: int) -> None:
+    room = ffi.new("int64_t[2]")
+    made = lib.nl_form_team(threads, max(_team.size, 1), STACK, room)
+    if made < threads:
+        raise too_many_threads(threads, made, STACK)
+    for i, whose in enumerate(("the calling thread", "OpenMP's threads")):
+        if room[i] < STACK_OF_KERNELS:
+            raise too_small_stack(whose, room[i], STACK_OF_KERNELS)
+    _team.size = threads
 
 
 def available_isas() -> list[str]:
@@ -109,12 +144,12 @@ def read_probe(arrays: Sequence[np.ndarray], threads: int) -> int:
     """Read every byte once, as fast as can be: -> the exclusive or of the 32-bit words of all arrays."""
     pieces = [ffi.from_buffer(array) for array in arrays]
     sizes = [array.nbytes for array in arrays]
-    return lib.nl_read_probe(pieces, sizes, len(pieces), 1 if _forked else threads)
+    return lib.nl_read_probe(pieces, sizes, len(pieces), team(1 if _forked else threads))
 
 
 def fma_probe(operations: int, threads: int) -> float:
     """Do so many floating-point operations on each thread, all in registers: -> 24.0 a thread."""
-    return lib.nl_fma_probe(operations, 1 if _forked else threads)
+    return lib.nl_fma_probe(operations, team(1 if _forked else threads))
 
 
 if _wanted_isa := os.environ.get("NUMPY_LLAMA_ISA"):
@@ -202,7 +237,12 @@ class Kernels:
         if not whole or not 1 <= threads <= 1024:
             raise ParameterError(f"threads is {threads!r}, it must be a whole number from 1 to 1024")
         self.threads, self.exact = int(threads), exact
+        self._share(WORK_FOR_THREADS)  # what cannot be is refused before anything is loaded
         self._scratch: list = []  # of `layer`; as many as calls have been at work at once
+
+    def _share(self, work: int) -> int:
+        """How many threads do so many multiply-adds."""
+        return team(1 if _forked or work < WORK_FOR_THREADS else self.threads)
 
     def linear(self, x: np.ndarray, w: KernelWeight | StoredTensor | np.ndarray) -> np.ndarray:
         """y = x W^T: (..., IN) float32, (OUT, IN) as stored -> (..., OUT) float32."""
@@ -221,7 +261,7 @@ class Kernels:
             y[...] = 0
             return y
         T = x.size // w.width
-        threads = 1 if _forked or T * OUT * w.width < WORK_FOR_THREADS else self.threads
+        threads = self._share(T * OUT * w.width)
         multiply = lib.nl_linear_exact if self.exact else lib.nl_linear
         operand = ffi.from_buffer("float[]", x)
         if not self.exact and is_fixed(w.format, T):
@@ -255,7 +295,7 @@ class Kernels:
         out = np.empty_like(q)
         if out.size == 0:
             return out
-        threads = 1 if _forked or B * T * S * H * Dh < WORK_FOR_THREADS // 2 else self.threads
+        threads = self._share(2 * B * T * S * H * Dh)
         arguments = (
             ffi.from_buffer("float[]", out, require_writable=True),
             ffi.from_buffer("float[]", q),
@@ -291,7 +331,7 @@ class Kernels:
                 f"{B} sequences, {len(starts)} starts, {len(keys)} keys, {len(values)} values"
             )
         work = w.work(B * T, T * (sum(starts) + B * T))
-        threads = 1 if _forked or sum(work) < WORK_FOR_THREADS else self.threads
+        threads = self._share(sum(work))
         scratch = self._scratch.pop() if self._scratch else b""
         if len(scratch) < (nbytes := lib.nl_layer_bytes(w.struct, B * T)):
             scratch = ffi.new("char[]", nbytes)
@@ -337,7 +377,7 @@ class Kernels:
         dst = np.empty((len(rows), format.row_bytes(IN)), np.uint8)
         if dst.size == 0:
             return dst
-        threads = 1 if _forked or dst.size < WORK_FOR_THREADS else self.threads
+        threads = self._share(dst.size)
         step = max(WEIGHTS_PER_CALL // IN, 1) * threads
         for begin in range(0, len(rows), step):
             part = slice(begin, begin + step)

@@ -16,12 +16,19 @@ from ..errors import TokenizerError, UnsupportedError, escape
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Each digit alone, then GPT-2's pattern on what lies between: a digit is to it as the end of the text.
 _SMOLLM = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# llama.cpp's "default" cuts four times: at punctuation and ASCII signs, by GPT-2's pattern, at numbers, and
+# ASCII digits in threes. In one pattern: to a space a sign is as the end of the text.
+_SIGN = r"\p{P}$+<=>^~|"
+_DEFAULT = (
+    rf"[{_SIGN}]+| ?\p{{L}}+|[0-9]{{3}}|\p{{N}}+?(?=[0-9]{{3}}|\P{{N}}|\Z)"
+    rf"| ?[^\s\p{{L}}\p{{N}}{_SIGN}]+|\s+(?![^\s{_SIGN}])|\s+"
+)
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 WORDS = {  # by tokenizer.ggml.pre
-    "gpt-2": _GPT2, "default": _GPT2, "smollm": _SMOLLM,
+    "gpt-2": _GPT2, "default": _DEFAULT, "smollm": _SMOLLM,
     "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3,
 }  # fmt: skip
 CUSTOM = "custom"  # our own name for a pattern that has none; it stands in numpy_llama.tokenizer.pattern

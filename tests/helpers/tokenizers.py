@@ -67,6 +67,15 @@ def pre_tokenizer(pre: str):
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(False, use_regex=True),
         ]
+    elif pre == "default":  # llama.cpp's, as it applies them: one after the other
+        patterns = [
+            r"[\p{P}\$\+<=>\^~\|]+",
+            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+            r"\p{N}+",
+            r"[0-9][0-9][0-9]",
+        ]
+        steps = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
+        steps += [pre_tokenizers.ByteLevel(False, use_regex=False)]
     else:
         steps = [pre_tokenizers.ByteLevel(False, use_regex=True)]
     return pre_tokenizers.Sequence(steps)

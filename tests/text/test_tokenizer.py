@@ -52,22 +52,23 @@ def sentence_piece(add_dummy_prefix: bool = True):
 BOTH = pytest.mark.parametrize("build", [byte_level, sentence_piece])
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "default"])
 @given(text=TEXTS)
 @example(text=" \n 5  6   x\n")
 def test_byte_level_equals_hugging_face(pre, text):
     assert byte_level(pre).encode(text) == hugging_face_ids(hugging_face(byte_level_metadata(pre)), text)
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "default"])
 @given(text=TEXTS)
 @example(text="'LLx 1234 '\u017fa 'T't")
+@example(text="price: $1,234.56 (approx.)  12345\u0663456 \n\n7 don't  !a\t\t`x")
 def test_words_equal_hugging_face(pre, text):
     words = pre_tokenizer(pre).pre_tokenize_str(text)
     assert regex.findall(WORDS[pre], text) == [text[start:end] for _, (start, end) in words]
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "default"])
 @given(text=TEXTS)
 def test_byte_level_round_trip(pre, text):
     tokenizer = byte_level(pre)

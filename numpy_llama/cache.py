@@ -6,7 +6,9 @@ The caller owns it and the model keeps no state: two conversations are two cache
 import numpy as np
 
 from .config import ModelArgs
-from .errors import ContextOverflowError, NumericsError, ParameterError
+from .errors import ContextOverflowError, NumericsError, ParameterError, check_kind, check_whole
+
+MAX_BATCH = 1 << 20
 
 
 class KVCache:
@@ -16,10 +18,9 @@ class KVCache:
     """
 
     def __init__(self, args: ModelArgs, batch: int, max_seq_len: int, dtype=np.float32):
-        if not 0 < max_seq_len <= args.max_seq_len:
-            raise ParameterError(
-                f"max_seq_len is {max_seq_len}, it must lie in 1..{args.max_seq_len}, the model's context"
-            )
+        check_kind("args", args, ModelArgs, "a ModelArgs")
+        check_whole("max_seq_len", max_seq_len, 1, args.max_seq_len)
+        check_whole("batch", batch, 0, MAX_BATCH)
         # One head's positions lie side by side: attention reads them as one stream.
         shape = (args.n_layers, batch, args.n_kv_heads, max_seq_len, args.head_dim)
         self.k = np.empty(shape, dtype)

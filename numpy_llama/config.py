@@ -77,6 +77,8 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         _check(self)
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ConfigError(f"rope_scaling is {self.rope_scaling!r}, it must be a RopeScaling or None")
         if not self.norm_eps < 1 <= self.rope_theta < 1e15:
             raise ConfigError(
                 f"norm_eps is {self.norm_eps} and rope_theta {self.rope_theta}, "

@@ -5,6 +5,7 @@ A message names the file, the offset or key, the value found and the value wante
 """
 
 import re
+from numbers import Integral
 
 
 class NumpyLlamaError(Exception):
@@ -79,6 +80,42 @@ class DownloadError(NumpyLlamaError):
 
 class BuildError(NumpyLlamaError):
     """The compiled extension is missing or does not fit this package."""
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """ParameterError unless the argument `name` is of that kind."""
+    if not isinstance(value, kind):
+        raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
+
+
+def check_whole(name: str, value: object, least: int, most: int) -> None:
+    """ParameterError unless the argument `name` is a whole number, of Python or NumPy, in that range."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise ParameterError(
+            f"{name} is {escape(value, 60)}, it must be a whole number from {least} to {most}"
+        )
+
+
+def check_iterable(name: str, value: object, wanted: str) -> None:
+    """ParameterError unless the argument `name` can be gone through."""
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError:  # an array of no axes has the method all the same
+        raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}") from None
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Whether the argument `name` is true; ParameterError where that has no answer, as of an array."""
+    try:
+        return bool(value)
+    except ValueError:
+        raise ParameterError(f"{name} is {escape(value, 60)}, it must be True or False") from None
+
+
+def check_callable(name: str, value: object) -> None:
+    """ParameterError unless the argument `name` can be called."""
+    if not callable(value):
+        raise ParameterError(f"{name} is {escape(value, 60)}, it must be a function, or be left out")
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,8 @@ llama.generate("Once upon a time", max_tokens=64).text
 llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -16,11 +18,21 @@ from typing import cast
 import numpy as np
 
 from . import checkpoint
-from .backend import Progress, build
-from .checkpoint.download import DEFAULT_MODEL, locate
+from .backend import Progress, build, check_options
+from .checkpoint.download import DEFAULT_MODEL, checked_progress, locate
 from .checkpoint.memory import available_memory, gib, memory_plan
 from .config import LIMITS, ModelArgs
-from .errors import BuildError, ParameterError, ResourceLimitError, TemplateError, escape
+from .errors import (
+    BuildError,
+    ParameterError,
+    ResourceLimitError,
+    TemplateError,
+    check_callable,
+    check_iterable,
+    check_kind,
+    check_whole,
+    escape,
+)
 from .generation.batch import generate_batch, naming
 from .generation.generate import Request, Session, generate
 from .generation.sampling import Sampler
@@ -37,6 +49,14 @@ STAND_INS: ContextVar[Mapping[Transformer, Transformer]]
 STAND_INS = ContextVar("stand_ins", default=MappingProxyType({}))
 
 
+def _silent(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def _nothing() -> None:
+    """The check of weights that come from no file."""
+
+
 class Llama:
     """A model that speaks text. It is never changed by use: a conversation lives in its `Session`."""
 
@@ -46,16 +66,21 @@ class Llama:
         tokenizer: Tokenizer,
         chat_format: ChatFormat | None = None,
         max_context: int | None = None,
-        check_unchanged: Callable[[], None] = lambda: None,
+        check_unchanged: Callable[[], None] = _nothing,
     ):
         """`max_context`: the positions that memory has room for, where the model allows more.
 
         `check_unchanged` is called before each use, and raises where the weights' files were changed.
         """
+        check_kind("model", model, Transformer, "a Transformer")
+        check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
+        check_callable("check_unchanged", check_unchanged)
+        if max_context is not None:
+            check_whole("max_context", max_context, 0, sys.maxsize)
         tokenizer.check_rows(model.args.vocab_size)
+        self.check_unchanged = check_unchanged
         self._model, self.tokenizer, self.chat_format = model, tokenizer, chat_format
         self.max_context = min(model.args.max_seq_len, max_context or model.args.max_seq_len)
-        self.check_unchanged = check_unchanged
 
     @property
     def model(self) -> Transformer:
@@ -68,7 +93,9 @@ class Llama:
 
     def new_session(self, max_seq_len: int | None = None) -> Session:
         """Room for one conversation: the whole context of the model, or what memory has room for."""
-        if max_seq_len is not None and self.max_context < max_seq_len <= self.model.args.max_seq_len:
+        if max_seq_len is not None:
+            check_whole("max_seq_len", max_seq_len, 1, self.model.args.max_seq_len)
+        if max_seq_len is not None and self.max_context < max_seq_len:
             raise ResourceLimitError(
                 f"a context of {max_seq_len} tokens was asked for, memory has room for {self.max_context}"
             )
@@ -82,14 +109,15 @@ class Llama:
         """The assistant's next message in a conversation. The options are those of `stream`."""
         return finish(self.stream_chat(messages, **options))
 
-    def stream(self, prompt: str | Sequence[int], **options) -> Iterator[Piece]:
+    def stream(self, prompt: str | Sequence[int], *, special: bool = False, **options) -> Iterator[Piece]:
         """Like `generate`, piece by piece as they are made.
 
+        special: names of control tokens in the prompt are those tokens, as in `Tokenizer.encode`.
         max_tokens: default None, until an end token or the end of the context. stop: texts to end before.
         session: a `Session` to go on in. on_prefill(done, total): hears how far the prompt is read.
         And those of `Sampler`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
         """
-        return self._stream(self._encode(prompt), at_start=False, **options)
+        return self._stream(self._encode(prompt, special), at_start=False, **options)
 
     def stream_chat(self, messages: Sequence[Message], **options) -> Iterator[Piece]:
         """Like `chat`, piece by piece. The options are those of `stream`."""
@@ -103,12 +131,14 @@ class Llama:
         the kernels give it the same bits as alone; else its logits move by the rounding of activations to 14
         bits, and its ids may part where two are nearly as likely.
         """
+        check_iterable("prompts", prompts, "a list of texts or of lists of ids")
         if isinstance(prompts, str | bytes):
             raise ParameterError("the prompts are one text, they must be a list of texts or of lists of ids")
         return self._batch(prompts, self._encode, at_start=False, **options)
 
     def chat_batch(self, conversations: Sequence[Sequence[Message]], **options) -> list[Completion]:
         """The assistant's next message in each of several conversations, as `generate_batch`."""
+        check_iterable("conversations", conversations, "a list of lists of messages")
         return self._batch(conversations, self.encode_chat, at_start=True, **options)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -117,13 +147,14 @@ class Llama:
             raise TemplateError("this model has no chat template; `generate` continues plain text with it")
         return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt)
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def _encode(self, prompt: str | Sequence[int], special: bool = False) -> list[int]:
         """The ids of a prompt, which may be ids already."""
-        if not isinstance(prompt, str | bytes | Sequence | np.ndarray):
+        is_array = isinstance(prompt, np.ndarray) and prompt.ndim > 0
+        if not (is_array or isinstance(prompt, str | bytes | Sequence)):
             found = escape(prompt, 60)
             raise ParameterError(f"the prompt is {found}, it must be a text or a list of token ids")
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+            return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=special)
         if isinstance(prompt, bytes) or not all(map(_is_whole, prompt)):
             raise ParameterError("the prompt must be a text or a list of token ids")
         if wrong := [i for i in prompt if not 0 <= i < self.model.args.vocab_size]:
@@ -152,13 +183,16 @@ class Llama:
         *,
         at_start: bool,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: Iterable[str] | None = None,
         session: Session | None = None,
-        on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        on_prefill: Callable[[int, int], None] | None = None,
         **sampling,
     ) -> Iterator[Piece]:
+        on_prefill = _silent if on_prefill is None else on_prefill
+        check_callable("on_prefill", on_prefill)
+        check_kind("session", session, (Session, type(None)), "a Session, or be left out")
         room = self._room(prompt, max_tokens)
-        session = session or self.new_session(room)
+        session = self.new_session(room) if session is None else session
         sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
         return self._pieces(prompt, session, sampler, stop_texts, at_start, max_tokens, on_prefill)
 
@@ -186,10 +220,10 @@ class Llama:
         *,
         at_start: bool,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: Iterable[str] | None = None,
         **sampling,
     ) -> list[Completion]:
-        sampler, limits = Sampler(**sampling), self._limits(max_tokens)
+        sampler, limits, stop = Sampler(**sampling), self._limits(max_tokens), StopTexts(stop).stop
         encoded, sequences = [], []
         for i, prompt in enumerate(prompts):
             with naming(i):
@@ -230,11 +264,11 @@ def finish(stream: Iterable[Piece]) -> Completion:
 
 
 def load(
-    model: str | Path = DEFAULT_MODEL,
+    model: str | os.PathLike = DEFAULT_MODEL,
     dtype=None,
     backend: str = "c",
     threads: int | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress | None = None,
     exact: bool = False,
     max_seq_len: int | None = None,
 ) -> Llama:
@@ -248,6 +282,8 @@ def load(
     larger. Its size chooses between LongRoPE's two sets of angles (`numpy-llama info` prints which).
     What does not fit into memory is refused before it is begun. progress(what, done, total) counts bytes.
     """
+    check_options(dtype, backend)
+    progress = checked_progress(progress)
     opened = checkpoint.open_checkpoint(locate(model, progress))
     args, weights = opened.args, opened.weights()
     if max_seq_len is not None:
@@ -264,7 +300,7 @@ def load(
 
 
 def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
-    """The same model with another session: a smaller one, or with a dynamic RoPE scaling any."""
+    """The same model with another context: a smaller one, or with a dynamic RoPE scaling any."""
     most, scaling = args.max_seq_len, args.rope_scaling
     if isinstance(scaling, DynamicScaling) and most >= scaling.original_max_seq_len:
         most = LIMITS["max_seq_len"]
@@ -274,6 +310,6 @@ def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
     return replace(args, max_seq_len=int(max_seq_len))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Only the tokenizer: of a model, or of a file or folder that holds nothing else."""
     return checkpoint.load_tokenizer(locate(path))

@@ -66,6 +66,18 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture
+def main():
+    """The command line in this process; the signals that it listens to are put back."""
+    from numpy_llama import cli
+
+    listened = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in listened]
+    yield cli.main
+    for number, handler in zip(listened, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 

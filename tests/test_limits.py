@@ -115,9 +115,7 @@ def test_the_affinity_is_this_process(monkeypatch):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
-def test_the_doctor_says_which_quota_holds(system, capsys):
-    from numpy_llama.cli import main
-
+def test_the_doctor_says_which_quota_holds(system, capsys, main):
     system({"cgroup/cpu.max": HALF})
     assert main(["doctor"]) == 0
     assert (

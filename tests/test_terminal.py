@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_writer import gguf_bytes, llama_metadata, llama_tensors, random_weights
+from helpers.command_line import PROGRAM, run
+from helpers.gguf_writer import gguf_bytes, llama_metadata, llama_tensors
+from helpers.tiny_models import float_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import PROGRAM, run
 
 from numpy_llama.config import ModelArgs
 from numpy_llama.errors import visible
@@ -39,7 +40,7 @@ def model(tmp_path_factory) -> Path:
     chain = [tokens.index(text) for text in ("a", *said, END)]
     V = len(tokens)
     args = ModelArgs(64, 1, 2, 2, 32, 64, V, 1e-5, 1e4, 64)
-    weights = random_weights(args, np.random.default_rng(0))
+    weights = float_weights(args)
     weights["norm.weight"] = np.ones(64, np.float32)
     for name in ("attention.wo", "feed_forward.w_down"):
         weights[f"layers.0.{name}.weight"][:] = 0  # what a layer adds: nothing

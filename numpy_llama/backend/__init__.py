@@ -11,12 +11,24 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..config import ModelArgs
-from ..errors import ParameterError, UnsupportedError
+from ..errors import ParameterError, UnsupportedError, escape
 from ..model import Transformer
 from . import interruptible
 from .formats import StoredTensor
 
 Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, bytes in all
+
+
+def check_options(dtype, backend: str) -> None:
+    """ParameterError for what no model can be built with."""
+    try:
+        known = dtype is None or np.dtype(dtype) in (np.float32, np.float64)
+    except (TypeError, ValueError):  # no dtype at all
+        known = False
+    if not known:
+        raise ParameterError(f"dtype is {escape(dtype, 60)}, it must be None, float32 or float64")
+    if not isinstance(backend, str) or backend not in ("c", "numpy"):
+        raise ParameterError(f"backend is {escape(backend, 60)}, it must be 'c' or 'numpy'")
 
 
 def build(
@@ -33,10 +45,7 @@ def build(
     Weights stay where they lie in the file if the backend can use them so. `progress` counts the bytes of
     the others.
     """
-    if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
-        raise ParameterError(f"dtype is {dtype!r}, it must be None, float32 or float64")
-    if backend not in ("c", "numpy"):
-        raise ParameterError(f"backend is {backend!r}, it must be 'c' or 'numpy'")
+    check_options(dtype, backend)
     if backend == "numpy":
         expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
         return Transformer(args, expanded, interruptible.linear, interruptible.attention)

@@ -266,7 +266,23 @@ FORMATS = {
 }
 
 
-class StoredTensor:
+class InPlace:
+    """What uses memory where it lies, of a file or of C: a copy of it is itself, and no pickle holds it."""
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo: dict):
+        return self
+
+    def __reduce__(self):
+        raise UnsupportedError(
+            "a model is not pickled, for its weights are used where they lie in the file; "
+            "load it in each process: they share the file's memory"
+        )
+
+
+class StoredTensor(InPlace):
     """A weight (OUT, IN), or a vector (IN,), in the bytes in which it was stored.
 
     `data` holds those bytes, or is a function that makes them whenever they are asked for: of a weight whose

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
 from ..limits import available_cpus as available_cpus
 from ..limits import stack_bytes, too_many_threads, too_small_stack
-from .formats import FORMATS, MAX_F16, QK, Format, StoredTensor
+from .formats import FORMATS, MAX_F16, QK, Format, InPlace, StoredTensor
 
 # Between two steps of a layer GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a
 # machine that also does other work a spinning thread is the first to lose its CPU, and the next step then
@@ -165,7 +165,7 @@ def watch(file_map: mmap.mmap, name: str) -> None:
     weakref.finalize(file_map, lib.nl_unwatch, begin)
 
 
-class KernelWeight:
+class KernelWeight(InPlace):
     """A StoredTensor (OUT, IN) as the kernels take it: dense bytes, IN a multiple of 32.
 
     Nothing is copied, unless IN is no such multiple: then each row gets zeros at its end. Rows stay where
@@ -192,7 +192,7 @@ class KernelWeight:
         return self.tensor[index]
 
 
-class FusedWeights:
+class FusedWeights(InPlace):
     """A TransformerBlock's sizes and weights as nl_layer takes them: made once."""
 
     def __init__(self, weights: Sequence[KernelWeight], norms: Sequence[np.ndarray], eps, head_dim, exact):
@@ -223,7 +223,7 @@ class FusedWeights:
         return [amount * (seen if step == ATTEND else tokens) for step, amount in enumerate(self.steps)]
 
 
-class Kernels:
+class Kernels(InPlace):
     """The two twins, bound to a number of threads. The number never changes a result.
 
     `exact`: every weight and every activation is multiplied as the float32 it is. Otherwise x is rounded to

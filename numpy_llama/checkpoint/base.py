@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..backend.formats import StoredTensor
+from ..backend.formats import InPlace, StoredTensor
 from ..config import ModelArgs
 from ..errors import TokenizerError
 from ..text.chat import ChatFormat, ChatTemplate, format_for
@@ -25,7 +25,7 @@ class TensorInfo:
     nbytes: int
 
 
-class Checkpoint(ABC):
+class Checkpoint(InPlace, ABC):
     """A model as it is handed around. Opening one reads headers; weights stay where they lie until used."""
 
     format: str  # what people call it, "GGUF" for example

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..backend import Progress
-from ..errors import DownloadError, escape
+from ..errors import DownloadError, ParameterError, check_callable, escape
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,42 @@ MODELS = {
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def checked_progress(progress: Progress | None) -> Progress:
+    if progress is None:
+        return _silent
+    check_callable("progress", progress)
+    return progress
+
+
 def cache_folder() -> Path:
     """$NUMPY_LLAMA_HOME, or numpy_llama in the user's cache folder (XDG base directory specification)."""
-    if home := os.environ.get("NUMPY_LLAMA_HOME"):
-        return Path(home)
+    ours, caches = os.environ.get("NUMPY_LLAMA_HOME"), os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numpy_llama"
-    except RuntimeError:
-        raise DownloadError("there is no home folder for models; NUMPY_LLAMA_HOME can name one") from None
+        if ours:
+            return Path(ours).expanduser()
+        cache = Path(caches or "").expanduser()
+        return (cache if cache.is_absolute() else Path.home() / ".cache") / "numpy_llama"
+    except RuntimeError as error:  # a user without a home, or of no such name
+        raise DownloadError(f"no folder for models: {error}; NUMPY_LLAMA_HOME can name one") from None
 
 
 def model_path(name: str) -> Path:
     """Where the model of that name lies once it is fetched."""
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise DownloadError(f"no model is called {name!r}; there are: {', '.join(MODELS)}")
     return cache_folder() / f"{name}.gguf"
 
 
-def locate(model: str | Path, progress: Progress = lambda what, done, total: None) -> Path:
+def locate(model: str | os.PathLike, progress: Progress | None = None) -> Path:
     """The file of a model: a path as it is, a name fetched if it is not there yet."""
-    if not str(model):
+    if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
+        raise ParameterError(f"the model is {escape(model, 60)}, it must be a path or a name")
+    model, progress = os.fspath(model), checked_progress(progress)
+    if not model:
         raise DownloadError(f"the name of the model is empty; names: {', '.join(MODELS)}")
     try:
         path = Path(model).expanduser()
@@ -72,20 +88,20 @@ def locate(model: str | Path, progress: Progress = lambda what, done, total: Non
             return path
     except (OSError, RuntimeError) as error:  # a name too long, a user who does not exist
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DownloadError(f"{escape(str(model))} cannot be looked at: {reason}") from None
-    if str(model) in MODELS:
-        return pull(str(model), progress)
+        raise DownloadError(f"{escape(model)} cannot be looked at: {reason}") from None
+    if model in MODELS:
+        return pull(model, progress)
     raise DownloadError(
-        f"{str(model)!r} is neither a file or folder nor the name of a model; names: {', '.join(MODELS)}"
+        f"{model!r} is neither a file or folder nor the name of a model; names: {', '.join(MODELS)}"
     )
 
 
-def pull(name: str, progress: Progress = lambda what, done, total: None) -> Path:
+def pull(name: str, progress: Progress | None = None) -> Path:
     """Fetch a model by name; does nothing when it is there. -> its path.
 
     The file appears under its name only when it is whole and its checksum is right.
     """
-    path = model_path(name)
+    path, progress = model_path(name), checked_progress(progress)
     if path.exists():
         return path
     source = MODELS[name]

@@ -220,14 +220,26 @@ def _context(config: JsonFile) -> int:
 
 
 def _check_plain(config: JsonFile) -> None:
-    if (quantized := config.values.get("quantization_config")) is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UnsupportedError(f"{config.path}: the weights are quantised by {escape(method)}, not run here")
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if (quantized := config.values.get(key)) is not None:
+            found = f"{key} is {escape(quantized, 120)}"
+            raise UnsupportedError(
+                f"{config.path}: the weights are quantised by {_quantiser(config, quantized)} ({found}), "
+                "which is not run here; the model's GGUF or its unquantised folder is"
+            )
     for key, plain in PLAIN.items():
         if (value := config.values.get(key)) is not None and value not in plain:
             raise UnsupportedError(
                 f"{config.path}: {key} is {escape(value, 60)}; only {plain[0]!r} is run here"
             )
+
+
+def _quantiser(config: JsonFile, quantized: Any) -> str:
+    """The name of what has quantised the weights, as far as config.json has one."""
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if method is None and isinstance(quantized, dict) and quantized.keys() >= {"bits", "group_size"}:
+        return "MLX"  # it writes no quant_method
+    return "a method without a name" if method is None else escape(method, 60)
 
 
 def chat_template(folder: Path) -> str | None:

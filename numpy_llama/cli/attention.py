@@ -6,7 +6,6 @@ A row is a token that looks, a column one that is looked at; the darker, the mor
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", type=common.whole_number(0), metavar="N", help="which head [the mean of all]"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="draw it in a .svg, .png or .pdf")
+    parser.add_argument("--out", type=common.path, metavar="FILE", help="draw it in a .svg, .png or .pdf")
     common.add_model_arguments(parser)
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     options = common.generation_options(args)
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
-    question = args.question
+    question = None if args.question is None else common.without_mark(args.question, "the question")
     if question is None and not sys.stdin.isatty():
         question = common.read_stdin()
     if question is None:

@@ -1,6 +1,7 @@
 """What several commands share: their arguments, their input, and how they show progress."""
 
 import argparse
+import codecs
 import io
 import json
 import os
@@ -15,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
 
 from ..checkpoint.download import DEFAULT_MODEL
-from ..errors import NumpyLlamaError, ParameterError, TextError, printable, visible
+from ..errors import NumpyLlamaError, ParameterError, TextError, escape, printable, visible
 from ..generation.generate import PREFILL_CHUNK
 from ..generation.sampling import Sampler
 from ..generation.transcript import Completion, Piece
 from ..llama import Llama, finish, load
-from ..text.tokenizer import PADDING
+from ..text.tokenizer import PADDING, Tokenizer
 
 MOST_TOKENS = 512  # of a text that is looked into: each layer's scores take 4 * H * T^2 bytes
 
@@ -60,6 +61,20 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
 
 def add_text_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", metavar="TEXT", help="what the model is to read")
+
+
+def add_special_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--special", action="store_true", help="read control tokens' names in the text as those tokens"
+    )
+
+
+def path(text: str) -> Path:
+    """An argument type: a path; `~` is the home folder, where no shell has expanded it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
@@ -125,6 +140,10 @@ def generation_options(args: argparse.Namespace) -> dict:
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     }
     Sampler(**sampling)
+    filters = [name for name in ("top_k", "top_p", "min_p") if sampling[name] is not None]
+    if filters and args.temperature == 0:
+        option = filters[0].replace("_", "-")
+        note(f"--{option} has no effect at temperature 0, which takes the likeliest token")
     if "" in args.stop:
         raise ParameterError("--stop is an empty text")
     return {**sampling, "max_tokens": args.max_tokens, "stop": args.stop}
@@ -144,7 +163,8 @@ def load_model(args: argparse.Namespace) -> Llama:
 
 def text_ids(llama: Llama, text: str) -> list[int]:
     """The ids of a text that is read in one pass, for a look inside; an error if there are none, or many."""
-    ids = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos)
+    note_names(llama.tokenizer, text)
+    ids = llama.tokenizer.encode(without_mark(text, "the text"), bos=llama.tokenizer.add_bos)
     most = min(MOST_TOKENS, llama.max_context)
     if not 0 < len(ids) <= most:
         raise ParameterError(f"the text has {len(ids)} tokens, wanted 1 to {most}")
@@ -177,13 +197,34 @@ def as_text(data: bytes, source: str) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TextError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
-            "(iconv converts other encodings)"
-        ) from None
+        utf_16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        hint = "it begins as UTF-16: iconv -f UTF-16 -t UTF-8" if utf_16 else "iconv converts other encodings"
+        found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise TextError(f"{source} is not UTF-8: {found} ({hint})") from None
     if (at := data.find(0)) >= 0:
         raise TextError(f"{source} is not text: byte 0x00 at offset {at}")
-    return text
+    return without_mark(text, source)
+
+
+def without_mark(text: str, source: str) -> str:
+    """`text` without a byte order mark at its start: it names an encoding and is no text."""
+    if text.startswith("\ufeff"):
+        note(f"{source} begins with a byte order mark, which is left out")
+    return text.removeprefix("\ufeff")
+
+
+def note_names(tokenizer: Tokenizer, text: str, special: bool | None = None) -> None:
+    """A remark where a text has a control token's name, unless it is read as that token: `special`.
+
+    None: the command has no --special.
+    """
+    found = None if special else tokenizer.control_names.search(text)
+    if found:
+        way = "; --special reads it as the token" if special is False else ""
+        note(
+            f"the text has {escape(found[0])}, a control token's name, and it is read as plain text{way}; "
+            "`chat` writes the model's own format"
+        )
 
 
 class Terminal(io.TextIOWrapper):

@@ -5,7 +5,6 @@ appears under its name only when it is whole and has been read back.
 """
 
 import argparse
-from pathlib import Path
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.convert import DTYPES, convert
@@ -16,7 +15,7 @@ from . import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a file, a folder or a name")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, or to replace")
+    parser.add_argument("out", metavar="OUT", type=common.path, help="the file to write, or to replace")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), required=True, help="how the weights are stored: 8 and 4 are bits"
     )

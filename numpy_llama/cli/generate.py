@@ -1,6 +1,7 @@
 """Continue a text.
 
-The text is the argument, or standard input when there is none. Prints what follows it.
+The text is the argument, or standard input when there is none. Prints what follows it. The names of control
+tokens in a text are plain text, unless --special is given; `chat` writes the model's own format.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from . import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="TEXT", help="what to continue [standard input]")
     parser.add_argument("--prompt-ids", type=ids, metavar="1,403,407", help="token ids instead of a text")
+    common.add_special_argument(parser)
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=128)
 
@@ -34,6 +36,11 @@ def run(args: argparse.Namespace) -> None:
             raise ParameterError('nothing to continue: numpy-llama generate "Once upon a time"')
         if not (prompt := common.read_stdin()):  # a model that begins with BOS would go on from there
             raise ParameterError("nothing to continue: the prompt is empty")
+    elif isinstance(prompt, str):
+        prompt = common.without_mark(prompt, "the text")
     llama = common.load_model(args)
+    if isinstance(prompt, str):
+        common.note_names(llama.tokenizer, prompt, args.special)
+        options["special"] = args.special
     with common.prefill_bar() as on_prefill:
         common.run_stream(llama.stream(prompt, on_prefill=on_prefill, **options), args.json)

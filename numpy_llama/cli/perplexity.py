@@ -8,7 +8,6 @@ import argparse
 import json
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 from ..errors import ContextOverflowError, ParameterError, TextError
 from ..inspect.perplexity import LEAST_CTX, perplexity
@@ -16,7 +15,7 @@ from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", type=Path, help="the text")
+    parser.add_argument("file", metavar="FILE", type=common.path, help="the text")
     common.add_model_arguments(parser)
     least = common.whole_number(LEAST_CTX)
     parser.add_argument("--ctx", type=least, default=512, metavar="N", help="tokens a window [512]")
@@ -39,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
             f"--ctx is {args.ctx}, the model's context {most}, and memory has room for {llama.max_context}"
         )
     tokenizer = llama.tokenizer
+    common.note_names(tokenizer, text)
     ids = tokenizer.encode(text, bos=tokenizer.add_bos)
     if len(ids) < args.ctx:
         raise ParameterError(f"{args.file} has {len(ids)} tokens, a window takes {args.ctx}: see --ctx")

@@ -11,6 +11,7 @@ from . import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="what to cut into tokens [standard input]")
+    common.add_special_argument(parser)
     parser.add_argument(
         "-m",
         "--model",
@@ -23,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.text is None and sys.stdin.isatty():
         raise ParameterError('nothing to tokenize: numpy-llama tokenize "Once upon a time"')
-    text = common.read_stdin() if args.text is None else args.text
+    text = common.read_stdin() if args.text is None else common.without_mark(args.text, "the text")
     with common.transfer_bar() as progress:
         tokenizer = load_tokenizer(locate(args.model, progress))
-    for token in tokenizer.encode(text, bos=tokenizer.add_bos):
+    common.note_names(tokenizer, text, args.special)
+    for token in tokenizer.encode(text, bos=tokenizer.add_bos, special=args.special):
         whole = token in tokenizer.control_tokens.values() or _is_utf8(tokenizer.token_bytes(token))
         shown = tokenizer.piece(token) if whole else tokenizer.token_bytes(token)
         print(f"{token:>7}  {shown!r}")

@@ -6,7 +6,6 @@ are the scores of all layers. Prints the shape of each and what its numbers are 
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from . import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_text_argument(parser)
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="what to record")
-    parser.add_argument("--out", type=Path, metavar="FILE.npz", help="keep the arrays, for numpy.load")
+    parser.add_argument("--out", type=common.path, metavar="FILE.npz", help="keep the arrays, for numpy.load")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     common.add_model_arguments(parser)
 

@@ -7,7 +7,7 @@ from threading import RLock
 
 import numpy as np
 
-from ..errors import ContextOverflowError, NumericsError, ParameterError
+from ..errors import ContextOverflowError, NumericsError, ParameterError, check_kind
 from ..model import Transformer
 from .sampling import Sampler
 
@@ -21,6 +21,7 @@ class Session:
     """
 
     def __init__(self, model: Transformer, max_seq_len: int | None = None):
+        check_kind("model", model, Transformer, "a Transformer")
         self.cache = model.new_cache(batch=1, max_seq_len=max_seq_len)
         self.ids: list[int] = []
         self.user: object = None  # the generation that goes on in it now
@@ -30,8 +31,14 @@ class Session:
         """A conversation that goes on in two ways."""
         twin = copy(self)
         twin.cache, twin.ids = deepcopy(self.cache, memo), list(self.ids)
-        twin.user, twin._lock = None, RLock()
         return twin
+
+    def __getstate__(self) -> dict:
+        """For a copy or a pickle: the conversation, not whoever uses it now."""
+        return {"cache": self.cache, "ids": self.ids}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, user=None, _lock=RLock())
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -43,6 +43,7 @@ def apply_temperature(logits, temperature):
 
 def top_k(logits, k):
     """The k largest and no more: of equal ones, those with the lowest ids (Fan et al. 2018)."""
+    k = int(k)  # -k of an unsigned number of NumPy is a large one
     if k >= len(logits):
         return logits
     kth = np.partition(logits, -k)[-k]

@@ -1,10 +1,10 @@
 """From the ids of one generation to its text: whole characters, cut where a stop text begins."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import ParameterError
+from ..errors import ParameterError, check_iterable, escape
 from ..text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -36,10 +36,13 @@ class Piece:
 class StopTexts:
     """Cuts a stream of text at the stop text that is complete first; it may straddle any number of pieces."""
 
-    def __init__(self, stop: Sequence[str]):
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise ParameterError(f"stop is {stop!r}, it must be a list of texts, none of them empty")
-        self.stop, self.held, self.found = stop, "", False
+    def __init__(self, stop: Iterable[str] | None):
+        wanted = "a list of texts, none of them empty"
+        check_iterable("stop", stop := () if stop is None else stop, wanted)
+        texts = list(stop)
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in texts):
+            raise ParameterError(f"stop is {escape(stop)}, it must be {wanted}")
+        self.stop, self.held, self.found = texts, "", False
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop text; sets `found` at the first one."""

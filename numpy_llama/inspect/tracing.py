@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import functional as F
-from ..errors import MismatchError, ParameterError
+from ..errors import MismatchError, ParameterError, check_callable, check_kind
 from ..llama import STAND_INS, Llama
 from ..model import Attention, FeedForward, Linear, RMSNorm, Transformer, TransformerBlock
 
@@ -97,6 +97,8 @@ def edit(
     cache.
     """
 
+    check_callable("change", change)
+
     def wanted(model: Transformer) -> set[str]:
         found = names(model, pattern)
         if sums := [name for name in found if name.endswith(".h")]:
@@ -120,6 +122,7 @@ def names(model: Transformer, *patterns: str) -> list[str]:
     """The names in this model that the patterns mean, in the order of the forward pass."""
     everything = list(_names(model.args.n_layers))
     for pattern in patterns:
+        check_kind("the name of a place", pattern, str, "a text")
         if not any(_means(pattern, name) for name in everything):
             close = get_close_matches(pattern, [*PLACES, *everything], 1)
             hint = f"; is it {close[0]}?" if close else ""
@@ -160,6 +163,7 @@ def _hooked(
     llama: Llama | Transformer, wanted: Callable[[Transformer], set[str]], hook: Hook
 ) -> Iterator[Transformer]:
     """The model with hooks at the wanted places, for the time of a block and in its thread only."""
+    check_kind("llama", llama, (Llama, Transformer), "a Llama or a Transformer")
     state = "not run"
 
     def within_block(name: str, array: np.ndarray) -> np.ndarray:

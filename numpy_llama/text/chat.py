@@ -16,7 +16,7 @@ from traceback import walk_tb
 from types import CodeType
 from typing import Protocol
 
-from ..errors import MismatchError, ParameterError, TemplateError, TextError, escape
+from ..errors import MismatchError, ParameterError, TemplateError, TextError, check_kind, escape
 from .sandbox import MADE_PER_CHARACTER, MAX_MADE, MESSAGE_OVERHEAD, Sandbox
 from .tokenizer import Tokenizer, check_text
 
@@ -124,6 +124,7 @@ class ChatTemplate:
     """A Jinja template, run as Hugging Face's `apply_chat_template` runs it."""
 
     def __init__(self, source: str):
+        check_kind("the chat template", source, str, "a text")
         self.source = source
 
     @cached_property
@@ -157,7 +158,7 @@ class ChatTemplate:
         """
         check_messages(messages)
         control = tokenizer.control_tokens
-        names = re.compile(f"({'|'.join(map(re.escape, sorted(control, key=len, reverse=True))) or '(?!)'})")
+        names = tokenizer.control_names
         used = set(self.source).union(*control, *(message["content"] for message in messages))
         unused = (
             c for c in map(chr, range(0xF0000, 0x110000)) if c not in used

@@ -18,6 +18,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -34,6 +35,9 @@ from ..errors import (
     TextError,
     TokenizerError,
     UnsupportedError,
+    check_flag,
+    check_iterable,
+    check_kind,
     escape,
 )
 from .bpe import in_chunks, order_of_merging
@@ -76,6 +80,16 @@ class Tokenizer:
     add_bos: bool  # a prompt begins with BOS
     add_space: bool  # SentencePiece puts a space before a text, and takes it away again
     entries: dict[str, Any] = field(default_factory=dict)  # what it was built from
+    source: str = "the vocabulary"  # the file's name, for messages
+
+    def __reduce__(self):
+        return tokenizer_from_gguf, (self.entries, self.source)
+
+    def __copy__(self) -> "Tokenizer":  # it never changes
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "Tokenizer":
+        return self
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -105,7 +119,7 @@ class Tokenizer:
         return int(used[-1]) + 1 if len(used) else 0
 
     def check_rows(self, rows: int) -> None:
-        """MismatchError unless this can be the tokenizer of an embedding of so many rows.
+        """MismatchError unless this can be the tokenizer of an embedding of `rows` rows.
 
         Every id needs a row. Rows without an id fill the embedding up to a multiple of 1,024 at most, or
         are 2,400 of 102,400 (DeepSeek LLM). A vocabulary that leaves more than an eighth is another model's.
@@ -115,19 +129,39 @@ class Tokenizer:
             found = f"the tokenizer has {self.n_used} ids, the embedding {rows} rows"
             raise MismatchError(f"{found}; wanted the tokenizer that came with the weights")
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """The ids of a text, on demand with BOS before and EOS behind. Half a surrogate pair: TextError."""
+    @cached_property
+    def control_names(self) -> re.Pattern[str]:
+        """Finds a control token's name in a text: the leftmost, the longest."""
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """The ids of a text, on demand with BOS before and EOS behind. Half a surrogate pair: TextError.
+
+        special: a control token's name in the text is that token. For text that a program wrote, never for
+        text from others. A BOS with which such a text begins is not doubled.
+        """
+        bos, eos = check_flag("bos", bos), check_flag("eos", eos)
         before = () if self.bos_id is None else (self.bos_id,)
         if (bos and not before) or (eos and not self.eos_ids):
             raise ParameterError("BOS or EOS is asked for, but the vocabulary has no such token")
-        return [*before[:bos], *self.encode_text(check_text(text)), *self.eos_ids[:eos]]
+        special = check_flag("special", special)
+        parts = self.control_names.split(check_text(text)) if special else [check_text(text)]
+        control = self.control_tokens
+        ids = [
+            i for n, part in enumerate(parts) for i in ([control[part]] if n % 2 else self.encode_text(part))
+        ]
+        if special and ids[:1] == [*before]:
+            before = ()
+        return [*before[:bos], *ids, *self.eos_ids[:eos]]
 
     def decode(self, ids: Iterable[int], start_of_text: bool = True) -> str:
         """The text of some ids. Control tokens say nothing, bytes that are no UTF-8 become U+FFFD.
 
         `start_of_text=False` where the ids continue a text: a leading space is then a real one.
         """
-        stream = StreamDecoder(self, start_of_text)
+        check_iterable("ids", ids, "a list of token ids")
+        stream = StreamDecoder(self, check_flag("start_of_text", start_of_text))
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -163,10 +197,13 @@ class StreamDecoder:
 
 def check_text(text: str) -> str:
     """`text` itself, if it can be written in UTF-8."""
+    check_kind("the text", text, str, "a str")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}, half a surrogate pair"
+        code = ord(text[error.start])
+        byte = f": byte 0x{code - 0xDC00:02x} of a text that is not UTF-8" if 0xDC80 <= code < 0xDD00 else ""
+        half = f"U+{code:04X}, half a surrogate pair{byte}"
         raise TextError(f"character {error.start} of the text is {half}") from None
     return text
 
@@ -201,7 +238,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     ends += [*read.end_ids(), *(control.get(text) for text in sorted(END_TOKENS))]
     eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
     return Tokenizer(
-        read.tokens, meanings, control, encode_text, bos, eos_ids, add_bos, add_space, read.entries
+        read.tokens, meanings, control, encode_text, bos, eos_ids, add_bos, add_space, read.entries, source
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.config import ModelArgs
 from numpy_llama.proof.tiny import TINY_BLOCKS, random_weights
+from numpy_llama.text.tokenizer import spelled
 
 from .gguf_writer import byte_vocabulary, write_llama
 
@@ -32,3 +33,15 @@ def write_tiny(
     weights = float_weights(args)
     change(weights)
     return write_llama(path, args, weights, format, **byte_vocabulary(args.vocab_size))
+
+
+SPEAKER = replace(TINY_BLOCKS, vocab_size=259, max_seq_len=64)
+
+
+def write_speaker(path: Path) -> Path:
+    """A small model with random weights whose tokens are the bytes, and <|begin|>, <|user|>, <|end|>."""
+    tokens = [spelled(bytes([b])) for b in range(256)] + ["<|begin|>", "<|user|>", "<|end|>"]
+    vocabulary = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": [], "add_bos_token": True}
+    vocabulary |= {"token_type": np.array([1] * 256 + [3] * 3, np.int32)}
+    vocabulary |= {"bos_token_id": 256, "eos_token_id": 258}
+    return write_llama(path, SPEAKER, float_weights(SPEAKER), **vocabulary)

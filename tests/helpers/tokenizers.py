@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from numpy_llama.text.tokenizer import CONTROL, NORMAL, UNKNOWN
+from numpy_llama.text.tokenizer import CONTROL, NORMAL, UNKNOWN, tokenizer_from_gguf
 
 CONTROL_NAMES = (
     "<|begin_of_text|>",
@@ -167,3 +167,13 @@ def put(i, value):
         return array
 
     return change
+
+
+@cache
+def byte_level(pre: str = "smollm"):
+    return tokenizer_from_gguf(byte_level_metadata(pre), "small.gguf")
+
+
+@cache
+def sentence_piece(add_dummy_prefix: bool = True):
+    return tokenizer_from_gguf(sentencepiece_metadata(add_dummy_prefix), "small.gguf")

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gguf_writer import gguf_bytes, llama_metadata, llama_tensors, random_weights
+from helpers.gguf_writer import gguf_bytes, llama_metadata, llama_tensors
+from helpers.tiny_models import float_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -20,10 +21,10 @@ from numpy_llama.backend import build
 from numpy_llama.checkpoint import convert, open_checkpoint
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.checkpoint.rope_scalings import as_float32
-from numpy_llama.config import ModelArgs
 from numpy_llama.errors import ParameterError
 from numpy_llama.functional import rope_freqs
 from numpy_llama.proof.oracle import half_split
+from numpy_llama.proof.tiny import TINY_BLOCKS
 from numpy_llama.rope import (
     DynamicScaling,
     ExplicitScaling,
@@ -40,18 +41,8 @@ logging.disable_progress_bar()
 LOGITS = 5e-6  # of the largest logit: both sides compute in float32, over two layers
 ORIGINAL, LONGER = 32, 96  # positions
 
-ARGS = ModelArgs(
-    dim=128,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    hidden_dim=160,
-    vocab_size=576,  # more than the 512 of the smallest tokenizer
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_seq_len=LONGER,
-)
+# The vocabulary is larger than the 512 ids of the smallest tokenizer.
+ARGS = replace(TINY_BLOCKS, dim=128, head_dim=32, hidden_dim=160, vocab_size=576, max_seq_len=LONGER)
 PAIRS = ARGS.head_dim // 2
 SHORT = np.float32(1 + 0.02 * np.arange(PAIRS)).tolist()
 LONG = np.float32(1 + 0.4 * np.arange(PAIRS) ** 1.3).tolist()
@@ -116,7 +107,7 @@ def hugging_face(rope: dict, max_seq_len: int) -> LlamaForCausalLM:
         rope_parameters=rope | {"rope_theta": ARGS.rope_theta},
         attn_implementation="eager",
     )
-    model, weights = LlamaForCausalLM(config).eval(), random_weights(ARGS, np.random.default_rng(7))
+    model, weights = LlamaForCausalLM(config).eval(), float_weights(ARGS, 7)
     heads = {"wq": ARGS.n_heads, "wk": ARGS.n_kv_heads}
     model.load_state_dict(
         {
@@ -172,7 +163,7 @@ def test_any_divisors_are_those_of_transformers(T, tmp_path):
     model = hugging_face(
         {"rope_type": "longrope", "original_max_position_embeddings": LONGER} | lists, LONGER
     )
-    tensors = llama_tensors(ARGS, random_weights(ARGS, np.random.default_rng(7)))
+    tensors = llama_tensors(ARGS, float_weights(ARGS, 7))
     divisors = convert.StoredTensor.quantize(np.float32(ANY), "F32")
     (tmp_path / "x.gguf").write_bytes(
         gguf_bytes(llama_metadata(ARGS), tensors | {"rope_freqs.weight": divisors})

@@ -1,5 +1,3 @@
-from functools import cache
-
 import numpy as np
 import pytest
 import regex
@@ -7,11 +5,13 @@ from helpers.tokenizers import (
     CORPUS,
     TEXTS,
     altered,
+    byte_level,
     byte_level_metadata,
     hugging_face,
     hugging_face_ids,
     pre_tokenizer,
     put,
+    sentence_piece,
     sentencepiece_metadata,
     trained_sentencepiece,
 )
@@ -37,16 +37,6 @@ from numpy_llama.text.tokenizer import (
 )
 
 LONG = 300_000
-
-
-@cache
-def byte_level(pre: str = "smollm"):
-    return tokenizer_from_gguf(byte_level_metadata(pre), "small.gguf")
-
-
-@cache
-def sentence_piece(add_dummy_prefix: bool = True):
-    return tokenizer_from_gguf(sentencepiece_metadata(add_dummy_prefix), "small.gguf")
 
 
 BOTH = pytest.mark.parametrize("build", [byte_level, sentence_piece])

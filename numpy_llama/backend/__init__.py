@@ -4,6 +4,7 @@ kernels.py         the C twins of `linear` and `attention`, and the weights they
 fused.py           a whole block in one C call
 interruptible.py   NumPy's `linear` and `attention` in short calls, for Ctrl-C
 formats.py         the weight formats, read and written in NumPy
+limits.py          the CPUs and threads that this process may use
 """
 
 from collections.abc import Callable, Mapping

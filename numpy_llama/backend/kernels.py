@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
-from ..limits import available_cpus as available_cpus
-from ..limits import stack_bytes, too_many_threads, too_small_stack
 from .formats import FORMATS, MAX_F16, QK, Format, InPlace, StoredTensor
+from .limits import available_cpus as available_cpus
+from .limits import stack_bytes, too_many_threads, too_small_stack
 
 # Between two steps of a layer GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a
 # machine that also does other work a spinning thread is the first to lose its CPU, and the next step then

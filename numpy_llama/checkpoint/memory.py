@@ -18,10 +18,10 @@ import numpy as np
 
 from ..backend import cache_dtype
 from ..backend.formats import QK, StoredTensor
+from ..backend.limits import groups, numbers
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
 from ..generation.generate import PREFILL_CHUNK
-from ..limits import groups, numbers
 from .convert import target_format
 
 LEAST_CONTEXT = 512  # positions that a model must at least have room for

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 
-from .. import __version__, limits
+from .. import __version__
+from ..backend import limits
 from ..checkpoint.download import DEFAULT_MODEL, cache_folder, model_path
 from ..errors import NumpyLlamaError
 

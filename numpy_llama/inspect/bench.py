@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..backend.limits import available_cpus
 from ..cache import KVCache
 from ..checkpoint.memory import MemoryPlan, gib
 from ..errors import BuildError, ContextOverflowError, ResourceLimitError
 from ..generation.generate import PREFILL_CHUNK
-from ..limits import available_cpus
 from ..model import Linear, Transformer
 
 READ_BYTES = 1 << 30  # of the weights, by one probe: more than any cache, and over before Ctrl-C is missed

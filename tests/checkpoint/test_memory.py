@@ -12,7 +12,7 @@ from helpers.gguf_writer import write_llama
 from helpers.tiny_models import float_weights, stored
 
 import numpy_llama as nl
-from numpy_llama import limits
+from numpy_llama.backend import limits
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.checkpoint import memory, open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
@@ -145,7 +145,8 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import numpy_llama as nl
-from numpy_llama import limits, memory
+from numpy_llama.backend import limits
+from numpy_llama.checkpoint import memory
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
 path, backend = sys.argv[1:]
@@ -154,7 +155,7 @@ plan = memory.memory_plan(opened.args, opened.weights(), backend)
 llama = nl.load(path, backend=backend)
 prompt = [1 + i % 100 for i in range(600)]
 llama.generate(prompt, max_tokens=4)
-peak = memory._numbers("/proc/self/status")["VmHWM:"] * 1024  # unlike ru_maxrss, not the parent's before exec
+peak = limits.numbers("/proc/self/status")["VmHWM:"] * 1024  # unlike ru_maxrss, not the parent's before exec
 print(json.dumps({"planned": plan.peak(604), "peak": peak}))
 """
 

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from numpy_llama import limits
-from numpy_llama.backend import kernels
+from numpy_llama.backend import kernels, limits
 
 HALF, ONE, THREE_HALVES, TWO = (f"{quota} 100000" for quota in (50_000, 100_000, 150_000, 200_000))
 FILES = ("cgroup/cpu.max", "cgroup/cpu/cpu.cfs_quota_us", "proc/cgroup", "proc/mountinfo")
@@ -111,7 +110,7 @@ def test_the_affinity_counts_too(system, monkeypatch):
 def test_the_affinity_is_this_process(monkeypatch):
     assert limits.affinity() == len(os.sched_getaffinity(0))
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
-    code += "from numpy_llama import limits; print(limits.affinity())"
+    code += "from numpy_llama.backend import limits; print(limits.affinity())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
@@ -133,7 +132,7 @@ LIMITED = """
 import resource, threading
 import numpy as np
 from numpy_llama.errors import NumpyLlamaError
-from numpy_llama import kernels
+from numpy_llama.backend import kernels
 
 def limit_address_space(more):
     with open("/proc/self/statm") as file:

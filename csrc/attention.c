@@ -15,8 +15,8 @@
  * So it does not matter who walks the spans, one thread or several: the sums are the same, bit for bit.
  *
  * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar
- * form, and from avx2.c and avx512.c for the vector form. tests/kernels/test_attention_kernel.py holds every
- * form to NumPy, and any split of T and of the threads to the same bits. */
+ * form, and from avx2.c and avx512.c for the vector form. tests/test_attention_kernel.py holds every form
+ * to NumPy, and any split of T and of the threads to the same bits. */
 #include <float.h>
 #include <stdlib.h>
 
@@ -209,15 +209,15 @@ void exp_scalar(float *y, const float *x, int64_t n) {
  * the values are asked for, line by line, and the other way round.
  *
  * Every sum adds in the order of the positions, whichever rows stand beside it, and every score in the order
- * of d, but for those few tokens: splitting T into pieces of more than NL_FEW never changes a bit, nor does
- * it in float32. Positions that a query may not see get the score -inf, and their values are not even read
- * for it, for 0 * NaN would be NaN. */
+ * of d, but for those few tokens: splitting T into pieces of more than NL_GEMV_TOKENS never changes a bit,
+ * nor does it in float32. Positions that a query may not see get the score -inf, and their values are not
+ * even read for it, for 0 * NaN would be NaN. */
 
 enum { WIDE = 2 * LANES, FEW_BLOCK = 64 };
 
 /* e^x = 2^n p, for |x| up to some hundred: n whole, r = x - n ln2, |r| <= ln2 / 2; p = exp(r) = 1 + r + r^2
  * q(r), where q was fitted by least squares at Chebyshev nodes, reweighted until its error was level. */
-WORD vec exp_parts(vec x, vec *n) {
+VEC_INLINE vec exp_parts(vec x, vec *n) {
     *n = vec_round(vec_mul(x, vec_all(1.44269504f)));
     vec r = vec_fma(*n, vec_all(-0.693145752f), x); /* ln2 in two parts; n times this one is exact */
     r = vec_fma(*n, vec_all(-1.4286068e-6f), r);
@@ -230,28 +230,28 @@ WORD vec exp_parts(vec x, vec *n) {
 }
 
 /* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN. The largest error,
- * all floats tried (tests/robustness/instruments/exhaustive.py), is 1.01 units in the last place. */
-WORD vec vec_exp(vec x) {
+ * all floats tried (tests/instruments/exhaustive.py), is 1.01 units in the last place. */
+VEC_INLINE vec vec_exp(vec x) {
     const vec lowest = vec_all(-87.0f);
     vec n;
     const vec p = exp_parts(vec_max(lowest, x), &n);
     return vec_zero_below(x, lowest, vec_times_2_to(n, p));
 }
 
-WORD vec load_vec(const int format, const uint8_t *p) {
+VEC_INLINE vec load_vec(const int format, const uint8_t *p) {
     return format == F16 ? vec_from_f16(p) : vec_load(p);
 }
 
 /* The memory that `ask_for` names is on its way while something else is computed; nothing waits for it. */
-WORD void ask_for(const uint8_t *p, int64_t nbytes) {
+VEC_INLINE void ask_for(const uint8_t *p, int64_t nbytes) {
     for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 /* c[r] = old[r] * c[r] + sum over i < n of x[r][i] * panel[i], WIDE numbers each. Without `old`, c begins at
  * 0. `ahead`: as many bytes as the panel has are asked for from there. */
-WORD void product(const int rows, float *c, int64_t c_stride, const float *old, const float *x,
-                  const int64_t x_stride, const int format, const uint8_t *panel, int64_t stride, int64_t n,
-                  const uint8_t *ahead) {
+VEC_INLINE void product(const int rows, float *c, int64_t c_stride, const float *old, const float *x,
+                        const int64_t x_stride, const int format, const uint8_t *panel, int64_t stride,
+                        int64_t n, const uint8_t *ahead) {
     const int64_t half = LANES * number_bytes(format);
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
@@ -280,20 +280,20 @@ typedef struct {
 } block;
 
 /* How many of the block's positions row i sees. Rows behind the last see what it sees. */
-WORD int64_t seen(const block *b, int64_t i) {
+VEC_INLINE int64_t seen(const block *b, int64_t i) {
     const int64_t left = sees(b->a, &b->it, i < b->it.rows ? i : b->it.rows - 1) - b->j;
     return left < 0 ? 0 : left < b->n ? left : b->n;
 }
 
 /* Where n keys lie; behind the block's last there are zeros. */
-WORD void keys_at(const uint8_t *k[], int n, const block *b, int64_t from) {
+VEC_INLINE void keys_at(const uint8_t *k[], int n, const block *b, int64_t from) {
     static const uint8_t zeros[4 * MAX_DH];
     for (int i = 0; i < n; i++)
         k[i] = from + i < b->n ? position(b->a, b->a->k, b->a->k_strides, &b->it, b->j + from + i) : zeros;
 }
 
 /* x[i] = number d + i of LANES keys, each in a lane of its own. */
-WORD void turned(vec x[LANES], const int format, const uint8_t *const k[LANES], int64_t d, int64_t Dh) {
+VEC_INLINE void turned(vec x[LANES], const int format, const uint8_t *const k[LANES], int64_t d, int64_t Dh) {
     if (d + LANES <= Dh) {
         for (int i = 0; i < LANES; i++) x[i] = load_vec(format, k[i] + d * number_bytes(format));
         vec_transpose(x);
@@ -307,7 +307,7 @@ WORD void turned(vec x[LANES], const int format, const uint8_t *const k[LANES], 
 
 /* The block's scores of four rows from r on, keys as they lie: what four rows have of a key is in four
  * registers, and is summed across lanes. */
-WORD void few_scores(const block *b, int64_t r) {
+VEC_INLINE void few_scores(const block *b, int64_t r) {
     enum { KEYS = LANES / 4 }; /* sixteen sums, or eight */
     const int64_t Dh = b->a->Dh, nbytes = number_bytes(F16);
     const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j), *k[KEYS];
@@ -334,7 +334,7 @@ WORD void few_scores(const block *b, int64_t r) {
 }
 
 /* The panel of WIDE turned keys: [d][position]. */
-WORD void turn_keys(const int format, const block *b, int64_t from) {
+VEC_INLINE void turn_keys(const int format, const block *b, int64_t from) {
     const uint8_t *k[LANES];
     vec x[LANES];
     for (int64_t side = 0; side < WIDE; side += LANES) {
@@ -347,7 +347,7 @@ WORD void turn_keys(const int format, const block *b, int64_t from) {
 }
 
 /* The panel of numbers d .. d + WIDE of the block's values: [position][d]. Behind Dh zeros. */
-WORD void widen_values(const int format, const block *b, int64_t d) {
+VEC_INLINE void widen_values(const int format, const block *b, int64_t d) {
     for (int64_t i = 0; i < b->n; i++) {
         const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j + i);
         float *to = b->panel + i * WIDE;
@@ -360,7 +360,7 @@ WORD void widen_values(const int format, const block *b, int64_t d) {
 }
 
 /* From scores to exp(score - m); m and l go on, and `old` is what the sums so far are to be scaled by. */
-WORD void softmax(const block *b) {
+VEC_INLINE void softmax(const block *b) {
     for (int64_t r = 0; r < b->it.rows; r++) {
         float *s = b->s + r * BLOCK;
         const int64_t n = seen(b, r), whole = (n + LANES - 1) / LANES * LANES;
@@ -384,14 +384,14 @@ WORD void softmax(const block *b) {
     }
 }
 
-WORD void scores(const int rows, const block *b, int64_t r, int64_t from) {
+VEC_INLINE void scores(const int rows, const block *b, int64_t r, int64_t from) {
     if (from < seen(b, r + rows - 1))
         product(rows, b->s + r * BLOCK + from, BLOCK, NULL, b->q + r * MAX_DH, MAX_DH, F32,
                 (const uint8_t *)b->panel, WIDE * sizeof(float), b->a->Dh, NULL);
 }
 
-WORD void values(const int rows, const block *b, int64_t r, int64_t d, const int format, const uint8_t *v,
-                 int64_t stride, const uint8_t *ahead) {
+VEC_INLINE void values(const int rows, const block *b, int64_t r, int64_t d, const int format,
+                       const uint8_t *v, int64_t stride, const uint8_t *ahead) {
     const int64_t Dp = padded(b->a->Dh), all_see = seen(b, r);
     const float *p = b->s + r * BLOCK, as_it_is = 1;
     float *sum = b->known.sum + r * Dp + d;
@@ -402,7 +402,7 @@ WORD void values(const int rows, const block *b, int64_t r, int64_t d, const int
                 stride, seen(b, r + i) - all_see, NULL);
 }
 
-WORD void few_rows(const block *b) {
+VEC_INLINE void few_rows(const block *b) {
     const attention_args *a = b->a;
     const int64_t nbytes = number_bytes(F16);
     const uint8_t *v = position(a, a->v, a->v_strides, &b->it, b->j);
@@ -414,7 +414,7 @@ WORD void few_rows(const block *b) {
             values(4, b, r, d, F16, v + d * nbytes, a->v_strides[1] * nbytes, next + d * FEW_BLOCK * nbytes);
 }
 
-WORD void many_rows(const int format, const block *b) {
+VEC_INLINE void many_rows(const int format, const block *b) {
     const uint8_t *panel = (const uint8_t *)b->panel;
     const int64_t rows = b->it.rows, in_tiles = rows / TILE_ROWS * TILE_ROWS;
     for (int64_t from = 0; from < b->n; from += WIDE) {
@@ -432,8 +432,8 @@ WORD void many_rows(const int format, const block *b) {
     }
 }
 
-TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin, float *known,
-                           float *scratch) {
+VEC_TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin, float *known,
+                               float *scratch) {
     block b = {a, rows_of(a, item), begin, 0, scratch, NULL, NULL, NULL, NULL, {0}};
     const int64_t rows = b.it.rows + MORE_ROWS, any_sees = sees(a, &b.it, b.it.rows - 1);
     const int64_t end = any_sees < begin + SPAN ? any_sees : begin + SPAN;
@@ -448,7 +448,7 @@ TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin,
         const float *q = a->q + query_at(a, &b.it, i);
         for (int64_t d = 0; d < a->Dh; d++) b.q[i * MAX_DH + d] = q[d] * scale;
     }
-    const int few = a->format == F16 && a->T <= NL_FEW && a->Dh % WIDE == 0;
+    const int few = a->format == F16 && a->T <= NL_GEMV_TOKENS && a->Dh % WIDE == 0;
     const int64_t step = few ? FEW_BLOCK : BLOCK;
     for (; b.j < end; b.j += step) {
         b.n = end - b.j < step ? end - b.j : step;
@@ -461,7 +461,7 @@ TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin,
     }
 }
 
-TARGET void VEC(exp)(float *y, const float *x, int64_t n) {
+VEC_TARGET void VEC(exp)(float *y, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         float some[LANES] = {0};
         const size_t bytes = (n - i < LANES ? n - i : LANES) * sizeof(float);

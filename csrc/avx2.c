@@ -3,11 +3,11 @@
 #ifdef X86
 #include "vec_avx2.h"
 
-#include "fixed.c"
+#include "quantized_activations.c"
 
-#include "few_tokens.c"
+#include "linear_gemv.c"
 
-#include "many_tokens.c"
+#include "linear_gemm.c"
 
 #include "attention.c"
 

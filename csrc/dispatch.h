@@ -27,13 +27,15 @@ typedef struct {
 
 /* Fixed point: the largest whole number. A few tokens go one by one, more in groups of so many; and in chunks
  * of so many numbers. */
-enum { X_MAX = 8191, FEW = NL_FEW, TOKENS = 8, CHUNK = 256 };
-static inline int64_t groups_of(int64_t T) { return T <= FEW ? T : (T + TOKENS - 1) / TOKENS; }
+enum { X_MAX = 8191, GEMV_TOKENS = NL_GEMV_TOKENS, TOKEN_GROUP = 8, KC = 256 };
+static inline int64_t activation_groups(int64_t T) {
+    return T <= GEMV_TOKENS ? T : (T + TOKEN_GROUP - 1) / TOKEN_GROUP;
+}
 /* Room for the forms of all instruction sets: 4 bytes a number, and one block more where two make a step. */
-static inline int64_t fixed_bytes(int64_t IN) { return (IN + 32) * 4; }
+static inline int64_t token_bytes(int64_t IN) { return (IN + 32) * 4; }
 
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
-typedef void fixed_group(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group);
+typedef void quantize_group(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group);
 typedef void attention_span(const attention_args *a, int64_t item, int64_t begin, float *known,
                             float *scratch);
 typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
@@ -47,8 +49,8 @@ typedef struct {
     const char *name;
     linear_rows *linear;
     linear_rows *linear_exact;
-    fixed_group *fixed;
-    linear_rows *linear_fixed;
+    quantize_group *quantize_activations;
+    linear_rows *linear_quantized;
     attention_span *attention;
     norm_token *norm;
     swiglu_many *swiglu;
@@ -61,12 +63,12 @@ typedef struct {
 const kernels *chosen_kernels(void);
 
 /* How many of T tokens one call of `fixed` rounds. */
-int64_t fixed_tokens(int64_t T);
+int64_t group_tokens(int64_t T);
 
 linear_rows linear_scalar, linear_avx2, linear_avx512;
 linear_rows linear_exact_avx2, linear_exact_avx512;
-fixed_group fixed_scalar, fixed_avx2, fixed_avx512;
-linear_rows linear_fixed_avx2, linear_fixed_avx512;
+quantize_group quantize_activations_scalar, quantize_activations_avx2, quantize_activations_avx512;
+linear_rows linear_quantized_avx2, linear_quantized_avx512;
 attention_span attention_scalar, attention_avx2, attention_avx512;
 norm_token norm_scalar, norm_avx2, norm_avx512;
 swiglu_many swiglu_scalar, swiglu_avx2, swiglu_avx512;

@@ -20,20 +20,21 @@ void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, i
 
 /* Up to so many tokens are summed in another order than more, in either of the fast ways, and by nl_attention
  * where keys and values are float16: */
-enum { NL_FEW = 4 };
+enum { NL_GEMV_TOKENS = 4 };
 
 /* The same as nl_linear, and however many tokens there are, they are summed in the same order. */
 void nl_linear_exact(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
                      int64_t begin, int64_t end, int threads);
 
-/* The same with x in fixed point: rounded to 14 bits in blocks of 32, for K formats of 256.      fixed.c
- *   `fixed` has room for nl_fixed_bytes(T, IN) bytes; nl_fixed fills it from x. Not for F32.
- *   nl_is_fixed: whether this is the faster way; for few tokens times single numbers it is not. */
-int nl_is_fixed(int format, int64_t T);
-int64_t nl_fixed_bytes(int64_t T, int64_t IN);
-void nl_fixed(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads);
-void nl_linear_fixed(float *y, const void *fixed, const void *w, int format, int64_t T, int64_t OUT,
-                     int64_t IN, int64_t begin, int64_t end, int threads);
+/* The same with x in fixed point: rounded to 14 bits in blocks of 32, for K formats of 256.
+ * quantized_activations.c `fixed` has room for nl_activations_bytes(T, IN) bytes; nl_quantize_activations
+ * fills it from x. Not for F32. nl_quantizes_activations: whether this is the faster way; for few tokens
+ * times single numbers it is not. */
+int nl_quantizes_activations(int format, int64_t T);
+int64_t nl_activations_bytes(int64_t T, int64_t IN);
+void nl_quantize_activations(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads);
+void nl_linear_quantized(float *y, const void *fixed, const void *w, int format, int64_t T, int64_t OUT,
+                         int64_t IN, int64_t begin, int64_t end, int threads);
 
 /* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
  *   q, out (B, T, H, Dh)   k, v (B, S, K, Dh) in format 0 F32 or 1 F16;   Dh at most 256.

@@ -75,8 +75,8 @@ static uint8_t *lay_out(pass *p, uint8_t *scratch) {
     p->h = room(&end, T * w->D);
     p->gate = room(&end, T * w->F);
     p->up = room(&end, T * w->F);
-    p->fixed = room(&end, 3 * nl_fixed_bytes(p->tokens, w->D));
-    p->fixed_wide = room(&end, nl_fixed_bytes(p->tokens, w->F > w->H * w->Dh ? w->F : w->H * w->Dh));
+    p->fixed = room(&end, 3 * nl_activations_bytes(p->tokens, w->D));
+    p->fixed_wide = room(&end, nl_activations_bytes(p->tokens, w->F > w->H * w->Dh ? w->F : w->H * w->Dh));
     return end;
 }
 
@@ -88,7 +88,7 @@ int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
 
 /* Whether that weight wants x in fixed point. */
 static int is_fixed(const pass *p, int weight) {
-    return !p->w->exact && nl_is_fixed(p->w->format[weight], p->tokens);
+    return !p->w->exact && nl_quantizes_activations(p->w->format[weight], p->tokens);
 }
 
 /* The weights that are multiplied with the same x: q, k and v; gate and up. Of each the first. */
@@ -103,16 +103,16 @@ static int first_like(const pass *p, int weight) {
 
 static uint8_t *fixed_for(const pass *p, int weight) {
     if (weight == WO || weight == W_DOWN) return p->fixed_wide;
-    return p->fixed + (first_like(p, weight) - first_of[weight]) * nl_fixed_bytes(p->tokens, p->w->D);
+    return p->fixed + (first_like(p, weight) - first_of[weight]) * nl_activations_bytes(p->tokens, p->w->D);
 }
 
 /* x in fixed point, tokens `s` of it, for the weights first .. last. */
 static void round_tokens(const pass *p, share s, const float *x, int64_t IN, int first, int last) {
-    const int64_t some = fixed_tokens(p->tokens);
+    const int64_t some = group_tokens(p->tokens);
     for (int i = first; i <= last; i++)
         if (is_fixed(p, i) && first_like(p, i) == i)
             for (int64_t t = s.from; t < s.to; t += some)
-                p->kernel->fixed(fixed_for(p, i), x, p->w->format[i], p->tokens, IN, t / some);
+                p->kernel->quantize_activations(fixed_for(p, i), x, p->w->format[i], p->tokens, IN, t / some);
 }
 
 static void norm_tokens(const pass *p, share s, const float *x, const float *weight, int first, int last) {
@@ -128,7 +128,7 @@ static void multiply(const pass *p, share s, float *y, const float *x, int weigh
     const linear_args a = {
         fixed ? (const void *)fixed_for(p, weight) : x, p->w->weight[weight], y, format, p->tokens, OUT, IN};
     linear_rows *const floats = p->w->exact ? p->kernel->linear_exact : p->kernel->linear;
-    if (s.from < s.to) (fixed ? p->kernel->linear_fixed : floats)(&a, s.from, s.to);
+    if (s.from < s.to) (fixed ? p->kernel->linear_quantized : floats)(&a, s.from, s.to);
 }
 
 static void add(const pass *p, share s, float *y, const float *x) {
@@ -169,7 +169,7 @@ static void store_heads(const pass *p, share s) {
 static void do_step(const pass *p, int step, int64_t i, int64_t n) {
     const nl_layer_weights *w = p->w;
     const int64_t D = w->D, H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, F = w->F;
-    const share tokens = share_of(p->tokens, fixed_tokens(p->tokens), i, n), of_D = share_of(D, QK, i, n),
+    const share tokens = share_of(p->tokens, group_tokens(p->tokens), i, n), of_D = share_of(D, QK, i, n),
                 of_q = share_of(H_Dh, QK, i, n), of_kv = share_of(K_Dh, QK, i, n),
                 of_F = share_of(F, QK, i, n);
     switch (step) {
@@ -277,7 +277,7 @@ void store_head_scalar(uint8_t *to, int format, const float *x, const float *ang
  * The same, LANES at a time. D and F are multiples of 32 (kernels.py sees to it), Dh need not be one of
  * LANES. */
 
-TARGET void VEC(norm)(float *y, const float *x, const float *weight, float eps, int64_t D) {
+VEC_TARGET void VEC(norm)(float *y, const float *x, const float *weight, float eps, int64_t D) {
     vec squares = vec_zero();
     for (int64_t d = 0; d < D; d += LANES) squares = vec_fma(vec_load(x + d), vec_load(x + d), squares);
     const vec root = vec_all(sqrtf(vec_sum(squares) / (float)D + eps));
@@ -287,7 +287,7 @@ TARGET void VEC(norm)(float *y, const float *x, const float *weight, float eps, 
 
 /* gate / (1 + e^-gate) * up. Below -80, where e^-gate soon is no float32 any more, 1 and e^-gate are 2^32
  * times as small until the end; from -110 on the result is 0. */
-TARGET void VEC(swiglu)(float *gate, const float *up, int64_t n) {
+VEC_TARGET void VEC(swiglu)(float *gate, const float *up, int64_t n) {
     const vec far = vec_all(-80), lowest = vec_all(-110);
     for (int64_t i = 0; i < n; i += LANES) {
         const vec x = vec_load(gate + i), minus = vec_sub(vec_zero(), vec_max(lowest, x));
@@ -299,7 +299,7 @@ TARGET void VEC(swiglu)(float *gate, const float *up, int64_t n) {
     }
 }
 
-TARGET void VEC(store_head)(uint8_t *to, int format, const float *x, const float *angles, int64_t Dh) {
+VEC_TARGET void VEC(store_head)(uint8_t *to, int format, const float *x, const float *angles, int64_t Dh) {
     int64_t i = 0;
     for (; i + LANES <= Dh; i += LANES) {
         const vec a = vec_load(x + i), b = angles ? vec_times_complex(a, vec_load(angles + i)) : a;

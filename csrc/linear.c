@@ -22,7 +22,7 @@
  * NumPy.
  *
  * Threads share out the rows of w. This file has the loop over threads and the scalar forms; the vector forms
- * are in few_tokens.c, for one to four tokens, and in many_tokens.c. */
+ * are in linear_gemv.c, for one to four tokens, and in linear_gemm.c. */
 #include "dispatch.h"
 #include "kernels.h"
 #include "vec.h"
@@ -61,23 +61,27 @@ void nl_linear_exact(float *y, const float *x, const void *w, int format, int64_
     share_rows(chosen_kernels()->linear_exact, &a, begin, end, threads);
 }
 
-void nl_linear_fixed(float *y, const void *fixed, const void *w, int format, int64_t T, int64_t OUT,
-                     int64_t IN, int64_t begin, int64_t end, int threads) {
+void nl_linear_quantized(float *y, const void *fixed, const void *w, int format, int64_t T, int64_t OUT,
+                         int64_t IN, int64_t begin, int64_t end, int threads) {
     const linear_args a = {fixed, w, y, format, T, OUT, IN};
-    share_rows(chosen_kernels()->linear_fixed, &a, begin, end, threads);
+    share_rows(chosen_kernels()->linear_quantized, &a, begin, end, threads);
 }
 
-int64_t fixed_tokens(int64_t T) { return T <= FEW ? 1 : TOKENS; }
+int64_t group_tokens(int64_t T) { return T <= GEMV_TOKENS ? 1 : TOKEN_GROUP; }
 
-int64_t nl_fixed_bytes(int64_t T, int64_t IN) { return groups_of(T) * fixed_tokens(T) * fixed_bytes(IN); }
+int64_t nl_activations_bytes(int64_t T, int64_t IN) {
+    return activation_groups(T) * group_tokens(T) * token_bytes(IN);
+}
 
-int nl_is_fixed(int format, int64_t T) { return format != F32 && (T > FEW || !is_single(format)); }
+int nl_quantizes_activations(int format, int64_t T) {
+    return format != F32 && (T > GEMV_TOKENS || !is_single(format));
+}
 
-void nl_fixed(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads) {
+void nl_quantize_activations(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads) {
     const kernels *k = chosen_kernels();
     (void)threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t g = 0; g < groups_of(T); g++) k->fixed(fixed, x, format, T, IN, g);
+    for (int64_t g = 0; g < activation_groups(T); g++) k->quantize_activations(fixed, x, format, T, IN, g);
 }
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
@@ -109,9 +113,10 @@ void linear_scalar(const linear_args *a, int64_t begin, int64_t end) {
 }
 
 /* Fixed point: x rounded, as floats again; then the same. */
-void fixed_scalar(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group) {
-    const int64_t block = block_weights(format), first = group * fixed_tokens(T);
-    for (int64_t t = first; t < T && t < first + fixed_tokens(T); t++)
+void quantize_activations_scalar(void *fixed, const float *x, int format, int64_t T, int64_t IN,
+                                 int64_t group) {
+    const int64_t block = block_weights(format), first = group * group_tokens(T);
+    for (int64_t t = first; t < T && t < first + group_tokens(T); t++)
         for (int64_t b = 0; b < IN; b += block) {
             const float *from = x + t * IN + b;
             float *to = (float *)fixed + t * IN + b, largest = 0;

@@ -68,7 +68,7 @@ float fma_scalar(int64_t operations) {
 
 enum { VEC_BYTES = 4 * LANES };
 
-TARGET uint32_t VEC(read)(const uint8_t *p, int64_t nbytes) {
+VEC_TARGET uint32_t VEC(read)(const uint8_t *p, int64_t nbytes) {
     vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
     int64_t i = 0;
     for (; i + 4 * VEC_BYTES <= nbytes; i += 4 * VEC_BYTES)
@@ -78,7 +78,7 @@ TARGET uint32_t VEC(read)(const uint8_t *p, int64_t nbytes) {
     return read_scalar((const uint8_t *)words, VEC_BYTES) ^ read_scalar(p + i, nbytes - i);
 }
 
-TARGET float VEC(fma)(int64_t operations) {
+VEC_TARGET float VEC(fma)(int64_t operations) {
     vec x[CHAINS];
     for (int j = 0; j < CHAINS; j++) x[j] = vec_all((float)j); /* all different: equal ones would be one */
     for (int64_t i = 0; i < operations / (2 * CHAINS * LANES); i++)

@@ -6,69 +6,71 @@
 
 #define VEC(name) name##_avx512
 #define LANES 16
-#define TILE 8       /* many_tokens.c: tokens, times two registers of rows */
-#define BESIDE 2     /* fixed.c: blocks whose halves fill a register of words */
-#define TILE_ROWS 12 /* attention.c: x 2 registers, 24 of the 32 */
+#define MR 8              /* linear_gemm.c: tokens, times two registers of rows */
+#define BLOCKS_PER_STEP 2 /* quantized_activations.c: blocks whose halves fill a register of words */
+#define TILE_ROWS 12      /* attention.c: x 2 registers, 24 of the 32 */
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
-#define WORD static inline __attribute__((always_inline)) TARGET
+#define VEC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define VEC_INLINE static inline __attribute__((always_inline)) VEC_TARGET
 
 typedef __m512 vec;
 
-WORD vec vec_zero(void) { return _mm512_setzero_ps(); }
-WORD vec vec_all(float a) { return _mm512_set1_ps(a); }
-WORD vec vec_load(const void *p) { return _mm512_loadu_ps(p); }
-WORD void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
-WORD vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }
-WORD vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
-WORD vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
-WORD vec vec_div(vec a, vec b) { return _mm512_div_ps(a, b); }
-WORD vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-WORD vec vec_xor(vec a, vec b) { return _mm512_xor_ps(a, b); }
-WORD vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }
-WORD vec vec_round(vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+VEC_INLINE vec vec_zero(void) { return _mm512_setzero_ps(); }
+VEC_INLINE vec vec_all(float a) { return _mm512_set1_ps(a); }
+VEC_INLINE vec vec_load(const void *p) { return _mm512_loadu_ps(p); }
+VEC_INLINE void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
+VEC_INLINE vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+VEC_INLINE vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+VEC_INLINE vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+VEC_INLINE vec vec_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+VEC_INLINE vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+VEC_INLINE vec vec_xor(vec a, vec b) { return _mm512_xor_ps(a, b); }
+VEC_INLINE vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+VEC_INLINE vec vec_round(vec a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
-WORD vec vec_times_2_to(vec n, vec a) {
+VEC_INLINE vec vec_times_2_to(vec n, vec a) {
     const __m512i exponent = _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), exponent));
 }
-WORD vec vec_zero_below(vec x, vec limit, vec a) {
+VEC_INLINE vec vec_zero_below(vec x, vec limit, vec a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), a);
 }
 
-WORD vec vec_from_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
-WORD vec vec_from_bf16(const void *p) {
+VEC_INLINE vec vec_from_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+VEC_INLINE vec vec_from_bf16(const void *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
 }
-WORD void vec_store_f16(void *p, vec a) {
+VEC_INLINE void vec_store_f16(void *p, vec a) {
     _mm256_storeu_si256(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-WORD vec vec_times_complex(vec a, vec b) { /* the fused multiply-add times 1: there is no addsub here */
+VEC_INLINE vec vec_times_complex(vec a, vec b) { /* the fused multiply-add times 1: there is no addsub here */
     const vec crossed = _mm512_mul_ps(_mm512_permute_ps(a, 0xb1), _mm512_movehdup_ps(b));
     return _mm512_fmaddsub_ps(vec_all(1), _mm512_mul_ps(a, _mm512_moveldup_ps(b)), crossed);
 }
 
 /* First the two halves of each, then the tree of vec_avx2.h. */
-WORD __m256 halves_sum(vec a) {
+VEC_INLINE __m256 halves_sum(vec a) {
     return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
-WORD __m128 vec_sums(vec a, vec b, vec c, vec d) {
+VEC_INLINE __m128 vec_sums(vec a, vec b, vec c, vec d) {
     const __m256 ab = _mm256_hadd_ps(halves_sum(a), halves_sum(b)),
                  cd = _mm256_hadd_ps(halves_sum(c), halves_sum(d)), quarters = _mm256_hadd_ps(ab, cd);
     return _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
 }
 
-WORD float vec_sum(vec a) {
+VEC_INLINE float vec_sum(vec a) {
     const __m256 b = halves_sum(a);
     const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
     const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
     return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
 }
-WORD float vec_largest(vec a) { return _mm512_reduce_max_ps(a); }
+VEC_INLINE float vec_largest(vec a) { return _mm512_reduce_max_ps(a); }
 
 /* As in vec_avx2.h; then the four quarters. */
-WORD void vec_transpose(vec x[LANES]) {
+VEC_INLINE void vec_transpose(vec x[LANES]) {
     vec y[LANES];
     for (int i = 0; i < 16; i += 2) {
         y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
@@ -93,108 +95,118 @@ WORD void vec_transpose(vec x[LANES]) {
 
 typedef __m512i ints;
 
-WORD ints ints_zero(void) { return _mm512_setzero_si512(); }
-WORD ints ints_all(int32_t a) { return _mm512_set1_epi32(a); }
-WORD ints ints_load(const void *p) { return _mm512_loadu_si512(p); }
-WORD void ints_store(void *p, ints a) { _mm512_storeu_si512(p, a); }
-WORD ints ints_and(ints a, ints b) { return _mm512_and_si512(a, b); }
-WORD ints ints_or(ints a, ints b) { return _mm512_or_si512(a, b); }
-WORD ints ints_left(ints a, int n) { return _mm512_slli_epi32(a, n); }
-WORD ints ints_right(ints a, int n) { return _mm512_srli_epi32(a, n); }
-WORD ints ints_signed_right(ints a, int n) { return _mm512_srai_epi32(a, n); }
-WORD ints ints_max(ints a, ints b) { return _mm512_max_epi32(a, b); }
-WORD vec vec_from_ints(ints a) { return _mm512_cvtepi32_ps(a); }
-WORD ints ints_from_vec(vec a) { return _mm512_cvtps_epi32(a); }
-WORD ints bits_of_vec(vec a) { return _mm512_castps_si512(a); }
-WORD vec vec_of_bits(ints a) { return _mm512_castsi512_ps(a); }
-WORD int32_t ints_largest(ints a) { return _mm512_reduce_max_epi32(a); }
-WORD vec vec_from_low_f16(ints a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+VEC_INLINE ints ints_zero(void) { return _mm512_setzero_si512(); }
+VEC_INLINE ints ints_all(int32_t a) { return _mm512_set1_epi32(a); }
+VEC_INLINE ints ints_load(const void *p) { return _mm512_loadu_si512(p); }
+VEC_INLINE void ints_store(void *p, ints a) { _mm512_storeu_si512(p, a); }
+VEC_INLINE ints ints_and(ints a, ints b) { return _mm512_and_si512(a, b); }
+VEC_INLINE ints ints_or(ints a, ints b) { return _mm512_or_si512(a, b); }
+VEC_INLINE ints ints_left(ints a, int n) { return _mm512_slli_epi32(a, n); }
+VEC_INLINE ints ints_right(ints a, int n) { return _mm512_srli_epi32(a, n); }
+VEC_INLINE ints ints_signed_right(ints a, int n) { return _mm512_srai_epi32(a, n); }
+VEC_INLINE ints ints_max(ints a, ints b) { return _mm512_max_epi32(a, b); }
+VEC_INLINE vec vec_from_ints(ints a) { return _mm512_cvtepi32_ps(a); }
+VEC_INLINE ints ints_from_vec(vec a) { return _mm512_cvtps_epi32(a); }
+VEC_INLINE ints bits_of_vec(vec a) { return _mm512_castps_si512(a); }
+VEC_INLINE vec vec_of_bits(ints a) { return _mm512_castsi512_ps(a); }
+VEC_INLINE int32_t ints_largest(ints a) { return _mm512_reduce_max_epi32(a); }
+VEC_INLINE vec vec_from_low_f16(ints a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 
-WORD ints words_all(int a) { return _mm512_set1_epi16((int16_t)a); }
-WORD ints words_add(ints a, ints b) { return _mm512_add_epi16(a, b); }
-WORD ints words_mul(ints a, ints b) { return _mm512_mullo_epi16(a, b); }
-WORD ints words_left(ints a, int n) { return _mm512_slli_epi16(a, n); }
-WORD ints words_right(ints a, int n) { return _mm512_srli_epi16(a, n); }
-WORD ints words_signed_right(ints a, int n) { return _mm512_srai_epi16(a, n); }
+VEC_INLINE ints shorts_all(int a) { return _mm512_set1_epi16((int16_t)a); }
+VEC_INLINE ints shorts_add(ints a, ints b) { return _mm512_add_epi16(a, b); }
+VEC_INLINE ints shorts_mul(ints a, ints b) { return _mm512_mullo_epi16(a, b); }
+VEC_INLINE ints shorts_left(ints a, int n) { return _mm512_slli_epi16(a, n); }
+VEC_INLINE ints shorts_right(ints a, int n) { return _mm512_srli_epi16(a, n); }
+VEC_INLINE ints shorts_signed_right(ints a, int n) { return _mm512_srai_epi16(a, n); }
 /* Written out, because gcc 12 copies every sum of a loop to and fro around the intrinsic. */
-WORD ints dot_pairs(ints sum, ints a, ints b) {
+VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
     return sum;
 }
-WORD void store_words(int16_t *p, ints a) { _mm256_storeu_si256((void *)p, _mm512_cvtsepi32_epi16(a)); }
+VEC_INLINE void shorts_store_ints(int16_t *p, ints a) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtsepi32_epi16(a));
+}
 
-WORD __m256i two_runs(const uint8_t *p, int64_t next) {
+VEC_INLINE __m256i two_sixteens(const uint8_t *p, int64_t next) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
                                    _mm_loadu_si128((const void *)(p + next)), 1);
 }
-WORD ints runs_from_u8(const uint8_t *p, int64_t next) { return _mm512_cvtepu8_epi16(two_runs(p, next)); }
-WORD ints runs_from_i8(const uint8_t *p, int64_t next) { return _mm512_cvtepi8_epi16(two_runs(p, next)); }
-WORD ints runs_from_bits(const uint8_t *p, int64_t next) {
+VEC_INLINE ints sixteens_from_u8(const uint8_t *p, int64_t next) {
+    return _mm512_cvtepu8_epi16(two_sixteens(p, next));
+}
+VEC_INLINE ints sixteens_from_i8(const uint8_t *p, int64_t next) {
+    return _mm512_cvtepi8_epi16(two_sixteens(p, next));
+}
+VEC_INLINE ints sixteens_from_bits(const uint8_t *p, int64_t next) {
     return _mm512_maskz_set1_epi16(load_u16(p) | (uint32_t)load_u16(p + next) << 16, 1);
 }
 
 typedef __m256 vec_scales;
-WORD vec_scales scales_zero(void) { return _mm256_setzero_ps(); }
-WORD vec_scales scales_all(float a) { return _mm256_set1_ps(a); }
-WORD vec_scales scales_load(const float *p) { return _mm256_loadu_ps(p); }
-WORD void scales_store(float *p, vec_scales a) { _mm256_storeu_ps(p, a); }
-WORD vec_scales scales_mul(vec_scales a, vec_scales b) { return _mm256_mul_ps(a, b); }
-WORD vec_scales scales_fma(vec_scales a, vec_scales b, vec_scales c) { return _mm256_fmadd_ps(a, b, c); }
-WORD vec_scales scales_from_f16(const uint64_t halves[2]) {
+VEC_INLINE vec_scales scales_zero(void) { return _mm256_setzero_ps(); }
+VEC_INLINE vec_scales scales_all(float a) { return _mm256_set1_ps(a); }
+VEC_INLINE vec_scales scales_load(const float *p) { return _mm256_loadu_ps(p); }
+VEC_INLINE void scales_store(float *p, vec_scales a) { _mm256_storeu_ps(p, a); }
+VEC_INLINE vec_scales scales_mul(vec_scales a, vec_scales b) { return _mm256_mul_ps(a, b); }
+VEC_INLINE vec_scales scales_fma(vec_scales a, vec_scales b, vec_scales c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+VEC_INLINE vec_scales scales_from_f16(const uint64_t halves[2]) {
     return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)halves[1], (int64_t)halves[0]));
 }
-WORD vec runs_from_floats(const float *p) {
+VEC_INLINE vec sixteens_from_floats(const float *p) {
     return _mm512_mask_broadcastss_ps(_mm512_set1_ps(p[0]), 0xff00, _mm_load_ss(p + 1));
 }
 
-WORD ints bytes_all(int a) { return _mm512_set1_epi8((int8_t)a); }
-WORD ints dot_bytes(ints a, ints b) { return _mm512_maddubs_epi16(a, b); }
-WORD ints ints_or_and(ints a, ints b, ints mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }
-WORD ints ints_fours(int a, int b, int c, int d) {
+VEC_INLINE ints bytes_all(int a) { return _mm512_set1_epi8((int8_t)a); }
+VEC_INLINE ints dot_bytes(ints a, ints b) { return _mm512_maddubs_epi16(a, b); }
+VEC_INLINE ints ints_or_and(ints a, ints b, ints mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }
+VEC_INLINE ints ints_fours(int a, int b, int c, int d) {
     return _mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
 }
 #define ints_order(v, a, b, c, d) _mm512_shuffle_epi32(v, (a) | (b) << 2 | (c) << 4 | (d) << 6)
-WORD ints ints_right_each(ints a, ints n) { return _mm512_srlv_epi32(a, n); }
-WORD ints words_from_upper_u8(ints a) { return _mm512_unpackhi_epi8(a, ints_zero()); }
-WORD ints words_from_16_i8(const uint8_t *p) {
+VEC_INLINE ints ints_right_each(ints a, ints n) { return _mm512_srlv_epi32(a, n); }
+VEC_INLINE ints shorts_from_upper_u8(ints a) { return _mm512_unpackhi_epi8(a, ints_zero()); }
+VEC_INLINE ints shorts_from_16_i8(const uint8_t *p) {
     return _mm512_zextsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)));
 }
-WORD ints words_load_16(const int16_t *p) {
+VEC_INLINE ints shorts_load_16(const int16_t *p) {
     return _mm512_zextsi256_si512(_mm256_loadu_si256((const void *)p));
 }
-WORD ints runs_of_16(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
-WORD ints runs_of_32(const uint8_t *p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)p)); }
-WORD ints runs_left(ints a, int n, int m) { /* turned, which is as good and takes any n */
+VEC_INLINE ints repeat_16_bytes(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
+VEC_INLINE ints repeat_32_bytes(const uint8_t *p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)p));
+}
+VEC_INLINE ints repeated_left(ints a, int n, int m) { /* turned, which is as good and takes any n */
     return _mm512_rolv_epi32(a, _mm512_mask_mov_epi32(ints_all(n), 0xff00, ints_all(m)));
 }
 /* For vpshufb: in each word of quarter i places[i], two numbers of a byte; 0x80 gives a zero. */
-WORD ints in_quarters(const uint64_t places[4]) {
+VEC_INLINE ints in_quarters(const uint64_t places[4]) {
     int64_t eights[4];
     for (int i = 0; i < 4; i++) eights[i] = (int64_t)(places[i] * 0x0001000100010001);
     return _mm512_setr_epi64(eights[0], eights[0], eights[1], eights[1], eights[2], eights[2], eights[3],
                              eights[3]);
 }
-WORD ints words_of_u8(ints runs, uint64_t i) {
+VEC_INLINE ints shorts_repeat_u8(ints runs, uint64_t i) {
     const uint64_t places[4] = {0x8000 + i, 0x8000 + i, 0x8001 + i, 0x8001 + i};
     return _mm512_shuffle_epi8(runs, in_quarters(places));
 }
-WORD ints words_of_i8(ints runs, uint64_t i) {
+VEC_INLINE ints shorts_repeat_i8(ints runs, uint64_t i) {
     const uint64_t places[4] = {0x80 + (i << 8), 0x180 + (i << 8), 0x280 + (i << 8), 0x380 + (i << 8)};
-    return words_signed_right(_mm512_shuffle_epi8(runs, in_quarters(places)), 8);
+    return shorts_signed_right(_mm512_shuffle_epi8(runs, in_quarters(places)), 8);
 }
-WORD ints rows_of_16(const uint8_t *const w[4], int64_t at) {
+VEC_INLINE ints rows_of_16(const uint8_t *const w[4], int64_t at) {
     ints rows = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(w[0] + at)));
     rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(w[1] + at)), 1);
     rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(w[2] + at)), 2);
     return _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(w[3] + at)), 3);
 }
-WORD vec fours_from_floats(const float *p) {
+VEC_INLINE vec fours_from_floats(const float *p) {
     const __m512i own = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
     return _mm512_permutexvar_ps(own, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
 }
 
-WORD ints rows_u32(const uint8_t *p, ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
-WORD void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {
+VEC_INLINE ints rows_u32(const uint8_t *p, ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
+VEC_INLINE void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {
     ints r[4];
     for (int i = 0; i < 4; i++) {
         r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(p + at[i])));

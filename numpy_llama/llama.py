@@ -277,7 +277,7 @@ def load(
     dtype: None keeps the weights as they are stored; numpy.float32 or numpy.float64 (backend "numpy" only)
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
     exact: the C kernels multiply float32 numbers as they are and keep a cache of float32, for reference work;
-    else activations are rounded to 14 bits (csrc/fixed.c), which is faster. NumPy's path is always exact.
+    else activations are quantized to 14 bits, which is faster. NumPy's path is always exact.
     max_seq_len: the context, where it is to be smaller than the file's; with a dynamic RoPE scaling it may be
     larger. Its size chooses between LongRoPE's two sets of angles (`numpy-llama info` prints which).
     What does not fit into memory is refused before it is begun. progress(what, done, total) counts bytes.

@@ -202,7 +202,7 @@ def quantize_q5_1(x):
 def fixed_point(x, block):
     """x rounded to 14 bits: whole numbers of -8191..8191 times one scale for each `block` of a row.
 
-    What csrc/fixed.c makes of activations before it multiplies them: blocks of 32, for K formats of 256.
+    csrc/quantized_activations.c rounds activations in this way: in blocks of 32, for K formats of 256.
     """
     x = np.asarray(x, np.float32)
     blocks = x.reshape(*x.shape[:-1], -1, block)

@@ -135,9 +135,9 @@ def compiler() -> str:
     return ffi.string(lib.nl_compiler()).decode()
 
 
-def is_fixed(format: Format, T: int) -> bool:
+def quantizes_activations(format: Format, T: int) -> bool:
     """Whether `linear` rounds T tokens to 14 bits before it multiplies them with weights of that format."""
-    return bool(lib.nl_is_fixed(format.code, T))
+    return bool(lib.nl_quantizes_activations(format.code, T))
 
 
 def read_probe(arrays: Sequence[np.ndarray], threads: int) -> int:
@@ -226,8 +226,8 @@ class FusedWeights(InPlace):
 class Kernels(InPlace):
     """The two twins, bound to a number of threads. The number never changes a result.
 
-    `exact`: every weight and every activation is multiplied as the float32 it is. Otherwise x is rounded to
-    14 bits in blocks, and multiplied as whole numbers: linear(x rounded, w), see csrc/fixed.c.
+    `exact`: every weight and every activation is multiplied as the float32 it is. Otherwise activations are
+    quantized to 14 bits (csrc/quantized_activations.c): linear(x rounded, w).
     """
 
     def __init__(self, threads: int | None = None, exact: bool = False):
@@ -264,8 +264,8 @@ class Kernels(InPlace):
         threads = self._share(T * OUT * w.width)
         multiply = lib.nl_linear_exact if self.exact else lib.nl_linear
         operand = ffi.from_buffer("float[]", x)
-        if not self.exact and is_fixed(w.format, T):
-            multiply, operand = lib.nl_linear_fixed, self._fixed(operand, w, T, threads)
+        if not self.exact and quantizes_activations(w.format, T):
+            multiply, operand = lib.nl_linear_quantized, self._quantize_activations(operand, w, T, threads)
         y_pointer = ffi.from_buffer("float[]", y, require_writable=True)
         rows = max(WORK_PER_CALL // (T * w.width * PANEL_ROWS), 1) * PANEL_ROWS * threads
         for begin in range(0, OUT, rows):
@@ -274,11 +274,12 @@ class Kernels(InPlace):
         return y if w.row_order is None else y.take(w.row_order, axis=-1)  # in one piece, as RoPE needs it
 
     @staticmethod
-    def _fixed(x, w: KernelWeight, T: int, threads: int):
-        """x in fixed point, in the layout that this weight's format wants."""
-        fixed = ffi.from_buffer(np.empty(lib.nl_fixed_bytes(T, w.width), np.uint8), require_writable=True)
-        lib.nl_fixed(fixed, x, w.format.code, T, w.width, threads)
-        return fixed
+    def _quantize_activations(x, w: KernelWeight, T: int, threads: int):
+        """x quantized to 14 bits, in the layout that the loops over this weight's format read."""
+        room = np.empty(lib.nl_activations_bytes(T, w.width), np.uint8)
+        activations = ffi.from_buffer(room, require_writable=True)
+        lib.nl_quantize_activations(activations, x, w.format.code, T, w.width, threads)
+        return activations
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""

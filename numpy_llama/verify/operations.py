@@ -13,7 +13,7 @@ import numpy as np
 from .. import functional as F
 from ..backend.formats import QK, StoredTensor, fixed_point
 from ..backend.fused import FusedBlock, fused_weights
-from ..backend.kernels import Kernels, KernelWeight, is_fixed
+from ..backend.kernels import Kernels, KernelWeight, quantizes_activations
 from ..cache import KVCache
 from ..checkpoint import Checkpoint
 from ..config import ModelArgs
@@ -53,10 +53,10 @@ class C:
     def linear(self, x, w: StoredTensor, dense, y) -> Iterator[tuple]:
         """-> what was found, what is right, and the bound: for the prompt, and for its last token."""
         packed, T = KernelWeight(w), x.shape[1]
-        fixed = not self.exact and is_fixed(w.format, T)
+        fixed = not self.exact and quantizes_activations(w.format, T)
         right = F.linear(_rounded(x, max(w.format.block, QK)), dense) if fixed else y
         yield self.kernels.linear(x, packed), right, bounds.linear(x[0], dense, w.format, fixed)
-        fixed = not self.exact and is_fixed(w.format, 1)
+        fixed = not self.exact and quantizes_activations(w.format, 1)
         right, x = (right if fixed else y)[:, -1:], x[:, -1:]
         yield self.kernels.linear(x, packed), right, bounds.linear(x[0], dense, w.format, fixed)
 

@@ -1,4 +1,4 @@
-"""linear in fixed point (csrc/fixed.c): x rounded as NumPy rounds it, and y = linear(x rounded, w) within the
+"""linear with quantized activations: x rounded as NumPy rounds it, and y = linear(x rounded, w) within the
 rounding of its float32 sums, on every instruction set that this machine has.
 """
 
@@ -25,7 +25,7 @@ from numpy_llama.backend.formats import FORMATS, QK, X_MAX, StoredTensor, fixed_
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.proof.bounds import U32, assert_within
 
-FEW = lib.NL_FEW
+FEW = lib.NL_GEMV_TOKENS
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
 
@@ -109,8 +109,9 @@ def test_x_is_rounded_as_numpy_rounds(rng):
     x = (rng.standard_normal((7, 512)) * 10.0 ** rng.integers(-40, 38, (7, 512))).astype(np.float32)
     x[0], x[1, 3] = 0, 1e-35
     for format in (FORMATS["Q4_0"], FORMATS["Q4_K"]):
-        out = np.zeros(lib.nl_fixed_bytes(*x.shape) // 4, np.float32)
-        lib.nl_fixed(ffi.from_buffer(out), ffi.from_buffer("float[]", x), format.code, *x.shape, 1)
+        out = np.zeros(lib.nl_activations_bytes(*x.shape) // 4, np.float32)
+        x_, out_ = ffi.from_buffer("float[]", x), ffi.from_buffer(out)
+        lib.nl_quantize_activations(out_, x_, format.code, *x.shape, 1)
         np.testing.assert_array_equal(out[: x.size].reshape(x.shape), fixed_point(x, x_block(format)))
     kernels.use_isa(before)
 
@@ -212,9 +213,9 @@ def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
         w = StoredTensor(w.format, w.shape, guarded.copy(w.data, at_end))
         x = guarded.copy(rng.standard_normal((T, IN), dtype=np.float32), at_end)
         y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
-        room = guarded.copy(np.zeros(lib.nl_fixed_bytes(T, IN), np.uint8), at_end)
+        room = guarded.copy(np.zeros(lib.nl_activations_bytes(T, IN), np.uint8), at_end)
         y_, x_, w_, room_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data, room))
-        lib.nl_fixed(room_, x_, format.code, T, IN, 2)
-        lib.nl_linear_fixed(y_, room_, w_, format.code, T, OUT, IN, 0, OUT, 2)
+        lib.nl_quantize_activations(room_, x_, format.code, T, IN, 2)
+        lib.nl_linear_quantized(y_, room_, w_, format.code, T, OUT, IN, 0, OUT, 2)
         expected, bound = expected_and_bound(x, w, isa)
         assert_within(y, expected, bound)

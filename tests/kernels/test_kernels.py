@@ -38,7 +38,7 @@ from numpy_llama.errors import MismatchError, ParameterError
 from numpy_llama.proof.blocks import all_pairs_of_scales, packed_scales
 from numpy_llama.proof.bounds import U32, assert_within, g
 
-CHUNK = 256  # csrc/many_tokens.c: so many products are summed one after another, and then such chunks
+CHUNK = 256  # csrc/linear_gemm.c: as many products are summed one after another, and then such chunks
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
 

@@ -495,7 +495,7 @@ BUGS = [
     Bug(
         "minima of a K format forgotten",
         "paiml/aprender#3105; ggml-org/llama.cpp#1117",
-        "csrc/few_tokens.c",
+        "csrc/linear_gemv.c",
         "*to = vec_fma(vec_from_ints(of_both), vec_mul(d,",
         "*to = vec_fma(vec_zero(), vec_mul(d,",
         "tests/kernels/test_fixed.py",

@@ -162,25 +162,25 @@ static void linear_in(int way) {
     const int64_t IN = number(1, is_k(format) ? 4 : 20) * weights;
     int64_t OUT = number(1, 80);
     if (T * OUT * IN > 1 << 15) OUT = (1 << 15) / (T * IN) + 1;
-    if (way == FIXED && !nl_is_fixed(format, T)) return;
+    if (way == FIXED && !nl_quantizes_activations(format, T)) return;
     uint8_t *w = stored(format, OUT * IN, (int)number(0, KINDS - 1));
     float *x = floats(T * IN, x_kind), *y = room(4 * T * OUT);
     const int64_t cut = number(0, OUT);
     float *rounded = x; /* what x becomes in fixed point */
     void *fixed = NULL;
     if (way == FIXED) {
-        fixed = room(nl_fixed_bytes(T, IN));
-        rounded = room(nl_fixed_bytes(T, IN));
-        nl_fixed(fixed, x, format, T, IN, 1);
+        fixed = room(nl_activations_bytes(T, IN));
+        rounded = room(nl_activations_bytes(T, IN));
+        nl_quantize_activations(fixed, x, format, T, IN, 1);
         nl_use_isa("scalar"); /* whose fixed point are floats */
-        nl_fixed(rounded, x, format, T, IN, 1);
+        nl_quantize_activations(rounded, x, format, T, IN, 1);
         nl_use_isa(isa);
     }
     for (int part = 0; part < 2; part++) {
         const int64_t begin = part ? cut : 0, end = part ? OUT : cut;
         if (begin == end) continue;
         if (way == FIXED)
-            nl_linear_fixed(y, fixed, w, format, T, OUT, IN, begin, end, 1);
+            nl_linear_quantized(y, fixed, w, format, T, OUT, IN, begin, end, 1);
         else
             (way == EXACT ? nl_linear_exact : nl_linear)(y, x, w, format, T, OUT, IN, begin, end, 1);
     }

@@ -43,8 +43,8 @@ PLANTED = {
     "address": ("csrc/quantize.c", "w[i] = weight(format, p, 0, i);", "w[i] = weight(format, p, 0, i + 1);"),
     "undefined": (
         "csrc/linear.c",
-        "int64_t nl_fixed_bytes(int64_t T, int64_t IN) {",
-        "int64_t nl_fixed_bytes(int64_t T, int64_t IN) {\n    static volatile int most = 2147483647;\n"
+        "int64_t nl_activations_bytes(int64_t T, int64_t IN) {",
+        "int64_t nl_activations_bytes(int64_t T, int64_t IN) {\n    static volatile int most = 2147483647;\n"
         "    most = most + (int)(T > 0);",
     ),
     "thread": ("csrc/layer.c", "#pragma omp barrier", ""),

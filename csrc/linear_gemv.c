@@ -7,14 +7,15 @@
  *
  * A row's IN products are summed in lanes, in ascending order; lanes are summed in one tree (vec_sums). A
  * block of 18 bytes (Q4_0) must take no longer than memory takes to bring it: at 13 GB/s a thread 1.4 ns, 4
- * cycles. What is unpacked serves all T tokens, and from some five on the panel of many_tokens.c is faster.
+ * cycles. What is unpacked serves all T tokens, and from some five on the panel of linear_gemm.c is faster.
  *
  * Compiled from avx2.c and avx512.c. tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to
  * NumPy. */
 #include "dispatch.h"
 #include "vec.h"
 
-WORD void four_rows(const uint8_t *w[4], const linear_args *a, int64_t r, int64_t quarter, int64_t end) {
+VEC_INLINE void row_pointers(const uint8_t *w[4], const linear_args *a, int64_t r, int64_t quarter,
+                             int64_t end) {
     const int64_t row_bytes = a->IN / block_weights(a->format) * block_bytes(a->format);
     for (int i = 0; i < 4; i++) {
         const int64_t row = r + i * quarter; /* those beyond the end read the last row again */
@@ -24,27 +25,27 @@ WORD void four_rows(const uint8_t *w[4], const linear_args *a, int64_t r, int64_
 
 /* The processor fetches ahead by itself only within a page of 4 KB, and too late for rows that are read by a
  * few bytes between much arithmetic: 2 KB ahead decode 10-20% faster. */
-WORD void ask_ahead(const uint8_t *p, int64_t bytes) {
+VEC_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + 2048 + i);
 }
 
 /* ---------------------------------------------------------------- floats: F32, F16, BF16 */
 
-WORD vec floats_of(const int format, const uint8_t *p) {
+VEC_INLINE vec floats_of(const int format, const uint8_t *p) {
     return format == F32 ? vec_load(p) : format == F16 ? vec_from_f16(p) : vec_from_bf16(p);
 }
 
-WORD void four_rows_floats(const int format, const int64_t T, const linear_args *a, int64_t r,
-                           int64_t quarter, int64_t end) {
+VEC_INLINE void gemv_floats_4_rows(const int format, const int64_t T, const linear_args *a, int64_t r,
+                                   int64_t quarter, int64_t end) {
     const int64_t bytes = block_bytes(format) / QK;
     const float *x = a->x;
     const uint8_t *w[4];
-    vec sum[FEW][4];
+    vec sum[GEMV_TOKENS][4];
     for (int64_t t = 0; t < T; t++)
         for (int i = 0; i < 4; i++) sum[t][i] = vec_zero();
-    four_rows(w, a, r, quarter, end);
+    row_pointers(w, a, r, quarter, end);
     for (int64_t b = 0; b < a->IN; b += QK) {
-        for (int i = 0; i < 4; i++) ask_ahead(w[i] + b * bytes, QK * bytes);
+        for (int i = 0; i < 4; i++) prefetch(w[i] + b * bytes, QK * bytes);
         for (int64_t k = b; k < b + QK; k += LANES)
             for (int i = 0; i < 4; i++) {
                 const vec floats = floats_of(format, w[i] + k * bytes);
@@ -61,14 +62,14 @@ WORD void four_rows_floats(const int format, const int64_t T, const linear_args 
 }
 
 /* Each number of tokens is a constant to its loop, so that its sums are registers. */
-#define EACH_FEW(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#define EACH_GEMV_T(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
 
-WORD void few_tokens_floats(const int format, const linear_args *a, int64_t begin, int64_t end) {
+VEC_INLINE void gemv_floats(const int format, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t quarter = (end - begin + 3) / 4;
     for (int64_t r = begin; r < begin + quarter; r++) switch (a->T) {
 #define CASE(T)                                                                                              \
-    case T: four_rows_floats(format, T, a, r, quarter, end); break;
-            EACH_FEW(CASE)
+    case T: gemv_floats_4_rows(format, T, a, r, quarter, end); break;
+            EACH_GEMV_T(CASE)
 #undef CASE
         }
 }
@@ -77,28 +78,28 @@ WORD void few_tokens_floats(const int format, const linear_args *a, int64_t begi
  *
  * A lane holds the sum over its places of a block; it is scaled as a float. */
 
-/* The first and the second sixteen weights of each of BESIDE blocks: q' without its zero point. */
-WORD void halves_of(const int format, ints half[2], const uint8_t *p, int64_t next) {
+/* The first and the second sixteen weights of each of BLOCKS_PER_STEP blocks: q' without its zero point. */
+VEC_INLINE void unpack_halves(const int format, ints half[2], const uint8_t *p, int64_t next) {
     const int start = format == Q8_0 ? 2 : format == Q4_0 ? 2 : format == Q4_1 ? 4 : format == Q5_0 ? 6 : 8;
     if (format == Q8_0) {
-        half[0] = runs_from_i8(p + start, next);
-        half[1] = runs_from_i8(p + start + 16, next);
+        half[0] = sixteens_from_i8(p + start, next);
+        half[1] = sixteens_from_i8(p + start + 16, next);
         return;
     }
-    const ints bytes = runs_from_u8(p + start, next);
-    half[0] = ints_and(bytes, words_all(15));
-    half[1] = words_right(bytes, 4);
+    const ints bytes = sixteens_from_u8(p + start, next);
+    half[0] = ints_and(bytes, shorts_all(15));
+    half[1] = shorts_right(bytes, 4);
     if (format == Q5_0 || format == Q5_1)
         for (int i = 0; i < 2; i++)
-            half[i] = ints_or(half[i], words_left(runs_from_bits(p + start - 4 + 2 * i, next), 4));
+            half[i] = ints_or(half[i], shorts_left(sixteens_from_bits(p + start - 4 + 2 * i, next), 4));
 }
 
 /* The float16 at p of the step's blocks of four rows, as floats: row beside row. */
-WORD vec_scales four_rows_f16(const uint8_t *const w[4], int64_t at, int64_t next) {
+VEC_INLINE vec_scales load_f16_of_4_rows(const uint8_t *const w[4], int64_t at, int64_t next) {
     uint64_t halves[2] = {0, 0};
     for (int i = 0; i < 4; i++)
-        for (int j = 0; j < BESIDE; j++) {
-            const int place = i * BESIDE + j;
+        for (int j = 0; j < BLOCKS_PER_STEP; j++) {
+            const int place = i * BLOCKS_PER_STEP + j;
             halves[place / 4] |= (uint64_t)load_u16(w[i] + at + j * next) << 16 * (place % 4);
         }
     return scales_from_f16(halves);
@@ -111,15 +112,15 @@ typedef struct {
     vec_scales minima;
 } token_sums;
 
-/* A step of four rows: BESIDE blocks of each. */
-WORD void block_sums(const int format, const int64_t T, token_sums *sums, const uint8_t *const w[4],
-                     int64_t at, int64_t next, const one_fixed *x, int64_t step) {
-    const vec_scales d = four_rows_f16(w, at, next);
-    const vec_scales m = has_minima(format) ? four_rows_f16(w, at + 2, next) : scales_zero();
-    float scale[FEW][4 * BESIDE];
+/* A step of four rows: BLOCKS_PER_STEP blocks of each. */
+VEC_INLINE void block_sums(const int format, const int64_t T, token_sums *sums, const uint8_t *const w[4],
+                           int64_t at, int64_t next, const gemv_activations *x, int64_t step) {
+    const vec_scales d = load_f16_of_4_rows(w, at, next);
+    const vec_scales m = has_minima(format) ? load_f16_of_4_rows(w, at + 2, next) : scales_zero();
+    float scale[GEMV_TOKENS][4 * BLOCKS_PER_STEP];
     for (int64_t t = 0; t < T; t++) {
-        const vec_scales of_x = scales_load(x[t].sums + step * 4 * BESIDE);
-        const vec_scales both = scales_mul(d, scales_load(x[t].dx + step * 4 * BESIDE));
+        const vec_scales of_x = scales_load(x[t].sums + step * 4 * BLOCKS_PER_STEP);
+        const vec_scales both = scales_mul(d, scales_load(x[t].dx + step * 4 * BLOCKS_PER_STEP));
         if (has_minima(format)) sums[t].minima = scales_fma(m, of_x, sums[t].minima);
         if (zero_of(format)) sums[t].minima = scales_fma(both, of_x, sums[t].minima);
         scales_store(scale[t], both);
@@ -127,13 +128,13 @@ WORD void block_sums(const int format, const int64_t T, token_sums *sums, const 
     STAYS_STORED(scale);
     for (int i = 0; i < 4; i++) {
         ints half[2];
-        halves_of(format, half, w[i] + at, next);
+        unpack_halves(format, half, w[i] + at, next);
         for (int64_t t = 0; t < T; t++) {
             const int16_t *words = x[t].words + step * 4 * LANES;
             const ints dot = dot_pairs(dot_pairs(ints_zero(), half[0], ints_load(words)), half[1],
                                        ints_load(words + 2 * LANES));
-            sums[t].rows[i] =
-                vec_fma(vec_from_ints(dot), runs_from_floats(scale[t] + i * BESIDE), sums[t].rows[i]);
+            sums[t].rows[i] = vec_fma(vec_from_ints(dot),
+                                      sixteens_from_floats(scale[t] + i * BLOCKS_PER_STEP), sums[t].rows[i]);
         }
     }
 }
@@ -148,17 +149,20 @@ WORD void block_sums(const int format, const int64_t T, token_sums *sums, const 
  * sub-scales in pairs to 32 bits. Sums over hi and over lo are floats before they meet. */
 
 /* Weights k .. k + 4 LANES of a block: bytes 0 .. 15, 31 or 63. */
-WORD ints k_bytes(const int format, const uint8_t *p, int k) {
+VEC_INLINE ints unpack_k_bytes(const int format, const uint8_t *p, int k) {
     const int s = k / QK; /* of the eight runs of 32; AVX-512 takes s + 1 beside it */
     if (format == Q6_K) {
-        const ints low = ints_load(p + s / 4 * 64 + s % 2 * 32), upper = runs_of_32(p + 128 + s / 4 * 32);
+        const ints low = ints_load(p + s / 4 * 64 + s % 2 * 32),
+                   upper = repeat_32_bytes(p + 128 + s / 4 * 32);
         const int to = 4 - s % 4 * 2; /* bits 2 (s % 4) and the next become bits 4 and 5 */
         return ints_or_and(ints_and(ints_right(low, s % 4 / 2 * 4), bytes_all(15)),
-                           runs_left(upper, to, to - 2), bytes_all(48));
+                           repeated_left(upper, to, to - 2), bytes_all(48));
     }
-    const ints pairs = runs_of_32(p + 16 + (format == Q5_K ? 32 : 0) + s / 2 * 32);
-    const ints q = ints_and(runs_left(pairs, -(s % 2 * 4), -4), bytes_all(15));
-    return format == Q5_K ? ints_or_and(q, runs_left(runs_of_32(p + 16), 4 - s, 3 - s), bytes_all(16)) : q;
+    const ints pairs = repeat_32_bytes(p + 16 + (format == Q5_K ? 32 : 0) + s / 2 * 32);
+    const ints q = ints_and(repeated_left(pairs, -(s % 2 * 4), -4), bytes_all(15));
+    return format == Q5_K
+               ? ints_or_and(q, repeated_left(repeat_32_bytes(p + 16), 4 - s, 3 - s), bytes_all(16))
+               : q;
 }
 
 /* Of LANES / 4 rows the 16 bytes at which a block of Q4_K or Q5_K begins, as 32 bits each:
@@ -166,7 +170,7 @@ WORD ints k_bytes(const int format, const uint8_t *p, int k) {
  *     d, dmin    sc 0-3, of sc 4-7 the upper 2 bits    the same of m    of sc 4-7 and m 4-7 the low 4 bits
  *
  * -> eight sub-scales, eight minima: a byte each. */
-WORD ints k_scales(ints head) {
+VEC_INLINE ints k_scales(ints head) {
     const ints low = ints_right_each(ints_order(head, 1, 3, 2, 3), ints_fours(0, 0, 0, 4));
     const ints upper = ints_right(ints_order(head, 1, 1, 2, 2), 2);
     return ints_or_and(ints_and(low, ints_fours(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)), upper,
@@ -174,18 +178,18 @@ WORD ints k_scales(ints head) {
 }
 
 /* The minima of a block of Q4_K or Q5_K, of four rows; -> their sub-scales. */
-WORD void k_minima(uint8_t scales[4][16], const int64_t T, token_sums *sums, const uint8_t *const w[4],
-                   int64_t at, const one_fixed *x, int64_t b) {
-    float dmin[4 * BESIDE];
-    scales_store(dmin, four_rows_f16(w, at + 2, 0));
+VEC_INLINE void k_minima(uint8_t scales[4][16], const int64_t T, token_sums *sums, const uint8_t *const w[4],
+                         int64_t at, const gemv_activations *x, int64_t b) {
+    float dmin[4 * BLOCKS_PER_STEP];
+    scales_store(dmin, load_f16_of_4_rows(w, at + 2, 0));
     for (int i = 0; i < 4; i += LANES / 4) {
-        const ints both = k_scales(rows_of_16(w + i, at)), m = words_from_upper_u8(both);
-        const vec d = fours_from_floats(dmin + i * BESIDE);
+        const ints both = k_scales(rows_of_16(w + i, at)), m = shorts_from_upper_u8(both);
+        const vec d = fours_from_floats(dmin + i * BLOCKS_PER_STEP);
         ints_store(scales[i], both);
         for (int64_t t = 0; t < T; t++) {
             const int16_t *sums_hi = x[t].k_sums + 32 * b, *sums_lo = sums_hi + 16;
-            const ints of_hi = dot_pairs(ints_zero(), m, runs_of_16(sums_hi));
-            const ints of_both = dot_pairs(ints_left(of_hi, 7), m, runs_of_16(sums_lo));
+            const ints of_hi = dot_pairs(ints_zero(), m, repeat_16_bytes(sums_hi));
+            const ints of_both = dot_pairs(ints_left(of_hi, 7), m, repeat_16_bytes(sums_lo));
             vec *to = &sums[t].sub_minima[i * 4 / LANES];
             *to = vec_fma(vec_from_ints(of_both), vec_mul(d, vec_all(x[t].dx[b])), *to);
         }
@@ -193,11 +197,11 @@ WORD void k_minima(uint8_t scales[4][16], const int64_t T, token_sums *sums, con
 }
 
 /* A block of four rows. */
-WORD void k_block_sums(const int format, const int64_t T, token_sums *sums, const uint8_t *const w[4],
-                       int64_t at, const one_fixed *x, int64_t b) {
+VEC_INLINE void k_block_sums(const int format, const int64_t T, token_sums *sums, const uint8_t *const w[4],
+                             int64_t at, const gemv_activations *x, int64_t b) {
     enum { PIECES = QK_K / (4 * LANES) };
-    const vec_scales d = four_rows_f16(w, at + (format == Q6_K ? 208 : 0), 0);
-    float d_lo[FEW][4 * BESIDE], d_hi[FEW][4 * BESIDE];
+    const vec_scales d = load_f16_of_4_rows(w, at + (format == Q6_K ? 208 : 0), 0);
+    float d_lo[GEMV_TOKENS][4 * BLOCKS_PER_STEP], d_hi[GEMV_TOKENS][4 * BLOCKS_PER_STEP];
     for (int64_t t = 0; t < T; t++) {
         const vec_scales both = scales_mul(d, scales_all(x[t].dx[b]));
         scales_store(d_lo[t], both);
@@ -210,21 +214,21 @@ WORD void k_block_sums(const int format, const int64_t T, token_sums *sums, cons
     STAYS_STORED(scales);
     for (int i = 0; i < 4; i++) {
         const uint8_t *p = w[i] + at;
-        const ints sc = runs_of_16(format == Q6_K ? p + 192 : scales[i]);
+        const ints sc = repeat_16_bytes(format == Q6_K ? p + 192 : scales[i]);
         ints q[PIECES], own[PIECES];
 #pragma GCC unroll 8 /* every shift and every shuffle gets its constant */
         for (int k = 0; k < PIECES; k++) {
-            q[k] = k_bytes(format, p, k * 4 * LANES);
-            own[k] =
-                format == Q6_K ? words_of_i8(sc, k * 4 * LANES / 16) : words_of_u8(sc, k * 4 * LANES / 32);
+            q[k] = unpack_k_bytes(format, p, k * 4 * LANES);
+            own[k] = format == Q6_K ? shorts_repeat_i8(sc, k * 4 * LANES / 16)
+                                    : shorts_repeat_u8(sc, k * 4 * LANES / 32);
         }
         for (int64_t t = 0; t < T; t++) {
             const int8_t *hi = x[t].bytes + 2 * QK_K * b, *lo = hi + QK_K;
             ints dot_hi = ints_zero(), dot_lo = ints_zero();
             if (format == Q6_K) { /* what q' is more than it stands for, 32 */
-                const ints all = words_from_16_i8(p + 192);
-                dot_hi = dot_pairs(dot_hi, all, words_load_16(x[t].k_sums + 32 * b));
-                dot_lo = dot_pairs(dot_lo, all, words_load_16(x[t].k_sums + 32 * b + 16));
+                const ints all = shorts_from_16_i8(p + 192);
+                dot_hi = dot_pairs(dot_hi, all, shorts_load_16(x[t].k_sums + 32 * b));
+                dot_lo = dot_pairs(dot_lo, all, shorts_load_16(x[t].k_sums + 32 * b + 16));
             }
 #pragma GCC unroll 8
             for (int k = 0; k < PIECES; k++) {
@@ -232,35 +236,35 @@ WORD void k_block_sums(const int format, const int64_t T, token_sums *sums, cons
                 dot_lo = dot_pairs(dot_lo, dot_bytes(q[k], ints_load(lo + k * 4 * LANES)), own[k]);
             }
             vec *to = &sums[t].rows[i];
-            *to = vec_fma(vec_from_ints(dot_hi), vec_all(d_hi[t][i * BESIDE]), *to);
-            *to = vec_fma(vec_from_ints(dot_lo), vec_all(d_lo[t][i * BESIDE]), *to);
+            *to = vec_fma(vec_from_ints(dot_hi), vec_all(d_hi[t][i * BLOCKS_PER_STEP]), *to);
+            *to = vec_fma(vec_from_ints(dot_lo), vec_all(d_lo[t][i * BLOCKS_PER_STEP]), *to);
         }
     }
 }
 
 /* Four rows of T tokens. */
-WORD void four_rows_fixed(const int format, const int64_t T, const linear_args *a, const one_fixed *x,
-                          int64_t r, int64_t quarter, int64_t end) {
+VEC_INLINE void gemv_quantized_4_rows(const int format, const int64_t T, const linear_args *a,
+                                      const gemv_activations *x, int64_t r, int64_t quarter, int64_t end) {
     const int64_t weights = block_weights(format), bytes = block_bytes(format), blocks = a->IN / weights;
     const uint8_t *w[4];
-    token_sums sums[FEW];
+    token_sums sums[GEMV_TOKENS];
     for (int64_t t = 0; t < T; t++) {
         for (int i = 0; i < 4; i++) sums[t].rows[i] = vec_zero();
         for (int i = 0; i < 16 / LANES; i++) sums[t].sub_minima[i] = vec_zero();
         sums[t].minima = scales_zero();
     }
-    four_rows(w, a, r, quarter, end);
-    for (int64_t b = 0; b < blocks; b += is_k(format) ? 1 : BESIDE) {
+    row_pointers(w, a, r, quarter, end);
+    for (int64_t b = 0; b < blocks; b += is_k(format) ? 1 : BLOCKS_PER_STEP) {
         const int64_t at = b * bytes, next = b + 1 < blocks ? bytes : 0;
-        for (int i = 0; i < 4; i++) ask_ahead(w[i] + at, is_k(format) ? bytes : BESIDE * bytes);
+        for (int i = 0; i < 4; i++) prefetch(w[i] + at, is_k(format) ? bytes : BLOCKS_PER_STEP * bytes);
         if (is_k(format))
             k_block_sums(format, T, sums, w, at, x, b);
         else /* beside the last block lies itself, with dx = 0 */
-            block_sums(format, T, sums, w, at, next, x, b / BESIDE);
+            block_sums(format, T, sums, w, at, next, x, b / BLOCKS_PER_STEP);
     }
     for (int64_t t = 0; t < T; t++) {
         float four[4], more[16];
-        const int each = is_k(format) ? 4 : BESIDE;
+        const int each = is_k(format) ? 4 : BLOCKS_PER_STEP;
         _mm_storeu_ps(four, vec_sums(sums[t].rows[0], sums[t].rows[1], sums[t].rows[2], sums[t].rows[3]));
         if (is_k(format))
             for (int i = 0; i < 16; i += LANES) vec_store(more + i, sums[t].sub_minima[i / LANES]);
@@ -275,14 +279,14 @@ WORD void four_rows_fixed(const int format, const int64_t T, const linear_args *
     }
 }
 
-WORD void few_tokens_fixed(const int format, const linear_args *a, int64_t begin, int64_t end) {
+VEC_INLINE void gemv_quantized(const int format, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t quarter = (end - begin + 3) / 4;
-    one_fixed x[FEW];
-    for (int64_t t = 0; t < a->T; t++) x[t] = one_fixed_in(a->x, format, a->IN, t);
+    gemv_activations x[GEMV_TOKENS];
+    for (int64_t t = 0; t < a->T; t++) x[t] = gemv_activations_at(a->x, format, a->IN, t);
     for (int64_t r = begin; r < begin + quarter; r++) switch (a->T) {
 #define CASE(T)                                                                                              \
-    case T: four_rows_fixed(format, T, a, x, r, quarter, end); break;
-            EACH_FEW(CASE)
+    case T: gemv_quantized_4_rows(format, T, a, x, r, quarter, end); break;
+            EACH_GEMV_T(CASE)
 #undef CASE
         }
 }

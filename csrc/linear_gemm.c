@@ -1,6 +1,6 @@
 /* linear for many tokens (prefill), in vectors: every weight is used T times, so all depends on multiplying.
  *
- * A panel: 2 LANES rows side by side, one row in each lane, CHUNK weights of each as pairs of words.
+ * A panel: 2 LANES rows side by side, one row in each lane, KC weights of each as pairs of words.
  *
  *              row 0     row 1           row 31
  *     pair 0   q0 q2     q0 q2    ...    q0 q2         one register, or two of them
@@ -20,14 +20,14 @@
 #include "dispatch.h"
 #include "vec.h"
 
-enum { TOKENS_AT_ONCE = 64 * TOKENS };
+enum { MC = 64 * TOKEN_GROUP };
 
 /* ---------------------------------------------------------------- the panel */
 
 typedef struct {
-    int32_t pairs[CHUNK / 2][2][LANES];
-    float d[CHUNK / QK][2][LANES], m[CHUNK / QK][2][LANES];
-    float floats[CHUNK][2][LANES]; /* the exact way: the weights themselves */
+    int32_t pairs[KC / 2][2][LANES];
+    float d[KC / QK][2][LANES], m[KC / QK][2][LANES];
+    float floats[KC][2][LANES]; /* the exact way: the weights themselves */
 } panel;
 
 INLINE int unit_of(int format) {
@@ -41,20 +41,20 @@ typedef struct {
 } panel_rows;
 
 /* Bits of four bytes, from `shift` on: of bytes 0 and 2, and of 1 and 3, as two pairs. */
-WORD void split(ints out[2], ints four, const int shift, const int mask) {
+VEC_INLINE void split(ints out[2], ints four, const int shift, const int mask) {
     for (int i = 0; i < 2; i++)
         out[i] = ints_and(ints_right(four, shift + 8 * i), ints_all(mask | mask << 16));
 }
 /* The bits from `from` on become bits 4 and more of q, which are `mask`: of bytes i and i + 2 again. */
-WORD ints with_upper(ints q, ints four, const int i, const int from, const int mask) {
+VEC_INLINE ints with_upper(ints q, ints four, const int i, const int from, const int mask) {
     const int left = 4 - from - 8 * i;
-    return ints_or_and(q, runs_left(four, left, left), ints_all(mask | mask << 16));
+    return ints_or_and(q, repeated_left(four, left, left), ints_all(mask | mask << 16));
 }
-WORD void put(panel *to, int64_t pair, int half, ints a) { ints_store(to->pairs[pair][half], a); }
-WORD ints both_words(ints a) { return ints_or(ints_and(a, ints_all(0xffff)), ints_left(a, 16)); }
+VEC_INLINE void put(panel *to, int64_t pair, int half, ints a) { ints_store(to->pairs[pair][half], a); }
+VEC_INLINE ints both_shorts(ints a) { return ints_or(ints_and(a, ints_all(0xffff)), ints_left(a, 16)); }
 
-WORD void unpack_block(const int format, panel *to, int64_t b, int half, const uint8_t *p,
-                       const panel_rows *rows) {
+VEC_INLINE void unpack_block(const int format, panel *to, int64_t b, int half, const uint8_t *p,
+                             const panel_rows *rows) {
     const int64_t at = b * 16;
     const ints d_m = rows_u32(p, rows->lanes);
     const vec d = vec_from_low_f16(d_m),
@@ -64,8 +64,8 @@ WORD void unpack_block(const int format, panel *to, int64_t b, int half, const u
     if (format == Q8_0) {
         for (int j = 0; j < 8; j++) {
             if (j % 4 == 0) rows_4_u32(fours, p + start + 4 * j, rows->at);
-            put(to, at + 2 * j, half, words_signed_right(words_left(fours[j % 4], 8), 8));
-            put(to, at + 2 * j + 1, half, words_signed_right(fours[j % 4], 8));
+            put(to, at + 2 * j, half, shorts_signed_right(shorts_left(fours[j % 4], 8), 8));
+            put(to, at + 2 * j + 1, half, shorts_signed_right(fours[j % 4], 8));
         }
     } else {
         ints fifth = ints_zero();
@@ -82,7 +82,7 @@ WORD void unpack_block(const int format, panel *to, int64_t b, int half, const u
                         const ints other = ints_and(ints_right(fifth, bit + 2), ints_all(1));
                         q[i] = ints_or(q[i], ints_or(ints_left(one, 4), ints_left(other, 20)));
                     }
-                    put(to, at + 8 * upper + 2 * j + i, half, words_add(q[i], words_all(zero_of(format))));
+                    put(to, at + 8 * upper + 2 * j + i, half, shorts_add(q[i], shorts_all(zero_of(format))));
                 }
             }
         }
@@ -91,13 +91,13 @@ WORD void unpack_block(const int format, panel *to, int64_t b, int half, const u
     vec_store(to->m[b][half], m);
 }
 
-WORD vec one_float(const int format, ints low) {
+VEC_INLINE vec one_float(const int format, ints low) {
     return format == F16 ? vec_from_low_f16(low) : vec_of_bits(ints_left(low, 16));
 }
 
 /* F16 and BF16: 32 floats in each lane, and the largest of them gives the scale. */
-WORD void unpack_floats(const int format, panel *to, int64_t b, int half, const uint8_t *p,
-                        const panel_rows *rows) {
+VEC_INLINE void unpack_floats(const int format, panel *to, int64_t b, int half, const uint8_t *p,
+                              const panel_rows *rows) {
     vec w[QK];
     ints largest = ints_zero(), twos[4];
     for (int j = 0; j < 16; j++) {
@@ -121,7 +121,7 @@ WORD void unpack_floats(const int format, panel *to, int64_t b, int half, const 
     vec_store(to->d[b][half], vec_zero_below(max, lowest, vec_mul(max, vec_all(1.0f / X_MAX))));
 }
 
-WORD void unpack_q6_k(panel *to, int half, const uint8_t *p, const panel_rows *rows) {
+VEC_INLINE void unpack_q6_k(panel *to, int half, const uint8_t *p, const panel_rows *rows) {
     const vec d = vec_from_low_f16(ints_right(rows_u32(p + 206, rows->lanes), 16));
     ints sc[4], low[16], upper[8];
     for (int unit = 0; unit < QK_K / unit_of(Q6_K); unit++) vec_store(to->d[unit][half], d);
@@ -135,15 +135,15 @@ WORD void unpack_q6_k(panel *to, int half, const uint8_t *p, const panel_rows *r
             ints q[2];
             split(q, low[i % 2 * 8 + j], i % 4 / 2 * 4, 15);
             for (int l = 0; l < 2; l++) {
-                q[l] = words_add(with_upper(q[l], upper[j], l, i % 4 * 2, 48), words_all(-32));
-                put(to, 16 * i + 2 * j + l, half, words_mul(q[l], both_words(own)));
+                q[l] = shorts_add(with_upper(q[l], upper[j], l, i % 4 * 2, 48), shorts_all(-32));
+                put(to, 16 * i + 2 * j + l, half, shorts_mul(q[l], both_shorts(own)));
             }
         }
     }
 }
 
-WORD void unpack_q4_k_or_q5_k(const int format, panel *to, int half, const uint8_t *p,
-                              const panel_rows *rows) {
+VEC_INLINE void unpack_q4_k_or_q5_k(const int format, panel *to, int half, const uint8_t *p,
+                                    const panel_rows *rows) {
     ints head[4], scales[8], pairs[8], fifth[8]; /* d and dmin, and the 12 bytes of scales */
     rows_4_u32(head, p, rows->at);
     const ints low = head[1], middle = head[2], high = head[3];
@@ -165,7 +165,7 @@ WORD void unpack_q4_k_or_q5_k(const int format, panel *to, int half, const uint8
                         ints_left(ints_and(ints_right(middle, s + 6), ints_all(3)), 4));
         }
         vec_store(to->m[i][half], vec_mul(vec_from_ints(m), vec_sub(vec_zero(), dmin)));
-        scales[i] = both_words(sc);
+        scales[i] = both_shorts(sc);
     }
     for (int run = 0; run < 4; run++) {
         for (int j = 0; j < 8; j += 4) rows_4_u32(pairs + j, nibbles + 32 * run + 4 * j, rows->at);
@@ -175,15 +175,15 @@ WORD void unpack_q4_k_or_q5_k(const int format, panel *to, int half, const uint8
                 split(q, pairs[j], i % 2 * 4, 15);
                 for (int l = 0; l < 2; l++) {
                     if (format == Q5_K) q[l] = with_upper(q[l], fifth[j], l, i, 16);
-                    put(to, 16 * i + 2 * j + l, half, words_mul(q[l], scales[i]));
+                    put(to, 16 * i + 2 * j + l, half, shorts_mul(q[l], scales[i]));
                 }
             }
     }
 }
 
 /* Single numbers as they are. */
-WORD void read_floats(const int format, panel *to, int64_t k, int half, const uint8_t *p,
-                      const panel_rows *rows) {
+VEC_INLINE void read_floats(const int format, panel *to, int64_t k, int half, const uint8_t *p,
+                            const panel_rows *rows) {
     ints fours[4];
     if (format == F32)
         for (int i = 0; i < QK; i++) {
@@ -200,7 +200,7 @@ WORD void read_floats(const int format, panel *to, int64_t k, int half, const ui
 }
 
 /* d * q' + m. A scale has 11 bits, q' at most 13: the product is exact, and one FMA rounds as NumPy does. */
-WORD void make_floats(const int format, panel *w, int64_t n, int half) {
+VEC_INLINE void dequantize_panel(const int format, panel *w, int64_t n, int half) {
     for (int64_t pair = 0; pair < n / 2; pair++) {
         const vec d = vec_load(w->d[2 * pair / unit_of(format)][half]);
         const vec m = has_minima(format) ? vec_load(w->m[2 * pair / QK][half]) : vec_zero();
@@ -213,8 +213,8 @@ WORD void make_floats(const int format, panel *w, int64_t n, int half) {
 }
 
 /* n weights of each row, from p on. */
-WORD void fill(const int format, const int exact, panel *w, int64_t n, int half, const uint8_t *p,
-               const panel_rows *rows) {
+VEC_INLINE void pack_panel(const int format, const int exact, panel *w, int64_t n, int half, const uint8_t *p,
+                           const panel_rows *rows) {
     const int64_t weights = block_weights(format), single = is_single(format);
     for (int64_t k = 0; k < n; k += weights, p += block_bytes(format))
         if (single && exact)
@@ -227,24 +227,24 @@ WORD void fill(const int format, const int exact, panel *w, int64_t n, int half,
             unpack_q4_k_or_q5_k(format, w, half, p, rows);
         else
             unpack_block(format, w, k / QK, half, p, rows);
-    if (exact && !single) make_floats(format, w, n, half);
+    if (exact && !single) dequantize_panel(format, w, n, half);
 }
 
 /* ---------------------------------------------------------------- the tile: y += x @ panel.T */
 
-WORD void fixed_tile(const int tokens, float *y, const panel *w, int64_t n, int64_t unit, const int minima,
-                     const many_fixed *x) {
-    vec sum[TILE][2];
+VEC_INLINE void micro_kernel(const int tokens, float *y, const panel *w, int64_t n, int64_t unit,
+                             const int minima, const gemm_activations *x) {
+    vec sum[MR][2];
     for (int t = 0; t < tokens; t++)
         for (int h = 0; h < 2; h++) sum[t][h] = vec_load(y + t * 2 * LANES + h * LANES);
     for (int64_t u = 0; u * unit < n; u++) {
-        ints dot[TILE][2];
+        ints dot[MR][2];
         for (int t = 0; t < tokens; t++) dot[t][0] = dot[t][1] = ints_zero();
         for (int64_t k = u * unit / 2; k < (u + 1) * unit / 2; k++) {
-            __builtin_prefetch(x->pairs + (k + 64) * TOKENS); /* x comes from the second level: 3% */
+            __builtin_prefetch(x->pairs + (k + 64) * TOKEN_GROUP); /* x comes from the second level: 3% */
             const ints w0 = ints_load(w->pairs[k][0]), w1 = ints_load(w->pairs[k][1]);
             for (int t = 0; t < tokens; t++) {
-                const ints two = ints_all(x->pairs[k * TOKENS + t]);
+                const ints two = ints_all(x->pairs[k * TOKEN_GROUP + t]);
                 dot[t][0] = dot_pairs(dot[t][0], w0, two);
                 dot[t][1] = dot_pairs(dot[t][1], w1, two);
             }
@@ -253,21 +253,23 @@ WORD void fixed_tile(const int tokens, float *y, const panel *w, int64_t n, int6
             const vec d = vec_load(w->d[u][h]);
             for (int t = 0; t < tokens; t++)
                 sum[t][h] = vec_fma(vec_from_ints(dot[t][h]),
-                                    vec_mul(d, vec_all(x->dx[u * (unit / QK) * TOKENS + t])), sum[t][h]);
+                                    vec_mul(d, vec_all(x->dx[u * (unit / QK) * TOKEN_GROUP + t])), sum[t][h]);
         }
     }
     if (minima)
         for (int64_t b = 0; b < n / QK; b++)
             for (int h = 0; h < 2; h++)
                 for (int t = 0; t < tokens; t++)
-                    sum[t][h] = vec_fma(vec_load(w->m[b][h]), vec_all(x->sums[b * TOKENS + t]), sum[t][h]);
+                    sum[t][h] =
+                        vec_fma(vec_load(w->m[b][h]), vec_all(x->sums[b * TOKEN_GROUP + t]), sum[t][h]);
     for (int t = 0; t < tokens; t++)
         for (int h = 0; h < 2; h++) vec_store(y + t * 2 * LANES + h * LANES, sum[t][h]);
 }
 
 /* x: the first token's number, IN from one token to the next. A chunk is summed by itself. */
-WORD void exact_tile(const int tokens, float *y, const panel *w, int64_t n, const float *x, int64_t IN) {
-    vec sum[TILE][2];
+VEC_INLINE void micro_kernel_exact(const int tokens, float *y, const panel *w, int64_t n, const float *x,
+                                   int64_t IN) {
+    vec sum[MR][2];
     for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] = vec_zero();
     for (int64_t k = 0; k < n; k++) {
         const vec w0 = vec_load(w->floats[k][0]), w1 = vec_load(w->floats[k][1]);
@@ -285,38 +287,38 @@ WORD void exact_tile(const int tokens, float *y, const panel *w, int64_t n, cons
 }
 
 /* Each tile has its number of tokens as a constant, so that its sums are registers. */
-#if TILE == 8
+#if MR == 8
 #define EACH_NUMBER(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #else
 #define EACH_NUMBER(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
 #endif
-TARGET static void any_fixed_tile(int64_t tokens, float *y, const panel *w, int64_t n, int64_t unit,
-                                  int minima, const many_fixed *x) {
+VEC_TARGET static void any_micro_kernel(int64_t tokens, float *y, const panel *w, int64_t n, int64_t unit,
+                                        int minima, const gemm_activations *x) {
 #define CASE(N)                                                                                              \
-    case N: fixed_tile(N, y, w, n, unit, minima, x); break;
+    case N: micro_kernel(N, y, w, n, unit, minima, x); break;
     switch (tokens) { EACH_NUMBER(CASE) }
 #undef CASE
 }
-TARGET static void any_exact_tile(int64_t tokens, float *y, const panel *w, int64_t n, const float *x,
-                                  int64_t IN) {
+VEC_TARGET static void any_micro_kernel_exact(int64_t tokens, float *y, const panel *w, int64_t n,
+                                              const float *x, int64_t IN) {
 #define CASE(N)                                                                                              \
-    case N: exact_tile(N, y, w, n, x, IN); break;
+    case N: micro_kernel_exact(N, y, w, n, x, IN); break;
     switch (tokens) { EACH_NUMBER(CASE) }
 #undef CASE
 }
 
-WORD void many_tokens(const int format, const int exact, const linear_args *a, int64_t begin, int64_t end) {
+VEC_INLINE void gemm(const int format, const int exact, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t row = a->IN / block_weights(format) * block_bytes(format);
-    const many_fixed all = many_fixed_in(a->x, a->T, a->IN);
+    const gemm_activations all = gemm_activations_at(a->x, a->T, a->IN);
     _Alignas(64) panel w;
-    _Alignas(64) float y[TOKENS_AT_ONCE * 2 * LANES];
-    for (int64_t t0 = 0; t0 < a->T; t0 += TOKENS_AT_ONCE)
+    _Alignas(64) float y[MC * 2 * LANES];
+    for (int64_t t0 = 0; t0 < a->T; t0 += MC)
         for (int64_t r0 = begin; r0 < end; r0 += 2 * LANES) {
-            const int64_t tokens = t0 + TOKENS_AT_ONCE < a->T ? TOKENS_AT_ONCE : a->T - t0;
+            const int64_t tokens = t0 + MC < a->T ? MC : a->T - t0;
             const int64_t rows = r0 + 2 * LANES < end ? 2 * LANES : end - r0;
             memset(y, 0, (size_t)(tokens * 2 * LANES) * sizeof(float));
-            for (int64_t c = 0; c < a->IN; c += CHUNK) {
-                const int64_t n = c + CHUNK < a->IN ? CHUNK : a->IN - c;
+            for (int64_t c = 0; c < a->IN; c += KC) {
+                const int64_t n = c + KC < a->IN ? KC : a->IN - c;
                 for (int half = 0; half < 2; half++) {
                     const int64_t first = half * LANES < rows ? half * LANES : 0;
                     panel_rows lie;
@@ -328,24 +330,25 @@ WORD void many_tokens(const int format, const int exact, const linear_args *a, i
                     lie.lanes = ints_load(at);
                     const uint8_t *p =
                         a->w + (r0 + first) * row + c / block_weights(format) * block_bytes(format);
-                    fill(format, exact, &w, n, half, p, &lie);
+                    pack_panel(format, exact, &w, n, half, p, &lie);
                     /* Thirty-two rows are more streams than a CPU sees. */
-                    const int64_t chunk_bytes = CHUNK / block_weights(format) * block_bytes(format);
+                    const int64_t chunk_bytes = KC / block_weights(format) * block_bytes(format);
                     for (int l = 0; l < LANES; l++)
                         for (int64_t i = 0; i < chunk_bytes; i += 64)
                             __builtin_prefetch(p + lie.at[l] + chunk_bytes + i);
                 }
-                for (int64_t t = 0; t < tokens; t += TILE) {
-                    const int64_t some = tokens - t < TILE ? tokens - t : TILE;
+                for (int64_t t = 0; t < tokens; t += MR) {
+                    const int64_t some = tokens - t < MR ? tokens - t : MR;
                     float *to = y + t * 2 * LANES;
                     if (exact) {
-                        any_exact_tile(some, to, &w, n, (const float *)a->x + (t0 + t) * a->IN + c, a->IN);
+                        any_micro_kernel_exact(some, to, &w, n, (const float *)a->x + (t0 + t) * a->IN + c,
+                                               a->IN);
                         continue;
                     }
-                    const int64_t at = place_of(a->T, a->IN, (t0 + t) / TOKENS, c), i = t % TOKENS;
-                    const many_fixed x = {all.pairs + at / 2 + i, all.dx + at / QK + i,
-                                          all.sums + at / QK + i};
-                    any_fixed_tile(some, to, &w, n, unit_of(format), has_minima(format), &x);
+                    const int64_t at = place_of(a->T, a->IN, (t0 + t) / TOKEN_GROUP, c), i = t % TOKEN_GROUP;
+                    const gemm_activations x = {all.pairs + at / 2 + i, all.dx + at / QK + i,
+                                                all.sums + at / QK + i};
+                    any_micro_kernel(some, to, &w, n, unit_of(format), has_minima(format), &x);
                 }
             }
             for (int64_t t = 0; t < tokens; t++)
@@ -357,29 +360,29 @@ WORD void many_tokens(const int format, const int exact, const linear_args *a, i
  *
  * One copy of each loop for each format: `format` is a constant in it, and nothing is left to ask. */
 
-TARGET void VEC(linear_exact)(const linear_args *a, int64_t begin, int64_t end) {
+VEC_TARGET void VEC(linear_exact)(const linear_args *a, int64_t begin, int64_t end) {
 #define CASE(FORMAT)                                                                                         \
-    case FORMAT: many_tokens(FORMAT, 1, a, begin, end); break;
+    case FORMAT: gemm(FORMAT, 1, a, begin, end); break;
     switch (a->format) { EACH_FORMAT(CASE) }
 #undef CASE
 }
 
-TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
-    if (a->T > FEW || !is_single(a->format)) {
+VEC_TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
+    if (a->T > GEMV_TOKENS || !is_single(a->format)) {
         VEC(linear_exact)(a, begin, end);
         return;
     }
     switch (a->format) {
-    case F32: few_tokens_floats(F32, a, begin, end); break;
-    case F16: few_tokens_floats(F16, a, begin, end); break;
-    case BF16: few_tokens_floats(BF16, a, begin, end); break;
+    case F32: gemv_floats(F32, a, begin, end); break;
+    case F16: gemv_floats(F16, a, begin, end); break;
+    case BF16: gemv_floats(BF16, a, begin, end); break;
     }
 }
 
-TARGET void VEC(linear_fixed)(const linear_args *a, int64_t begin, int64_t end) {
+VEC_TARGET void VEC(linear_quantized)(const linear_args *a, int64_t begin, int64_t end) {
 #define CASE(FORMAT)                                                                                         \
     case FORMAT:                                                                                             \
-        a->T > FEW ? many_tokens(FORMAT, 0, a, begin, end) : few_tokens_fixed(FORMAT, a, begin, end);        \
+        a->T > GEMV_TOKENS ? gemm(FORMAT, 0, a, begin, end) : gemv_quantized(FORMAT, a, begin, end);         \
         break;
     switch (a->format) { EACH_FORMAT(CASE) }
 #undef CASE

@@ -14,14 +14,14 @@
  *
  * So it does not matter who walks the spans, one thread or several: the sums are the same, bit for bit.
  *
- * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar
- * form, and from avx2.c and avx512.c for the vector form. tests/test_attention_kernel.py holds every form
+ * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
+ * instruction set: the part under VECTOR_FORMS (README.md). tests/test_attention_kernel.py holds every form
  * to NumPy, and any split of T and of the threads to the same bits. */
 #include <float.h>
 #include <stdlib.h>
 
 #include "dispatch.h"
-#include "kernels.h"
+#include "formats.h"
 #include "vec.h"
 
 /* An item of work: one batch, one key/value head, and up to ITEM_ROWS of the queries that read it. Its rows
@@ -85,7 +85,7 @@ INLINE int64_t scratch_size(int64_t rows) {
     return (rows + MORE_ROWS) * (MAX_DH + BLOCK) + 2 * padded(rows + MORE_ROWS) + 32 * MAX_DH;
 }
 
-#ifndef LANES
+#ifndef VECTOR_FORMS
 /* The span from `begin` on joins what is known of all before. */
 static void merge(const attention_args *a, const item_rows *it, float *known, float *span, int64_t begin) {
     const knowledge all = knowledge_in(known, it->rows, a->Dh), part = knowledge_in(span, it->rows, a->Dh);
@@ -327,7 +327,7 @@ VEC_INLINE void few_scores(const block *b, int64_t r) {
         }
         for (int i = 0; i < KEYS; i++) {
             float four[4];
-            _mm_storeu_ps(four, vec_sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
+            vec_store_sums(four, sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
             for (int row = 0; row < 4; row++) b->s[(r + row) * BLOCK + from + i] = four[row];
         }
     }

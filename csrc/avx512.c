@@ -1,17 +1,6 @@
-/* The vector forms of linear, attention and the probes, compiled in the words of vec_avx512.h. */
-#include "vec.h"
+/* The vector forms of all kernels, compiled for AVX-512 with VNNI. */
+#include "dispatch.h"
 #ifdef X86
-#include "vec_avx512.h"
-
-#include "quantized_activations.c"
-
-#include "linear_gemv.c"
-
-#include "linear_gemm.c"
-
-#include "attention.c"
-
-#include "layer.c"
-
-#include "probe.c"
+#define VECTOR_FORMS "vec_avx512.h"
+#include "vector_forms.h"
 #endif

@@ -12,8 +12,9 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["linear.c", "attention.c", "layer.c", "quantize.c", "probe.c", "watch.c", "team.c"]
-SOURCES += ["avx2.c", "avx512.c", "dispatch.c"]  # the instruction sets, and the choice among them
+SOURCES = ["linear.c", "quantized_activations.c", "attention.c", "layer.c", "probe.c"]
+SOURCES += ["avx2.c", "avx512.c", "dispatch.c"]  # their vector forms, and the choice among them
+SOURCES += ["formats.c", "quantize.c", "watch.c"]
 
 COMPILE = [
     "-std=c11",

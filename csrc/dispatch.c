@@ -1,63 +1,36 @@
-/* The choice of an instruction set: once, when the module is loaded, by what this CPU and its
- * operating system can do. Everything else calls through `chosen_kernels()`. */
+/* The choice of an instruction set, made once when the module is loaded: the best that this CPU and its
+ * operating system can run. All other files call through `chosen_kernels()`. */
 #include "dispatch.h"
 
 #include <stddef.h>
 #include <string.h>
 
-#include "kernels.h"
-#include "vec.h"
-
-static const kernels scalar = {
-    .name = "scalar",
-    .linear = linear_scalar,
-    .linear_exact = linear_scalar,
-    .quantize_activations = quantize_activations_scalar,
-    .linear_quantized = linear_scalar,
-    .attention = attention_scalar,
-    .norm = norm_scalar,
-    .swiglu = swiglu_scalar,
-    .store_head = store_head_scalar,
-    .exp = exp_scalar,
-    .read = read_scalar,
-    .fma = fma_scalar,
-};
+#define TABLE(ISA)                                                                                           \
+    static const kernels ISA = {                                                                             \
+        .name = #ISA,                                                                                        \
+        .linear = linear_##ISA,                                                                              \
+        .linear_exact = linear_exact_##ISA,                                                                  \
+        .linear_quantized = linear_quantized_##ISA,                                                          \
+        .quantize_activations = quantize_activations_##ISA,                                                  \
+        .attention = attention_##ISA,                                                                        \
+        .norm = norm_##ISA,                                                                                  \
+        .swiglu = swiglu_##ISA,                                                                              \
+        .store_head = store_head_##ISA,                                                                      \
+        .exp = exp_##ISA,                                                                                    \
+        .read = read_##ISA,                                                                                  \
+        .fma = fma_##ISA,                                                                                    \
+    };
+TABLE(scalar)
 #ifdef X86
-static const kernels avx2 = {
-    .name = "avx2",
-    .linear = linear_avx2,
-    .linear_exact = linear_exact_avx2,
-    .quantize_activations = quantize_activations_avx2,
-    .linear_quantized = linear_quantized_avx2,
-    .attention = attention_avx2,
-    .norm = norm_avx2,
-    .swiglu = swiglu_avx2,
-    .store_head = store_head_avx2,
-    .exp = exp_avx2,
-    .read = read_avx2,
-    .fma = fma_avx2,
-};
-static const kernels avx512 = {
-    .name = "avx512",
-    .linear = linear_avx512,
-    .linear_exact = linear_exact_avx512,
-    .quantize_activations = quantize_activations_avx512,
-    .linear_quantized = linear_quantized_avx512,
-    .attention = attention_avx512,
-    .norm = norm_avx512,
-    .swiglu = swiglu_avx512,
-    .store_head = store_head_avx512,
-    .exp = exp_avx512,
-    .read = read_avx512,
-    .fma = fma_avx512,
-};
+TABLE(avx2)
+TABLE(avx512)
 #endif
 
-/* The index-th of the tables that can run here, fastest first. */
+/* The index-th table that can run here, fastest first. */
 static const kernels *available(int index) {
 #ifdef X86
-    __builtin_cpu_init(); /* the questions below also ask whether the system saves these registers */
-    /* F16C is older than AVX2 and in every CPU that has it; clang 14 has no name to ask for it. */
+    __builtin_cpu_init(); /* the answers below include whether the system saves these registers */
+    /* Every CPU with AVX2 has F16C, which is older; clang 14 has no name to ask for it. */
     const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

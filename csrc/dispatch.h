@@ -1,5 +1,5 @@
-/* What the forms of a kernel have in common: their arguments, and one table of functions for each
- * instruction set, of which dispatch.c chooses one when the module is loaded. */
+/* What the kernel files share: the arguments of their parts, and one table of functions for each instruction
+ * set. dispatch.c chooses the table when the module is loaded. */
 #ifndef NUMPY_LLAMA_DISPATCH_H
 #define NUMPY_LLAMA_DISPATCH_H
 
@@ -7,12 +7,16 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__) || defined(__i386__)
+#define X86 1
+#endif
+
 typedef struct {
-    const void *x; /* float32, or what `fixed` made of it */
-    const uint8_t *w;
     float *y;
-    int format;
-    int64_t T, OUT, IN;
+    const void *x; /* float32 (T, IN), or quantized activations */
+    int64_t T;
+    nl_matrix w;
+    int scalar_micro_kernel; /* for its test: see linear_gemm.c */
 } linear_args;
 
 typedef struct {
@@ -25,17 +29,21 @@ typedef struct {
     int64_t begin, end;                 /* the queries to compute */
 } attention_args;
 
-/* Fixed point: the largest whole number. A few tokens go one by one, more in groups of so many; and in chunks
- * of so many numbers. */
+/* Quantized activations: the largest whole number; how many tokens go by GEMV; how many lie side by side for
+ * GEMM, and in panels of how many weights of a row (KC). */
 enum { X_MAX = 8191, GEMV_TOKENS = NL_GEMV_TOKENS, TOKEN_GROUP = 8, KC = 256 };
-static inline int64_t activation_groups(int64_t T) {
-    return T <= GEMV_TOKENS ? T : (T + TOKEN_GROUP - 1) / TOKEN_GROUP;
-}
-/* Room for the forms of all instruction sets: 4 bytes a number, and one block more where two make a step. */
+
+/* A group is what one call of `quantize_activations` makes: one token for GEMV, TOKEN_GROUP for GEMM. */
+static inline int64_t group_tokens(int64_t T) { return T <= GEMV_TOKENS ? 1 : TOKEN_GROUP; }
+static inline int64_t activation_groups(int64_t T) { return (T + group_tokens(T) - 1) / group_tokens(T); }
+
+/* Room for a token in the layout of any instruction set: 4 bytes a number, and one block more for those that
+ * take two blocks in a step. */
 static inline int64_t token_bytes(int64_t IN) { return (IN + 32) * 4; }
 
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
-typedef void quantize_group(void *fixed, const float *x, int format, int64_t T, int64_t IN, int64_t group);
+typedef void quantize_group(void *activations, const float *x, int format, int64_t T, int64_t IN,
+                            int64_t group);
 typedef void attention_span(const attention_args *a, int64_t item, int64_t begin, float *known,
                             float *scratch);
 typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
@@ -49,8 +57,8 @@ typedef struct {
     const char *name;
     linear_rows *linear;
     linear_rows *linear_exact;
-    quantize_group *quantize_activations;
     linear_rows *linear_quantized;
+    quantize_group *quantize_activations;
     attention_span *attention;
     norm_token *norm;
     swiglu_many *swiglu;
@@ -62,19 +70,20 @@ typedef struct {
 
 const kernels *chosen_kernels(void);
 
-/* How many of T tokens one call of `fixed` rounds. */
-int64_t group_tokens(int64_t T);
-
-linear_rows linear_scalar, linear_avx2, linear_avx512;
-linear_rows linear_exact_avx2, linear_exact_avx512;
-quantize_group quantize_activations_scalar, quantize_activations_avx2, quantize_activations_avx512;
-linear_rows linear_quantized_avx2, linear_quantized_avx512;
-attention_span attention_scalar, attention_avx2, attention_avx512;
-norm_token norm_scalar, norm_avx2, norm_avx512;
-swiglu_many swiglu_scalar, swiglu_avx2, swiglu_avx512;
-store_one_head store_head_scalar, store_head_avx2, store_head_avx512;
-exp_many exp_scalar, exp_avx2, exp_avx512;
-read_all read_scalar, read_avx2, read_avx512;
-fma_chains fma_scalar, fma_avx2, fma_avx512;
+/* Every function of the table, for each instruction set. */
+#define DECLARE(ISA)                                                                                         \
+    linear_rows linear_##ISA, linear_exact_##ISA, linear_quantized_##ISA;                                    \
+    quantize_group quantize_activations_##ISA;                                                               \
+    attention_span attention_##ISA;                                                                          \
+    norm_token norm_##ISA;                                                                                   \
+    swiglu_many swiglu_##ISA;                                                                                \
+    store_one_head store_head_##ISA;                                                                         \
+    exp_many exp_##ISA;                                                                                      \
+    read_all read_##ISA;                                                                                     \
+    fma_chains fma_##ISA;
+DECLARE(scalar)
+DECLARE(avx2)
+DECLARE(avx512)
+#undef DECLARE
 
 #endif

@@ -1,40 +1,71 @@
-/* Every C function that Python calls. This file is both the C header and the declaration that cffi
- * reads, so it holds hardly more than prototypes. Arrays are row-major and float32 unless said otherwise; the
- * letters of the shapes are those of numpy_llama/config.py:
+/* Every C function that Python calls. This file is the C header and also the declaration that cffi reads, so
+ * it has prototypes and no directives. Arrays are row-major and float32 unless said otherwise. The letters of
+ * the shapes are those of numpy_llama/config.py:
  *
  *   B batch   T new tokens   S all positions   H query heads   K key/value heads   Dh head_dim
  *
- * `threads` is how many OpenMP threads to use; the result never depends on it, bit for bit.
+ * `threads` is the number of OpenMP threads; the result has the same bits for every number.
  * `begin, end` name the part of the result to compute, so that a caller can keep each call short.
- * No function writes outside its output, reads outside the shapes given or, but for nl_watch, keeps a
- * pointer. numpy_llama/kernels.py checks all shapes before it calls; these functions check nothing. */
+ * No function writes outside its output or reads outside the shapes given. Only nl_watch keeps a pointer.
+ * numpy_llama/kernels.py checks all shapes before it calls; these functions check the format and nothing
+ * else. */
 
 #pragma once
 
-/* y[:, begin:end] = x @ w[begin:end].T      linear.c
- *   x (T, IN)   w (OUT, IN) as stored   y (T, OUT);   IN a multiple of 32, in K formats of 256.
- *   format is ggml's number: 0 F32, 1 F16, 30 BF16, 8 Q8_0, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 12 Q4_K, 13 Q5_K,
- *   14 Q6_K (numpy_llama/quantize.py). */
-void nl_linear(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
-               int64_t begin, int64_t end, int threads);
+/* What a function returns that could not do its work; 0: it did. */
+enum { NL_NO_MEMORY = -1, NL_UNKNOWN_FORMAT = -2 };
 
-/* Up to so many tokens are summed in another order than more, in either of the fast ways, and by nl_attention
- * where keys and values are float16: */
+/* A weight format: a block of `weights` weights takes `bytes` bytes, and the other numbers say where in it a
+ * part begins; -1: it has no such part.      formats.h, which says what the parts are */
+typedef struct {
+    const char *name;
+    int code; /* ggml's number, which is `format` everywhere below */
+    int weights, bytes;
+    int d, m, scales, high, quants;
+    int zero; /* what is subtracted from q */
+} nl_format;
+
+/* The index-th format; NULL past the last. */
+const nl_format *nl_format_at(int index);
+
+/* A matrix of weights as stored: OUT rows of IN weights. IN is a multiple of 32, in K formats of 256. */
+typedef struct {
+    const void *data;
+    int format;
+    int64_t OUT, IN;
+} nl_matrix;
+
+/* Up to this many tokens go by GEMV (linear_gemv.c), more go by GEMM (linear_gemm.c) and are summed in
+ * another order. nl_attention has the same limit where keys and values are float16. */
 enum { NL_GEMV_TOKENS = 4 };
+/* GEMM takes panels of up to this many rows; a call should have a multiple of it for each thread. */
+enum { NL_PANEL_ROWS = 32 };
 
-/* The same as nl_linear, and however many tokens there are, they are summed in the same order. */
-void nl_linear_exact(float *y, const float *x, const void *w, int format, int64_t T, int64_t OUT, int64_t IN,
-                     int64_t begin, int64_t end, int threads);
+/* y[:, begin:end] = x @ w[begin:end].T      linear.c
+ *   x (T, IN)   y (T, OUT).   Returns 0 or NL_UNKNOWN_FORMAT. */
+int nl_linear(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t begin, int64_t end,
+              int threads);
 
-/* The same with x in fixed point: rounded to 14 bits in blocks of 32, for K formats of 256.
- * quantized_activations.c `fixed` has room for nl_activations_bytes(T, IN) bytes; nl_quantize_activations
- * fills it from x. Not for F32. nl_quantizes_activations: whether this is the faster way; for few tokens
- * times single numbers it is not. */
+/* The same as nl_linear, summed in the same order for any number of tokens. */
+int nl_linear_exact(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t begin, int64_t end,
+                    int threads);
+
+/* Quantized activations: x rounded to 14 bits in blocks of 32, for K formats of 256. quantized_activations.c
+ *   `activations` has room for nl_activations_bytes(T, IN) bytes. Not for F32.
+ *   nl_quantizes_activations: 1 where this is the faster way. It is not for F32, nor for few tokens and a
+ *   format whose weights are single numbers. */
 int nl_quantizes_activations(int format, int64_t T);
 int64_t nl_activations_bytes(int64_t T, int64_t IN);
-void nl_quantize_activations(void *fixed, const float *x, int format, int64_t T, int64_t IN, int threads);
-void nl_linear_quantized(float *y, const void *fixed, const void *w, int format, int64_t T, int64_t OUT,
-                         int64_t IN, int64_t begin, int64_t end, int threads);
+int nl_quantize_activations(void *activations, const float *x, int format, int64_t T, int64_t IN,
+                            int threads);
+
+/* The same as nl_linear, with the activations that nl_quantize_activations has made for w's format. */
+int nl_linear_quantized(float *y, const void *activations, int64_t T, const nl_matrix *w, int64_t begin,
+                        int64_t end, int threads);
+
+/* For a test: nl_linear_exact (exact = 1) or nl_linear_quantized (0), with the scalar micro-kernel of
+ * linear_gemm.c in place of the one in vectors. The bits are the same. */
+int nl_linear_scalar_micro_kernel(float *y, const void *x, int64_t T, const nl_matrix *w, int exact);
 
 /* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
  *   q, out (B, T, H, Dh)   k, v (B, S, K, Dh) in format 0 F32 or 1 F16;   Dh at most 256.
@@ -69,9 +100,10 @@ int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *f
              int64_t parts, int threads);
 
 /* dst = quantize(dequantize(src))      quantize.c
- *   src, dst: `rows` rows of IN weights as stored, in any two of the formats above; dst in F32, F16, BF16,
- *   Q8_0 or Q4_0. IN a multiple of both formats' blocks.
- *   Returns 0, or the first row, counted from 1, that dst's format cannot store: NaN, or beyond 65504. */
+ *   src, dst: `rows` rows of IN weights as stored, IN a multiple of both formats' blocks.
+ *   src is in any format, dst in F32, F16, BF16, Q8_0 or Q4_0.
+ *   Returns 0 or NL_UNKNOWN_FORMAT; or the first row, counted from 1, that dst's format cannot store because
+ *   it has a NaN or a number beyond 65504. */
 int64_t nl_convert(void *dst, int dst_format, const void *src, int src_format, int64_t rows, int64_t IN,
                    int threads);
 
@@ -90,16 +122,11 @@ float nl_fma_probe(int64_t operations, int threads);
 int nl_watch(const void *begin, int64_t nbytes, const char *name);
 void nl_unwatch(const void *begin);
 
-/* Let the calling thread have a team of `threads`, itself included, of which it has `have` by now. Threads get
- * stacks of `stack` bytes, as OpenMP's do (0: the system's default). Returns `threads`, or how many there can
- * be. room: what is left of the caller's stack, and of the smallest new one, in bytes.      team.c */
-int nl_form_team(int threads, int have, int64_t stack, int64_t room[2]);
-
-/* The instruction sets compiled in and able to run here, fastest first: "avx2", "scalar". NULL past
- * the last one.      dispatch.c */
+/* The instruction sets that are compiled in and can run here, fastest first: "avx512", "avx2", "scalar". NULL
+ * past the last one.      dispatch.c */
 const char *nl_isa_name(int index);
 
-/* Use that one from now on; 0, or -1 for an unknown or unable one. Not while a kernel runs. */
+/* Use this one from now on. Returns 0, or -1 if it is unknown or cannot run here. Not while a kernel runs. */
 int nl_use_isa(const char *name);
 
 /* The one in use; the OpenMP version (0: built without); the compiler. */

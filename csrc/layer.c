@@ -15,12 +15,14 @@
  * is rows of a weight, tokens or heads: so no number is touched by two threads in one step. That x is rounded
  * once for q, k and v, and once for gate and up, is a step of its own.
  *
- * Compiled like linear.c. tests/kernels/test_layer.py holds every form to the layer of model.py. */
+ * Compiled once as it stands: the loop over threads and the scalar forms. Compiled once more for each
+ * instruction set: the part under VECTOR_FORMS (README.md). tests/test_layer.py holds every form to the layer
+ * of model.py. */
 #include "dispatch.h"
-#include "kernels.h"
+#include "formats.h"
 #include "vec.h"
 
-#ifndef LANES
+#ifndef VECTOR_FORMS
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -125,8 +127,10 @@ static void norm_tokens(const pass *p, share s, const float *x, const float *wei
 /* y[:, s] = (x @ weight.T)[:, s] */
 static void multiply(const pass *p, share s, float *y, const float *x, int weight, int64_t OUT, int64_t IN) {
     const int fixed = is_fixed(p, weight), format = p->w->format[weight];
-    const linear_args a = {
-        fixed ? (const void *)fixed_for(p, weight) : x, p->w->weight[weight], y, format, p->tokens, OUT, IN};
+    const linear_args a = {.y = y,
+                           .x = fixed ? (const void *)fixed_for(p, weight) : x,
+                           .T = p->tokens,
+                           .w = {p->w->weight[weight], format, OUT, IN}};
     linear_rows *const floats = p->w->exact ? p->kernel->linear_exact : p->kernel->linear;
     if (s.from < s.to) (fixed ? p->kernel->linear_quantized : floats)(&a, s.from, s.to);
 }
@@ -223,6 +227,8 @@ int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *f
              int64_t B, int64_t T, const int64_t *start, void *scratch, int first, int last, int64_t part,
              int64_t parts, int threads) {
     int status = 0;
+    for (int i = WQ; i <= W_DOWN; i++)
+        if (!is_known(w->format[i])) return NL_UNKNOWN_FORMAT;
     pass p = {.w = w, .kernel = chosen_kernels(), .x = x, .y = y, .freqs_cis = freqs_cis, .angles = angles};
     p.keys = keys, p.values = values, p.cache_format = cache_format, p.position = position, p.head = head;
     p.B = B, p.T = T, p.tokens = B * T, p.start = start, p.beyond = &status;

@@ -1,30 +1,48 @@
-/* linear for one token, or a few (decode), in vectors: every weight is used once or a few times, so all
- * depends on reading w as fast as memory gives it.
+/* linear for one to four tokens, as in decoding: GEMV, in vectors. Every weight is used once or a few times,
+ * so the speed at which memory gives w is the limit.
  *
- *     memory     r  ========>           four rows together, a quarter of the thread's share apart: memory is
- *                r + quarter ========>  read fastest as a few long streams; and one row's chain of additions
- *                ...                    would wait for each to end
+ *     for r in begin .. begin + quarter      four rows of w at once, a quarter of the thread's share apart
+ *         for each block of the rows         BLOCKS_PER_STEP blocks, or one of a K format
+ *             unpack                         once for all tokens
+ *             for t in 0 .. T                sums[t] += block @ x[t], in lanes, in registers
+ *         y[:, r and the three others] = sums
  *
- * A row's IN products are summed in lanes, in ascending order; lanes are summed in one tree (vec_sums). A
- * block of 18 bytes (Q4_0) must take no longer than memory takes to bring it: at 13 GB/s a thread 1.4 ns, 4
- * cycles. What is unpacked serves all T tokens, and from some five on the panel of linear_gemm.c is faster.
+ *     memory     r              =====>
+ *                r + quarter    =====>       a few long streams are the fastest way to read memory, and four
+ *                r + 2 quarter  =====>       chains of additions hide each other's latency
+ *                r + 3 quarter  =====>
  *
- * Compiled from avx2.c and avx512.c. tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to
- * NumPy. */
+ * The products of a row are summed in lanes, in ascending order, and the lanes in one tree (vec_store_sums).
+ * Memory gives a thread 13 GB/s and more, so a block of 18 bytes (Q4_0) has 1.4 ns, some 4 cycles. From about
+ * five tokens on the panels of linear_gemm.c are faster.
+ *
+ * Sums of whole numbers are int32, and none can overflow:
+ *
+ *     formats           what is summed                       at most                                   below
+ *     of 32             4 products of q' and q a lane        4 * 128 * 8191        =     4,193,792    2^31
+ *     K, bytes          2 products of q' and hi or lo        2 * 63 * 127          =        16,002    2^15
+ *     K, a block        256 of them, times the scales        256 * 63 * 127 * 128  =   262,176,768    2^31
+ *     Q4_K Q5_K, m      2 sums of hi a lane, times 128 m     2 * 2,048 * 128 * 63  =    33,030,144    2^31
+ *     Q6_K, zero        16 of k_sums, times the scales       16 * 32,764 * 128     =    67,100,672    2^31
+ *
+ * Only vector forms, so it is compiled for each instruction set and not as it stands (README.md).
+ * tests/test_fixed.py and tests/test_kernels.py hold it to NumPy. */
 #include "dispatch.h"
+#include "formats.h"
 #include "vec.h"
 
-VEC_INLINE void row_pointers(const uint8_t *w[4], const linear_args *a, int64_t r, int64_t quarter,
-                             int64_t end) {
-    const int64_t row_bytes = a->IN / block_weights(a->format) * block_bytes(a->format);
+/* Where row r lies, and the three others; a row behind the end is the last one again. */
+VEC_INLINE void row_pointers(const int format, const uint8_t *w[4], const linear_args *a, int64_t r,
+                             int64_t quarter, int64_t end) {
+    const int64_t row_bytes = a->w.IN / block_weights(format) * block_bytes(format);
     for (int i = 0; i < 4; i++) {
-        const int64_t row = r + i * quarter; /* those beyond the end read the last row again */
-        w[i] = a->w + (row < end ? row : end - 1) * row_bytes;
+        const int64_t row = r + i * quarter;
+        w[i] = (const uint8_t *)a->w.data + (row < end ? row : end - 1) * row_bytes;
     }
 }
 
-/* The processor fetches ahead by itself only within a page of 4 KB, and too late for rows that are read by a
- * few bytes between much arithmetic: 2 KB ahead decode 10-20% faster. */
+/* A CPU prefetches by itself within a page of 4 KB, and too late for rows that are read a few bytes at a time
+ * between much arithmetic. 2 KB ahead make decoding 10-20% faster. */
 VEC_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + 2048 + i);
 }
@@ -32,7 +50,12 @@ VEC_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
 /* ---------------------------------------------------------------- floats: F32, F16, BF16 */
 
 VEC_INLINE vec floats_of(const int format, const uint8_t *p) {
-    return format == F32 ? vec_load(p) : format == F16 ? vec_from_f16(p) : vec_from_bf16(p);
+    switch (format) {
+    case F32: return vec_load(p);
+    case F16: return vec_from_f16(p);
+    case BF16: return vec_from_bf16(p);
+    }
+    return vec_zero(); /* not reached: the others are blocks */
 }
 
 VEC_INLINE void gemv_floats_4_rows(const int format, const int64_t T, const linear_args *a, int64_t r,
@@ -43,21 +66,21 @@ VEC_INLINE void gemv_floats_4_rows(const int format, const int64_t T, const line
     vec sum[GEMV_TOKENS][4];
     for (int64_t t = 0; t < T; t++)
         for (int i = 0; i < 4; i++) sum[t][i] = vec_zero();
-    row_pointers(w, a, r, quarter, end);
-    for (int64_t b = 0; b < a->IN; b += QK) {
+    row_pointers(format, w, a, r, quarter, end);
+    for (int64_t b = 0; b < a->w.IN; b += QK) {
         for (int i = 0; i < 4; i++) prefetch(w[i] + b * bytes, QK * bytes);
         for (int64_t k = b; k < b + QK; k += LANES)
             for (int i = 0; i < 4; i++) {
                 const vec floats = floats_of(format, w[i] + k * bytes);
                 for (int64_t t = 0; t < T; t++)
-                    sum[t][i] = vec_fma(floats, vec_load(x + t * a->IN + k), sum[t][i]);
+                    sum[t][i] = vec_fma(floats, vec_load(x + t * a->w.IN + k), sum[t][i]);
             }
     }
     for (int64_t t = 0; t < T; t++) {
         float four[4];
-        _mm_storeu_ps(four, vec_sums(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
+        vec_store_sums(four, sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
         for (int i = 0; i < 4; i++)
-            if (r + i * quarter < end) a->y[t * a->OUT + r + i * quarter] = four[i];
+            if (r + i * quarter < end) a->y[t * a->w.OUT + r + i * quarter] = four[i];
     }
 }
 
@@ -74,27 +97,28 @@ VEC_INLINE void gemv_floats(const int format, const linear_args *a, int64_t begi
         }
 }
 
-/* ---------------------------------------------------------------- fixed point: w
+/* ---------------------------------------------------------------- quantized activations: formats of 32
  *
- * A lane holds the sum over its places of a block; it is scaled as a float. */
+ * A lane sums the products of its places in a block; the sum is scaled as a float. unpack.h has pictures of
+ * the blocks. */
 
-/* The first and the second sixteen weights of each of BLOCKS_PER_STEP blocks: q' without its zero point. */
+/* q' as stored, for the first and the second sixteen weights of each block of a step, `next` bytes apart. */
 VEC_INLINE void unpack_halves(const int format, ints half[2], const uint8_t *p, int64_t next) {
-    const int start = format == Q8_0 ? 2 : format == Q4_0 ? 2 : format == Q4_1 ? 4 : format == Q5_0 ? 6 : 8;
+    const nl_format f = format_of(format);
     if (format == Q8_0) {
-        half[0] = sixteens_from_i8(p + start, next);
-        half[1] = sixteens_from_i8(p + start + 16, next);
+        half[0] = sixteens_from_i8(p + f.quants, next);
+        half[1] = sixteens_from_i8(p + f.quants + 16, next);
         return;
     }
-    const ints bytes = sixteens_from_u8(p + start, next);
+    const ints bytes = sixteens_from_u8(p + f.quants, next);
     half[0] = ints_and(bytes, shorts_all(15));
     half[1] = shorts_right(bytes, 4);
-    if (format == Q5_0 || format == Q5_1)
+    if (f.high != NONE)
         for (int i = 0; i < 2; i++)
-            half[i] = ints_or(half[i], shorts_left(sixteens_from_bits(p + start - 4 + 2 * i, next), 4));
+            half[i] = ints_or(half[i], shorts_left(sixteens_from_bits(p + f.high + 2 * i, next), 4));
 }
 
-/* The float16 at p of the step's blocks of four rows, as floats: row beside row. */
+/* A float16 of each block of a step, of four rows, as floats: row beside row. */
 VEC_INLINE vec_scales load_f16_of_4_rows(const uint8_t *const w[4], int64_t at, int64_t next) {
     uint64_t halves[2] = {0, 0};
     for (int i = 0; i < 4; i++)
@@ -105,24 +129,25 @@ VEC_INLINE vec_scales load_f16_of_4_rows(const uint8_t *const w[4], int64_t at, 
     return scales_from_f16(halves);
 }
 
-/* What is summed of a token: the products of four rows, in lanes; and what is the same for all weights of a
- * block, in a few lanes a row (K formats: in four, in `sub_minima`). */
+/* The sums of a token with four rows: of products, in lanes; and of m * dx * (sum of q), in BLOCKS_PER_STEP
+ * lanes for each row, or in a K format in four (`sub_minima`). */
 typedef struct {
     vec rows[4], sub_minima[16 / LANES];
     vec_scales minima;
 } token_sums;
 
-/* A step of four rows: BLOCKS_PER_STEP blocks of each. */
+/* A step: BLOCKS_PER_STEP blocks of four rows, times T tokens. */
 VEC_INLINE void block_sums(const int format, const int64_t T, token_sums *sums, const uint8_t *const w[4],
                            int64_t at, int64_t next, const gemv_activations *x, int64_t step) {
-    const vec_scales d = load_f16_of_4_rows(w, at, next);
-    const vec_scales m = has_minima(format) ? load_f16_of_4_rows(w, at + 2, next) : scales_zero();
+    const nl_format f = format_of(format);
+    const vec_scales d = load_f16_of_4_rows(w, at + f.d, next);
+    const vec_scales m = has_minima(format) ? load_f16_of_4_rows(w, at + f.m, next) : scales_zero();
     float scale[GEMV_TOKENS][4 * BLOCKS_PER_STEP];
     for (int64_t t = 0; t < T; t++) {
         const vec_scales of_x = scales_load(x[t].sums + step * 4 * BLOCKS_PER_STEP);
         const vec_scales both = scales_mul(d, scales_load(x[t].dx + step * 4 * BLOCKS_PER_STEP));
         if (has_minima(format)) sums[t].minima = scales_fma(m, of_x, sums[t].minima);
-        if (zero_of(format)) sums[t].minima = scales_fma(both, of_x, sums[t].minima);
+        if (f.zero) sums[t].minima = scales_fma(both, of_x, sums[t].minima);
         scales_store(scale[t], both);
     }
     STAYS_STORED(scale);
@@ -130,46 +155,46 @@ VEC_INLINE void block_sums(const int format, const int64_t T, token_sums *sums, 
         ints half[2];
         unpack_halves(format, half, w[i] + at, next);
         for (int64_t t = 0; t < T; t++) {
-            const int16_t *words = x[t].words + step * 4 * LANES;
-            const ints dot = dot_pairs(dot_pairs(ints_zero(), half[0], ints_load(words)), half[1],
-                                       ints_load(words + 2 * LANES));
+            const int16_t *x_q = x[t].q + step * 4 * LANES;
+            const ints dot = dot_pairs(dot_pairs(ints_zero(), half[0], ints_load(x_q)), half[1],
+                                       ints_load(x_q + 2 * LANES));
             sums[t].rows[i] = vec_fma(vec_from_ints(dot),
                                       sixteens_from_floats(scale[t] + i * BLOCKS_PER_STEP), sums[t].rows[i]);
         }
     }
 }
 
-/* ---------------------------------------------------------------- fixed point: K formats
+/* ---------------------------------------------------------------- quantized activations: K formats
  *
- * Their q' are bytes without a sign, and to widen them would be half of the work. So x comes as bytes, too,
+ * Their q' are bytes without a sign, and half of the work would be to widen them. So x comes as bytes, too:
  *
  *     x  =  128 hi + lo,    hi -64 .. 63,  lo 0 .. 127
  *
- * and each q' is multiplied with both: in pairs to words (vpmaddubsw: 63 * 127 * 2 < 2^15), words times
- * sub-scales in pairs to 32 bits. Sums over hi and over lo are floats before they meet. */
+ * Each q' is multiplied with both. Pairs of products are 16-bit integers (vpmaddubsw), which are multiplied
+ * with the sub-blocks' scales in pairs, to 32 bits. The sums over hi and over lo are floats before they are
+ * added. */
 
 /* Weights k .. k + 4 LANES of a block: bytes 0 .. 15, 31 or 63. */
 VEC_INLINE ints unpack_k_bytes(const int format, const uint8_t *p, int k) {
-    const int s = k / QK; /* of the eight runs of 32; AVX-512 takes s + 1 beside it */
+    const nl_format f = format_of(format);
+    const int s = k / QK; /* sub-block of 32; AVX-512 takes s + 1 beside it */
     if (format == Q6_K) {
-        const ints low = ints_load(p + s / 4 * 64 + s % 2 * 32),
-                   upper = repeat_32_bytes(p + 128 + s / 4 * 32);
+        const ints low = ints_load(p + f.quants + s / 4 * 64 + s % 2 * 32),
+                   upper = repeat_32_bytes(p + f.high + s / 4 * 32);
         const int to = 4 - s % 4 * 2; /* bits 2 (s % 4) and the next become bits 4 and 5 */
         return ints_or_and(ints_and(ints_right(low, s % 4 / 2 * 4), bytes_all(15)),
                            repeated_left(upper, to, to - 2), bytes_all(48));
     }
-    const ints pairs = repeat_32_bytes(p + 16 + (format == Q5_K ? 32 : 0) + s / 2 * 32);
+    const ints pairs = repeat_32_bytes(p + f.quants + s / 2 * 32);
     const ints q = ints_and(repeated_left(pairs, -(s % 2 * 4), -4), bytes_all(15));
     return format == Q5_K
-               ? ints_or_and(q, repeated_left(repeat_32_bytes(p + 16), 4 - s, 3 - s), bytes_all(16))
+               ? ints_or_and(q, repeated_left(repeat_32_bytes(p + f.high), 4 - s, 3 - s), bytes_all(16))
                : q;
 }
 
-/* Of LANES / 4 rows the 16 bytes at which a block of Q4_K or Q5_K begins, as 32 bits each:
- *
- *     d, dmin    sc 0-3, of sc 4-7 the upper 2 bits    the same of m    of sc 4-7 and m 4-7 the low 4 bits
- *
- * -> eight sub-scales, eight minima: a byte each. */
+/* `head` has the first 16 bytes of a block of Q4_K or Q5_K, for LANES / 4 rows: see unpack_k_scales in
+ * unpack.h.
+ * -> eight scales, eight minima: a byte each. */
 VEC_INLINE ints k_scales(ints head) {
     const ints low = ints_right_each(ints_order(head, 1, 3, 2, 3), ints_fours(0, 0, 0, 4));
     const ints upper = ints_right(ints_order(head, 1, 1, 2, 2), 2);
@@ -177,11 +202,11 @@ VEC_INLINE ints k_scales(ints head) {
                        ints_fours(0, 0x30303030, 0, 0x30303030));
 }
 
-/* The minima of a block of Q4_K or Q5_K, of four rows; -> their sub-scales. */
-VEC_INLINE void k_minima(uint8_t scales[4][16], const int64_t T, token_sums *sums, const uint8_t *const w[4],
-                         int64_t at, const gemv_activations *x, int64_t b) {
+/* A block of Q4_K or Q5_K, four rows: its minima are summed, its scales unpacked. */
+VEC_INLINE void k_minima(const int format, uint8_t scales[4][16], const int64_t T, token_sums *sums,
+                         const uint8_t *const w[4], int64_t at, const gemv_activations *x, int64_t b) {
     float dmin[4 * BLOCKS_PER_STEP];
-    scales_store(dmin, load_f16_of_4_rows(w, at + 2, 0));
+    scales_store(dmin, load_f16_of_4_rows(w, at + format_of(format).m, 0));
     for (int i = 0; i < 4; i += LANES / 4) {
         const ints both = k_scales(rows_of_16(w + i, at)), m = shorts_from_upper_u8(both);
         const vec d = fours_from_floats(dmin + i * BLOCKS_PER_STEP);
@@ -196,11 +221,12 @@ VEC_INLINE void k_minima(uint8_t scales[4][16], const int64_t T, token_sums *sum
     }
 }
 
-/* A block of four rows. */
+/* A block of four rows, times T tokens. */
 VEC_INLINE void k_block_sums(const int format, const int64_t T, token_sums *sums, const uint8_t *const w[4],
                              int64_t at, const gemv_activations *x, int64_t b) {
     enum { PIECES = QK_K / (4 * LANES) };
-    const vec_scales d = load_f16_of_4_rows(w, at + (format == Q6_K ? 208 : 0), 0);
+    const nl_format f = format_of(format);
+    const vec_scales d = load_f16_of_4_rows(w, at + f.d, 0);
     float d_lo[GEMV_TOKENS][4 * BLOCKS_PER_STEP], d_hi[GEMV_TOKENS][4 * BLOCKS_PER_STEP];
     for (int64_t t = 0; t < T; t++) {
         const vec_scales both = scales_mul(d, scales_all(x[t].dx[b]));
@@ -210,11 +236,11 @@ VEC_INLINE void k_block_sums(const int format, const int64_t T, token_sums *sums
     STAYS_STORED(d_lo);
     STAYS_STORED(d_hi);
     uint8_t scales[4][16];
-    if (has_minima(format)) k_minima(scales, T, sums, w, at, x, b);
+    if (has_minima(format)) k_minima(format, scales, T, sums, w, at, x, b);
     STAYS_STORED(scales);
     for (int i = 0; i < 4; i++) {
         const uint8_t *p = w[i] + at;
-        const ints sc = repeat_16_bytes(format == Q6_K ? p + 192 : scales[i]);
+        const ints sc = repeat_16_bytes(format == Q6_K ? p + f.scales : scales[i]);
         ints q[PIECES], own[PIECES];
 #pragma GCC unroll 8 /* every shift and every shuffle gets its constant */
         for (int k = 0; k < PIECES; k++) {
@@ -225,8 +251,8 @@ VEC_INLINE void k_block_sums(const int format, const int64_t T, token_sums *sums
         for (int64_t t = 0; t < T; t++) {
             const int8_t *hi = x[t].bytes + 2 * QK_K * b, *lo = hi + QK_K;
             ints dot_hi = ints_zero(), dot_lo = ints_zero();
-            if (format == Q6_K) { /* what q' is more than it stands for, 32 */
-                const ints all = shorts_from_16_i8(p + 192);
+            if (format == Q6_K) { /* the zero point: k_sums are -32 times sums of x */
+                const ints all = shorts_from_16_i8(p + f.scales);
                 dot_hi = dot_pairs(dot_hi, all, shorts_load_16(x[t].k_sums + 32 * b));
                 dot_lo = dot_pairs(dot_lo, all, shorts_load_16(x[t].k_sums + 32 * b + 16));
             }
@@ -242,10 +268,10 @@ VEC_INLINE void k_block_sums(const int format, const int64_t T, token_sums *sums
     }
 }
 
-/* Four rows of T tokens. */
+/* Four rows, times T tokens. */
 VEC_INLINE void gemv_quantized_4_rows(const int format, const int64_t T, const linear_args *a,
                                       const gemv_activations *x, int64_t r, int64_t quarter, int64_t end) {
-    const int64_t weights = block_weights(format), bytes = block_bytes(format), blocks = a->IN / weights;
+    const int64_t weights = block_weights(format), bytes = block_bytes(format), blocks = a->w.IN / weights;
     const uint8_t *w[4];
     token_sums sums[GEMV_TOKENS];
     for (int64_t t = 0; t < T; t++) {
@@ -253,19 +279,19 @@ VEC_INLINE void gemv_quantized_4_rows(const int format, const int64_t T, const l
         for (int i = 0; i < 16 / LANES; i++) sums[t].sub_minima[i] = vec_zero();
         sums[t].minima = scales_zero();
     }
-    row_pointers(w, a, r, quarter, end);
+    row_pointers(format, w, a, r, quarter, end);
     for (int64_t b = 0; b < blocks; b += is_k(format) ? 1 : BLOCKS_PER_STEP) {
         const int64_t at = b * bytes, next = b + 1 < blocks ? bytes : 0;
         for (int i = 0; i < 4; i++) prefetch(w[i] + at, is_k(format) ? bytes : BLOCKS_PER_STEP * bytes);
         if (is_k(format))
             k_block_sums(format, T, sums, w, at, x, b);
-        else /* beside the last block lies itself, with dx = 0 */
+        else /* an odd last block is taken twice, the second time with dx = 0 */
             block_sums(format, T, sums, w, at, next, x, b / BLOCKS_PER_STEP);
     }
     for (int64_t t = 0; t < T; t++) {
         float four[4], more[16];
         const int each = is_k(format) ? 4 : BLOCKS_PER_STEP;
-        _mm_storeu_ps(four, vec_sums(sums[t].rows[0], sums[t].rows[1], sums[t].rows[2], sums[t].rows[3]));
+        vec_store_sums(four, sums[t].rows[0], sums[t].rows[1], sums[t].rows[2], sums[t].rows[3]);
         if (is_k(format))
             for (int i = 0; i < 16; i += LANES) vec_store(more + i, sums[t].sub_minima[i / LANES]);
         else
@@ -274,7 +300,7 @@ VEC_INLINE void gemv_quantized_4_rows(const int format, const int64_t T, const l
             if (r + i * quarter < end) {
                 float y = four[i];
                 for (int j = 0; j < each; j++) y += more[i * each + j];
-                a->y[t * a->OUT + r + i * quarter] = y;
+                a->y[t * a->w.OUT + r + i * quarter] = y;
             }
     }
 }
@@ -282,7 +308,7 @@ VEC_INLINE void gemv_quantized_4_rows(const int format, const int64_t T, const l
 VEC_INLINE void gemv_quantized(const int format, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t quarter = (end - begin + 3) / 4;
     gemv_activations x[GEMV_TOKENS];
-    for (int64_t t = 0; t < a->T; t++) x[t] = gemv_activations_at(a->x, format, a->IN, t);
+    for (int64_t t = 0; t < a->T; t++) x[t] = gemv_activations_of(a->x, format, a->w.IN, t);
     for (int64_t r = begin; r < begin + quarter; r++) switch (a->T) {
 #define CASE(T)                                                                                              \
     case T: gemv_quantized_4_rows(format, T, a, x, r, quarter, end); break;

@@ -6,10 +6,10 @@
  * There is no clock here: whoever calls looks at one. What is returned is proof that the work was done, and
  * keeps the compiler from leaving it out; tests/inspect/test_bench.py knows both results beforehand.
  *
- * Like linear.c, this file is compiled three times: as it is, for the loop over threads and the scalar form,
- * and from avx2.c and avx512.c for the vector form. */
+ * Compiled once as it stands: the loop over threads and the scalar forms. Compiled once more for each
+ * instruction set: the part under VECTOR_FORMS (README.md). */
 #include "dispatch.h"
-#include "kernels.h"
+#include "formats.h"
 #include "vec.h"
 
 /* An FMA takes 4 cycles (on Zen and on Intel since Skylake) and two begin in each: 8 chains, none of which
@@ -17,7 +17,7 @@
  * 16 registers of AVX2. */
 enum { CHAINS = 12 };
 
-#ifndef LANES
+#ifndef VECTOR_FORMS
 /* Every thread reads its share of every piece, as it does in linear.c, but none ever waits for another. */
 uint32_t nl_read_probe(const void *const *pieces, const int64_t *nbytes, int n, int threads) {
     const kernels *k = chosen_kernels();

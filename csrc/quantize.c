@@ -1,26 +1,23 @@
 /* convert: weights from the bytes of one format into those of another.
  *
- *      src, rows of IN          256 weights           dst, rows of IN
- *      |...|...|...|...|   ->   float w[256]   ->   |..|..|..|..|
- *                     `weight`             pack
+ *      src, rows of IN           256 weights             dst, rows of IN
+ *      |...|...|...|...|   -->   float w[256]   -->   |..|..|..|..|
+ *                      dequantize              quantize
  *
- * What is packed is what quantize_* of numpy_llama/quantize.py makes, bit for bit. There is one form only: in
- * loops as plain as these, without a branch, the compiler makes the vectors, and with those that every x86-64
- * has it takes under 2 ns a weight, which is faster than disks write. Where floats are compared it is by
- * their bits: without the sign those are in the order of |x|, with infinity and NaN on top.
- * Threads share out the rows. tests/kernels/test_convert_kernels.py holds it to quantize.py. */
-#include <stdint.h>
-
-#include "kernels.h"
-#include "vec.h"
+ * The bytes are those of quantize_* in numpy_llama/quantize.py, bit for bit. There is one form: the loops are
+ * plain and without branches, so the compiler vectorises them. With the vectors of every x86-64 they take
+ * under 2 ns a weight, and disks write more slowly. Floats are compared by their bits: without the sign these
+ * have the order of |x|, with infinity and NaN above all. Threads share out the rows.
+ * tests/test_convert_kernels.py holds it to quantize.py. */
+#include "formats.h"
 
 enum { MOST = 0x477fe000 }; /* the bits of 65504 */
 
 INLINE int64_t bytes_of(int format, int64_t n) { return n * block_bytes(format) / block_weights(format); }
 
 /* n weights: whole blocks, or as many single numbers. */
-INLINE void unpack_many(const int format, float *w, const uint8_t *p, int n) {
-    if (format == F32 || format == F16 || format == BF16)
+INLINE void dequantize(const int format, float *w, const uint8_t *p, int n) {
+    if (is_single(format))
         for (int i = 0; i < n; i++) w[i] = weight(format, p, 0, i);
     else
         for (int k = 0; k < n; k += block_weights(format))
@@ -37,7 +34,7 @@ INLINE uint16_t float_to_bf16(float f) {
 
 INLINE void store_u16(uint8_t *p, uint16_t u) { memcpy(p, &u, sizeof u); }
 
-/* 1 / d, or 0 where that is infinite: there d is 0 as a float16, and so is every weight. */
+/* 1 / d, or 0 where that is infinite: such a d is 0 as a float16, and so is every weight. */
 INLINE float inverse(float d) { return bits_of_abs(d) > 0x00200000 ? 1 / d : 0; } /* 2^-128 */
 
 /* The bits of the largest |w| of a block. */
@@ -50,7 +47,7 @@ INLINE uint32_t largest(const float *w) {
 /* Both return 0 for a block that cannot be stored.
  *
  * d = max|w| / 127; q = w / d, rounded half away from zero. */
-INLINE int pack_q8_0(uint8_t *p, const float *w) {
+INLINE int quantize_q8_0(uint8_t *p, const float *w) {
     const uint32_t most = largest(w);
     if (most > MOST) return 0;
     const float d = float_of_bits(most) / 127, inverse_d = inverse(d);
@@ -63,7 +60,7 @@ INLINE int pack_q8_0(uint8_t *p, const float *w) {
 }
 
 /* d = w / -8 of the first w of the largest |w|; q = w / d + 8. */
-INLINE int pack_q4_0(uint8_t *p, const float *w) {
+INLINE int quantize_q4_0(uint8_t *p, const float *w) {
     const uint32_t most = largest(w);
     if (most > MOST) return 0;
     int first = QK - 1;
@@ -78,11 +75,13 @@ INLINE int pack_q4_0(uint8_t *p, const float *w) {
     return 1;
 }
 
-/* n weights; 0 if one of their blocks cannot be stored. */
+INLINE int is_written(int format) { return is_single(format) || format == Q8_0 || format == Q4_0; }
+
+/* n weights; -> 0 if one of their blocks cannot be stored. */
 static int convert(uint8_t *dst, int dst_format, const uint8_t *src, int src_format, int n) {
     float w[QK_K];
-#define CASE(FORMAT)                                                                                         \
-    case FORMAT: unpack_many(FORMAT, w, src, n); break;
+#define CASE(FORMAT, ...)                                                                                    \
+    case FORMAT: dequantize(FORMAT, w, src, n); break;
     switch (src_format) { EACH_FORMAT(CASE) }
 #undef CASE
     int good = 1;
@@ -95,10 +94,10 @@ static int convert(uint8_t *dst, int dst_format, const uint8_t *src, int src_for
         for (int i = 0; i < n; i++) store_u16(dst + 2 * i, float_to_bf16(w[i]));
         break;
     case Q8_0:
-        for (int i = 0; i < n; i += QK) good &= pack_q8_0(dst + bytes_of(Q8_0, i), w + i);
+        for (int i = 0; i < n; i += QK) good &= quantize_q8_0(dst + bytes_of(Q8_0, i), w + i);
         break;
     case Q4_0:
-        for (int i = 0; i < n; i += QK) good &= pack_q4_0(dst + bytes_of(Q4_0, i), w + i);
+        for (int i = 0; i < n; i += QK) good &= quantize_q4_0(dst + bytes_of(Q4_0, i), w + i);
         break;
     }
     return good;
@@ -106,6 +105,7 @@ static int convert(uint8_t *dst, int dst_format, const uint8_t *src, int src_for
 
 int64_t nl_convert(void *dst, int dst_format, const void *src, int src_format, int64_t rows, int64_t IN,
                    int threads) {
+    if (!is_known(src_format) || !is_written(dst_format)) return NL_UNKNOWN_FORMAT;
     int64_t bad = rows + 1;
     (void)threads;
 #pragma omp parallel for num_threads(threads) reduction(min : bad) if (threads > 1)

@@ -1,19 +1,16 @@
-/* The vocabulary of the vector forms in AVX2: `vec` is eight floats in one register.
- *
- * Every function is the plain sentence of its name, and vec_avx512.h says the same sentences with
- * sixteen. linear.c and attention.c are written in these words, so that another instruction set is
- * another file like this one. */
+/* The vector functions in AVX2: `vec` is eight floats in one register. vec_avx512.h has the same functions
+ * for sixteen. The kernels call these functions and no intrinsics; vec.h says what they assume. */
 #include <immintrin.h>
 
-#include "vec.h"
+#include "formats.h"
 
 #define VEC(name) name##_avx2
 #define LANES 8
-#define MR 4 /* linear_gemm.c: tokens, times two registers of rows */
-#define BLOCKS_PER_STEP 1
-#define TILE_ROWS 6 /* attention.c: x 2 registers, 12 of the 16 */
+#define MR 4              /* linear_gemm.c: tokens x 2 registers of sums, 8 of the 16 */
+#define BLOCKS_PER_STEP 1 /* linear_gemv.c: blocks of 32 whose first halves fill a register of shorts */
+#define TILE_ROWS 6       /* attention.c: rows x 2 registers of sums, 12 of the 16 */
 
-/* A target for each function instead of a compiler flag: what is not a kernel must run anywhere. */
+/* Each function names its instruction set. A compiler flag would also change the rest of the module. */
 #define VEC_TARGET __attribute__((target("avx2,fma,f16c")))
 #define VEC_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
@@ -50,20 +47,19 @@ VEC_INLINE void vec_store_f16(void *p, vec a) {
     _mm_storeu_si128(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
-/* Neighbours read as one complex number: a * b. */
+/* Two neighbours are one complex number: a * b. */
 VEC_INLINE vec vec_times_complex(vec a, vec b) {
     const vec crossed = _mm256_mul_ps(_mm256_permute_ps(a, 0xb1), _mm256_movehdup_ps(b));
     return _mm256_addsub_ps(_mm256_mul_ps(a, _mm256_moveldup_ps(b)), crossed);
 }
 
-/* The sums of four registers: (sum a, sum b, sum c, sum d). Always in the same tree,
- * ((0+1)+(2+3)) + ((4+5)+(6+7)), so that whoever sums gets the same bits. */
-VEC_INLINE __m128 vec_sums(vec a, vec b, vec c, vec d) {
+/* p[0 .. 3] = sum of the lanes of a, of b, of c, of d: each in the tree ((0+1)+(2+3)) + ((4+5)+(6+7)). */
+VEC_INLINE void vec_store_sums(float *p, vec a, vec b, vec c, vec d) {
     const vec quarters = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1)));
 }
 
-/* The lanes of one register added, or the largest of them: always in the same tree. */
+/* The sum of the lanes of one register, in one tree, or the largest of them. */
 VEC_INLINE float vec_sum(vec a) {
     const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
@@ -75,7 +71,7 @@ VEC_INLINE float vec_largest(vec a) {
     return _mm_cvtss_f32(_mm_max_ss(twos, _mm_movehdup_ps(twos)));
 }
 
-/* LANES registers as a square: rows become columns. Pairs, then fours, then the two halves. */
+/* LANES registers are a square that is transposed: first pairs, then fours, then the two halves. */
 VEC_INLINE void vec_transpose(vec x[LANES]) {
     vec y[LANES];
     for (int i = 0; i < 8; i += 2) {
@@ -94,10 +90,9 @@ VEC_INLINE void vec_transpose(vec x[LANES]) {
     for (int i = 0; i < 8; i++) x[i] = y[i];
 }
 
-/* ---------------------------------------------------------------- whole numbers: the words of
- * quantized_activations.c
+/* ---------------------------------------------------------------- whole numbers
  *
- * `ints` is LANES numbers of 32 bits, or twice as many words of 16. */
+ * `ints` is LANES integers of 32 bits, or twice as many of 16 (shorts), or four times as many bytes. */
 typedef __m256i ints;
 
 VEC_INLINE ints ints_zero(void) { return _mm256_setzero_si256(); }
@@ -119,11 +114,10 @@ VEC_INLINE int32_t ints_largest(ints a) {
     b = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
 }
-VEC_INLINE __m128i
-low_shorts(ints a) { /* numbers that fit 16 bits, or more and cut to the nearest that does */
+VEC_INLINE __m128i low_shorts(ints a) { /* as int16; a number beyond its range becomes the nearest in it */
     return _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
 }
-/* The low 16 bits of each number as a float16. */
+/* The low 16 bits of each integer are a float16. */
 VEC_INLINE vec vec_from_low_f16(ints a) {
     return _mm256_cvtph_ps(low_shorts(_mm256_srai_epi32(_mm256_slli_epi32(a, 16), 16)));
 }
@@ -134,7 +128,7 @@ VEC_INLINE ints shorts_mul(ints a, ints b) { return _mm256_mullo_epi16(a, b); }
 VEC_INLINE ints shorts_left(ints a, int n) { return _mm256_slli_epi16(a, n); }
 VEC_INLINE ints shorts_right(ints a, int n) { return _mm256_srli_epi16(a, n); }
 VEC_INLINE ints shorts_signed_right(ints a, int n) { return _mm256_srai_epi16(a, n); }
-/* sum + a0 * b0 + a1 * b1, for the pair of words in each 32 bits. */
+/* sum + a0 * b0 + a1 * b1, for the pair of shorts in each 32 bits. */
 VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
     ints products;
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "xm"(b));
@@ -142,8 +136,8 @@ VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
 }
 VEC_INLINE void shorts_store_ints(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_shorts(a)); }
 
-/* "Runs": the same sixteen places of BLOCKS_PER_STEP blocks, `next` bytes apart (here one block): bytes as
- * words, bits as words, and one float of each block for its eight lanes. */
+/* Sixteen numbers of each block of a step; the blocks lie `next` bytes apart (here there is one). Bytes and
+ * bits become shorts; of floats there is one for each block, and it fills that block's lanes. */
 VEC_INLINE ints sixteens_from_u8(const uint8_t *p, int64_t next) {
     return (void)next, _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
 }
@@ -157,7 +151,7 @@ VEC_INLINE ints sixteens_from_bits(const uint8_t *p, int64_t next) {
     return _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(shorts_all(load_u16(p)), own), own), 15);
 }
 VEC_INLINE vec sixteens_from_floats(const float *p) { return _mm256_broadcast_ss(p); }
-/* Four float16 for each of these blocks, and the arithmetic of as many floats. */
+/* Four floats for each block of a step, and their arithmetic. */
 typedef __m128 vec_scales;
 VEC_INLINE vec_scales scales_zero(void) { return _mm_setzero_ps(); }
 VEC_INLINE vec_scales scales_all(float a) { return _mm_set1_ps(a); }
@@ -169,26 +163,27 @@ VEC_INLINE vec_scales scales_from_f16(const uint64_t halves[2]) {
     return _mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)halves[0]));
 }
 
-/* Bytes, for K formats. a0 * b0 + a1 * b1 for the pairs of bytes in each word, a without a sign; and a | (b &
- * mask). "Fours": four numbers in each 128 bits, or in their order there. */
+/* Bytes, for K formats. dot_bytes: a0 * b0 + a1 * b1 for the pair of bytes in each short; a has no sign.
+ * ints_or_and: a | (b & mask). ints_fours, ints_order: four integers, or their order, in each 128 bits. */
 VEC_INLINE ints bytes_all(int a) { return _mm256_set1_epi8((int8_t)a); }
 VEC_INLINE ints dot_bytes(ints a, ints b) { return _mm256_maddubs_epi16(a, b); }
 VEC_INLINE ints ints_or_and(ints a, ints b, ints mask) { return ints_or(a, ints_and(b, mask)); }
 VEC_INLINE ints ints_fours(int a, int b, int c, int d) { return _mm256_setr_epi32(a, b, c, d, a, b, c, d); }
 #define ints_order(v, a, b, c, d) _mm256_shuffle_epi32(v, (a) | (b) << 2 | (c) << 4 | (d) << 6)
 VEC_INLINE ints ints_right_each(ints a, ints n) { return _mm256_srlv_epi32(a, n); }
-/* Bytes 8 .. 15 of each 128 bits as words; sixteen bytes, or words, and zeros behind them. */
+/* Bytes 8 .. 15 of each 128 bits as shorts. Then: sixteen bytes, or shorts, with zeros behind them. */
 VEC_INLINE ints shorts_from_upper_u8(ints a) { return _mm256_unpackhi_epi8(a, ints_zero()); }
 VEC_INLINE ints shorts_from_16_i8(const uint8_t *p) { return sixteens_from_i8(p, 0); }
 VEC_INLINE ints shorts_load_16(const int16_t *p) { return ints_load(p); }
-/* The same 16 bytes, or 32, as often as there is room. Of the latter the bits moved left (right, where
- * negative) by n, in the second 32 bytes by m: rightly those that stay in their byte. */
+/* The same 16 bytes, or 32, repeated until the register is full. repeated_left shifts 32 bytes left by n, and
+ * their second copy by m; a negative number shifts right. Only bits that stay in their byte are right. */
 VEC_INLINE ints repeat_16_bytes(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
 VEC_INLINE ints repeat_32_bytes(const uint8_t *p) { return ints_load(p); }
 VEC_INLINE ints repeated_left(ints a, int n, int m) {
     return (void)m, n < 0 ? ints_right(a, -n) : ints_left(a, n);
 }
-/* Of repeat_16_bytes a byte for each 32 weights, from the i-th on, or for each 16: as their words. */
+/* From byte i of 16 repeated ones on: one byte for each 32 weights (u8), or for each 16 (i8), as a short for
+ * each pair of weights. */
 VEC_INLINE ints shorts_repeat_u8(ints runs, int i) {
     return _mm256_shuffle_epi8(runs, shorts_all(0x8000 | i));
 }
@@ -197,7 +192,7 @@ VEC_INLINE ints shorts_repeat_i8(ints runs, int i) {
                                         _mm_set1_epi16((int16_t)(i << 8 | 0x80)));
     return shorts_signed_right(_mm256_shuffle_epi8(runs, upper), 8);
 }
-/* Of LANES / 4 rows 16 bytes; and of as many steps of scales the float, four times. */
+/* 16 bytes of each of LANES / 4 rows; and a float of each, four times. */
 VEC_INLINE ints rows_of_16(const uint8_t *const w[2], int64_t at) {
     return _mm256_loadu2_m128i((const void *)(w[1] + at), (const void *)(w[0] + at));
 }
@@ -205,7 +200,7 @@ VEC_INLINE vec fours_from_floats(const float *p) {
     return _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p));
 }
 
-/* Each lane reads 32 bits of its own row, or four times 32 bits. */
+/* Each lane reads 32 bits of its own row, or 128 bits in four registers. */
 VEC_INLINE ints rows_u32(const uint8_t *p, ints offsets) {
     return _mm256_i32gather_epi32((const void *)p, offsets, 1);
 }

@@ -1,14 +1,14 @@
-/* The vocabulary of the vector forms in AVX-512: `vec` is sixteen floats in one register. The same
- * sentences as in vec_avx2.h. */
+/* The vector functions in AVX-512 with VNNI: `vec` is sixteen floats in one register. vec_avx2.h says what
+ * each of them computes. */
 #include <immintrin.h>
 
-#include "vec.h"
+#include "formats.h"
 
 #define VEC(name) name##_avx512
 #define LANES 16
-#define MR 8              /* linear_gemm.c: tokens, times two registers of rows */
-#define BLOCKS_PER_STEP 2 /* quantized_activations.c: blocks whose halves fill a register of words */
-#define TILE_ROWS 12      /* attention.c: x 2 registers, 24 of the 32 */
+#define MR 8              /* linear_gemm.c: tokens x 2 registers of sums, 16 of the 32 */
+#define BLOCKS_PER_STEP 2 /* linear_gemv.c: blocks of 32 whose first halves fill a register of shorts */
+#define TILE_ROWS 12      /* attention.c: rows x 2 registers of sums, 24 of the 32 */
 
 #define VEC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define VEC_INLINE static inline __attribute__((always_inline)) VEC_TARGET
@@ -46,7 +46,7 @@ VEC_INLINE void vec_store_f16(void *p, vec a) {
     _mm256_storeu_si256(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-VEC_INLINE vec vec_times_complex(vec a, vec b) { /* the fused multiply-add times 1: there is no addsub here */
+VEC_INLINE vec vec_times_complex(vec a, vec b) { /* times 1 in the FMA: AVX-512 has no addsub */
     const vec crossed = _mm512_mul_ps(_mm512_permute_ps(a, 0xb1), _mm512_movehdup_ps(b));
     return _mm512_fmaddsub_ps(vec_all(1), _mm512_mul_ps(a, _mm512_moveldup_ps(b)), crossed);
 }
@@ -55,10 +55,10 @@ VEC_INLINE vec vec_times_complex(vec a, vec b) { /* the fused multiply-add times
 VEC_INLINE __m256 halves_sum(vec a) {
     return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
-VEC_INLINE __m128 vec_sums(vec a, vec b, vec c, vec d) {
+VEC_INLINE void vec_store_sums(float *p, vec a, vec b, vec c, vec d) {
     const __m256 ab = _mm256_hadd_ps(halves_sum(a), halves_sum(b)),
                  cd = _mm256_hadd_ps(halves_sum(c), halves_sum(d)), quarters = _mm256_hadd_ps(ab, cd);
-    return _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1)));
 }
 
 VEC_INLINE float vec_sum(vec a) {
@@ -118,7 +118,7 @@ VEC_INLINE ints shorts_mul(ints a, ints b) { return _mm512_mullo_epi16(a, b); }
 VEC_INLINE ints shorts_left(ints a, int n) { return _mm512_slli_epi16(a, n); }
 VEC_INLINE ints shorts_right(ints a, int n) { return _mm512_srli_epi16(a, n); }
 VEC_INLINE ints shorts_signed_right(ints a, int n) { return _mm512_srai_epi16(a, n); }
-/* Written out, because gcc 12 copies every sum of a loop to and fro around the intrinsic. */
+/* In assembly, because gcc 12 copies every sum of a loop back and forth around the intrinsic. */
 VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
     return sum;
@@ -176,10 +176,10 @@ VEC_INLINE ints repeat_16_bytes(const void *p) { return _mm512_broadcast_i32x4(_
 VEC_INLINE ints repeat_32_bytes(const uint8_t *p) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)p));
 }
-VEC_INLINE ints repeated_left(ints a, int n, int m) { /* turned, which is as good and takes any n */
+VEC_INLINE ints repeated_left(ints a, int n, int m) { /* a rotation does the same, and takes any n */
     return _mm512_rolv_epi32(a, _mm512_mask_mov_epi32(ints_all(n), 0xff00, ints_all(m)));
 }
-/* For vpshufb: in each word of quarter i places[i], two numbers of a byte; 0x80 gives a zero. */
+/* For vpshufb: each short of quarter i is places[i], the numbers of two bytes; 0x80 gives a zero. */
 VEC_INLINE ints in_quarters(const uint64_t places[4]) {
     int64_t eights[4];
     for (int i = 0; i < 4; i++) eights[i] = (int64_t)(places[i] * 0x0001000100010001);

@@ -44,8 +44,7 @@ finally:
 # A signal waits until a C call returns, so no call may be long: this many multiply-adds a thread take
 # a few milliseconds in vector code and about 100 in scalar code.
 WORK_PER_CALL = 1 << 27
-# Many tokens go through panels of so many rows: no thread should be given half of one.
-PANEL_ROWS = 32
+PANEL_ROWS = lib.NL_PANEL_ROWS  # no thread should be given a part of one
 # Waking a second thread costs a few microseconds: below this many multiply-adds one is faster.
 WORK_FOR_THREADS = 1 << 18
 # The same for weights that `convert` is to unpack and pack again.
@@ -135,6 +134,16 @@ def compiler() -> str:
     return ffi.string(lib.nl_compiler()).decode()
 
 
+def _check(status: int, *formats: Format) -> None:
+    """Raise if C does not compute with one of these formats."""
+    if status == lib.NL_UNKNOWN_FORMAT:
+        names = " to ".join(f.name for f in formats)
+        raise UnsupportedError(
+            f"the C kernels cannot compute with weights in {names}; "
+            "choose the readable path: backend='numpy', on the command line --backend numpy"
+        )
+
+
 def quantizes_activations(format: Format, T: int) -> bool:
     """Whether `linear` rounds T tokens to 14 bits before it multiplies them with weights of that format."""
     return bool(lib.nl_quantizes_activations(format.code, T))
@@ -183,6 +192,7 @@ class KernelWeight(InPlace):
         self.width = tensor.shape[1] + pad
         self.rows = np.ascontiguousarray(rows)
         self.pointer = ffi.from_buffer(self.rows)
+        self.matrix = ffi.new("nl_matrix *", (self.pointer, self.format.code, self.shape[0], self.width))
 
     def __len__(self):
         return len(self.tensor)
@@ -201,6 +211,7 @@ class FusedWeights(InPlace):
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
         self.D, self.Dh = D, head_dim
         self.kept = weights, norms, orders  # what the struct points to
+        self.formats = [w.format for w in weights]
         self.struct = ffi.new("nl_layer_weights *")
         self.struct.D, self.struct.F, self.struct.Dh = D, F, head_dim
         self.struct.H, self.struct.K = H_Dh // head_dim, K_Dh // head_dim
@@ -270,7 +281,7 @@ class Kernels(InPlace):
         rows = max(WORK_PER_CALL // (T * w.width * PANEL_ROWS), 1) * PANEL_ROWS * threads
         for begin in range(0, OUT, rows):
             end = min(begin + rows, OUT)
-            multiply(y_pointer, operand, w.pointer, w.format.code, T, OUT, w.width, begin, end, threads)
+            _check(multiply(y_pointer, operand, T, w.matrix, begin, end, threads), w.format)
         return y if w.row_order is None else y.take(w.row_order, axis=-1)  # in one piece, as RoPE needs it
 
     @staticmethod
@@ -278,7 +289,7 @@ class Kernels(InPlace):
         """x quantized to 14 bits, in the layout that the loops over this weight's format read."""
         room = np.empty(lib.nl_activations_bytes(T, w.width), np.uint8)
         activations = ffi.from_buffer(room, require_writable=True)
-        lib.nl_quantize_activations(activations, x, w.format.code, T, w.width, threads)
+        _check(lib.nl_quantize_activations(activations, x, w.format.code, T, w.width, threads), w.format)
         return activations
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -352,6 +363,7 @@ class Kernels(InPlace):
         for first, last, parts in calls:
             for part in range(parts):
                 status = lib.nl_layer(*arguments, first, last, part, parts, threads)
+                _check(status, *w.formats)
                 if status < 0:
                     raise MemoryError("no memory for the scratch of the attention kernel")
                 if status:
@@ -391,6 +403,7 @@ class Kernels(InPlace):
                 IN,
                 threads,
             )
+            _check(bad, tensor.format, format)
             if bad:
                 raise ParameterError(
                     f"row {rows[begin] + bad - 1}: NaN or a weight beyond {MAX_F16} "

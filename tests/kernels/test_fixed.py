@@ -215,7 +215,8 @@ def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
         y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
         room = guarded.copy(np.zeros(lib.nl_activations_bytes(T, IN), np.uint8), at_end)
         y_, x_, w_, room_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data, room))
-        lib.nl_quantize_activations(room_, x_, format.code, T, IN, 2)
-        lib.nl_linear_quantized(y_, room_, w_, format.code, T, OUT, IN, 0, OUT, 2)
+        matrix = ffi.new("nl_matrix *", (w_, format.code, OUT, IN))
+        assert lib.nl_quantize_activations(room_, x_, format.code, T, IN, 2) == 0
+        assert lib.nl_linear_quantized(y_, room_, T, matrix, 0, OUT, 2) == 0
         expected, bound = expected_and_bound(x, w, isa)
         assert_within(y, expected, bound)

@@ -38,7 +38,7 @@ from numpy_llama.errors import MismatchError, ParameterError
 from numpy_llama.proof.blocks import all_pairs_of_scales, packed_scales
 from numpy_llama.proof.bounds import U32, assert_within, g
 
-CHUNK = 256  # csrc/linear_gemm.c: as many products are summed one after another, and then such chunks
+KC = 256  # csrc/linear_gemm.c: KC products are summed one after another, and then such chunks
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
 
@@ -81,7 +81,7 @@ def test_linear_is_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by,
 def linear_bound(isa: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """|error| <= g * sum |x w|: the chunks and then their sums, or one long sum."""
     IN = x.shape[-1]
-    chunk = CHUNK if isa != "scalar" else IN
+    chunk = KC if isa != "scalar" else IN
     roundings = g(min(IN, chunk)) + -(-IN // chunk) * U32
     return roundings * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T)
 
@@ -102,7 +102,7 @@ def test_linear_error_is_as_small_as_chance_allows(isa, format, rng):
     w, x = real_weight(rng, format, OUT, IN), rng.standard_normal((T, IN), dtype=np.float32)
     expected = F.linear(x.astype(np.float64), w.dequantize(np.float64))
     error = exact_kernels(1).linear(x, KernelWeight(w)) - expected
-    length = IN if isa == "scalar" else CHUNK + IN / CHUNK
+    length = IN if isa == "scalar" else KC + IN / KC
     assert np.sqrt(np.mean(error**2)) < 4 * np.sqrt(length) * U32 * np.sqrt(np.mean(expected**2))
 
 
@@ -267,8 +267,8 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
         x = guarded.copy(rng.integers(-8, 9, (T, IN)).astype(np.float32), at_end)
         for multiply in (lib.nl_linear, lib.nl_linear_exact):
             y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
-            pointers = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data))
-            multiply(*pointers, format.code, T, OUT, IN, 0, OUT, 2)
+            y_, x_, w_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data))
+            assert multiply(y_, x_, T, ffi.new("nl_matrix *", (w_, format.code, OUT, IN)), 0, OUT, 2) == 0
             np.testing.assert_array_equal(y, F.linear(x, w.dequantize()))
 
 
@@ -283,8 +283,9 @@ def test_rows_beyond_4_gib_are_found(isa, name, rng):
     area[-some:] = last.data
     x = rng.integers(-8, 9, (T, IN)).astype(np.float32)
     y = np.full((T, OUT), np.nan, np.float32)
-    arrays = (ffi.cast("void *", a.ctypes.data) for a in (y, x, area))
-    lib.nl_linear_exact(*arrays, format.code, T, OUT, IN, OUT - some, OUT, 2)
+    y_, x_, w_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, area))
+    matrix = ffi.new("nl_matrix *", (w_, format.code, OUT, IN))
+    assert lib.nl_linear_exact(y_, x_, T, matrix, OUT - some, OUT, 2) == 0
     np.testing.assert_array_equal(y[:, -some:], F.linear(x, last.dequantize()))
     assert np.isnan(y[:, :-some]).all()
 
@@ -441,7 +442,8 @@ from numpy_llama.backend.kernels import Kernels
 rng = np.random.default_rng(0)
 x, w = rng.standard_normal((5, 96), dtype="f"), rng.standard_normal((17, 96), dtype="f")
 y = np.empty((5, 17), "f")
-lib.nl_linear(*(ffi.cast("void *", a.ctypes.data) for a in (y, x, w)), 0, 5, 17, 96, 0, 17, 2)
+y_, x_, w_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w))
+lib.nl_linear(y_, x_, 5, ffi.new("nl_matrix *", (w_, 0, 17, 96)), 0, 17, 2)
 print(lib.nl_openmp(), np.array_equal(y, Kernels(2).linear(x, w)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "dispatch.h"
-#include "vec.h"
+#include "formats.h"
 
 enum { BLOCK = 1 << 16, MOST_ISAS = 4 };
 

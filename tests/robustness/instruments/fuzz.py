@@ -29,7 +29,7 @@ BUILD = ROOT / "build" / "fuzz"
 CORPUS = HERE / "corpus"
 FILES = ("gguf", "safetensors", "torch", "pickle", "llama2c", "params", "config", "tokenizer_json")
 FILES += ("sentencepiece", "tiktoken", "template")
-KERNELS = ("linear", "linear_exact", "fixed", "attention", "layer", "convert", "exp")
+KERNELS = ("linear", "linear_exact", "linear_quantized", "attention", "layer", "convert", "exp")
 SANITIZE = "-fsanitize=address,undefined"
 # Without OpenMP: races are sanitize.py's.
 COMPILE = ["clang", "-std=c11", "-O1", "-g", "-ffp-contract=off", "-fno-sanitize-recover=all"]

@@ -13,7 +13,7 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "vec.h"
+#include "formats.h"
 
 #define U 0x1p-24 /* half a unit in the last place of a float32 */
 /* Beyond these a sum in float32 may overflow on its way: a block's dot product is up to 10^6 times x. */
@@ -118,7 +118,7 @@ static int any_format(int64_t IN) {
     }
 }
 
-/* ---------------------------------------------------------------- linear, its exact form, fixed point */
+/* ---------------------------------------------------------------- linear, exact, with quantized activations */
 
 /* At most so large are the parts that a weight of this run of sixteen may be put together from. */
 static double reach(int format, const uint8_t *p, int s, double largest) {
@@ -152,7 +152,7 @@ static int read_row(double *w, double *size, int format, const uint8_t *row, int
     return finite;
 }
 
-enum { FLOATS, EXACT, FIXED };
+enum { FLOATS, EXACT, QUANTIZED };
 
 static void linear_in(int way) {
     choose_isa();
@@ -162,30 +162,31 @@ static void linear_in(int way) {
     const int64_t IN = number(1, is_k(format) ? 4 : 20) * weights;
     int64_t OUT = number(1, 80);
     if (T * OUT * IN > 1 << 15) OUT = (1 << 15) / (T * IN) + 1;
-    if (way == FIXED && !nl_quantizes_activations(format, T)) return;
+    if (way == QUANTIZED && !nl_quantizes_activations(format, T)) return;
     uint8_t *w = stored(format, OUT * IN, (int)number(0, KINDS - 1));
+    const nl_matrix matrix = {w, format, OUT, IN};
     float *x = floats(T * IN, x_kind), *y = room(4 * T * OUT);
     const int64_t cut = number(0, OUT);
-    float *rounded = x; /* what x becomes in fixed point */
-    void *fixed = NULL;
-    if (way == FIXED) {
-        fixed = room(nl_activations_bytes(T, IN));
+    float *rounded = x; /* what x is rounded to */
+    void *activations = NULL;
+    if (way == QUANTIZED) {
+        activations = room(nl_activations_bytes(T, IN));
         rounded = room(nl_activations_bytes(T, IN));
-        nl_quantize_activations(fixed, x, format, T, IN, 1);
-        nl_use_isa("scalar"); /* whose fixed point are floats */
+        nl_quantize_activations(activations, x, format, T, IN, 1);
+        nl_use_isa("scalar"); /* whose quantized activations are floats */
         nl_quantize_activations(rounded, x, format, T, IN, 1);
         nl_use_isa(isa);
     }
     for (int part = 0; part < 2; part++) {
         const int64_t begin = part ? cut : 0, end = part ? OUT : cut;
         if (begin == end) continue;
-        if (way == FIXED)
-            nl_linear_quantized(y, fixed, w, format, T, OUT, IN, begin, end, 1);
+        if (way == QUANTIZED)
+            nl_linear_quantized(y, activations, T, &matrix, begin, end, 1);
         else
-            (way == EXACT ? nl_linear_exact : nl_linear)(y, x, w, format, T, OUT, IN, begin, end, 1);
+            (way == EXACT ? nl_linear_exact : nl_linear)(y, x, T, &matrix, begin, end, 1);
     }
     double *row = room(8 * IN), *size = room(8 * IN);
-    const int rounds_w = way == FIXED && is_single(format), x_in_halves = way == FIXED && is_k(format);
+    const int rounds_w = way == QUANTIZED && is_single(format), x_in_halves = way == QUANTIZED && is_k(format);
     for (int64_t r = 0; r < OUT; r++) {
         const int good_row = read_row(row, size, format, w + r * row_bytes(format, IN), IN);
         for (int64_t t = 0; t < T; t++) {
@@ -211,19 +212,19 @@ static void linear_in(int way) {
             if (!finite) {
                 check(!isfinite(found), "what is not finite was lost");
             } else if (!overflows && sizes + 1e4 * coarse < HUGE_SUM && largest < HUGE_X) {
-                const double tiny = (double)IN * (way == FIXED ? 1e-36 : 1e-44); /* products below 2^-126 */
+                const double tiny = (double)IN * (way == QUANTIZED ? 1e-36 : 1e-44); /* products below 2^-126 */
                 const double bound = 3 * (double)(IN + 16) * U * sizes + 1.01 * coarse + tiny;
                 check_near(found, sum, bound, "a product is wrong");
             }
         }
     }
     if (rounded != x) free(rounded);
-    free(w), free(x), free(y), free(fixed), free(row), free(size);
+    free(w), free(x), free(y), free(activations), free(row), free(size);
 }
 
 void fuzz_linear(void) { linear_in(FLOATS); }
 void fuzz_linear_exact(void) { linear_in(EXACT); }
-void fuzz_fixed(void) { linear_in(FIXED); }
+void fuzz_linear_quantized(void) { linear_in(QUANTIZED); }
 
 /* ---------------------------------------------------------------- attention */
 
@@ -382,7 +383,7 @@ void fuzz_layer(void) {
             check(isfinite(made[0].y[i]), "a layer is not finite");
         }
         check(memcmp(made[0].y, made[1].y, (size_t)(4 * tokens * w.D)) == 0, "in parts other bits");
-        /* a number that lies between two steps, of float16 or of fixed point, may go either way */
+        /* a number that lies between two steps, of float16 or of 14 bits, may go either way */
         check(error <= (w.exact && !half ? 1e-4 : 1e-2) * largest, "a layer is wrong");
     }
     for (int run = 0; run < 3; run++) {

@@ -18,10 +18,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-TESTS = [
-    f"tests/kernels/{name}.py"
-    for name in ("test_kernels", "test_fixed", "test_attention_kernel", "test_layer", "test_convert_kernels")
-]
+KERNEL_TESTS = "kernels fixed micro_kernel attention_kernel layer convert_kernels"
+TESTS = [f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS.split()]
 # gcc under a sanitizer's library: that would be all that this one tests here.
 NOT_THIS = "tests/kernels/test_kernels.py::test_the_kernels_build_and_agree_without_openmp"
 MISSING = "apt install gcc clang libclang-rt-14-dev libomp-14-dev (or of another version)"
@@ -42,7 +40,7 @@ RUNTIMES = {
 PLANTED = {
     "address": ("csrc/quantize.c", "w[i] = weight(format, p, 0, i);", "w[i] = weight(format, p, 0, i + 1);"),
     "undefined": (
-        "csrc/linear.c",
+        "csrc/quantized_activations.c",
         "int64_t nl_activations_bytes(int64_t T, int64_t IN) {",
         "int64_t nl_activations_bytes(int64_t T, int64_t IN) {\n    static volatile int most = 2147483647;\n"
         "    most = most + (int)(T > 0);",

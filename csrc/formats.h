@@ -1,0 +1,172 @@
+/* The formats in which weights are stored: one table of where their bytes lie, and `weight`, which says what
+ * the bytes mean. Python sees the table through nl_format_at: tests/test_formats_table.py holds
+ * numpy_llama/quantize.py to it. The layouts are ggml's; pictures of them stand in unpack.h. */
+#ifndef NUMPY_LLAMA_FORMATS_H
+#define NUMPY_LLAMA_FORMATS_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* The weights in a block, and in a block of a K format. */
+enum { QK = 32, QK_K = 256, NONE = -1 };
+
+/* clang-format off */
+/* A block, by byte offsets: d and m are float16 numbers, `scales` the small scales of a K format's sub-blocks,
+ * `high` the bits of q above the low four, `quants` the numbers themselves or their low bits. A weight is
+ * d * (q - zero) + m; in Q4_K and Q5_K d * scale * q - m * minimum, in Q6_K d * scale * (q - zero).
+ *
+ *      name   code  weights  bytes     d     m   scales  high  quants   zero */
+#define EACH_FORMAT(ROW)                                                       \
+    ROW(F32,      0,      1,     4,  NONE, NONE,    NONE, NONE,      0,     0) \
+    ROW(F16,      1,      1,     2,  NONE, NONE,    NONE, NONE,      0,     0) \
+    ROW(BF16,    30,      1,     2,  NONE, NONE,    NONE, NONE,      0,     0) \
+    ROW(Q8_0,     8,     QK,    34,     0, NONE,    NONE, NONE,      2,     0) \
+    ROW(Q4_0,     2,     QK,    18,     0, NONE,    NONE, NONE,      2,     8) \
+    ROW(Q4_1,     3,     QK,    20,     0,    2,    NONE, NONE,      4,     0) \
+    ROW(Q5_0,     6,     QK,    22,     0, NONE,    NONE,    2,      6,    16) \
+    ROW(Q5_1,     7,     QK,    24,     0,    2,    NONE,    4,      8,     0) \
+    ROW(Q4_K,    12,   QK_K,   144,     0,    2,       4, NONE,     16,     0) \
+    ROW(Q5_K,    13,   QK_K,   176,     0,    2,       4,   16,     48,     0) \
+    ROW(Q6_K,    14,   QK_K,   210,   208, NONE,     192,  128,      0,    32)
+/* clang-format on */
+
+enum {
+#define ROW(NAME, CODE, ...) NAME = CODE,
+    EACH_FORMAT(ROW)
+#undef ROW
+};
+
+/* The row of the table. Where `code` is a constant, so is every field. An unknown format has no name. */
+INLINE nl_format format_of(const int code) {
+    switch (code) {
+#define ROW(NAME, CODE, ...)                                                                                 \
+    case CODE: return (nl_format){#NAME, CODE, __VA_ARGS__};
+        EACH_FORMAT(ROW)
+#undef ROW
+    }
+    return (nl_format){NULL, code, 0, 0, NONE, NONE, NONE, NONE, NONE, 0};
+}
+
+INLINE int is_known(int format) { return format_of(format).name != NULL; }
+INLINE int is_single(int format) { return format_of(format).weights == 1; }
+INLINE int is_k(int format) { return format_of(format).weights == QK_K; }
+INLINE int has_minima(int format) { return format_of(format).m != NONE; }
+
+/* The kernels' step along a row: a block, or 32 single numbers. */
+INLINE int64_t block_weights(int format) { return is_single(format) ? QK : format_of(format).weights; }
+INLINE int64_t block_bytes(int format) { return format_of(format).bytes * (is_single(format) ? QK : 1); }
+
+/* ---------------------------------------------------------------- numbers in bytes */
+
+INLINE uint16_t load_u16(const uint8_t *p) {
+    uint16_t u;
+    memcpy(&u, p, sizeof u);
+    return u;
+}
+
+INLINE uint32_t load_u32(const uint8_t *p) {
+    uint32_t u;
+    memcpy(&u, p, sizeof u);
+    return u;
+}
+
+INLINE float load_f32(const uint8_t *p) {
+    float f;
+    memcpy(&f, p, sizeof f);
+    return f;
+}
+
+INLINE float float_of_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+INLINE uint32_t bits_of_float(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+/* float16 to float32, exact. A normal number moves its fields; a subnormal one takes one subtraction.
+ * There is no branch, so that the compiler can vectorise a loop of these. */
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
+    const uint32_t rest = (uint32_t)(half & 0x7fff) << 13;     /* exponent and fraction at their new place */
+    const uint32_t bias = 0x38000000u << (rest >= 0x0f800000); /* 15 -> 127; infinity and NaN: 31 -> 255 */
+    const float subnormal = float_of_bits(0x38800000 + rest) - float_of_bits(0x38800000);
+    const uint32_t choose = -(uint32_t)(rest < 0x00800000); /* all bits, or none */
+    return float_of_bits(sign | (bits_of_float(subnormal) & choose) | ((rest + bias) & ~choose));
+}
+
+/* The bits of 0.5 and of -0; those of |x|. */
+enum { HALF = 0x3f000000 };
+#define SIGN 0x80000000u
+INLINE uint32_t bits_of_abs(float x) { return bits_of_float(x) & ~SIGN; }
+
+/* Rounded to nearest, ties to even; infinite from 65520 on; a NaN stays a NaN. */
+INLINE uint16_t float_to_half(float f) {
+    const uint32_t all = bits_of_abs(f), sign = bits_of_float(f) >> 16 & 0x8000;
+    const uint32_t rest = all < 0x47800000 ? all : 0x47800000; /* 65536: its exponent is that of infinity */
+    const uint32_t normal = (rest + 0x0fff + (rest >> 13 & 1) - 0x38000000) >> 13; /* bias 127 -> 15 */
+    /* In 0.5 + x the last bit counts 2^-24, as it does in a subnormal float16: the addition rounds. */
+    const uint32_t subnormal = bits_of_float(float_of_bits(rest) + 0.5f) - HALF;
+    const uint32_t choose = -(uint32_t)(rest < 0x38800000), nan = (uint32_t)(all > 0x7f800000) << 9;
+    return (uint16_t)(sign | nan | (subnormal & choose) | (normal & ~choose));
+}
+
+INLINE float load_f16(const uint8_t *p) { return half_to_float(load_u16(p)); }
+
+/* ---------------------------------------------------------------- one weight */
+
+/* The 6-bit scale and minimum of sub-block j of Q4_K and Q5_K, out of their 12 bytes. */
+INLINE int k_scale(const uint8_t *p, int j) {
+    return j < 4 ? p[j] & 63 : (p[j + 4] & 15) | p[j - 4] >> 6 << 4;
+}
+INLINE int k_minimum(const uint8_t *p, int j) {
+    return j < 4 ? p[j + 4] & 63 : p[j + 4] >> 4 | p[j] >> 6 << 4;
+}
+
+/* Weight 16 s + i of the block at p, with i below 16: the float32 of numpy_llama/quantize.py. */
+INLINE float weight(const int format, const uint8_t *p, int s, int i) {
+    const nl_format f = format_of(format);
+    const uint8_t *quants = p + f.quants;
+    switch (format) {
+    case F32: return load_f32(p + 4 * (16 * s + i));
+    case F16: return load_f16(p + 2 * (16 * s + i));
+    case BF16: return float_of_bits((uint32_t)load_u16(p + 2 * (16 * s + i)) << 16);
+    case Q8_0: return load_f16(p + f.d) * (float)(int8_t)quants[16 * s + i];
+    case Q4_0: return load_f16(p + f.d) * (float)((quants[i] >> 4 * s & 15) - f.zero);
+    case Q4_1: return load_f16(p + f.d) * (float)(quants[i] >> 4 * s & 15) + load_f16(p + f.m);
+    case Q5_0: {
+        const int q = (quants[i] >> 4 * s & 15) | (load_u16(p + f.high + 2 * s) >> i & 1) << 4;
+        return load_f16(p + f.d) * (float)(q - f.zero);
+    }
+    case Q5_1: {
+        const int q = (quants[i] >> 4 * s & 15) | (load_u16(p + f.high + 2 * s) >> i & 1) << 4;
+        return load_f16(p + f.d) * (float)q + load_f16(p + f.m);
+    }
+    case Q4_K:
+    case Q5_K: {
+        int q = quants[s / 4 * 32 + s % 2 * 16 + i] >> s / 2 % 2 * 4 & 15;
+        if (format == Q5_K) q |= (p[f.high + s % 2 * 16 + i] >> s / 2 & 1) << 4;
+        const float d = load_f16(p + f.d) * (float)k_scale(p + f.scales, s / 2);
+        return d * (float)q - load_f16(p + f.m) * (float)k_minimum(p + f.scales, s / 2);
+    }
+    case Q6_K: {
+        const int low = quants[s / 8 * 64 + s % 4 * 16 + i] >> s / 4 % 2 * 4 & 15;
+        const int high = p[f.high + s / 8 * 32 + s % 2 * 16 + i] >> s / 2 % 4 * 2 & 3;
+        const float d = load_f16(p + f.d) * (float)(int8_t)p[f.scales + s];
+        return d * (float)((low | high << 4) - f.zero);
+    }
+    }
+    return NAN; /* not reached: every entry point refuses an unknown format */
+}
+
+#endif

@@ -1,0 +1,17 @@
+/* The vector forms of all kernels: avx2.c and avx512.c include this, and so compile each of these files once
+ * more, with VECTOR_FORMS defined (README.md, "What is compiled when"). */
+#include "vec.h"
+
+#include "quantized_activations.c"
+
+#include "linear_gemv.c"
+
+#include "linear_gemm.c"
+
+#include "linear.c"
+
+#include "attention.c"
+
+#include "layer.c"
+
+#include "probe.c"

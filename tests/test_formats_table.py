@@ -1,0 +1,149 @@
+"""The table of weight formats that C computes with (csrc/formats.h) against numpy_llama/backend/formats.py: the same
+formats, and each part of a block in the same bytes. A format that C does not know is an error.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from numpy_llama.backend._kernels import ffi, lib
+from test_layer import SMALL, random_weights
+
+from numpy_llama.backend.formats import FORMATS, QK, StoredTensor
+from numpy_llama.backend.kernels import Kernels, KernelWeight
+from numpy_llama.errors import UnsupportedError
+from numpy_llama.model import Transformer
+
+NONE = -1
+PARTS = ("d", "m", "scales", "high", "quants")
+
+
+def c_formats() -> dict:
+    rows, table = 0, {}
+    while (row := lib.nl_format_at(rows)) != ffi.NULL:
+        table[ffi.string(row.name).decode()] = row
+        rows += 1
+    assert lib.nl_format_at(NONE) == ffi.NULL
+    return table
+
+
+BLOCK_FORMATS = [name for name, f in FORMATS.items() if f.block > 1]
+
+
+def parts_of(row) -> dict[str, slice]:
+    """The bytes of each part of a block: from where it begins to where the next one does."""
+    begins = sorted((getattr(row, part), part) for part in PARTS if getattr(row, part) != NONE)
+    ends = [begin for begin, _ in begins[1:]] + [row.bytes]
+    return {part: slice(begin, end) for (begin, part), end in zip(begins, ends, strict=True)}
+
+
+def test_both_tables_have_the_same_formats():
+    found = {name: (row.code, row.weights, row.bytes) for name, row in c_formats().items()}
+    assert found == {name: (f.code, f.block, f.block_bytes) for name, f in FORMATS.items()}
+
+
+def test_the_parts_fill_a_block():
+    for name in BLOCK_FORMATS:
+        sizes = {part: at.stop - at.start for part, at in parts_of(c_formats()[name]).items()}
+        assert sum(sizes.values()) == FORMATS[name].block_bytes
+        assert all(sizes.get(part, 2) == 2 for part in "dm")  # float16
+
+
+def a_block(name: str, fill: int, m: float) -> np.ndarray:
+    """One block whose bytes are `fill`, with d = 1 and this m."""
+    row = c_formats()[name]
+    block = np.full((1, row.bytes), fill, np.uint8)
+    for part, value in (("d", 1), ("m", m)):
+        if (at := getattr(row, part)) != NONE:
+            block[0, at : at + 2] = np.float16([value]).view(np.uint8)
+    return block
+
+
+def weights_changed_by(name: str, byte: int) -> int:
+    """How many weights of a block change, by quantize.py, when all bits of one byte do."""
+    block = a_block(name, 0b01010101, m=1)
+    before = FORMATS[name].dequantize(block).copy()
+    block[0, byte] ^= 0xFF
+    return int((FORMATS[name].dequantize(block) != before).sum())
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_each_part_lies_where_python_reads_it(name):
+    """A byte of d or m changes all weights, a byte of the other parts those that have bits in it."""
+    row, block = c_formats()[name], FORMATS[name].block
+    in_a_byte = {
+        "d": {block},
+        "m": {block},
+        "scales": {16} if name == "Q6_K" else {32, 64},
+        "high": {4} if name == "Q6_K" else {8},
+        "quants": {1} if name == "Q8_0" else {2},
+    }
+    for part, at in parts_of(row).items():
+        for byte in range(at.start, at.stop):
+            assert weights_changed_by(name, byte) in in_a_byte[part], (part, byte)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_d_m_and_zero_mean_what_python_says(name):
+    """Where q = 0 a weight is -zero times d; where d = 0 it is m, or in a K format minus its minimum."""
+    row, parts = c_formats()[name], parts_of(c_formats()[name])
+    block = a_block(name, 0, m=0)
+    if row.scales != NONE:
+        block[0, parts["scales"]] = 1
+    np.testing.assert_array_equal(FORMATS[name].dequantize(block), np.full((1, row.weights), -row.zero))
+    if row.m == NONE:
+        return
+    block[0, parts["d"]], block[0, parts["m"]] = 0, np.float16([3]).view(np.uint8)
+    expected = -3 if row.scales != NONE else 3
+    assert expected in FORMATS[name].dequantize(block)
+
+
+# ---------------------------------------------------------------- a format that C does not know
+
+
+UNKNOWN = dataclasses.replace(FORMATS["Q8_0"], name="Q9_9", code=99)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("T", [1, 9])
+def test_linear_refuses_a_format_that_c_does_not_know(isa, T, exact, rng):
+    data = FORMATS["Q8_0"].quantize(rng.standard_normal((3, QK)).astype(np.float32))
+    w = KernelWeight(StoredTensor(UNKNOWN, (3, QK), data))
+    with pytest.raises(UnsupportedError, match="cannot compute with weights in Q9_9; choose"):
+        Kernels(1, exact=exact).linear(np.ones((T, QK), np.float32), w)
+
+
+def test_a_layer_refuses_a_format_that_c_does_not_know(isa, rng):
+    twin = Kernels(1)
+    weights = {
+        key: KernelWeight(w) if len(w.shape) == 2 else w.dequantize()
+        for key, w in random_weights(rng, SMALL).items()
+    }
+    model = Transformer(SMALL, weights, twin.linear, twin.attention)
+    layer = twin.pack_layer(model.layers[0])
+    layer.struct.format[3] = UNKNOWN.code
+    cache = [np.zeros((SMALL.n_kv_heads, 4, SMALL.head_dim), np.float32)]
+    with pytest.raises(UnsupportedError, match="the C kernels cannot compute with weights in"):
+        twin.layer(layer, np.ones((1, 1, SMALL.dim), np.float32), [0], model.freqs_cis[:1], cache, cache)
+
+
+def test_every_entry_point_refuses_an_unknown_format(isa):
+    x, y, w = (ffi.new("float[]", 4096) for _ in range(3))
+    for code in (-1, 4, 5, 15, 29, 31, 99):
+        matrix = ffi.new("nl_matrix *", (w, code, 1, QK))
+        statuses = [
+            lib.nl_linear(y, x, 1, matrix, 0, 1, 1),
+            lib.nl_linear_exact(y, x, 1, matrix, 0, 1, 1),
+            lib.nl_linear_quantized(y, x, 1, matrix, 0, 1, 1),
+            lib.nl_linear_scalar_micro_kernel(y, x, 9, matrix, 1),
+            lib.nl_quantize_activations(y, x, code, 1, QK, 1),
+            lib.nl_convert(y, FORMATS["F32"].code, w, code, 1, QK, 1),
+            lib.nl_convert(y, code, w, FORMATS["F32"].code, 1, QK, 1),
+        ]
+        assert statuses == [lib.NL_UNKNOWN_FORMAT] * len(statuses), code
+        assert lib.nl_quantizes_activations(code, 9) == 0
+    f32, q4_1 = FORMATS["F32"].code, FORMATS["Q4_1"].code  # one is never quantized, the other never written
+    matrix = ffi.new("nl_matrix *", (w, f32, 1, QK))
+    assert lib.nl_linear_quantized(y, x, 9, matrix, 0, 1, 1) == lib.NL_UNKNOWN_FORMAT
+    assert lib.nl_convert(y, q4_1, w, f32, 1, QK, 1) == lib.NL_UNKNOWN_FORMAT
+    assert not any(y)

@@ -5,7 +5,7 @@
  *         for jr in begin, NR .. end      NR = 2 LANES rows of w, two registers; a thread's rows are its NC
  *             tile = 0                    (MC, NR) float32
  *             for pc in 0, KC .. IN       KC = 256 weights of a row, a block of a K format
- *                 pack_panel              w[jr: jr + NR, pc: pc + KC], transposed: up to 16 KB, stays in L1
+ *                 pack_panel              w[jr: jr + NR, pc: pc + KC], transposed: 8 or 16 KB, a part of L1
  *                 for ir in 0, MR .. MC   MR = 8 tokens (AVX2: 4): MR x 2 registers of sums
  *                     micro_kernel        tile[ir: ir + MR] += x[ic + ir: ic + ir + MR, pc: pc + KC] @ panel
  *             y[ic: ic + MC, jr: jr + NR] = tile
@@ -48,7 +48,7 @@ VEC_INLINE void pack_panel(const int format, const int exact, panel *to, const n
     const int64_t weights = block_weights(format), bytes = block_bytes(format),
                   row_bytes = w->IN / weights * bytes;
     for (int64_t column = 0; column < NR; column += LANES) {
-        const int64_t first = column < nr ? column : 0; /* no row is left: any will do */
+        const int64_t first = column < nr ? column : 0; /* when no row is left: any row */
         const uint8_t *p = (const uint8_t *)w->data + (jr + first) * row_bytes + pc / weights * bytes;
         panel_rows rows = {.to = to, .column = column};
         int32_t at[LANES];
@@ -59,7 +59,7 @@ VEC_INLINE void pack_panel(const int format, const int exact, panel *to, const n
         rows.at_lanes = ints_load(at);
         for (int64_t k = 0; k < kc; k += weights) unpack(format, exact, &rows, k, p + k / weights * bytes);
         if (exact && !is_single(format)) dequantize_panel(format, &rows, kc);
-        /* A CPU follows fewer streams than a panel has rows: the next KC weights of each are asked for. */
+        /* A CPU follows fewer streams than a panel has rows: prefetch the next KC weights of each. */
         const int64_t panel_bytes = KC / weights * bytes;
         for (int l = 0; l < LANES; l++)
             for (int64_t i = 0; i < panel_bytes; i += 64)
@@ -69,7 +69,7 @@ VEC_INLINE void pack_panel(const int format, const int exact, panel *to, const n
 
 /* ---------------------------------------------------------------- micro-kernel: tile (mr, NR) += x @ panel
  *
- * In scalar C, six lines. The vector forms add in the same order, so they give the same bits. */
+ * First in scalar C. The form in vectors has the same signature and adds in the same order: the same bits. */
 
 typedef void micro_kernel_function(int mr, float *tile, const panel *w, int64_t kc, int64_t unit, int minima,
                                    const gemm_activations *x);

@@ -1,6 +1,6 @@
 /* Quantized activations: x as whole numbers of -8191 .. 8191, times one scale dx for 32 of them, or in K
- * formats for 256. They are rounded as `fixed_point` of numpy_llama/quantize.py rounds, once for all rows of
- * w, and laid out in the order in which the loops over w read them.
+ * formats for 256. They are rounded as `quantize_activations` of numpy_llama/quantize.py rounds, once for all
+ * rows of w, and laid out in the order in which the loops over w read them.
  *
  * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
  * instruction set: the part under VECTOR_FORMS (README.md). */
@@ -48,8 +48,8 @@ void quantize_activations_scalar(void *activations, const float *x, int format, 
 #else
 /* ---------------------------------------------------------------- vectors */
 
-/* q = round(x / dx) for a block of n numbers, 32 or 256; -> dx. A NaN or infinity makes dx one too, and so
- * every output of its token. */
+/* q = round(x / dx) for a block of n numbers, 32 or 256; -> dx. A NaN or infinity makes dx NaN or infinite,
+ * and so every output of its token. */
 VEC_INLINE float quantize_block(int16_t *q, const float *x, int64_t n) {
     ints largest = ints_zero();
     for (int64_t i = 0; i < n; i += LANES)

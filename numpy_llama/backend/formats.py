@@ -42,7 +42,7 @@ from ..errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
 QK_K = 256  # and in a block of a K format
-X_MAX = np.float32(8191)  # of an activation in fixed point
+X_MAX = np.float32(8191)  # of a quantized activation
 WEIGHTS_AT_ONCE = 1 << 20  # that `dequantize` unpacks
 MAX_F16 = 65504  # with weights up to here, every format's d and m are finite
 
@@ -199,7 +199,7 @@ def quantize_q5_1(x):
     return _blocks([d.astype("<f2"), m.astype("<f2"), _fifth_bits(q), _pairs(q)])
 
 
-def fixed_point(x, block):
+def quantize_activations(x, block):
     """x rounded to 14 bits: whole numbers of -8191..8191 times one scale for each `block` of a row.
 
     csrc/quantized_activations.c rounds activations in this way: in blocks of 32, for K formats of 256.

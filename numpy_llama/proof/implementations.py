@@ -36,14 +36,14 @@ OPERATIONS = {
     quantize: (
         *(f"dequantize_{name}" for name in STORED),
         *(f"quantize_{f.name.lower()}" for f in quantize.FORMATS.values() if f.quantize),
-        "fixed_point",
+        "quantize_activations",
     ),
     cache: ("KVCache",),
     model: ("Transformer",),
 }
 NAMES = [name for names in OPERATIONS.values() for name in names]
 # Whose result is an array, in the precision of its arguments.
-ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "fixed_point"} - {"greedy", "draw"}
+ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "quantize_activations"} - {"greedy", "draw"}
 
 
 class Call(NamedTuple):

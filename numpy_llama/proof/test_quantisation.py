@@ -402,35 +402,35 @@ def test_every_scale_of_a_q6_k_block(ops):
     assert_same(ops.dequantize_q6_k(q6_k_blocks(d, sc, q)), expected)
 
 
-# --- activations in fixed point ---------------------------------------------------------------------------
+# --- quantized activations --------------------------------------------------------------------------------
 
-FIXED_BITS = 2.0**-14  # of the largest of a block: half a step of 1 / 8191
+ACTIVATION_BITS = 2.0**-14  # of the largest of a block: half a step of 1 / 8191
 
 
 @pytest.mark.parametrize("block", [QK, QK_K])
-@law("fixed_point", sources, st.integers(1, 3), st.integers(1, 3))
-def test_what_fixed_point_costs(ops, block, source, rows, blocks):
+@law("quantize_activations", sources, st.integers(1, 3), st.integers(1, 3))
+def test_what_quantized_activations_cost(ops, block, source, rows, blocks):
     """Half a step of max|x| / 8191 in each block."""
     x = source.normal(rows, blocks * block).astype(np.float32)
     largest = np.abs(x).reshape(rows, blocks, block).max(-1).repeat(block, axis=1)
-    assert_within(ops.fixed_point(x, block), x, FIXED_BITS * 1.01 * largest)
+    assert_within(ops.quantize_activations(x, block), x, ACTIVATION_BITS * 1.01 * largest)
 
 
 @pytest.mark.parametrize("block", [QK, QK_K])
-@law("fixed_point", sources)
-def test_the_largest_is_kept_in_fixed_point(ops, block, source):
+@law("quantize_activations", sources)
+def test_the_largest_activation_is_kept(ops, block, source):
     """It is 8191 of 8191 steps."""
     x = source.normal(1, block).astype(np.float32)
     i = np.abs(x).argmax()
-    assert_within(ops.fixed_point(x, block)[0, i], x[0, i], 4 * U32 * np.abs(x[0, i]))
+    assert_within(ops.quantize_activations(x, block)[0, i], x[0, i], 4 * U32 * np.abs(x[0, i]))
 
 
 @pytest.mark.parametrize("block", [QK, QK_K])
-@law("fixed_point")
-def test_nothing_is_nothing_in_fixed_point(ops, block):
+@law("quantize_activations")
+def test_quantized_zeros_are_zeros(ops, block):
     """A block of zeros, or of next to nothing, is zeros."""
-    assert_same(ops.fixed_point(np.zeros((2, block), np.float32), block), np.zeros((2, block)))
-    assert_same(ops.fixed_point(np.full((2, block), 1e-31, np.float32), block), np.zeros((2, block)))
+    assert_same(ops.quantize_activations(np.zeros((2, block), np.float32), block), np.zeros((2, block)))
+    assert_same(ops.quantize_activations(np.full((2, block), 1e-31, np.float32), block), np.zeros((2, block)))
 
 
 @law("quantize_q8_0 dequantize_q8_0 linear", weights(low=-3, high=3), seeds)

@@ -18,7 +18,7 @@ IN_BLOCKS = 4.0
 # A whole layer in one call, exact: its sums one behind the other, relative to what the layer adds.
 LAYER_EXACT = 1e-5
 # With activations of 14 bits and a cache of 11: some thousand roundings. Measured: up to 8 steps.
-LAYER_FIXED = 32 / float(X_MAX)
+LAYER_QUANTIZED = 32 / float(X_MAX)
 
 
 def g(K: int) -> float:
@@ -77,4 +77,4 @@ def swiglu(expected):
 def layer(x, expected, exact: bool):
     """A whole layer: relative to the most that it adds, and to the stream that it adds it to."""
     added = np.abs(expected.astype(np.float64) - x).max()
-    return (LAYER_EXACT if exact else LAYER_FIXED) * added + 4 * U32 * np.abs(expected)
+    return (LAYER_EXACT if exact else LAYER_QUANTIZED) * added + 4 * U32 * np.abs(expected)

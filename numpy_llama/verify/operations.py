@@ -1,8 +1,9 @@
 """Every operation of every layer of a model: C against NumPy, and against PyTorch where it is installed.
 
 Each implementation is given the same input, NumPy's own, so an error belongs to the operation that shows it.
-The C kernels multiply a prompt and a single token in different ways: both are looked at. In fixed point the
-right answer is linear(fixed_point(x), w). One layer's float32 copy is in memory at a time.
+The C kernels multiply a prompt and a single token in different ways: both are looked at. With quantized
+activations the right answer is linear(quantize_activations(x), w). One layer's float32 copy is in memory at a
+time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import functional as F
-from ..backend.formats import QK, StoredTensor, fixed_point
+from ..backend.formats import QK, StoredTensor, quantize_activations
 from ..backend.fused import FusedBlock, fused_weights
 from ..backend.kernels import Kernels, KernelWeight, quantizes_activations
 from ..cache import KVCache
@@ -53,12 +54,12 @@ class C:
     def linear(self, x, w: StoredTensor, dense, y) -> Iterator[tuple]:
         """-> what was found, what is right, and the bound: for the prompt, and for its last token."""
         packed, T = KernelWeight(w), x.shape[1]
-        fixed = not self.exact and quantizes_activations(w.format, T)
-        right = F.linear(_rounded(x, max(w.format.block, QK)), dense) if fixed else y
-        yield self.kernels.linear(x, packed), right, bounds.linear(x[0], dense, w.format, fixed)
-        fixed = not self.exact and quantizes_activations(w.format, 1)
-        right, x = (right if fixed else y)[:, -1:], x[:, -1:]
-        yield self.kernels.linear(x, packed), right, bounds.linear(x[0], dense, w.format, fixed)
+        quantized = not self.exact and quantizes_activations(w.format, T)
+        right = F.linear(_rounded(x, max(w.format.block, QK)), dense) if quantized else y
+        yield self.kernels.linear(x, packed), right, bounds.linear(x[0], dense, w.format, quantized)
+        quantized = not self.exact and quantizes_activations(w.format, 1)
+        right, x = (right if quantized else y)[:, -1:], x[:, -1:]
+        yield self.kernels.linear(x, packed), right, bounds.linear(x[0], dense, w.format, quantized)
 
     def attention(self, q, k, v) -> Iterator[tuple]:
         with np.errstate(over="ignore"):
@@ -121,10 +122,10 @@ class Torch:
 
 
 def _rounded(x, block: int):
-    """`fixed_point` of rows of any length: the kernels fill them up with zeros."""
+    """`quantize_activations` of rows of any length: the kernels fill them up with zeros."""
     IN = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -IN % block)])
-    return fixed_point(padded, block)[..., :IN]
+    return quantize_activations(padded, block)[..., :IN]
 
 
 def pytorch():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
 
 from numpy_llama.backend import kernels
-from numpy_llama.backend.formats import FORMATS, QK, X_MAX, StoredTensor, fixed_point
+from numpy_llama.backend.formats import FORMATS, QK, X_MAX, StoredTensor, quantize_activations
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.proof.bounds import U32, assert_within
 
@@ -40,7 +40,7 @@ def x_block(format) -> int:
 
 def rounded(x, format):
     """What is multiplied. For a few tokens and weights that are single numbers x is left as it is."""
-    return x if format.block == 1 and len(x) <= FEW else fixed_point(x, x_block(format))
+    return x if format.block == 1 and len(x) <= FEW else quantize_activations(x, x_block(format))
 
 
 def expected_and_bound(x, w: StoredTensor, isa):
@@ -112,7 +112,9 @@ def test_x_is_rounded_as_numpy_rounds(rng):
         out = np.zeros(lib.nl_activations_bytes(*x.shape) // 4, np.float32)
         x_, out_ = ffi.from_buffer("float[]", x), ffi.from_buffer(out)
         lib.nl_quantize_activations(out_, x_, format.code, *x.shape, 1)
-        np.testing.assert_array_equal(out[: x.size].reshape(x.shape), fixed_point(x, x_block(format)))
+        np.testing.assert_array_equal(
+            out[: x.size].reshape(x.shape), quantize_activations(x, x_block(format))
+        )
     kernels.use_isa(before)
 
 

@@ -14,16 +14,7 @@
  * multiplies 2 MR times. With MR = 8 these are 10 loads, 5 cycles, for 16 vpdpwssd, 8 cycles. (AVX2: 6 loads,
  * 3 cycles, for 8 vpmaddwd and 8 vpaddd, 8 cycles.) So the multipliers are the limit.
  *
- * A sum of whole numbers is int32. After a unit of weights it is scaled and added to a float32, or it would
- * overflow:
- *
- *     format            unit   |q'| at most          unit * |q'| * 8191    below 2^31 = 2,147,483,648
- *     F16 BF16            32   8191                       2,146,959,392
- *     Q8_0                32   128                           33,550,336
- *     Q4_0 .. Q5_1        32   31                             8,125,472
- *     Q6_K                64   128 * 32 = 4096            2,147,221,504
- *     Q5_K               128   63 * 31 = 1953             2,047,618,944
- *     Q4_K               256   63 * 15 = 945              1,981,566,720
+ * Products are summed in int32, a unit of weights at a time: unpack.h has the table that proves it right.
  *
  * The exact way makes floats of the panel, and its micro-kernel has an FMA in place of two integer products.
  *

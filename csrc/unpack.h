@@ -28,9 +28,38 @@ typedef struct {
     ints at_lanes;     /* the same in a register */
 } panel_rows;
 
-/* The weights whose products are summed in int32. linear_gemm.c has the proof that no sum overflows. */
+/* clang-format off */
+/* Products are summed in int32 over a unit of weights; then the sum is scaled and added to a float32. No sum
+ * overflows, because unit * |q'| * 8191 is below 2^31 = 2,147,483,648:
+ *
+ *          format   unit   |q'| at most         the largest sum */
+#define EACH_UNIT(ROW)                                              \
+    ROW(    F32,      32,   0       )  /* is never quantized     */ \
+    ROW(    F16,      32,   8191    )  /*          2,146,959,392 */ \
+    ROW(    BF16,     32,   8191    )  /*          2,146,959,392 */ \
+    ROW(    Q8_0,     32,   128     )  /*             33,550,336 */ \
+    ROW(    Q4_0,     32,   8       )  /*              2,096,896 */ \
+    ROW(    Q4_1,     32,   15      )  /*              3,931,680 */ \
+    ROW(    Q5_0,     32,   16      )  /*              4,193,792 */ \
+    ROW(    Q5_1,     32,   31      )  /*              8,125,472 */ \
+    ROW(    Q4_K,    256,   63 * 15 )  /*          1,981,566,720 */ \
+    ROW(    Q5_K,    128,   63 * 31 )  /*          2,047,618,944 */ \
+    ROW(    Q6_K,     64,   128 * 32)  /*          2,147,221,504 */
+/* clang-format on */
+
+#define ROW(FORMAT, UNIT, LARGEST)                                                                           \
+    _Static_assert((int64_t)(UNIT) * (LARGEST) * X_MAX <= INT32_MAX, #FORMAT " overflows");
+EACH_UNIT(ROW)
+#undef ROW
+
 INLINE int unit_of(const int format) {
-    return format == Q4_K ? 256 : format == Q5_K ? 128 : format == Q6_K ? 64 : 32;
+    switch (format) {
+#define ROW(FORMAT, UNIT, LARGEST)                                                                           \
+    case FORMAT: return UNIT;
+        EACH_UNIT(ROW)
+#undef ROW
+    }
+    return QK; /* not reached */
 }
 
 /* ---------------------------------------------------------------- what they have in common */
@@ -48,11 +77,11 @@ VEC_INLINE void store_float(const panel_rows *rows, int64_t k, vec w) {
     vec_store(rows->to->floats[k] + rows->column, w);
 }
 
-/* Bits `from` .. of bytes i and i + 2. */
+/* Bytes i and i + 2 from bit `from` on, as much as `mask` keeps: a pair. */
 VEC_INLINE ints pair_of(ints four, const int i, const int from, const int mask) {
     return ints_and(ints_right(four, from + 8 * i), ints_all(mask | mask << 16));
 }
-/* q with more bits from `mask` on: those that begin at bit `from` of bytes i and i + 2 of `high`. */
+/* q and, as its bits `mask` (4 and up), those from bit `from` on of bytes i and i + 2 of `high`. */
 VEC_INLINE ints with_high(ints q, ints high, const int i, const int from, const int mask) {
     const int left = 4 - from - 8 * i;
     return ints_or_and(q, repeated_left(high, left, left), ints_all(mask | mask << 16));

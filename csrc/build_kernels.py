@@ -19,16 +19,16 @@ SOURCES += ["formats.c", "quantize.c", "watch.c"]
 COMPILE = [
     "-std=c11",
     "-O3",
-    # Only an FMA that is written is one: otherwise the compiler's choice would decide the last bit.
+    # An FMA is only where the source has one: otherwise the compiler would decide the last bit.
     "-ffp-contract=off",
-    # Vectors are written by hand: of what is put together in whole numbers beside them, and of what is stored
-    # to be loaded into all lanes, gcc makes shuffles, for which a CPU has one unit.
+    # Vectors are written by hand. With this pass gcc replaces integer arithmetic and stores beside them by
+    # shuffles, and a CPU has one unit for those.
     "-fno-tree-slp-vectorize",
     "-Wall",
     "-Wextra",
 ]
-# Not here, on purpose: -ffast-math and -Ofast (they also switch the loading thread to flush-to-zero), and
-# -march=native (the choice of an instruction set is made when the module is loaded, by dispatch.c).
+# Left out on purpose: -ffast-math and -Ofast, which also switch the loading thread to flush-to-zero; and
+# -march=native, because dispatch.c chooses the instruction set when the module is loaded.
 
 
 def openmp_flags() -> list[str]:
@@ -41,7 +41,7 @@ def openmp_flags() -> list[str]:
         try:
             found = subprocess.run(command, capture_output=True).returncode == 0
         except OSError:
-            found = False  # no compiler at all: the build itself will say so
+            found = False  # no compiler at all: the build itself prints the error
     return ["-fopenmp"] if found else []
 
 
@@ -49,7 +49,7 @@ def make_ffi(module: str = "numpy_llama.backend._kernels", openmp: list[str] | N
     """The builder; tests call it to build without OpenMP under another name."""
     openmp = openmp_flags() if openmp is None else openmp
     ffi = FFI()
-    ffi.cdef((HERE / "kernels.h").read_text().replace("#pragma once", ""))  # cffi knows no directives
+    ffi.cdef((HERE / "kernels.h").read_text().replace("#pragma once", ""))  # cffi reads no directives
     # abi3: one compiled module serves every Python from 3.10 on; the free-threaded build has no such ABI.
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
     ffi.set_source(

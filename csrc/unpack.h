@@ -309,19 +309,19 @@ VEC_INLINE void unpack_bf16(const panel_rows *rows, int64_t k, const uint8_t *p)
 
 /* Single numbers as they are; F32:      w0 w0 w0 w0 | w1 w1 w1 w1 | ... */
 VEC_INLINE void unpack_exact(const int format, const panel_rows *rows, int64_t k, const uint8_t *p) {
-    ints fours[4];
-    if (format == F32)
-        for (int i = 0; i < QK; i++) {
-            if (i % 4 == 0) rows_4_u32(fours, p + 4 * i, rows->at);
-            store_float(rows, k + i, vec_of_bits(fours[i % 4]));
-        }
-    else
-        for (int i = 0; i < QK; i += 2) {
-            if (i % 8 == 0) rows_4_u32(fours, p + 2 * i, rows->at);
-            const ints two = fours[i / 2 % 4];
-            store_float(rows, k + i, float_of_low_half(format, ints_and(two, ints_all(0xffff))));
-            store_float(rows, k + i + 1, float_of_low_half(format, ints_right(two, 16)));
-        }
+    const int step = 16 / format_of(format).bytes; /* numbers in 16 bytes */
+    for (int i = 0; i < QK; i += step) {
+        ints fours[4];
+        rows_4_u32(fours, p + i * format_of(format).bytes, rows->at);
+        for (int j = 0; j < 4; j++)
+            if (format == F32) {
+                store_float(rows, k + i + j, vec_of_bits(fours[j]));
+            } else {
+                const ints low = ints_and(fours[j], ints_all(0xffff)), high = ints_right(fours[j], 16);
+                store_float(rows, k + i + 2 * j, float_of_low_half(format, low));
+                store_float(rows, k + i + 2 * j + 1, float_of_low_half(format, high));
+            }
+    }
 }
 
 /* Blocks: d * q' + m. d has 11 bits and q' up to 13, so d * q' is exact, and one FMA rounds as NumPy does. */

@@ -1,22 +1,34 @@
-/* attention: softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without ever storing the (T, S) scores.
+/* attention: out = softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without a (T, S) array of scores.
  *
- * The T queries are the last T of the S positions: query t sees positions 0 .. t + S - T.
+ * The T queries are the last T of the S positions, so query t sees positions 0 .. t + S - T.
  * H / K query heads share one key/value head (GQA): head h reads key/value head h / (H / K).
  *
- * Streaming softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1): walk the positions once and
- * keep, for each query, the largest score so far m, the sum l of exp(score - m) and the sum of
- * exp(score - m) v. When a larger score comes, what was summed is scaled by exp(old m - new m).
+ * The softmax is computed online (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Its state is, for
+ * each query, the largest score so far m, the sum l of exp(score - m), and the sum o of exp(score - m) v.
  *
- *     positions    0              SPAN            2 SPAN         S
- *     a query      |---------------|---------------|-------------|
- *                   m, l, sum       m, l, sum       m, l, sum       each span is walked as if it were alone,
- *                       `-- merge -------`- merge ------'           and then joins what lies before it
+ *     for each query block of up to QUERY_ROWS rows                     one thread; its rows share a KV head
+ *         for each KV span of KV_SPAN positions                         a "split" of Flash-Decoding
+ *             m, l, o = -FLT_MAX, 0, 0
+ *             for each KV block of KV_BLOCK positions in the span       attention_scalar: of one position
+ *                 s     = q @ k.T / sqrt(Dh)
+ *                 new_m = max(m, rowmax(s))
+ *                 p     = exp(s - new_m)
+ *                 alpha = exp(m - new_m)
+ *                 m, l, o = new_m, alpha * l + rowsum(p), alpha * o + p @ v
+ *             merge the span's m, l, o into those of the spans before   merge_states
+ *         out = o / l                                                   write_output
  *
- * So it does not matter who walks the spans, one thread or several: the sums are the same, bit for bit.
+ *     positions    0             KV_SPAN         2 KV_SPAN         S
+ *     a query      |---------------|---------------|---------------|
+ *                      m, l, o         m, l, o         m, l, o
+ *                         `---- merge -----'---- merge ----'
  *
- * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
- * instruction set: the part under VECTOR_FORMS (README.md). tests/test_attention_kernel.py holds every form
- * to NumPy, and any split of T and of the threads to the same bits. */
+ * Every span starts from an empty state. The sums are the same, bit for bit, when one thread walks all spans
+ * and when each span has a thread of its own.
+ *
+ * attention.c itself is compiled once, for the loop over threads and the scalar form. avx2.c and avx512.c
+ * include it for the vector forms. tests/kernels/test_attention_kernel.py compares every form with NumPy, and
+ * any split of T and any number of threads with one call of one thread. */
 #include <float.h>
 #include <stdlib.h>
 
@@ -24,167 +36,184 @@
 #include "formats.h"
 #include "vec.h"
 
-/* An item of work: one batch, one key/value head, and up to ITEM_ROWS of the queries that read it. Its rows
- * are the pairs (t, which of the n_rep heads), so that queries which read the same keys lie side by side. */
-enum { ITEM_ROWS = 240, SPAN = 1024, BLOCK = 128, MAX_DH = 256 };
+/* Rows of q, o, m and l are padded to PAD floats, a whole number of registers of every instruction set.
+ * Tiles take SMALL_TILE rows where one may be left, so there is room for PAD_ROWS rows more. */
+enum { QUERY_ROWS = 240, KV_SPAN = 1024, KV_BLOCK = 128, MAX_DH = 256 };
+enum { PAD = 32, SMALL_TILE = 4, PAD_ROWS = SMALL_TILE - 1 };
 
+INLINE int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
+
+/* A query block: rows first .. first + rows - 1 of the pairs (query t, query head) that read one KV head.
+ * The n_rep heads of one query are neighbours. */
 typedef struct {
-    int64_t b, kv, first, rows, n_rep;
-} item_rows;
+    int64_t b, kv_head, first, rows, n_rep;
+} query_block;
 
-INLINE int64_t items_a_head(const attention_args *a) {
-    return ((a->end - a->begin) * (a->H / a->K) + ITEM_ROWS - 1) / ITEM_ROWS;
+INLINE int64_t query_blocks_per_head(const nl_attention_args *a) {
+    return ((a->end - a->begin) * (a->H / a->K) + QUERY_ROWS - 1) / QUERY_ROWS;
 }
 
-INLINE item_rows rows_of(const attention_args *a, int64_t item) {
-    const int64_t per_head = items_a_head(a), n_rep = a->H / a->K, all = (a->end - a->begin) * n_rep;
-    const int64_t first = item % per_head * ITEM_ROWS, left = all - first;
-    return (item_rows){item / per_head / a->K, item / per_head % a->K, first,
-                       left < ITEM_ROWS ? left : ITEM_ROWS, n_rep};
+INLINE query_block query_block_at(const nl_attention_args *a, int64_t index) {
+    const int64_t per_head = query_blocks_per_head(a), n_rep = a->H / a->K;
+    const int64_t first = index % per_head * QUERY_ROWS, left = (a->end - a->begin) * n_rep - first;
+    return (query_block){index / per_head / a->K, index / per_head % a->K, first,
+                         left < QUERY_ROWS ? left : QUERY_ROWS, n_rep};
 }
 
-/* Where row i's query, and its output, begins; and how many positions it sees. */
-INLINE int64_t query_at(const attention_args *a, const item_rows *it, int64_t i) {
-    const int64_t t = a->begin + (it->first + i) / it->n_rep,
-                  h = it->kv * it->n_rep + (it->first + i) % it->n_rep;
-    return ((it->b * a->T + t) * a->H + h) * a->Dh;
-}
-INLINE int64_t sees(const attention_args *a, const item_rows *it, int64_t i) {
-    return a->begin + (it->first + i) / it->n_rep + a->S - a->T + 1;
+/* Where a row begins in q and in out. */
+INLINE int64_t row_offset(const nl_attention_args *a, const query_block *qb, int64_t row) {
+    const int64_t t = a->begin + (qb->first + row) / qb->n_rep;
+    const int64_t h = qb->kv_head * qb->n_rep + (qb->first + row) % qb->n_rep;
+    return ((qb->b * a->T + t) * a->H + h) * a->Dh;
 }
 
-INLINE int64_t number_bytes(const int format) { return format == F16 ? 2 : 4; }
-INLINE float number(const int format, const uint8_t *p, int64_t i) {
+/* The causal mask: a row sees positions 0 .. visible_positions - 1. */
+INLINE int64_t visible_positions(const nl_attention_args *a, const query_block *qb, int64_t row) {
+    return a->begin + (qb->first + row) / qb->n_rep + a->S - a->T + 1;
+}
+
+INLINE int64_t element_bytes(const int format) { return format == F16 ? 2 : 4; }
+INLINE float load_element(const int format, const uint8_t *p, int64_t i) {
     return format == F16 ? load_f16(p + 2 * i) : load_f32(p + 4 * i);
 }
 
-INLINE const uint8_t *position(const attention_args *a, const uint8_t *base, const int64_t strides[3],
-                               const item_rows *it, int64_t j) {
-    return base + (it->b * strides[0] + j * strides[1] + it->kv * strides[2]) * number_bytes(a->format);
+/* The key, or the value, of position j: Dh elements. */
+INLINE const uint8_t *key_at(const nl_attention_args *a, const query_block *qb, int64_t j) {
+    const int64_t *s = a->k_strides, offset = qb->b * s[0] + j * s[1] + qb->kv_head * s[2];
+    return (const uint8_t *)a->k + offset * element_bytes(a->format);
+}
+INLINE const uint8_t *value_at(const nl_attention_args *a, const query_block *qb, int64_t j) {
+    const int64_t *s = a->v_strides, offset = qb->b * s[0] + j * s[1] + qb->kv_head * s[2];
+    return (const uint8_t *)a->v + offset * element_bytes(a->format);
 }
 
-/* What is known of an item's rows after some positions: m, l and sum (rows, Dp). Dp is Dh in whole registers;
- * and there is room for MORE_ROWS than asked for, since tiles take four rows where there may be one. */
+/* The softmax state of a query block after some positions. */
 typedef struct {
-    float *sum, *m, *l;
-} knowledge;
+    float *m; /* (rows,)           the largest score */
+    float *l; /* (rows,)           sum of exp(score - m) */
+    float *o; /* (rows, padded Dh) sum of exp(score - m) v */
+} softmax_state;
 
-enum { MORE_ROWS = 3 };
-
-INLINE int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
-INLINE int64_t knowledge_size(int64_t rows, int64_t Dh) {
-    return (rows + MORE_ROWS) * padded(Dh) + 2 * padded(rows + MORE_ROWS);
+INLINE int64_t softmax_state_floats(int64_t rows, int64_t Dh) {
+    return (rows + PAD_ROWS) * padded(Dh) + 2 * padded(rows + PAD_ROWS);
 }
-INLINE knowledge knowledge_in(float *room, int64_t rows, int64_t Dh) {
-    float *m = room + (rows + MORE_ROWS) * padded(Dh);
-    return (knowledge){room, m, m + padded(rows + MORE_ROWS)};
+INLINE softmax_state softmax_state_in(float *memory, int64_t rows, int64_t Dh) {
+    float *m = memory + (rows + PAD_ROWS) * padded(Dh);
+    return (softmax_state){.m = m, .l = m + padded(rows + PAD_ROWS), .o = memory};
 }
 
-/* What walking a span needs beside: q, scores, two numbers a row, and a panel of keys or values. */
-INLINE int64_t scratch_size(int64_t rows) {
-    return (rows + MORE_ROWS) * (MAX_DH + BLOCK) + 2 * padded(rows + MORE_ROWS) + 32 * MAX_DH;
+/* Scratch of one span beside its state: q, s, alpha, rowsum(p), and one panel of keys or values. */
+INLINE int64_t scratch_floats(int64_t rows) {
+    return (rows + PAD_ROWS) * (MAX_DH + KV_BLOCK) + 2 * padded(rows + PAD_ROWS) + PAD * MAX_DH;
 }
 
 #ifndef VECTOR_FORMS
-/* The span from `begin` on joins what is known of all before. */
-static void merge(const attention_args *a, const item_rows *it, float *known, float *span, int64_t begin) {
-    const knowledge all = knowledge_in(known, it->rows, a->Dh), part = knowledge_in(span, it->rows, a->Dh);
-    for (int64_t i = 0; i < it->rows; i++) {
-        if (sees(a, it, i) <= begin) continue;
-        const float m = part.m[i] > all.m[i] ? part.m[i] : all.m[i];
-        const float before = expf(all.m[i] - m), here = expf(part.m[i] - m);
-        float *sum = all.sum + i * padded(a->Dh), *more = part.sum + i * padded(a->Dh);
-        for (int64_t d = 0; d < a->Dh; d++) sum[d] = sum[d] * before + more[d] * here;
-        all.l[i] = all.l[i] * before + part.l[i] * here;
-        all.m[i] = m;
+/* all = all merged with span, the state of the positions from `begin` on. */
+static void merge_states(const nl_attention_args *a, const query_block *qb, float *all_memory,
+                         float *span_memory, int64_t begin) {
+    const softmax_state all = softmax_state_in(all_memory, qb->rows, a->Dh);
+    const softmax_state span = softmax_state_in(span_memory, qb->rows, a->Dh);
+    for (int64_t row = 0; row < qb->rows; row++) {
+        if (visible_positions(a, qb, row) <= begin) continue;
+        const float m = span.m[row] > all.m[row] ? span.m[row] : all.m[row];
+        const float before = expf(all.m[row] - m), here = expf(span.m[row] - m);
+        float *o = all.o + row * padded(a->Dh), *span_o = span.o + row * padded(a->Dh);
+        for (int64_t d = 0; d < a->Dh; d++) o[d] = o[d] * before + span_o[d] * here;
+        all.l[row] = all.l[row] * before + span.l[row] * here;
+        all.m[row] = m;
     }
 }
 
-static void finish(const attention_args *a, const item_rows *it, float *known) {
-    const knowledge all = knowledge_in(known, it->rows, a->Dh);
-    for (int64_t i = 0; i < it->rows; i++) {
-        const float *sum = all.sum + i * padded(a->Dh), share = 1 / all.l[i];
-        for (int64_t d = 0; d < a->Dh; d++) a->out[query_at(a, it, i) + d] = sum[d] * share;
+/* out = o / l */
+static void write_output(const nl_attention_args *a, const query_block *qb, float *memory) {
+    const softmax_state all = softmax_state_in(memory, qb->rows, a->Dh);
+    for (int64_t row = 0; row < qb->rows; row++) {
+        const float *o = all.o + row * padded(a->Dh), inverse_l = 1 / all.l[row];
+        for (int64_t d = 0; d < a->Dh; d++) a->out[row_offset(a, qb, row) + d] = o[d] * inverse_l;
     }
 }
 
-static float *new_floats(int64_t n) { return aligned_alloc(128, padded(n) * sizeof(float)); }
+/* Memory for n floats, or NULL. It begins and ends at a pair of cache lines, so no two threads write to the
+ * same line. aligned_alloc takes only sizes that are multiples of the alignment. */
+static float *allocate_floats(int64_t n) {
+    enum { ALIGNMENT = 128 };
+    _Static_assert(PAD * sizeof(float) % ALIGNMENT == 0, "PAD floats are whole units of the alignment");
+    return aligned_alloc(ALIGNMENT, padded(n) * sizeof(float));
+}
 
-int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T,
-                 int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
-                 const int64_t *v_strides, int64_t begin, int64_t end, int threads) {
-    if (begin >= end) return 0;
-    attention_args a = {q, k, v, out, format, B, T, S, H, K, Dh, {0}, {0}, begin, end};
-    memcpy(a.k_strides, k_strides, sizeof a.k_strides);
-    memcpy(a.v_strides, v_strides, sizeof a.v_strides);
+int nl_attention(const nl_attention_args *a, int threads) {
+    if (a->begin >= a->end) return 0;
     const kernels *kernel = chosen_kernels();
-    const int64_t items = B * K * items_a_head(&a), spans = (S + SPAN - 1) / SPAN;
-    const int64_t rows = rows_of(&a, 0).rows, size = knowledge_size(rows, Dh);
-    /* One item a head, as in decoding, would be few for many threads: then each span is an item. */
-    const int64_t parts = items == B * K ? spans : 1;
-    float *known = new_floats(parts > 1 ? items * parts * size : 1);
-    int out_of_memory = known ? 0 : -1;
+    const int64_t blocks = a->B * a->K * query_blocks_per_head(a), spans = (a->S + KV_SPAN - 1) / KV_SPAN;
+    const int64_t rows = query_block_at(a, 0).rows, state_floats = softmax_state_floats(rows, a->Dh);
+    /* In decoding there is one query block a head, too few for many threads: each span is then a task. */
+    const int64_t tasks_per_block = blocks == a->B * a->K ? spans : 1;
+    float *states = allocate_floats(tasks_per_block > 1 ? blocks * tasks_per_block * state_floats : 1);
+    int status = states ? 0 : -1;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *room = new_floats(2 * size + scratch_size(rows));
-        if (!room) {
+        float *memory = allocate_floats(2 * state_floats + scratch_floats(rows));
+        if (!memory) {
 #pragma omp atomic write
-            out_of_memory = -1;
+            status = -1;
         }
-        /* Later queries see more positions, so equal shares would not be equal work. */
+        /* Later queries see more positions, so tasks differ in their work: hence dynamic. */
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items * parts; i++) {
-            if (!room || !known) continue;
-            const item_rows it = rows_of(&a, i / parts);
-            float *all = parts > 1 ? known + i * size : room, *part = room + size, *scratch = part + size;
-            kernel->attention(&a, i / parts, i % parts * SPAN, all, scratch);
-            if (parts > 1) continue;
-            for (int64_t from = SPAN; from < sees(&a, &it, it.rows - 1); from += SPAN) {
-                kernel->attention(&a, i, from, part, scratch);
-                merge(&a, &it, all, part, from);
+        for (int64_t task = 0; task < blocks * tasks_per_block; task++) {
+            if (!memory || !states) continue;
+            const int64_t index = task / tasks_per_block;
+            const query_block qb = query_block_at(a, index);
+            float *all = tasks_per_block > 1 ? states + task * state_floats : memory;
+            float *span = memory + state_floats, *scratch = span + state_floats;
+            kernel->attention(a, index, task % tasks_per_block * KV_SPAN, all, scratch);
+            if (tasks_per_block > 1) continue;
+            for (int64_t j = KV_SPAN; j < visible_positions(a, &qb, qb.rows - 1); j += KV_SPAN) {
+                kernel->attention(a, index, j, span, scratch);
+                merge_states(a, &qb, all, span, j);
             }
-            finish(&a, &it, all);
+            write_output(a, &qb, all);
         }
 #pragma omp for
-        for (int64_t i = 0; i < (parts > 1 && !out_of_memory ? items : 0); i++) {
-            const item_rows it = rows_of(&a, i);
-            float *all = known + i * parts * size;
-            for (int64_t p = 1; p < parts; p++) merge(&a, &it, all, all + p * size, p * SPAN);
-            finish(&a, &it, all);
+        for (int64_t index = 0; index < (tasks_per_block > 1 && !status ? blocks : 0); index++) {
+            const query_block qb = query_block_at(a, index);
+            float *all = states + index * spans * state_floats;
+            for (int64_t i = 1; i < spans; i++)
+                merge_states(a, &qb, all, all + i * state_floats, i * KV_SPAN);
+            write_output(a, &qb, all);
         }
-        free(room);
+        free(memory);
     }
-    free(known);
-    return out_of_memory;
+    free(states);
+    return status;
 }
 
 void nl_exp(float *y, const float *x, int64_t n) { chosen_kernels()->exp(y, x, n); }
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
-void attention_scalar(const attention_args *a, int64_t item, int64_t begin, float *known, float *scratch) {
-    const item_rows it = rows_of(a, item);
-    const knowledge to = knowledge_in(known, it.rows, a->Dh);
+void attention_scalar(const nl_attention_args *a, int64_t index, int64_t begin, float *memory,
+                      float *scratch) {
+    const query_block qb = query_block_at(a, index);
+    const softmax_state state = softmax_state_in(memory, qb.rows, a->Dh);
     const float scale = 1 / sqrtf((float)a->Dh);
     (void)scratch;
-    for (int64_t i = 0; i < it.rows; i++) {
-        const float *q = a->q + query_at(a, &it, i);
-        float *sum = to.sum + i * padded(a->Dh), m = -FLT_MAX, l = 0; /* not -INFINITY: -inf - -inf is NaN */
-        for (int64_t d = 0; d < a->Dh; d++) sum[d] = 0;
-        for (int64_t j = begin; j < begin + SPAN && j < sees(a, &it, i); j++) {
-            const uint8_t *k = position(a, a->k, a->k_strides, &it, j);
-            const uint8_t *v = position(a, a->v, a->v_strides, &it, j);
+    for (int64_t row = 0; row < qb.rows; row++) {
+        const float *q = a->q + row_offset(a, &qb, row);
+        float *o = state.o + row * padded(a->Dh), m = -FLT_MAX, l = 0; /* -inf - -inf would be NaN */
+        for (int64_t d = 0; d < a->Dh; d++) o[d] = 0;
+        for (int64_t j = begin; j < begin + KV_SPAN && j < visible_positions(a, &qb, row); j++) {
+            const uint8_t *k = key_at(a, &qb, j), *v = value_at(a, &qb, j);
             float score = 0;
-            for (int64_t d = 0; d < a->Dh; d++) score += q[d] * number(a->format, k, d);
+            for (int64_t d = 0; d < a->Dh; d++) score += q[d] * load_element(a->format, k, d);
             score *= scale;
-            const float new_m = score > m ? score : m;
-            const float old = expf(m - new_m), p = expf(score - new_m);
-            for (int64_t d = 0; d < a->Dh; d++) sum[d] = sum[d] * old + p * number(a->format, v, d);
-            l = l * old + p;
-            m = new_m;
+            const float higher = score > m ? score : m;
+            const float before = expf(m - higher), here = expf(score - higher);
+            for (int64_t d = 0; d < a->Dh; d++) o[d] = o[d] * before + here * load_element(a->format, v, d);
+            l = l * before + here;
+            m = higher;
         }
-        to.m[i] = m, to.l[i] = l;
+        state.m[row] = m, state.l[row] = l;
     }
 }
 
@@ -195,31 +224,45 @@ void exp_scalar(float *y, const float *x, int64_t n) {
 #else
 /* ---------------------------------------------------------------- vectors
  *
- * The same walk, BLOCK positions at a time. Both products are one and the same loop, `product`: rows of
- * numbers, each put into all lanes, times a panel two registers wide.
+ * A query block walks its span one KV block at a time. Both products are one micro-kernel, tile_gemm:
  *
- *     scores   s[row][position]  =  sum over d of         q[row][d]         *  k[d][position]     (turned)
- *     values   sum[row][d]      +=  sum over positions of p[row][position]  *  v[position][d]
+ *     scores   s (rows, KV_BLOCK)  =              q (rows, Dh)       @ k.T (Dh, KV_BLOCK), packed transposed
+ *     output   o (rows, Dh)        =  alpha * o + p (rows, KV_BLOCK) @ v   (KV_BLOCK, Dh)
  *
- * With TILE_ROWS rows all sums stay in registers, and a step needs 2 loads and a broadcast a row for two FMA
- * a row: the FMA units are the limit. Nothing is summed across lanes but the 128 of the softmax.
+ * A tile of TILE_ROWS x TILE_COLS sums stays in registers. One step of its loop takes 2 loads, TILE_ROWS
+ * broadcasts and 2 * TILE_ROWS FMAs: the FMA units are the limit.
  *
- * Keys and values are turned and widened once for all rows of an item. For a few tokens, as in decoding, the
- * limit is the memory, and keys and values in float16 are used where they lie: while the keys are worked on,
- * the values are asked for, line by line, and the other way round.
+ *     prefill_block  many rows: keys and values are unpacked once for all rows of the query block
+ *     decode_block   up to NL_GEMV_TOKENS tokens, float16, Dh in whole tiles: memory is the limit. Keys and
+ * values are used where they lie. While it works on the keys it prefetches the values, and while it works on
+ * the values it prefetches the next keys.
  *
- * Every sum adds in the order of the positions, whichever rows stand beside it, and every score in the order
- * of d, but for those few tokens: splitting T into pieces of more than NL_GEMV_TOKENS never changes a bit,
- * nor does it in float32. Positions that a query may not see get the score -inf, and their values are not
- * even read for it, for 0 * NaN would be NaN. */
+ * The order of each sum decides its last bits. It never depends on the rows beside it:
+ *
+ *     s in prefill_block         ascending d
+ *     s in decode_block          d = i, i + LANES, ... in lane i, then a tree over the lanes
+ *     l                          KV blocks ascending; in a block like d above
+ *     o                          ascending positions
+ *
+ * So T may be cut into pieces of more than NL_GEMV_TOKENS without a change of bits; in float32 into any
+ * pieces. Positions that a row does not see get the score -inf. Their values are not read, since 0 * NaN is
+ * NaN. */
 
-enum { WIDE = 2 * LANES, FEW_BLOCK = 64 };
+enum { TILE_COLS = 2 * LANES, DECODE_KV_BLOCK = 64, DECODE_KEYS = LANES / 4 };
 
-/* e^x = 2^n p, for |x| up to some hundred: n whole, r = x - n ln2, |r| <= ln2 / 2; p = exp(r) = 1 + r + r^2
- * q(r), where q was fitted by least squares at Chebyshev nodes, reweighted until its error was level. */
+_Static_assert(PAD % TILE_COLS == 0, "o and the panels are read and written in whole tiles");
+_Static_assert(KV_BLOCK <= MAX_DH, "a panel of keys or of values fits PAD * MAX_DH floats");
+_Static_assert(KV_BLOCK % TILE_COLS == 0, "a row of s is written in whole tiles");
+_Static_assert(MAX_DH % LANES == 0, "Dh in whole registers is at most MAX_DH");
+_Static_assert(LANES % 4 == 0, "decode_scores takes LANES / 4 keys at a time");
+_Static_assert(DECODE_KV_BLOCK % DECODE_KEYS == 0, "a block of decode_block is whole groups of keys");
+
+/* e^x = 2^n e^r for |x| up to some hundred: n whole, r = x - n ln2, |r| <= ln2 / 2.
+ * e^r = 1 + r + r^2 q(r). q was fitted by least squares at Chebyshev nodes, and reweighted until its error
+ * was level. ln2 is the sum of two floats; n times the first one is exact. */
 VEC_INLINE vec exp_parts(vec x, vec *n) {
     *n = vec_round(vec_mul(x, vec_all(1.44269504f)));
-    vec r = vec_fma(*n, vec_all(-0.693145752f), x); /* ln2 in two parts; n times this one is exact */
+    vec r = vec_fma(*n, vec_all(-0.693145752f), x);
     r = vec_fma(*n, vec_all(-1.4286068e-6f), r);
     vec q = vec_all(0.0013814596f);
     q = vec_fma(q, r, vec_all(0.0083687175f));
@@ -229,8 +272,9 @@ VEC_INLINE vec exp_parts(vec x, vec *n) {
     return vec_add(vec_fma(vec_mul(r, r), q, r), vec_all(1.0f));
 }
 
-/* exp(x) for x <= 0, and for x up to 88; exactly 0 below -87, exactly 1 at 0, NaN for NaN. The largest error,
- * all floats tried (tests/instruments/exhaustive.py), is 1.01 units in the last place. */
+/*  x            < -87   -87 .. -0     0   0 .. 88       > 88           NaN
+ *  vec_exp(x)   0       <= 1.01 ulp   1   <= 1.01 ulp   not promised   NaN
+ * All floats were tried: tests/robustness/instruments/exhaustive.py. */
 VEC_INLINE vec vec_exp(vec x) {
     const vec lowest = vec_all(-87.0f);
     vec n;
@@ -242,222 +286,233 @@ VEC_INLINE vec load_vec(const int format, const uint8_t *p) {
     return format == F16 ? vec_from_f16(p) : vec_load(p);
 }
 
-/* The memory that `ask_for` names is on its way while something else is computed; nothing waits for it. */
-VEC_INLINE void ask_for(const uint8_t *p, int64_t nbytes) {
+/* A hint: it never faults. That positions lie side by side, as in a KVCache, is assumed only here. */
+VEC_INLINE void prefetch_bytes(const uint8_t *p, int64_t nbytes) {
     for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-/* c[r] = old[r] * c[r] + sum over i < n of x[r][i] * panel[i], WIDE numbers each. Without `old`, c begins at
- * 0. `ahead`: as many bytes as the panel has are asked for from there. */
-VEC_INLINE void product(const int rows, float *c, int64_t c_stride, const float *old, const float *x,
-                        const int64_t x_stride, const int format, const uint8_t *panel, int64_t stride,
-                        int64_t n, const uint8_t *ahead) {
-    const int64_t half = LANES * number_bytes(format);
+/* The micro-kernel: c (rows, TILE_COLS) = alpha * c + a (rows, n) @ b (n, TILE_COLS).
+ * alpha has one number a row; NULL: c starts at 0. b_stride is in bytes. Unless `next` is NULL, as many bytes
+ * as b has are prefetched from there. */
+VEC_INLINE void tile_gemm(const int rows, float *c, int64_t c_stride, const float *alpha, const float *a,
+                          const int64_t a_stride, const int format, const uint8_t *b, int64_t b_stride,
+                          int64_t n, const uint8_t *next) {
+    const int64_t half = LANES * element_bytes(format);
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < 2; w++)
-            sum[r][w] = old ? vec_mul(vec_all(old[r]), vec_load(c + r * c_stride + w * LANES)) : vec_zero();
-    for (int64_t i = 0; i < n; i++, x++, panel += stride) {
-        const vec left = load_vec(format, panel), right = load_vec(format, panel + half);
-        if (ahead) ask_for(ahead + i * 2 * half, 2 * half);
+            sum[r][w] =
+                alpha ? vec_mul(vec_all(alpha[r]), vec_load(c + r * c_stride + w * LANES)) : vec_zero();
+    for (int64_t i = 0; i < n; i++, a++, b += b_stride) {
+        const vec left = load_vec(format, b), right = load_vec(format, b + half);
+        if (next) prefetch_bytes(next + i * 2 * half, 2 * half);
         for (int r = 0; r < rows; r++) {
-            const vec a = vec_all(x[r * x_stride]);
-            sum[r][0] = vec_fma(a, left, sum[r][0]);
-            sum[r][1] = vec_fma(a, right, sum[r][1]);
+            const vec a_r = vec_all(a[r * a_stride]);
+            sum[r][0] = vec_fma(a_r, left, sum[r][0]);
+            sum[r][1] = vec_fma(a_r, right, sum[r][1]);
         }
     }
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < 2; w++) vec_store(c + r * c_stride + w * LANES, sum[r][w]);
 }
 
-/* A block of n positions from j on, for all rows of an item. Strides: q MAX_DH, s BLOCK, sums padded(Dh). */
+/* A KV block: positions j .. j + n - 1, for all rows of a query block. */
 typedef struct {
-    const attention_args *a;
-    item_rows it;
+    const nl_attention_args *a;
+    query_block qb;
     int64_t j, n;
-    float *q, *s, *old, *added, *panel;
-    knowledge known;
-} block;
+    float *q;       /* (rows, MAX_DH)     scaled by 1 / sqrt(Dh) */
+    float *s;       /* (rows, KV_BLOCK)   scores, then p = exp(s - m) */
+    float *alpha;   /* (rows,)            exp(old m - new m) */
+    float *row_sum; /* (rows,)            sum of p over the block */
+    float *panel;   /* (Dh, TILE_COLS) keys, or (KV_BLOCK, TILE_COLS) values */
+    softmax_state state;
+} kv_block;
 
-/* How many of the block's positions row i sees. Rows behind the last see what it sees. */
-VEC_INLINE int64_t seen(const block *b, int64_t i) {
-    const int64_t left = sees(b->a, &b->it, i < b->it.rows ? i : b->it.rows - 1) - b->j;
+/* How many positions of the block a row sees. The padding rows behind the last see what the last one sees. */
+VEC_INLINE int64_t visible_in_block(const kv_block *b, int64_t row) {
+    const int64_t real_row = row < b->qb.rows ? row : b->qb.rows - 1;
+    const int64_t left = visible_positions(b->a, &b->qb, real_row) - b->j;
     return left < 0 ? 0 : left < b->n ? left : b->n;
 }
 
-/* Where n keys lie; behind the block's last there are zeros. */
-VEC_INLINE void keys_at(const uint8_t *k[], int n, const block *b, int64_t from) {
+/* k[i] = the key of position `from` + i of the block; zeros behind the block's last. */
+VEC_INLINE void key_pointers(const uint8_t *k[], int count, const kv_block *b, int64_t from) {
     static const uint8_t zeros[4 * MAX_DH];
-    for (int i = 0; i < n; i++)
-        k[i] = from + i < b->n ? position(b->a, b->a->k, b->a->k_strides, &b->it, b->j + from + i) : zeros;
+    for (int i = 0; i < count; i++) k[i] = from + i < b->n ? key_at(b->a, &b->qb, b->j + from + i) : zeros;
 }
 
-/* x[i] = number d + i of LANES keys, each in a lane of its own. */
-VEC_INLINE void turned(vec x[LANES], const int format, const uint8_t *const k[LANES], int64_t d, int64_t Dh) {
+/* Lane l of x[i] = element d + i of key l, and 0 from Dh on. */
+VEC_INLINE void load_transposed(vec x[LANES], const int format, const uint8_t *const k[LANES], int64_t d,
+                                int64_t Dh) {
     if (d + LANES <= Dh) {
-        for (int i = 0; i < LANES; i++) x[i] = load_vec(format, k[i] + d * number_bytes(format));
+        for (int i = 0; i < LANES; i++) x[i] = load_vec(format, k[i] + d * element_bytes(format));
         vec_transpose(x);
         return;
     }
     float rest[LANES][LANES] = {{0}};
     for (int i = 0; i < LANES; i++)
-        for (int64_t e = d; e < Dh; e++) rest[e - d][i] = number(format, k[i], e);
+        for (int64_t e = d; e < Dh; e++) rest[e - d][i] = load_element(format, k[i], e);
     for (int i = 0; i < LANES; i++) x[i] = vec_load(rest[i]);
 }
 
-/* The block's scores of four rows from r on, keys as they lie: what four rows have of a key is in four
- * registers, and is summed across lanes. */
-VEC_INLINE void few_scores(const block *b, int64_t r) {
-    enum { KEYS = LANES / 4 }; /* sixteen sums, or eight */
-    const int64_t Dh = b->a->Dh, nbytes = number_bytes(F16);
-    const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j), *k[KEYS];
-    for (int64_t from = 0; from < b->n; from += KEYS) {
-        vec sum[KEYS][4];
-        for (int i = 0; i < KEYS; i++)
-            for (int row = 0; row < 4; row++) sum[i][row] = vec_zero();
-        keys_at(k, KEYS, b, from);
+/* s[row .. row + 3] = q[row .. row + 3] @ k.T, with the keys where they lie. The LANES sums of one step stay
+ * in registers, and each is then added across its lanes. */
+VEC_INLINE void decode_scores(const kv_block *b, int64_t row) {
+    const int64_t Dh = b->a->Dh, nbytes = element_bytes(F16);
+    const uint8_t *v = value_at(b->a, &b->qb, b->j), *k[DECODE_KEYS];
+    for (int64_t from = 0; from < b->n; from += DECODE_KEYS) {
+        vec sum[DECODE_KEYS][SMALL_TILE];
+        for (int i = 0; i < DECODE_KEYS; i++)
+            for (int r = 0; r < SMALL_TILE; r++) sum[i][r] = vec_zero();
+        key_pointers(k, DECODE_KEYS, b, from);
         for (int64_t d = 0; d < Dh; d += LANES) {
-            vec x[KEYS];
-            for (int i = 0; i < KEYS; i++) x[i] = load_vec(F16, k[i] + d * nbytes);
-            ask_for(v + (from * Dh + d * KEYS) * nbytes, KEYS * LANES * nbytes);
-            for (int row = 0; row < 4; row++) {
-                const vec q = vec_load(b->q + (r + row) * MAX_DH + d);
-                for (int i = 0; i < KEYS; i++) sum[i][row] = vec_fma(q, x[i], sum[i][row]);
+            vec x[DECODE_KEYS];
+            for (int i = 0; i < DECODE_KEYS; i++) x[i] = load_vec(F16, k[i] + d * nbytes);
+            prefetch_bytes(v + (from * Dh + d * DECODE_KEYS) * nbytes, DECODE_KEYS * LANES * nbytes);
+            for (int r = 0; r < SMALL_TILE; r++) {
+                const vec q = vec_load(b->q + (row + r) * MAX_DH + d);
+                for (int i = 0; i < DECODE_KEYS; i++) sum[i][r] = vec_fma(q, x[i], sum[i][r]);
             }
         }
-        for (int i = 0; i < KEYS; i++) {
-            float four[4];
-            vec_store_sums(four, sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-            for (int row = 0; row < 4; row++) b->s[(r + row) * BLOCK + from + i] = four[row];
+        for (int i = 0; i < DECODE_KEYS; i++) {
+            float scores[SMALL_TILE];
+            vec_store_sums(scores, sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+            for (int r = 0; r < SMALL_TILE; r++) b->s[(row + r) * KV_BLOCK + from + i] = scores[r];
         }
     }
 }
 
-/* The panel of WIDE turned keys: [d][position]. */
-VEC_INLINE void turn_keys(const int format, const block *b, int64_t from) {
+/* panel[d][i] = element d of the key of position `from` + i, for TILE_COLS positions. */
+VEC_INLINE void pack_keys_transposed(const int format, const kv_block *b, int64_t from) {
     const uint8_t *k[LANES];
     vec x[LANES];
-    for (int64_t side = 0; side < WIDE; side += LANES) {
-        keys_at(k, LANES, b, from + side);
+    for (int64_t half = 0; half < TILE_COLS; half += LANES) {
+        key_pointers(k, LANES, b, from + half);
         for (int64_t d = 0; d < b->a->Dh; d += LANES) {
-            turned(x, format, k, d, b->a->Dh);
-            for (int i = 0; i < LANES; i++) vec_store(b->panel + (d + i) * WIDE + side, x[i]);
+            load_transposed(x, format, k, d, b->a->Dh);
+            for (int i = 0; i < LANES; i++) vec_store(b->panel + (d + i) * TILE_COLS + half, x[i]);
         }
     }
 }
 
-/* The panel of numbers d .. d + WIDE of the block's values: [position][d]. Behind Dh zeros. */
-VEC_INLINE void widen_values(const int format, const block *b, int64_t d) {
+/* panel[i][e] = element d + e of the value of the block's position i, for TILE_COLS elements; 0 from Dh on.
+ */
+VEC_INLINE void pack_values(const int format, const kv_block *b, int64_t d) {
     for (int64_t i = 0; i < b->n; i++) {
-        const uint8_t *v = position(b->a, b->a->v, b->a->v_strides, &b->it, b->j + i);
-        float *to = b->panel + i * WIDE;
-        if (d + WIDE <= b->a->Dh)
-            for (int w = 0; w < WIDE; w += LANES)
-                vec_store(to + w, load_vec(format, v + (d + w) * number_bytes(format)));
+        const uint8_t *v = value_at(b->a, &b->qb, b->j + i);
+        float *to = b->panel + i * TILE_COLS;
+        if (d + TILE_COLS <= b->a->Dh)
+            for (int e = 0; e < TILE_COLS; e += LANES)
+                vec_store(to + e, load_vec(format, v + (d + e) * element_bytes(format)));
         else
-            for (int w = 0; w < WIDE; w++) to[w] = d + w < b->a->Dh ? number(format, v, d + w) : 0;
+            for (int e = 0; e < TILE_COLS; e++) to[e] = d + e < b->a->Dh ? load_element(format, v, d + e) : 0;
     }
 }
 
-/* From scores to exp(score - m); m and l go on, and `old` is what the sums so far are to be scaled by. */
-VEC_INLINE void softmax(const block *b) {
-    for (int64_t r = 0; r < b->it.rows; r++) {
-        float *s = b->s + r * BLOCK;
-        const int64_t n = seen(b, r), whole = (n + LANES - 1) / LANES * LANES;
+/* s becomes p = exp(s - new m); alpha = exp(m - new m); l = alpha * l + rowsum(p); m = new m. */
+VEC_INLINE void online_softmax(const kv_block *b) {
+    for (int64_t row = 0; row < b->qb.rows; row++) {
+        float *s = b->s + row * KV_BLOCK;
+        const int64_t n = visible_in_block(b, row), whole = (n + LANES - 1) / LANES * LANES;
         for (int64_t i = n; i < whole; i++) s[i] = -INFINITY;
-        vec largest = vec_all(b->known.m[r]), added = vec_zero();
+        vec largest = vec_all(b->state.m[row]), row_sum = vec_zero();
         for (int64_t i = 0; i < whole; i += LANES) largest = vec_max(largest, vec_load(s + i));
-        const float m = vec_largest(largest);
+        const float new_m = vec_largest(largest);
         for (int64_t i = 0; i < whole; i += LANES) {
-            const vec p = vec_exp(vec_sub(vec_load(s + i), vec_all(m)));
+            const vec p = vec_exp(vec_sub(vec_load(s + i), vec_all(new_m)));
             vec_store(s + i, p);
-            added = vec_add(added, p);
+            row_sum = vec_add(row_sum, p);
         }
-        b->old[r] = b->known.m[r] - m;
-        b->added[r] = vec_sum(added);
-        b->known.m[r] = m;
+        b->alpha[row] = b->state.m[row] - new_m;
+        b->row_sum[row] = vec_sum(row_sum);
+        b->state.m[row] = new_m;
     }
-    for (int64_t r = 0; r < b->it.rows; r += LANES) {
-        const vec old = vec_exp(vec_load(b->old + r));
-        vec_store(b->old + r, old);
-        vec_store(b->known.l + r, vec_fma(vec_load(b->known.l + r), old, vec_load(b->added + r)));
+    for (int64_t row = 0; row < b->qb.rows; row += LANES) {
+        const vec alpha = vec_exp(vec_load(b->alpha + row));
+        vec_store(b->alpha + row, alpha);
+        vec_store(b->state.l + row, vec_fma(vec_load(b->state.l + row), alpha, vec_load(b->row_sum + row)));
     }
 }
 
-VEC_INLINE void scores(const int rows, const block *b, int64_t r, int64_t from) {
-    if (from < seen(b, r + rows - 1))
-        product(rows, b->s + r * BLOCK + from, BLOCK, NULL, b->q + r * MAX_DH, MAX_DH, F32,
-                (const uint8_t *)b->panel, WIDE * sizeof(float), b->a->Dh, NULL);
+/* s[row .. row + rows - 1][from .. from + TILE_COLS - 1], unless the last of these rows sees none of them. */
+VEC_INLINE void prefill_scores(const int rows, const kv_block *b, int64_t row, int64_t from) {
+    if (from < visible_in_block(b, row + rows - 1))
+        tile_gemm(rows, b->s + row * KV_BLOCK + from, KV_BLOCK, NULL, b->q + row * MAX_DH, MAX_DH, F32,
+                  (const uint8_t *)b->panel, TILE_COLS * sizeof(float), b->a->Dh, NULL);
 }
 
-VEC_INLINE void values(const int rows, const block *b, int64_t r, int64_t d, const int format,
-                       const uint8_t *v, int64_t stride, const uint8_t *ahead) {
-    const int64_t Dp = padded(b->a->Dh), all_see = seen(b, r);
-    const float *p = b->s + r * BLOCK, as_it_is = 1;
-    float *sum = b->known.sum + r * Dp + d;
-    product(rows, sum, Dp, b->old + r, p, BLOCK, format, v, stride, all_see, ahead);
-    if (seen(b, r + rows - 1) == all_see) return;
-    for (int i = 0; i < rows; i++) /* the diagonal: what only some may see */
-        product(1, sum + i * Dp, Dp, &as_it_is, p + i * BLOCK + all_see, BLOCK, format, v + all_see * stride,
-                stride, seen(b, r + i) - all_see, NULL);
+/* o = alpha * o + p @ v, for elements d .. d + TILE_COLS - 1 of some rows. v is where position j's element d
+ * lies. What all rows see goes through one tile; on the diagonal each row then adds what only it sees. */
+VEC_INLINE void accumulate_output(const int rows, const kv_block *b, int64_t row, int64_t d, const int format,
+                                  const uint8_t *v, int64_t v_stride, const uint8_t *next) {
+    const int64_t o_stride = padded(b->a->Dh), all_see = visible_in_block(b, row);
+    const float *p = b->s + row * KV_BLOCK, one = 1;
+    float *o = b->state.o + row * o_stride + d;
+    tile_gemm(rows, o, o_stride, b->alpha + row, p, KV_BLOCK, format, v, v_stride, all_see, next);
+    if (visible_in_block(b, row + rows - 1) == all_see) return;
+    for (int r = 0; r < rows; r++)
+        tile_gemm(1, o + r * o_stride, o_stride, &one, p + r * KV_BLOCK + all_see, KV_BLOCK, format,
+                  v + all_see * v_stride, v_stride, visible_in_block(b, row + r) - all_see, NULL);
 }
 
-VEC_INLINE void few_rows(const block *b) {
-    const attention_args *a = b->a;
-    const int64_t nbytes = number_bytes(F16);
-    const uint8_t *v = position(a, a->v, a->v_strides, &b->it, b->j);
-    const uint8_t *next = position(a, a->k, a->k_strides, &b->it, b->j + FEW_BLOCK);
-    for (int64_t r = 0; r < b->it.rows; r += 4) few_scores(b, r);
-    softmax(b);
-    for (int64_t d = 0; d < a->Dh; d += WIDE)
-        for (int64_t r = 0; r < b->it.rows; r += 4)
-            values(4, b, r, d, F16, v + d * nbytes, a->v_strides[1] * nbytes, next + d * FEW_BLOCK * nbytes);
+VEC_INLINE void decode_block(const kv_block *b) {
+    const nl_attention_args *a = b->a;
+    const int64_t nbytes = element_bytes(F16), rows = b->qb.rows;
+    const uint8_t *v = value_at(a, &b->qb, b->j), *next_k = key_at(a, &b->qb, b->j + DECODE_KV_BLOCK);
+    for (int64_t row = 0; row < rows; row += SMALL_TILE) decode_scores(b, row);
+    online_softmax(b);
+    for (int64_t d = 0; d < a->Dh; d += TILE_COLS)
+        for (int64_t row = 0; row < rows; row += SMALL_TILE)
+            accumulate_output(SMALL_TILE, b, row, d, F16, v + d * nbytes, a->v_strides[1] * nbytes,
+                              next_k + d * DECODE_KV_BLOCK * nbytes);
 }
 
-VEC_INLINE void many_rows(const int format, const block *b) {
+VEC_INLINE void prefill_block(const int format, const kv_block *b) {
     const uint8_t *panel = (const uint8_t *)b->panel;
-    const int64_t rows = b->it.rows, in_tiles = rows / TILE_ROWS * TILE_ROWS;
-    for (int64_t from = 0; from < b->n; from += WIDE) {
-        turn_keys(format, b, from);
-        for (int64_t r = 0; r < in_tiles; r += TILE_ROWS) scores(TILE_ROWS, b, r, from);
-        for (int64_t r = in_tiles; r < rows; r += 4) scores(4, b, r, from);
+    const int64_t rows = b->qb.rows, in_tiles = rows / TILE_ROWS * TILE_ROWS;
+    const int64_t panel_stride = TILE_COLS * sizeof(float);
+    for (int64_t from = 0; from < b->n; from += TILE_COLS) {
+        pack_keys_transposed(format, b, from);
+        for (int64_t row = 0; row < in_tiles; row += TILE_ROWS) prefill_scores(TILE_ROWS, b, row, from);
+        for (int64_t row = in_tiles; row < rows; row += SMALL_TILE) prefill_scores(SMALL_TILE, b, row, from);
     }
-    softmax(b);
-    for (int64_t d = 0; d < b->a->Dh; d += WIDE) {
-        widen_values(format, b, d);
-        for (int64_t r = 0; r < in_tiles; r += TILE_ROWS)
-            values(TILE_ROWS, b, r, d, F32, panel, WIDE * sizeof(float), NULL);
-        for (int64_t r = in_tiles; r < rows; r += 4)
-            values(4, b, r, d, F32, panel, WIDE * sizeof(float), NULL);
+    online_softmax(b);
+    for (int64_t d = 0; d < b->a->Dh; d += TILE_COLS) {
+        pack_values(format, b, d);
+        for (int64_t row = 0; row < in_tiles; row += TILE_ROWS)
+            accumulate_output(TILE_ROWS, b, row, d, F32, panel, panel_stride, NULL);
+        for (int64_t row = in_tiles; row < rows; row += SMALL_TILE)
+            accumulate_output(SMALL_TILE, b, row, d, F32, panel, panel_stride, NULL);
     }
 }
 
-VEC_TARGET void VEC(attention)(const attention_args *a, int64_t item, int64_t begin, float *known,
+VEC_TARGET void VEC(attention)(const nl_attention_args *a, int64_t index, int64_t begin, float *memory,
                                float *scratch) {
-    block b = {a, rows_of(a, item), begin, 0, scratch, NULL, NULL, NULL, NULL, {0}};
-    const int64_t rows = b.it.rows + MORE_ROWS, any_sees = sees(a, &b.it, b.it.rows - 1);
-    const int64_t end = any_sees < begin + SPAN ? any_sees : begin + SPAN;
+    kv_block b = {.a = a, .qb = query_block_at(a, index), .j = begin, .q = scratch};
+    const int64_t rows = b.qb.rows + PAD_ROWS, visible = visible_positions(a, &b.qb, b.qb.rows - 1);
+    const int64_t end = visible < begin + KV_SPAN ? visible : begin + KV_SPAN;
     const float scale = 1 / sqrtf((float)a->Dh);
-    b.known = knowledge_in(known, b.it.rows, a->Dh);
+    b.state = softmax_state_in(memory, b.qb.rows, a->Dh);
     b.s = b.q + rows * MAX_DH;
-    b.old = b.s + rows * BLOCK, b.added = b.old + padded(rows), b.panel = b.added + padded(rows);
-    memset(known, 0, knowledge_size(b.it.rows, a->Dh) * sizeof(float));
+    b.alpha = b.s + rows * KV_BLOCK, b.row_sum = b.alpha + padded(rows), b.panel = b.row_sum + padded(rows);
+    memset(memory, 0, softmax_state_floats(b.qb.rows, a->Dh) * sizeof(float));
     memset(scratch, 0, (b.panel - scratch) * sizeof(float));
-    for (int64_t i = 0; i < rows; i++) b.known.m[i] = -FLT_MAX;
-    for (int64_t i = 0; i < b.it.rows; i++) {
-        const float *q = a->q + query_at(a, &b.it, i);
-        for (int64_t d = 0; d < a->Dh; d++) b.q[i * MAX_DH + d] = q[d] * scale;
+    for (int64_t row = 0; row < rows; row++) b.state.m[row] = -FLT_MAX;
+    for (int64_t row = 0; row < b.qb.rows; row++) {
+        const float *q = a->q + row_offset(a, &b.qb, row);
+        for (int64_t d = 0; d < a->Dh; d++) b.q[row * MAX_DH + d] = q[d] * scale;
     }
-    const int few = a->format == F16 && a->T <= NL_GEMV_TOKENS && a->Dh % WIDE == 0;
-    const int64_t step = few ? FEW_BLOCK : BLOCK;
+    const int decode = a->format == F16 && a->T <= NL_GEMV_TOKENS && a->Dh % TILE_COLS == 0;
+    const int64_t step = decode ? DECODE_KV_BLOCK : KV_BLOCK;
     for (; b.j < end; b.j += step) {
         b.n = end - b.j < step ? end - b.j : step;
-        if (few)
-            few_rows(&b);
+        if (decode)
+            decode_block(&b);
         else if (a->format == F16)
-            many_rows(F16, &b);
+            prefill_block(F16, &b);
         else
-            many_rows(F32, &b);
+            prefill_block(F32, &b);
     }
 }
 

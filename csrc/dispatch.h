@@ -19,16 +19,6 @@ typedef struct {
     int scalar_micro_kernel; /* for its test: see linear_gemm.c */
 } linear_args;
 
-typedef struct {
-    const float *q;
-    const uint8_t *k, *v;
-    float *out;
-    int format;
-    int64_t B, T, S, H, K, Dh;
-    int64_t k_strides[3], v_strides[3]; /* in numbers: batch, position, head */
-    int64_t begin, end;                 /* the queries to compute */
-} attention_args;
-
 /* Quantized activations: the largest whole number; how many tokens go by GEMV; how many lie side by side for
  * GEMM, and in panels of how many weights of a row (KC). */
 enum { X_MAX = 8191, GEMV_TOKENS = NL_GEMV_TOKENS, TOKEN_GROUP = 8, KC = 256 };
@@ -44,11 +34,12 @@ static inline int64_t token_bytes(int64_t IN) { return (IN + 32) * 4; }
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void quantize_group(void *activations, const float *x, int format, int64_t T, int64_t IN,
                             int64_t group);
-typedef void attention_span(const attention_args *a, int64_t item, int64_t begin, float *known,
+/* state = the softmax state of the index-th query block over the KV span that starts at position `begin`. */
+typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t begin, float *state,
                             float *scratch);
 typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
 typedef void swiglu_many(float *gate, const float *up, int64_t n);
-typedef void store_one_head(uint8_t *to, int format, const float *x, const float *angles, int64_t Dh);
+typedef void store_one_head(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh);
 typedef void exp_many(float *y, const float *x, int64_t n);
 typedef uint32_t read_all(const uint8_t *p, int64_t nbytes);
 typedef float fma_chains(int64_t operations);

@@ -67,37 +67,79 @@ int nl_linear_quantized(float *y, const void *activations, int64_t T, const nl_m
  * linear_gemm.c in place of the one in vectors. The bits are the same. */
 int nl_linear_scalar_micro_kernel(float *y, const void *x, int64_t T, const nl_matrix *w, int exact);
 
-/* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
- *   q, out (B, T, H, Dh)   k, v (B, S, K, Dh) in format 0 F32 or 1 F16;   Dh at most 256.
- *   k_strides, v_strides: numbers from one batch, one position, one head to the next; Dh lies dense.
- *   Returns 0, or -1 when there is no memory for the scratch. */
-int nl_attention(float *out, const float *q, const void *k, const void *v, int format, int64_t B, int64_t T,
-                 int64_t S, int64_t H, int64_t K, int64_t Dh, const int64_t *k_strides,
-                 const int64_t *v_strides, int64_t begin, int64_t end, int threads);
-
-/* One TransformerBlock: its sizes (D dim, F hidden_dim) and weights, which are kept by whoever made this. */
+/* The arguments of nl_attention. Strides count elements, not bytes; the Dh elements of a head lie dense. */
 typedef struct {
-    int64_t D, H, K, Dh, F;
-    const float *attention_norm, *ffn_norm; /* (D,) */
-    float eps;
-    int exact;
-    const void *weight[7]; /* wq wk wv wo w_gate w_up w_down, as stored */
-    int format[7];
-    const int64_t *q_order, *k_order; /* output i of wq and wk is their row order[i]; NULL: row i */
+    float *out;                         /* (B, T, H, Dh) */
+    const float *q;                     /* (B, T, H, Dh) */
+    const void *k, *v;                  /* (B, S, K, Dh) */
+    int format;                         /* of k and v: 0 F32 or 1 F16 */
+    int64_t B, T, S, H, K, Dh;          /* Dh at most 256 */
+    int64_t k_strides[3], v_strides[3]; /* from one batch, one position, one head to the next */
+    int64_t begin, end;                 /* the queries of T to compute */
+} nl_attention_args;
+
+/* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
+ *   Returns 0, or -1 when there is no memory for the scratch. */
+int nl_attention(const nl_attention_args *a, int threads);
+
+/* One TransformerBlock: its sizes and weights. D, F and H * Dh are multiples of 32; Dh is even, at most 256.
+ */
+typedef struct {
+    int64_t D, H, K, Dh, F;      /* D dim, F hidden_dim */
+    const float *attention_norm; /* (D,) */
+    const float *ffn_norm;       /* (D,) */
+    float eps;                   /* of both norms */
+    int exact;                   /* 1: x is never rounded */
+    const void *weight[7];       /* wq wk wv wo w_gate w_up w_down, as stored */
+    int format[7];               /* of each weight */
+    const int64_t *q_order;      /* (H * Dh,) output i of wq is its row q_order[i]; NULL: row i */
+    const int64_t *k_order;      /* (K * Dh,) the same for wk */
 } nl_layer_weights;
 
-/* y = TransformerBlock(x): of B sequences, T new positions each, behind start[b] old ones.      layer.c
- *   x, y (B, T, D)   freqs_cis (T, Dh / 2) complex, where `angles` is 0; else `angles` numbers for each
- * sequence. keys[b], values[b] (start[b] + T, K, Dh) in format 0 F32 or 1 F16;   `position`, head[b]: numbers
- * from one to the next.   D, F, H * Dh multiples of 32;   Dh even, at most 256. scratch has room for
- * nl_layer_bytes(w, B * T) bytes. All in one call with first = 0, last = 10, part 0 of 1; or in several, of
- * steps first .. last - 1; one single step also in parts, each of which must be done. Returns 0; -1 when
- * there is no memory for the scratch of attention; 1 when float16 cannot hold a key or value. */
+/* The keys and values of one layer, with room for T positions more. Strides count elements. */
+typedef struct {
+    void *const *keys;          /* keys[b] (K, start[b] + T, Dh) */
+    void *const *values;        /* values[b] (K, start[b] + T, Dh) */
+    int format;                 /* of both: 0 F32 or 1 F16 */
+    int64_t position_stride;    /* from one position to the next */
+    const int64_t *head_stride; /* (B,) from one head of sequence b to the next */
+    const int64_t *start;       /* (B,) start_pos: how many positions of sequence b are stored already */
+} nl_kv_cache;
+
+/* The arguments of nl_layer. */
+typedef struct {
+    float *y;       /* (B, T, D) */
+    const float *x; /* (B, T, D) */
+    const nl_layer_weights *weights;
+    nl_kv_cache cache;
+    const float *freqs_cis;   /* (T, Dh / 2) complex, or one of them for each sequence */
+    int64_t freqs_cis_stride; /* floats from one sequence's freqs_cis to the next; 0: all share one */
+    int64_t B, T;
+    void *scratch; /* nl_layer_bytes(weights, B * T) bytes */
+} nl_layer_args;
+
+/* The steps of nl_layer, in their order. */
+enum {
+    NL_ATTENTION_NORM,
+    NL_QKV,
+    NL_ROPE_AND_CACHE,
+    NL_ATTENTION,
+    NL_QUANTIZE_ATTENTION_OUTPUT,
+    NL_WO_ADD_RESIDUAL,
+    NL_FFN_NORM,
+    NL_GATE_UP_SWIGLU,
+    NL_QUANTIZE_SWIGLU,
+    NL_W_DOWN_ADD_RESIDUAL,
+    NL_STEPS
+};
+
+/* y = TransformerBlock(x, start_pos, freqs_cis, cache)      layer.c
+ *   Computes the steps first .. last - 1. All in one call: 0, NL_STEPS, part 0 of 1. A call for one step may
+ *   compute one of `parts` parts of it; each part must be computed before the next step.
+ *   Returns 0; -1 when there is no memory for the scratch of attention; 1 when float16 cannot hold a key or
+ *   value. */
 int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens);
-int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *freqs_cis, int64_t angles,
-             void *const *keys, void *const *values, int cache_format, int64_t position, const int64_t *head,
-             int64_t B, int64_t T, const int64_t *start, void *scratch, int first, int last, int64_t part,
-             int64_t parts, int threads);
+int nl_layer(const nl_layer_args *a, int first, int last, int64_t part, int64_t parts, int threads);
 
 /* dst = quantize(dequantize(src))      quantize.c
  *   src, dst: `rows` rows of IN weights as stored, IN a multiple of both formats' blocks.
@@ -107,18 +149,19 @@ int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *f
 int64_t nl_convert(void *dst, int dst_format, const void *src, int src_format, int64_t rows, int64_t IN,
                    int threads);
 
-/* y = exp(x), n numbers: the exponential inside attention, for its tests. 0 below -87. */
+/* y = exp(x) for n numbers, 0 below -87. It is the exponential of attention, callable for its tests. */
 void nl_exp(float *y, const float *x, int64_t n);
 
-/* The exclusive or of the 32-bit words of n pieces of memory, as fast as they can be read.      probe.c */
+/* The exclusive or of the 32-bit words of n pieces of memory, at the rate of the memory.      probe.c */
 uint32_t nl_read_probe(const void *const *pieces, const int64_t *nbytes, int n, int threads);
 
-/* Do so many floating-point operations on each thread, a multiple of 384, in registers only: -> 24 a thread,
- * for any number beyond 20,000. */
+/* Compute that many floating-point operations on each thread, in registers only. `operations` is a multiple
+ * of 384. The result is 24 a thread, for any number of operations beyond 20,000. */
 float nl_fma_probe(int64_t operations, int threads);
 
-/* If the nbytes from `begin` on, a mapped file, turn out to be cut: end the process with one line that names
- * the file, instead of by SIGBUS. Returns -1 when too many are watched already.      watch.c */
+/* Watch the nbytes of a mapped file from `begin` on. When another program has cut the file, an access ends
+ * the process with one line that names it, instead of with SIGBUS. Returns -1 when the table is full.
+ *                                                                                                 watch.c */
 int nl_watch(const void *begin, int64_t nbytes, const char *name);
 void nl_unwatch(const void *begin);
 

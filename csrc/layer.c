@@ -1,23 +1,30 @@
-/* layer: a whole TransformerBlock in one call, so that nothing between the kernels costs anything.
+/* layer: a whole TransformerBlock of model.py in one call.
  *
- *          x (T, D)
- *          |-------- norm -- q k v -- rope -- cache -- attention -- wo
- *          h = x  +  ------------------------------------------------'
- *          |-------- norm -- gate up -- swiglu -- down
- *          y = h  +  --------------------------------'
+ *     h = x + attention(attention_norm(x))         wq wk wv, RoPE, KV cache, attention, wo
+ *     y = h + feed_forward(ffn_norm(h))            w_gate w_up, SwiGLU, w_down
  *
- * A token of a small model is 30 layers of 100 us, and each function called from Python costs some of them;
- * and with many tokens NumPy's exp alone would take a quarter of the time. The products are those of
- * linear.c and attention.c. What lies between them is here, a few numbers for each row of a matrix:
- * it need not be clever, only shared by the threads.
+ * Why one call: a small model computes a layer in 100 us, and twenty calls from Python would add a
+ * noticeable part of that. For many tokens, NumPy's exp alone would take a quarter of the time.
+ * The matrix products are those of linear.c, attention is that of attention.c. The rest is here. It touches
+ * few numbers for each row of a matrix, so it only needs to be shared by the threads.
  *
- * All threads walk the same steps, each doing its share, and wait for each other between two of them. A share
- * is rows of a weight, tokens or heads: so no number is touched by two threads in one step. That x is rounded
- * once for q, k and v, and once for gate and up, is a step of its own.
+ * All threads walk the same steps (kernels.h) with a barrier between two steps. In one step each thread
+ * computes its own range of weight rows, of tokens or of heads, so no number is written by two threads.
  *
- * Compiled once as it stands: the loop over threads and the scalar forms. Compiled once more for each
- * instruction set: the part under VECTOR_FORMS (README.md). tests/test_layer.py holds every form to the layer
- * of model.py. */
+ *     step                          computes                                   a thread's range
+ *     NL_ATTENTION_NORM             normed = attention_norm(x), quantized      tokens
+ *     NL_QKV                        xq, xk, xv                                 rows of wq wk wv
+ *     NL_ROPE_AND_CACHE             q, keys, values                            heads of all tokens
+ *     NL_ATTENTION                  attention_output                           nl_attention decides
+ *     NL_QUANTIZE_ATTENTION_OUTPUT  attention_output, quantized                tokens
+ *     NL_WO_ADD_RESIDUAL            h                                          rows of wo
+ *     NL_FFN_NORM                   normed = ffn_norm(h), quantized            tokens
+ *     NL_GATE_UP_SWIGLU             gate = swiglu(gate, up)                    rows of w_gate w_up
+ *     NL_QUANTIZE_SWIGLU            gate, quantized                            tokens
+ *     NL_W_DOWN_ADD_RESIDUAL        y                                          rows of w_down
+ *
+ * layer.c itself is compiled once, for the steps and the scalar forms. avx2.c and avx512.c include it for
+ * the vector forms. tests/kernels/test_layer.py compares every form with the layer of model.py. */
 #include "dispatch.h"
 #include "formats.h"
 #include "vec.h"
@@ -27,194 +34,228 @@
 #include <omp.h>
 #endif
 
-/* The places of a layer's weights; and its steps. */
+/* The indices of nl_layer_weights.weight. */
 enum { WQ, WK, WV, WO, W_GATE, W_UP, W_DOWN };
-enum { NORM_X, QKV, ROPE, ATTEND, ROUND_SEEN, ADD_SEEN, NORM_H, WIDEN, ROUND_WIDE, ADD_WIDE, STEPS };
-enum { MAX_DH = 256, LINE = 64 };
+enum { MAX_DH = 256, CACHE_LINE = 64 };
 
+/* One call of nl_layer: its arguments and its activations, which lie in the scratch. tokens = B * T. Only
+ * heads belong to a sequence; every other step takes the tokens of all sequences alike. */
 typedef struct {
+    const nl_layer_args *a;
     const nl_layer_weights *w;
     const kernels *kernel;
-    const float *x, *freqs_cis;
-    void *const *keys, *const *values;
-    const int64_t *head, *start;
-    int64_t angles, position, B, T, tokens; /* tokens = B * T: only in heads it counts whose they are */
-    int cache_format;
-    float *normed, *q_rows, *k_rows, *v_rows, *q, *seen, *h, *gate, *up, *y;
-    uint8_t *fixed, *fixed_wide;
-    int *beyond; /* set when float16 cannot hold a key or value */
-} pass;
+    int64_t tokens;
+    float *normed;             /* (tokens, D)      attention_norm(x), then ffn_norm(h) */
+    float *xq, *xk, *xv;       /* (tokens, H * Dh), (tokens, K * Dh) twice: rows in stored order */
+    float *q;                  /* (tokens, H, Dh)  rotated */
+    float *attention_output;   /* (tokens, H * Dh) */
+    float *h;                  /* (tokens, D) */
+    float *gate, *up;          /* (tokens, F) */
+    uint8_t *quantized_normed; /* up to three: one for each format among the weights that share it */
+    uint8_t *quantized_wide;   /* attention_output, then gate */
+    int *f16_overflow;         /* set to 1 when float16 cannot hold a key or value */
+} block_call;
 
 typedef struct {
-    int64_t from, to;
-} share;
+    int64_t begin, end;
+} range;
 
-/* What worker i of n does of `all`, in whole units. */
-static share share_of(int64_t all, int64_t unit, int64_t i, int64_t n) {
-    const int64_t size = ((all + n - 1) / n + unit - 1) / unit * unit;
-    const int64_t from = i * size < all ? i * size : all;
-    return (share){from, all - from < size ? all : from + size};
+/* The part of 0 .. total - 1 that one worker computes, in whole units. */
+static range range_of(int64_t total, int64_t unit, int64_t worker, int64_t workers) {
+    const int64_t size = ((total + workers - 1) / workers + unit - 1) / unit * unit;
+    const int64_t begin = worker * size < total ? worker * size : total;
+    return (range){begin, total - begin < size ? total : begin + size};
 }
 
-/* Room behind *end, from a cache line on. */
-static void *room(uint8_t **end, int64_t bytes) {
+/* Memory for an array behind *end. It begins on a cache line. */
+static void *allocate(uint8_t **end, int64_t bytes) {
     uint8_t *begin = *end;
-    *end += (bytes + LINE - 1) / LINE * LINE;
+    *end += (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     return begin;
 }
 
-/* Gives each intermediate result its room; -> where the last one ends. */
-static uint8_t *lay_out(pass *p, uint8_t *scratch) {
-    const nl_layer_weights *w = p->w;
-    const int64_t T = p->tokens * (int64_t)sizeof(float);
-    uint8_t *end = scratch + (LINE - (uintptr_t)scratch % LINE) % LINE;
-    p->normed = room(&end, T * w->D);
-    p->q_rows = room(&end, T * w->H * w->Dh);
-    p->k_rows = room(&end, T * w->K * w->Dh);
-    p->v_rows = room(&end, T * w->K * w->Dh);
-    p->q = room(&end, T * w->H * w->Dh);
-    p->seen = room(&end, T * w->H * w->Dh);
-    p->h = room(&end, T * w->D);
-    p->gate = room(&end, T * w->F);
-    p->up = room(&end, T * w->F);
-    p->fixed = room(&end, 3 * nl_activations_bytes(p->tokens, w->D));
-    p->fixed_wide = room(&end, nl_activations_bytes(p->tokens, w->F > w->H * w->Dh ? w->F : w->H * w->Dh));
+/* Places every activation in the scratch. Returns where the last one ends. */
+static uint8_t *allocate_activations(block_call *c, uint8_t *scratch) {
+    const nl_layer_weights *w = c->w;
+    const int64_t H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, wide = w->F > H_Dh ? w->F : H_Dh;
+    const int64_t column = c->tokens * (int64_t)sizeof(float);
+    uint8_t *end = scratch + (CACHE_LINE - (uintptr_t)scratch % CACHE_LINE) % CACHE_LINE;
+    c->normed = allocate(&end, column * w->D);
+    c->xq = allocate(&end, column * H_Dh);
+    c->xk = allocate(&end, column * K_Dh);
+    c->xv = allocate(&end, column * K_Dh);
+    c->q = allocate(&end, column * H_Dh);
+    c->attention_output = allocate(&end, column * H_Dh);
+    c->h = allocate(&end, column * w->D);
+    c->gate = allocate(&end, column * w->F);
+    c->up = allocate(&end, column * w->F);
+    c->quantized_normed = allocate(&end, 3 * nl_activations_bytes(c->tokens, w->D));
+    c->quantized_wide = allocate(&end, nl_activations_bytes(c->tokens, wide));
     return end;
 }
 
 int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
-    pass p = {.w = w, .tokens = tokens};
+    block_call c = {.w = w, .tokens = tokens};
     uint8_t base[1];
-    return lay_out(&p, base) - base + LINE;
+    return allocate_activations(&c, base) - base + CACHE_LINE;
 }
 
-/* Whether that weight wants x in fixed point. */
-static int is_fixed(const pass *p, int weight) {
-    return !p->w->exact && nl_quantizes_activations(p->w->format[weight], p->tokens);
+/* ---------------------------------------------------------------- quantized activations */
+
+/* Whether that weight is multiplied with quantized activations. */
+static int takes_quantized(const block_call *c, int weight) {
+    return !c->w->exact && nl_quantizes_activations(c->w->format[weight], c->tokens);
 }
 
-/* The weights that are multiplied with the same x: q, k and v; gate and up. Of each the first. */
-static const int first_of[] = {WQ, WQ, WQ, WO, W_GATE, W_GATE, W_DOWN};
+/* wq, wk and wv read the same activations, and so do w_gate and w_up: the first of a weight's group. */
+static const int FIRST_OF_GROUP[] = {WQ, WQ, WQ, WO, W_GATE, W_GATE, W_DOWN};
 
-/* The first of them in the same format: those share x in fixed point. */
-static int first_like(const pass *p, int weight) {
-    int first = first_of[weight];
-    while (p->w->format[first] != p->w->format[weight]) first++;
+/* The first weight of the group in the same format. These weights share their quantized activations. */
+static int first_in_same_format(const block_call *c, int weight) {
+    int first = FIRST_OF_GROUP[weight];
+    while (c->w->format[first] != c->w->format[weight]) first++;
     return first;
 }
 
-static uint8_t *fixed_for(const pass *p, int weight) {
-    if (weight == WO || weight == W_DOWN) return p->fixed_wide;
-    return p->fixed + (first_like(p, weight) - first_of[weight]) * nl_activations_bytes(p->tokens, p->w->D);
+static uint8_t *quantized_for(const block_call *c, int weight) {
+    if (weight == WO || weight == W_DOWN) return c->quantized_wide;
+    const int place = first_in_same_format(c, weight) - FIRST_OF_GROUP[weight];
+    return c->quantized_normed + place * nl_activations_bytes(c->tokens, c->w->D);
 }
 
-/* x in fixed point, tokens `s` of it, for the weights first .. last. */
-static void round_tokens(const pass *p, share s, const float *x, int64_t IN, int first, int last) {
-    const int64_t some = group_tokens(p->tokens);
-    for (int i = first; i <= last; i++)
-        if (is_fixed(p, i) && first_like(p, i) == i)
-            for (int64_t t = s.from; t < s.to; t += some)
-                p->kernel->quantize_activations(fixed_for(p, i), x, p->w->format[i], p->tokens, IN, t / some);
+/* Quantizes the rows `tokens` of x for the weights first .. last, once for each of their formats. */
+static void quantize(const block_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
+    const int64_t group = group_tokens(c->tokens);
+    for (int weight = first; weight <= last; weight++)
+        if (takes_quantized(c, weight) && first_in_same_format(c, weight) == weight)
+            for (int64_t t = tokens.begin; t < tokens.end; t += group)
+                c->kernel->quantize_activations(quantized_for(c, weight), x, c->w->format[weight], c->tokens,
+                                                IN, t / group);
 }
 
-static void norm_tokens(const pass *p, share s, const float *x, const float *weight, int first, int last) {
-    const int64_t D = p->w->D;
-    for (int64_t t = s.from; t < s.to; t++)
-        p->kernel->norm(p->normed + t * D, x + t * D, weight, p->w->eps, D);
-    round_tokens(p, s, p->normed, D, first, last);
+/* ---------------------------------------------------------------- the steps */
+
+/* normed[tokens] = rms_norm(x[tokens], norm_weight), and quantized for the weights first .. last. */
+static void norm_and_quantize(const block_call *c, range tokens, const float *x, const float *norm_weight,
+                              int first, int last) {
+    const int64_t D = c->w->D;
+    for (int64_t t = tokens.begin; t < tokens.end; t++)
+        c->kernel->norm(c->normed + t * D, x + t * D, norm_weight, c->w->eps, D);
+    quantize(c, tokens, c->normed, D, first, last);
 }
 
-/* y[:, s] = (x @ weight.T)[:, s] */
-static void multiply(const pass *p, share s, float *y, const float *x, int weight, int64_t OUT, int64_t IN) {
-    const int fixed = is_fixed(p, weight), format = p->w->format[weight];
+/* y[:, rows] = x @ weight[rows].T */
+static void multiply(const block_call *c, range rows, float *y, const float *x, int weight, int64_t OUT,
+                     int64_t IN) {
+    const int quantized = takes_quantized(c, weight);
     const linear_args a = {.y = y,
-                           .x = fixed ? (const void *)fixed_for(p, weight) : x,
-                           .T = p->tokens,
-                           .w = {p->w->weight[weight], format, OUT, IN}};
-    linear_rows *const floats = p->w->exact ? p->kernel->linear_exact : p->kernel->linear;
-    if (s.from < s.to) (fixed ? p->kernel->linear_quantized : floats)(&a, s.from, s.to);
+                           .x = quantized ? (const void *)quantized_for(c, weight) : x,
+                           .T = c->tokens,
+                           .w = {c->w->weight[weight], c->w->format[weight], OUT, IN}};
+    linear_rows *const linear = c->w->exact ? c->kernel->linear_exact : c->kernel->linear;
+    if (rows.begin < rows.end) (quantized ? c->kernel->linear_quantized : linear)(&a, rows.begin, rows.end);
 }
 
-static void add(const pass *p, share s, float *y, const float *x) {
-    for (int64_t t = 0; t < p->tokens; t++)
-        for (int64_t d = s.from; d < s.to; d++) y[t * p->w->D + d] += x[t * p->w->D + d];
+/* y[:, columns] += residual[:, columns] */
+static void add_residual(const block_call *c, range columns, float *y, const float *residual) {
+    const int64_t D = c->w->D;
+    for (int64_t t = 0; t < c->tokens; t++)
+        for (int64_t d = columns.begin; d < columns.end; d++) y[t * D + d] += residual[t * D + d];
 }
 
-/* Heads of q, then of k, then of v: turned, but for v, and put where attention reads them. */
-static void store_heads(const pass *p, share s) {
-    const nl_layer_weights *w = p->w;
-    const int64_t H = w->H, K = w->K, Dh = w->Dh, size = p->cache_format == F16 ? 2 : 4;
-    for (int64_t i = s.from; i < s.to; i++) {
-        const int64_t token = i / (H + 2 * K), head = i % (H + 2 * K), b = token / p->T, t = token % p->T;
+static void set_flag(int *flag) {
+#pragma omp atomic write
+    *flag = 1;
+}
+
+/* For each of these heads: its elements in the model's order, rotated unless it is a value, and stored in q
+ * or in the cache. Heads are numbered token by token: H of xq, K of xk, K of xv. */
+static void rope_and_cache(const block_call *c, range heads) {
+    const nl_layer_weights *w = c->w;
+    const nl_kv_cache *cache = &c->a->cache;
+    const int64_t H = w->H, K = w->K, Dh = w->Dh, T = c->a->T, bytes = cache->format == F16 ? 2 : 4;
+    for (int64_t i = heads.begin; i < heads.end; i++) {
+        const int64_t token = i / (H + 2 * K), head = i % (H + 2 * K), b = token / T, t = token % T;
         const int is_q = head < H, is_v = head >= H + K;
         const int64_t h = is_q ? head : is_v ? head - H - K : head - H;
-        const float *row =
-            is_q ? p->q_rows + token * H * Dh : (is_v ? p->v_rows : p->k_rows) + token * K * Dh;
+        const float *stored = is_q ? c->xq + token * H * Dh : (is_v ? c->xv : c->xk) + token * K * Dh;
         const int64_t *order = is_q ? w->q_order : is_v ? NULL : w->k_order;
-        uint8_t *to = (uint8_t *)(is_v ? p->values[b] : p->keys[b]) +
-                      ((p->start[b] + t) * p->position + h * p->head[b]) * size;
-        if (is_q) to = (uint8_t *)(p->q + (token * H + h) * Dh);
-        float in_order[MAX_DH];
+        uint8_t *to = (uint8_t *)(is_v ? cache->values[b] : cache->keys[b]) +
+                      ((cache->start[b] + t) * cache->position_stride + h * cache->head_stride[b]) * bytes;
+        if (is_q) to = (uint8_t *)(c->q + (token * H + h) * Dh);
+        float ordered[MAX_DH];
         if (order)
-            for (int64_t d = 0; d < Dh; d++) in_order[d] = row[order[h * Dh + d]];
-        p->kernel->store_head(to, is_q ? F32 : p->cache_format, order ? in_order : row + h * Dh,
-                              is_v ? NULL : p->freqs_cis + b * p->angles + t * Dh, Dh);
-        int beyond = 0;
-        for (int64_t d = 0; d < (!is_q && p->cache_format == F16 ? Dh : 0); d++)
-            beyond |= (load_u16(to + 2 * d) & 0x7fff) == 0x7c00;
-        if (beyond) {
-#pragma omp atomic write
-            *p->beyond = 1;
-        }
+            for (int64_t d = 0; d < Dh; d++) ordered[d] = stored[order[h * Dh + d]];
+        c->kernel->store_head(to, is_q ? F32 : cache->format, order ? ordered : stored + h * Dh,
+                              is_v ? NULL : c->a->freqs_cis + b * c->a->freqs_cis_stride + t * Dh, Dh);
+        int overflow = 0;
+        for (int64_t d = 0; d < (!is_q && cache->format == F16 ? Dh : 0); d++)
+            overflow |= (load_u16(to + 2 * d) & 0x7fff) == 0x7c00;
+        if (overflow) set_flag(c->f16_overflow);
     }
 }
 
-/* The share of worker i of n in a step. */
-static void do_step(const pass *p, int step, int64_t i, int64_t n) {
-    const nl_layer_weights *w = p->w;
+/* One worker's range of one step. Above each step stand the lines of model.py that it computes. */
+static void do_step(const block_call *c, int step, int64_t worker, int64_t workers) {
+    const nl_layer_weights *w = c->w;
     const int64_t D = w->D, H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, F = w->F;
-    const share tokens = share_of(p->tokens, group_tokens(p->tokens), i, n), of_D = share_of(D, QK, i, n),
-                of_q = share_of(H_Dh, QK, i, n), of_kv = share_of(K_Dh, QK, i, n),
-                of_F = share_of(F, QK, i, n);
+    const range tokens = range_of(c->tokens, group_tokens(c->tokens), worker, workers);
+    const range rows_of_D = range_of(D, QK, worker, workers), rows_of_F = range_of(F, QK, worker, workers);
+    const range rows_of_q = range_of(H_Dh, QK, worker, workers);
+    const range rows_of_kv = range_of(K_Dh, QK, worker, workers);
     switch (step) {
-    case NORM_X: norm_tokens(p, tokens, p->x, w->attention_norm, WQ, WV); break;
-    case QKV:
-        multiply(p, of_q, p->q_rows, p->normed, WQ, H_Dh, D);
-        multiply(p, of_kv, p->k_rows, p->normed, WK, K_Dh, D);
-        multiply(p, of_kv, p->v_rows, p->normed, WV, K_Dh, D);
+    case NL_ATTENTION_NORM: /* self.attention_norm(x) */
+        norm_and_quantize(c, tokens, c->a->x, w->attention_norm, WQ, WV);
         break;
-    case ROPE: store_heads(p, share_of(p->tokens * (w->H + 2 * w->K), 1, i, n)); break;
-    case ROUND_SEEN: round_tokens(p, tokens, p->seen, H_Dh, WO, WO); break;
-    case ADD_SEEN:
-        multiply(p, of_D, p->h, p->seen, WO, D, H_Dh);
-        add(p, of_D, p->h, p->x);
+    case NL_QKV: /* xq = self.wq(x);  xk = self.wk(x);  xv = self.wv(x) */
+        multiply(c, rows_of_q, c->xq, c->normed, WQ, H_Dh, D);
+        multiply(c, rows_of_kv, c->xk, c->normed, WK, K_Dh, D);
+        multiply(c, rows_of_kv, c->xv, c->normed, WV, K_Dh, D);
         break;
-    case NORM_H: norm_tokens(p, tokens, p->h, w->ffn_norm, W_GATE, W_UP); break;
-    case WIDEN:
-        multiply(p, of_F, p->gate, p->normed, W_GATE, F, D);
-        multiply(p, of_F, p->up, p->normed, W_UP, F, D);
-        for (int64_t t = 0; t < p->tokens; t++)
-            p->kernel->swiglu(p->gate + t * F + of_F.from, p->up + t * F + of_F.from, of_F.to - of_F.from);
+    case NL_ROPE_AND_CACHE:
+        /* xq = F.apply_rotary_emb(xq, freqs_cis);  xk = F.apply_rotary_emb(xk, freqs_cis)
+         * keys, values = cache.update(self.layer, start_pos, xk, xv) */
+        rope_and_cache(c, range_of(c->tokens * (w->H + 2 * w->K), 1, worker, workers));
         break;
-    case ROUND_WIDE: round_tokens(p, tokens, p->gate, F, W_DOWN, W_DOWN); break;
-    case ADD_WIDE:
-        multiply(p, of_D, p->y, p->gate, W_DOWN, D, F);
-        add(p, of_D, p->y, p->h);
+    /* NL_ATTENTION is not here: nl_layer calls nl_attention, which has threads of its own. */
+    case NL_QUANTIZE_ATTENTION_OUTPUT: /* (model.py has no such line) */
+        quantize(c, tokens, c->attention_output, H_Dh, WO, WO);
+        break;
+    case NL_WO_ADD_RESIDUAL: /* h = x + self.wo(...) */
+        multiply(c, rows_of_D, c->h, c->attention_output, WO, D, H_Dh);
+        add_residual(c, rows_of_D, c->h, c->a->x);
+        break;
+    case NL_FFN_NORM: /* self.ffn_norm(h) */
+        norm_and_quantize(c, tokens, c->h, w->ffn_norm, W_GATE, W_UP);
+        break;
+    case NL_GATE_UP_SWIGLU: /* F.swiglu(self.w_gate(x), self.w_up(x)) */
+        multiply(c, rows_of_F, c->gate, c->normed, W_GATE, F, D);
+        multiply(c, rows_of_F, c->up, c->normed, W_UP, F, D);
+        for (int64_t t = 0; t < c->tokens; t++)
+            c->kernel->swiglu(c->gate + t * F + rows_of_F.begin, c->up + t * F + rows_of_F.begin,
+                              rows_of_F.end - rows_of_F.begin);
+        break;
+    case NL_QUANTIZE_SWIGLU: /* (model.py has no such line) */
+        quantize(c, tokens, c->gate, F, W_DOWN, W_DOWN);
+        break;
+    case NL_W_DOWN_ADD_RESIDUAL: /* return h + self.w_down(...) */
+        multiply(c, rows_of_D, c->a->y, c->gate, W_DOWN, D, F);
+        add_residual(c, rows_of_D, c->a->y, c->h);
         break;
     }
 }
 
-static void do_steps(const pass *p, int first, int last, int64_t part, int64_t parts, int threads) {
+static void do_steps(const block_call *c, int first, int last, int64_t part, int64_t parts, int threads) {
     if (first >= last) return;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        int64_t i = 0, n = 1;
+        int64_t thread = 0, n = 1;
 #ifdef _OPENMP
-        i = omp_get_thread_num(), n = omp_get_num_threads();
+        thread = omp_get_thread_num(), n = omp_get_num_threads();
 #endif
         for (int step = first; step < last; step++) {
-            do_step(p, step, part * n + i, parts * n);
+            do_step(c, step, part * n + thread, parts * n);
             if (step + 1 < last) {
 #pragma omp barrier
             }
@@ -222,25 +263,48 @@ static void do_steps(const pass *p, int first, int last, int64_t part, int64_t p
     }
 }
 
-int nl_layer(float *y, const float *x, const nl_layer_weights *w, const float *freqs_cis, int64_t angles,
-             void *const *keys, void *const *values, int cache_format, int64_t position, const int64_t *head,
-             int64_t B, int64_t T, const int64_t *start, void *scratch, int first, int last, int64_t part,
-             int64_t parts, int threads) {
+/* self.attention(xq, keys, values): queries of the part, one sequence after the other. */
+static int attend(const block_call *c, int64_t part, int64_t parts, int threads) {
+    const nl_layer_weights *w = c->w;
+    const nl_kv_cache *cache = &c->a->cache;
+    const int64_t T = c->a->T;
+    int status = 0;
+    for (int64_t b = 0; b < c->a->B && status == 0; b++) {
+        const int64_t first_row = b * T * w->H * w->Dh;
+        const nl_attention_args a = {
+            .out = c->attention_output + first_row,
+            .q = c->q + first_row,
+            .k = cache->keys[b],
+            .v = cache->values[b],
+            .format = cache->format,
+            .B = 1,
+            .T = T,
+            .S = cache->start[b] + T,
+            .H = w->H,
+            .K = w->K,
+            .Dh = w->Dh,
+            .k_strides = {0, cache->position_stride, cache->head_stride[b]},
+            .v_strides = {0, cache->position_stride, cache->head_stride[b]},
+            .begin = T * part / parts,
+            .end = T * (part + 1) / parts,
+        };
+        status = nl_attention(&a, threads);
+    }
+    return status;
+}
+
+int nl_layer(const nl_layer_args *a, int first, int last, int64_t part, int64_t parts, int threads) {
     int status = 0;
     for (int i = WQ; i <= W_DOWN; i++)
-        if (!is_known(w->format[i])) return NL_UNKNOWN_FORMAT;
-    pass p = {.w = w, .kernel = chosen_kernels(), .x = x, .y = y, .freqs_cis = freqs_cis, .angles = angles};
-    p.keys = keys, p.values = values, p.cache_format = cache_format, p.position = position, p.head = head;
-    p.B = B, p.T = T, p.tokens = B * T, p.start = start, p.beyond = &status;
-    lay_out(&p, scratch);
-    do_steps(&p, first, last < ATTEND ? last : ATTEND, part, parts, threads);
-    for (int64_t b = 0; b < (first <= ATTEND && ATTEND < last ? B : 0) && status == 0; b++) {
-        const int64_t strides[3] = {0, position, head[b]}, at = b * T * w->H * w->Dh;
-        status =
-            nl_attention(p.seen + at, p.q + at, keys[b], values[b], cache_format, 1, T, start[b] + T, w->H,
-                         w->K, w->Dh, strides, strides, T * part / parts, T * (part + 1) / parts, threads);
-    }
-    if (status == 0) do_steps(&p, first > ATTEND ? first : ATTEND + 1, last, part, parts, threads);
+        if (!is_known(a->weights->format[i])) return NL_UNKNOWN_FORMAT;
+    block_call c = {.a = a, .w = a->weights, .kernel = chosen_kernels(), .tokens = a->B * a->T};
+    c.f16_overflow = &status;
+    allocate_activations(&c, a->scratch);
+    do_steps(&c, first, last < NL_ATTENTION ? last : NL_ATTENTION, part, parts, threads);
+    if (first <= NL_ATTENTION && NL_ATTENTION < last && status == 0)
+        status = attend(&c, part, parts, threads);
+    if (status == 0)
+        do_steps(&c, first > NL_ATTENTION ? first : NL_ATTENTION + 1, last, part, parts, threads);
     return status;
 }
 
@@ -254,17 +318,18 @@ void norm_scalar(float *y, const float *x, const float *weight, float eps, int64
     for (int64_t d = 0; d < D; d++) y[d] = x[d] / root * weight[d];
 }
 
-/* gate = gate / (1 + exp(-gate)) * up; in float64, for exp(89) is no float32. */
+/* gate = gate / (1 + exp(-gate)) * up. In float64, because exp(89) is beyond float32. */
 void swiglu_scalar(float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i++) gate[i] = (float)(gate[i] / (1 + exp(-(double)gate[i]))) * up[i];
 }
 
-/* Each pair (a, b), read as a + bi, times its c + di; without angles as it is. Stored as F32 or F16. */
-void store_head_scalar(uint8_t *to, int format, const float *x, const float *angles, int64_t Dh) {
+/* Each pair (a, b) is a complex number a + bi. It is multiplied by its c + di, unless freqs_cis is NULL, and
+ * stored as F32 or F16. */
+void store_head_scalar(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh) {
     for (int64_t i = 0; i < Dh; i += 2) {
         float a = x[i], b = x[i + 1];
-        if (angles) {
-            const float c = angles[i], d = angles[i + 1], real = a * c - b * d;
+        if (freqs_cis) {
+            const float c = freqs_cis[i], d = freqs_cis[i + 1], real = a * c - b * d;
             b = a * d + b * c, a = real;
         }
         if (format == F16) {
@@ -278,10 +343,10 @@ void store_head_scalar(uint8_t *to, int format, const float *x, const float *ang
 }
 
 #else
-/* ---------------------------------------------------------------- vectors
- *
- * The same, LANES at a time. D and F are multiples of 32 (kernels.py sees to it), Dh need not be one of
- * LANES. */
+/* ---------------------------------------------------------------- vectors: the same, LANES at a time */
+
+_Static_assert(QK % LANES == 0, "D, F and a thread's range of F are multiples of QK: whole registers");
+_Static_assert(LANES % 2 == 0, "store_head holds whole complex numbers in a register");
 
 VEC_TARGET void VEC(norm)(float *y, const float *x, const float *weight, float eps, int64_t D) {
     vec squares = vec_zero();
@@ -291,31 +356,36 @@ VEC_TARGET void VEC(norm)(float *y, const float *x, const float *weight, float e
         vec_store(y + d, vec_mul(vec_div(vec_load(x + d), root), vec_load(weight + d)));
 }
 
-/* gate / (1 + e^-gate) * up. Below -80, where e^-gate soon is no float32 any more, 1 and e^-gate are 2^32
- * times as small until the end; from -110 on the result is 0. */
+/* gate / (1 + e^-gate) * up = gate / (one + one * e^-gate) * one * up, with `one` so small that nothing
+ * leaves float32:
+ *
+ *     gate           one               one * e^-gate               the factor `one` before up
+ *     >= -80         1 + 2^-32 = 1     <= e^80          < 2^116    1
+ *     -110 .. -80    2^-32             <= e^110 2^-32   < 2^127    2^-32
+ *     < -110         2^-32             that of -110                0 */
 VEC_TARGET void VEC(swiglu)(float *gate, const float *up, int64_t n) {
     const vec far = vec_all(-80), lowest = vec_all(-110);
     for (int64_t i = 0; i < n; i += LANES) {
-        const vec x = vec_load(gate + i), minus = vec_sub(vec_zero(), vec_max(lowest, x));
+        const vec x = vec_load(gate + i), minus_x = vec_sub(vec_zero(), vec_max(lowest, x));
         const vec one = vec_add(vec_zero_below(x, far, vec_all(1)), vec_all(0x1p-32f));
         vec power;
-        const vec p = exp_parts(vec_max(vec_all(-87), minus), &power);
-        const vec share = vec_div(x, vec_add(one, vec_times_2_to(power, vec_mul(p, one))));
-        vec_store(gate + i, vec_mul(vec_mul(share, vec_zero_below(x, lowest, one)), vec_load(up + i)));
+        const vec p = exp_parts(vec_max(vec_all(-87), minus_x), &power);
+        const vec silu = vec_div(x, vec_add(one, vec_times_2_to(power, vec_mul(p, one))));
+        vec_store(gate + i, vec_mul(vec_mul(silu, vec_zero_below(x, lowest, one)), vec_load(up + i)));
     }
 }
 
-VEC_TARGET void VEC(store_head)(uint8_t *to, int format, const float *x, const float *angles, int64_t Dh) {
+VEC_TARGET void VEC(store_head)(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh) {
     int64_t i = 0;
     for (; i + LANES <= Dh; i += LANES) {
-        const vec a = vec_load(x + i), b = angles ? vec_times_complex(a, vec_load(angles + i)) : a;
+        const vec a = vec_load(x + i), b = freqs_cis ? vec_times_complex(a, vec_load(freqs_cis + i)) : a;
         if (format == F16)
             vec_store_f16(to + 2 * i, b);
         else
             vec_store((float *)(void *)(to + 4 * i), b);
     }
     if (i < Dh)
-        store_head_scalar(to + (format == F16 ? 2 : 4) * i, format, x + i, angles ? angles + i : NULL,
+        store_head_scalar(to + (format == F16 ? 2 : 4) * i, format, x + i, freqs_cis ? freqs_cis + i : NULL,
                           Dh - i);
 }
 #endif

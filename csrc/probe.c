@@ -1,33 +1,33 @@
-/* probe: what this machine could do at best. numpy_llama/bench.py holds the model against it.
+/* probe: the limits of this machine. numpy_llama/inspect/bench.py compares the model with them.
  *
- *     read   every byte once, from where it lies into a register      decode can be no faster
- *     fma    multiply-adds of registers, no memory at all             nor can prefill in floats
+ *     read   loads every byte of the weights once     no decode is faster
+ *     fma    multiply-adds in registers only          no prefill in float32 is faster
  *
- * There is no clock here: whoever calls looks at one. What is returned is proof that the work was done, and
- * keeps the compiler from leaving it out; tests/inspect/test_bench.py knows both results beforehand.
+ * The caller measures the time. The result proves that the work was done, and keeps the compiler from
+ * removing it. tests/inspect/test_bench.py checks both results against values that are known beforehand.
  *
- * Compiled once as it stands: the loop over threads and the scalar forms. Compiled once more for each
- * instruction set: the part under VECTOR_FORMS (README.md). */
+ * probe.c itself is compiled once, for the loop over threads and the scalar form. avx2.c and avx512.c include
+ * it for the vector form. */
 #include "dispatch.h"
 #include "formats.h"
 #include "vec.h"
 
-/* An FMA takes 4 cycles (on Zen and on Intel since Skylake) and two begin in each: 8 chains, none of which
- * waits for another, keep both units busy, and 12 leave some slack. With the two constants they are 14 of the
- * 16 registers of AVX2. */
+/* An FMA takes 4 cycles (on Zen, and on Intel since Skylake), and two start in each cycle. So 8 independent
+ * chains keep both units busy; 12 leave some slack. With the two constants they take 14 of AVX2's 16
+ * registers. */
 enum { CHAINS = 12 };
 
 #ifndef VECTOR_FORMS
-/* Every thread reads its share of every piece, as it does in linear.c, but none ever waits for another. */
+/* Every thread reads its part of every piece, as in linear.c, but no thread waits for another. */
 uint32_t nl_read_probe(const void *const *pieces, const int64_t *nbytes, int n, int threads) {
     const kernels *k = chosen_kernels();
     uint32_t sum = 0;
 #pragma omp parallel for num_threads(threads) reduction(^ : sum) schedule(static) if (threads > 1)
     for (int i = 0; i < threads; i++)
         for (int j = 0; j < n; j++) {
-            const int64_t share = (nbytes[j] / threads / 64 + 1) * 64; /* whole words, whole cache lines */
-            const int64_t begin = i * share, left = nbytes[j] - begin;
-            if (left > 0) sum ^= k->read((const uint8_t *)pieces[j] + begin, left < share ? left : share);
+            const int64_t part = (nbytes[j] / threads / 64 + 1) * 64; /* whole cache lines, so whole words */
+            const int64_t begin = i * part, left = nbytes[j] - begin;
+            if (left > 0) sum ^= k->read((const uint8_t *)pieces[j] + begin, left < part ? left : part);
         }
     return sum;
 }
@@ -54,7 +54,7 @@ float fma_scalar(int64_t operations) {
     float x[CHAINS], sum = 0;
     for (int j = 0; j < CHAINS; j++) x[j] = (float)j;
     for (int64_t i = 0; i < operations / (2 * CHAINS); i++)
-        for (int j = 0; j < CHAINS; j++) x[j] = x[j] * 0.5f + 1.0f; /* goes to 2, from wherever it began */
+        for (int j = 0; j < CHAINS; j++) x[j] = x[j] * 0.5f + 1.0f; /* converges to 2 */
     for (int j = 0; j < CHAINS; j++) sum += x[j];
     return sum;
 }
@@ -62,11 +62,13 @@ float fma_scalar(int64_t operations) {
 #else
 /* ---------------------------------------------------------------- vectors: the same, LANES at a time
  *
- * A load of 64 bytes from memory takes some hundred cycles; the core has several dozen on their way at once,
- * if no instruction waits for one. Hence four sums, and one long stream a thread, which is what the
- * processor's own prefetching follows best. */
+ * A load of 64 bytes from memory takes some hundred cycles. A core has several dozen loads in flight when no
+ * instruction waits for one: hence four sums. A thread reads one long stream, which the hardware prefetcher
+ * follows best. */
 
 enum { VEC_BYTES = 4 * LANES };
+
+_Static_assert(384 % (2 * CHAINS * LANES) == 0, "nl_fma_probe promises any multiple of 384 operations");
 
 VEC_TARGET uint32_t VEC(read)(const uint8_t *p, int64_t nbytes) {
     vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
@@ -80,7 +82,8 @@ VEC_TARGET uint32_t VEC(read)(const uint8_t *p, int64_t nbytes) {
 
 VEC_TARGET float VEC(fma)(int64_t operations) {
     vec x[CHAINS];
-    for (int j = 0; j < CHAINS; j++) x[j] = vec_all((float)j); /* all different: equal ones would be one */
+    for (int j = 0; j < CHAINS; j++)
+        x[j] = vec_all((float)j); /* different, or the compiler would merge them */
     for (int64_t i = 0; i < operations / (2 * CHAINS * LANES); i++)
         for (int j = 0; j < CHAINS; j++) x[j] = vec_fma(x[j], vec_all(0.5f), vec_all(1.0f));
     for (int j = 1; j < CHAINS; j++) x[0] = vec_add(x[0], x[j]);

@@ -59,7 +59,7 @@ VEC_INLINE void vec_store_sums(float *p, vec a, vec b, vec c, vec d) {
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1)));
 }
 
-/* The sum of the lanes of one register, in one tree, or the largest of them. */
+/* The lanes of one register added, or the largest of them: always in the same tree. */
 VEC_INLINE float vec_sum(vec a) {
     const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));

@@ -1,10 +1,12 @@
-/* watch: when a mapped file is cut by someone else, say so and leave, instead of dying by a signal.
+/* watch: one line and exit code 1, instead of SIGBUS, when a mapped file is cut while it is in use.
  *
- * Who touches a mapped page that the file no longer reaches gets SIGBUS, at any instruction and on any
- * thread. There is no way to go on: the weights are gone. So one handler looks whether the address lies in
- * a watched range, writes one line that names the file, and ends the process. Any other SIGBUS goes to
- * whoever would have had it. A handler may only do what is async-signal-safe: here, read a fixed table
- * whose text is ready, write(2), pause(2), _exit(2) and sigaction(2). */
+ * An access to a mapped page behind the file's new end raises SIGBUS, at any instruction and on any thread.
+ * The process cannot go on, because the weights are gone. The handler looks up the address among the watched
+ * ranges. If one contains it, the handler writes the line that names the file and ends the process. Any other
+ * SIGBUS goes to the handler that was installed before.
+ *
+ * A signal handler may only call async-signal-safe functions. This one reads a fixed table of finished lines
+ * and calls write(2), pause(2), _exit(2), sigaction(2) and raise(3). */
 #define _XOPEN_SOURCE 700 /* SA_SIGINFO */
 
 #include <signal.h>
@@ -17,38 +19,39 @@
 #include "kernels.h"
 
 enum { RANGES = 256, LINE = 1024 };
-enum { FREE = 0, BUSY = 1 }; /* no range begins there */
+enum { FREE = 0, BUSY = 1 }; /* values of `begin`: no range begins at these addresses */
 
 static struct {
-    _Atomic uintptr_t begin; /* written last, so that the handler never sees half an entry */
+    _Atomic uintptr_t begin; /* written last, so the handler never reads half an entry */
     uintptr_t end;
     int length;
     char line[LINE];
 } table[RANGES];
 
-static struct sigaction before;
+static struct sigaction previous;
 
-static atomic_flag said = ATOMIC_FLAG_INIT;
+static atomic_flag reported = ATOMIC_FLAG_INIT;
 
 static void on_sigbus(int signal, siginfo_t *info, void *context) {
-    const uintptr_t at = info->si_code > 0 ? (uintptr_t)info->si_addr : FREE; /* <= 0: sent by a process */
+    const uintptr_t at =
+        info->si_code > 0 ? (uintptr_t)info->si_addr : FREE; /* <= 0: sent by a process, no address */
     for (int i = 0; i < RANGES; i++) {
         const uintptr_t begin = atomic_load(&table[i].begin);
         if (begin > BUSY && begin <= at && at < table[i].end) {
-            while (atomic_flag_test_and_set(&said))
-                pause(); /* another thread is saying it, and then ends us */
+            while (atomic_flag_test_and_set(&reported))
+                pause(); /* another thread writes the line and then ends the process */
             const ssize_t written = write(STDERR_FILENO, table[i].line, (size_t)table[i].length);
             (void)written;
             _exit(1);
         }
     }
-    if (before.sa_flags & SA_SIGINFO) {
-        before.sa_sigaction(signal, info, context);
-    } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
-        before.sa_handler(signal);
+    if (previous.sa_flags & SA_SIGINFO) {
+        previous.sa_sigaction(signal, info, context);
+    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+        previous.sa_handler(signal);
     } else {
-        sigaction(SIGBUS, &before, NULL);
-        raise(signal); /* comes as soon as this returns */
+        sigaction(SIGBUS, &previous, NULL);
+        raise(signal); /* delivered when this handler returns */
     }
 }
 
@@ -65,7 +68,7 @@ int nl_watch(const void *begin, int64_t nbytes, const char *name) {
         if (!atomic_flag_test_and_set(&installed)) {
             struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
             sigemptyset(&ours.sa_mask);
-            sigaction(SIGBUS, &ours, &before);
+            sigaction(SIGBUS, &ours, &previous);
         }
         return 0;
     }

@@ -57,7 +57,6 @@ CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 MAX_HEAD_DIM = 256
 # Bytes of a thread's stack: the panels of many tokens take 120 KiB of it.
 STACK_OF_KERNELS = 192 << 10
-ATTEND = 3  # the step of nl_layer that is attention
 F32, F16 = (FORMATS[name].code for name in ("F32", "F16"))
 
 # In a forked child the OpenMP threads of the parent do not exist, and a team that waits for them would
@@ -226,12 +225,19 @@ class FusedWeights(InPlace):
         self.struct.q_order, self.struct.k_order = (
             ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in orders
         )
-        # Multiply-adds of each of nl_layer's steps, for a token; but of ATTEND for each position it sees.
-        self.steps = (0, (H_Dh + 2 * K_Dh) * D, 0, 2 * H_Dh, 0, H_Dh * D, 0, 2 * F * D, 0, F * D)
+        # Multiply-adds of a step for each token; of NL_ATTENTION for each position that a token sees.
+        self.work_of_step = {
+            lib.NL_QKV: (H_Dh + 2 * K_Dh) * D,
+            lib.NL_ATTENTION: 2 * H_Dh,
+            lib.NL_WO_ADD_RESIDUAL: H_Dh * D,
+            lib.NL_GATE_UP_SWIGLU: 2 * F * D,
+            lib.NL_W_DOWN_ADD_RESIDUAL: F * D,
+        }
 
-    def work(self, tokens: int, seen: int) -> list[int]:
-        """Multiply-adds of each step, for so many tokens, who see so many positions together."""
-        return [amount * (seen if step == ATTEND else tokens) for step, amount in enumerate(self.steps)]
+    def work(self, tokens: int, visible: int) -> list[int]:
+        """Multiply-adds of each step, for that many tokens, which see `visible` positions in all."""
+        counts = [visible if step == lib.NL_ATTENTION else tokens for step in range(lib.NL_STEPS)]
+        return [count * self.work_of_step.get(step, 0) for step, count in enumerate(counts)]
 
 
 class Kernels(InPlace):
@@ -308,22 +314,26 @@ class Kernels(InPlace):
         if out.size == 0:
             return out
         threads = self._share(2 * B * T * S * H * Dh)
-        arguments = (
-            ffi.from_buffer("float[]", out, require_writable=True),
-            ffi.from_buffer("float[]", q),
-            ffi.cast("void *", k.ctypes.data),
-            ffi.cast("void *", v.ctypes.data),
-            FORMATS["F16" if k.dtype == np.float16 else "F32"].code,
-            *(B, T, S, H, K, Dh),
-            [stride // k.itemsize for stride in k.strides[:3]],
-            [stride // v.itemsize for stride in v.strides[:3]],
+        # A struct of cffi keeps addresses only. The local names q, k, v and out keep the arrays alive.
+        arguments = ffi.new(
+            "nl_attention_args *",
+            {
+                "out": ffi.from_buffer("float[]", out, require_writable=True),
+                "q": ffi.from_buffer("float[]", q),
+                "k": ffi.cast("void *", k.ctypes.data),
+                "v": ffi.cast("void *", v.ctypes.data),
+                "format": F16 if k.dtype == np.float16 else F32,
+                **{"B": B, "T": T, "S": S, "H": H, "K": K, "Dh": Dh},
+                "k_strides": [stride // k.itemsize for stride in k.strides[:3]],
+                "v_strides": [stride // v.itemsize for stride in v.strides[:3]],
+            },
         )
         work = WORK_PER_CALL * (1 if isa() == "scalar" else ATTENTION_WORK)
         queries, whole = max(work // (B * S * H * Dh), 1) * threads, max(ATTENTION_ROWS * K // H, 1)
         queries = max(queries // whole * whole, min(queries, whole))
         for begin in range(0, T, queries):
-            end = min(begin + queries, T)
-            if lib.nl_attention(*arguments, begin, end, threads) != 0:
+            arguments.begin, arguments.end = begin, min(begin + queries, T)
+            if lib.nl_attention(arguments, threads) != 0:
                 raise MemoryError("no memory for the scratch of the attention kernel")
         return out
 
@@ -347,22 +357,42 @@ class Kernels(InPlace):
         scratch = self._scratch.pop() if self._scratch else b""
         if len(scratch) < (nbytes := lib.nl_layer_bytes(w.struct, B * T)):
             scratch = ffi.new("char[]", nbytes)
-        arguments = (
-            *(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", x), w.struct),
-            *(ffi.from_buffer("float[]", freqs_cis), 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size),
-            [ffi.from_buffer(k) for k in keys],
-            [ffi.from_buffer(v) for v in values],
-            *(F16 if itemsize == 2 else F32, position // itemsize, [k.strides[0] // itemsize for k in keys]),
-            *(B, T, starts, scratch),
+        # A struct of cffi keeps addresses only. What they point to needs a name here until C returns: the
+        # arrays below, y, x, freqs_cis and scratch. The caches belong to the caller.
+        key_pointers, value_pointers = (
+            ffi.new("void *[]", [ffi.from_buffer(one) for one in caches]) for caches in (keys, values)
+        )
+        head_strides = ffi.new("int64_t[]", [k.strides[0] // itemsize for k in keys])
+        start_positions = ffi.new("int64_t[]", starts)
+        cache = {
+            "keys": key_pointers,
+            "values": value_pointers,
+            "format": F16 if itemsize == 2 else F32,
+            "position_stride": position // itemsize,
+            "head_stride": head_strides,
+            "start": start_positions,
+        }
+        arguments = ffi.new(
+            "nl_layer_args *",
+            {
+                "y": ffi.from_buffer("float[]", y, require_writable=True),
+                "x": ffi.from_buffer("float[]", x),
+                "weights": w.struct,
+                "cache": cache,
+                "freqs_cis": ffi.from_buffer("float[]", freqs_cis),
+                "freqs_cis_stride": 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size,
+                **{"B": B, "T": T},
+                "scratch": scratch,
+            },
         )
         limit = WORK_PER_CALL * threads
         calls = [(0, len(work), 1)]
         if sum(work) > limit:
-            work[ATTEND] //= 1 if isa() == "scalar" else ATTENTION_WORK
+            work[lib.NL_ATTENTION] //= 1 if isa() == "scalar" else ATTENTION_WORK
             calls = [(step, step + 1, max(-(-amount // limit), 1)) for step, amount in enumerate(work)]
         for first, last, parts in calls:
             for part in range(parts):
-                status = lib.nl_layer(*arguments, first, last, part, parts, threads)
+                status = lib.nl_layer(arguments, first, last, part, parts, threads)
                 _check(status, *w.formats)
                 if status < 0:
                     raise MemoryError("no memory for the scratch of the attention kernel")

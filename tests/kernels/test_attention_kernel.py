@@ -23,7 +23,7 @@ from numpy_llama.proof.tiny import TINY, random_tokens, random_weights
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
-SPAN = 1024  # csrc/attention.c: positions that are walked as if they were alone
+SPAN = 1024  # KV_SPAN of csrc/attention.c: positions that are walked from an empty softmax state
 
 
 def draw_attention(rng, B, T, S, K, n_rep, Dh, dtype=np.float32):
@@ -198,6 +198,42 @@ def test_spans_of_positions_merge_to_the_same_bits(isa, shape, spans, beside, dt
         np.testing.assert_array_equal(bits(some[:, -1]), bits(whole[:, t]))
 
 
+many_spans = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 2),
+        # Up to 6 queries: each span is a task. From 121 on: two query blocks, each of which walks all spans.
+        "T": st.one_of(st.integers(1, 6), st.integers(121, 123)),
+        "K": st.integers(1, 2),
+        "n_rep": st.just(2),
+        "Dh": st.sampled_from([10, 32, 64]),
+    }
+)
+
+
+@for_each
+@given(
+    shape=many_spans,
+    spans=st.integers(3, 9),
+    beside=st.integers(-7, 3),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    threads=st.integers(1, 3),
+    seed=seeds,
+)
+@example({"B": 2, "T": 1, "K": 2, "n_rep": 2, "Dh": 64}, 9, 3, np.float16, 2, 0)  # decode_block
+@example({"B": 1, "T": 3, "K": 2, "n_rep": 2, "Dh": 32}, 7, 3, np.float32, 2, 0)
+@example({"B": 1, "T": 121, "K": 1, "n_rep": 2, "Dh": 32}, 8, 0, np.float16, 2, 0)  # two query blocks
+def test_each_of_many_spans_counts_by_its_probability(isa, shape, spans, beside, dtype, threads, seed):
+    """Values that are the number of their span, one-hot: output d is the probability of all of span d."""
+    rng = np.random.default_rng(seed)
+    older = spans * SPAN + beside
+    q, k, v = draw_attention(rng, S=older + shape["T"], dtype=dtype, **shape)
+    v[...] = np.eye(shape["Dh"])[np.arange(v.shape[1]) // SPAN][None, :, None]
+    got = Kernels(threads).attention(q, in_cache_layout(k), in_cache_layout(v))
+    bound = attention_bound(q, k, v)
+    assert bound[..., : spans - 1].max() < 0.5 / spans  # so a lost or doubled span cannot hide in it
+    assert_within(got, F.attention(*(a.astype(np.float64) for a in (q, k, v))), bound)
+
+
 def test_a_span_that_a_query_does_not_see_leaves_it_alone(isa):
     """Even the sign of a sum that vanished: the second query sees one position of the second span."""
     q, k = np.ones((1, 2, 1, 32), np.float32), np.zeros((1, SPAN + 1, 1, 32), np.float32)
@@ -358,9 +394,9 @@ def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, r
         out = guarded.copy(np.full_like(q, np.nan), at_end)
         strides = [S * K * Dh, K * Dh, Dh]
         pointers = (ffi.cast("void *", a.ctypes.data) for a in (out, q, k, v))
-        failed = lib.nl_attention(
-            *pointers, FORMATS[code].code, 1, T, S, K * n_rep, K, Dh, strides, strides, 0, T, 2
-        )
+        sizes = FORMATS[code].code, 1, T, S, K * n_rep, K, Dh
+        arguments = ffi.new("nl_attention_args *", [*pointers, *sizes, strides, strides, 0, T])
+        failed = lib.nl_attention(arguments, 2)
         assert failed == 0
         np.testing.assert_array_equal(bits(out), bits(Kernels(1).attention(q, k, v)))
 

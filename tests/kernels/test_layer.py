@@ -204,11 +204,14 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         y_, x_, angles_, k_, v_, scratch_ = (
             ffi.cast("void *", a.ctypes.data) for a in (y, x, angles, k, v, scratch)
         )
-        code, room = FORMATS["F16" if dtype == np.float16 else "F32"].code, (start + T) * head_dim
-        status = lib.nl_layer(
-            *(y_, x_, layer.struct, ffi.cast("float *", angles_), 0, [k_], [v_], code, head_dim, [room]),
-            *(1, T, [start], scratch_, 0, 10, 0, 1, 2),
-        )
+        pointers = ffi.new("void *[]", [k_]), ffi.new("void *[]", [v_])
+        head_stride, starts = ffi.new("int64_t[]", [(start + T) * head_dim]), ffi.new("int64_t[]", [start])
+        code = FORMATS["F16" if dtype == np.float16 else "F32"].code
+        arguments = ffi.new("nl_layer_args *")
+        arguments.y, arguments.x, arguments.freqs_cis = y_, x_, angles_
+        arguments.weights, arguments.scratch, arguments.B, arguments.T = layer.struct, scratch_, 1, T
+        arguments.cache = [*pointers, code, head_dim, head_stride, starts]
+        status = lib.nl_layer(arguments, 0, lib.NL_STEPS, 0, 1, 2)
         assert status == 0
         np.testing.assert_array_equal(bits(y), bits(expected))
 

@@ -504,8 +504,25 @@ BUGS = [
         "the sum not rescaled when a larger score comes",
         "Dao-AILab/flash-attention#2082, where the maximum it was rescaled by was wrong",
         "csrc/attention.c",
-        "            l = l * old + p;",
-        "            l = l + p;",
+        "            l = l * before + here;",
+        "            l = l + here;",
+        "tests/kernels/test_attention_kernel.py",
+    ),
+    Bug(
+        "spans from the fifth on dropped: decoding behind 4,096 positions",
+        "found here by putting it in: no test had more than three spans",
+        "csrc/attention.c",
+        "            for (int64_t i = 1; i < spans; i++)",
+        "            for (int64_t i = 1; i < spans && i < 4; i++)",
+        "tests/kernels/test_attention_kernel.py",
+    ),
+    Bug(
+        "spans from the fifth on dropped: a prompt longer than 4,096 positions",
+        "the same in the other loop over spans",
+        "csrc/attention.c",
+        "            for (int64_t j = KV_SPAN; j < visible_positions(a, &qb, qb.rows - 1); j += KV_SPAN) {",
+        "            for (int64_t j = KV_SPAN; j < 4 * KV_SPAN; j += KV_SPAN) {\n"
+        "                if (j >= visible_positions(a, &qb, qb.rows - 1)) break;",
         "tests/kernels/test_attention_kernel.py",
     ),
 ]

@@ -250,10 +250,26 @@ void fuzz_attention(void) {
             kv[i][j] = half_to_float(halves[j]);
         }
     }
-    for (int part = 0; part < 2; part++)
-        check(nl_attention(out, q, as_stored[0], as_stored[1], half ? F16 : F32, B, T, S, H, K, Dh, strides,
-                           strides, part ? cut : 0, part ? T : cut, 1) == 0,
-              "no memory");
+    for (int part = 0; part < 2; part++) {
+        const nl_attention_args a = {
+            .out = out,
+            .q = q,
+            .k = as_stored[0],
+            .v = as_stored[1],
+            .format = half ? F16 : F32,
+            .B = B,
+            .T = T,
+            .S = S,
+            .H = H,
+            .K = K,
+            .Dh = Dh,
+            .k_strides = {strides[0], strides[1], strides[2]},
+            .v_strides = {strides[0], strides[1], strides[2]},
+            .begin = part ? cut : 0,
+            .end = part ? T : cut,
+        };
+        check(nl_attention(&a, 1) == 0, "no memory");
+    }
     double *scores = room(8 * S), *sum = room(8 * Dh), *largest = room(8 * Dh);
     for (int64_t row = 0; row < B * T * H && kind != ANY_BITS; row++) {
         const int64_t b = row / (T * H), t = row / H % T, h = row % H, seen = S - T + t + 1;
@@ -311,7 +327,7 @@ static int64_t *any_order(int64_t n) {
 }
 
 void fuzz_layer(void) {
-    enum { ALL_STEPS = 10, MAX_B = 3 };
+    enum { MAX_B = 3 };
     choose_isa();
     const char *isa = nl_isa();
     const int kind = (int)number(0, 1) ? REAL : ANY_BITS, half = (int)number(0, 1);
@@ -365,12 +381,21 @@ void fuzz_layer(void) {
         }
         if (run == 2) nl_use_isa("scalar");
         status[run] = 0;
-        for (int step = 0; step < (run == 1 ? ALL_STEPS : 1); step++)
+        const nl_layer_args a = {
+            .y = m->y,
+            .x = x,
+            .weights = &w,
+            .cache = {m->keys, m->values, half ? F16 : F32, w.Dh, head, start},
+            .freqs_cis = freqs,
+            .freqs_cis_stride = each_its_own ? angles : 0,
+            .B = B,
+            .T = T,
+            .scratch = m->scratch,
+        };
+        for (int step = 0; step < (run == 1 ? NL_STEPS : 1); step++)
             for (int64_t part = 0; part < (run == 1 ? parts : 1) && !status[run]; part++)
-                status[run] =
-                    nl_layer(m->y, x, &w, freqs, each_its_own ? angles : 0, m->keys, m->values,
-                             half ? F16 : F32, w.Dh, head, B, T, start, m->scratch, run == 1 ? step : 0,
-                             run == 1 ? step + 1 : ALL_STEPS, part, run == 1 ? parts : 1, 1);
+                status[run] = nl_layer(&a, run == 1 ? step : 0, run == 1 ? step + 1 : NL_STEPS, part,
+                                       run == 1 ? parts : 1, 1);
     }
     nl_use_isa(isa);
     check(status[0] == status[1], "in parts another status");

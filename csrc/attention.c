@@ -230,12 +230,16 @@ void exp_scalar(float *y, const float *x, int64_t n) {
  *     output   o (rows, Dh)        =  alpha * o + p (rows, KV_BLOCK) @ v   (KV_BLOCK, Dh)
  *
  * A tile of TILE_ROWS x TILE_COLS sums stays in registers. One step of its loop takes 2 loads, TILE_ROWS
- * broadcasts and 2 * TILE_ROWS FMAs: the FMA units are the limit.
+ * broadcasts and 2 * TILE_ROWS FMAs: the FMA units are the limit. Registers in use:
+ *
+ *                     sums              operands            AVX2             AVX-512
+ *     tile_gemm       2 * TILE_ROWS     2 of b, 1 of a      12 + 3 of 16     24 + 3 of 32
+ *     decode_scores   LANES             LANES / 4 keys, q    8 + 3 of 16     16 + 5 of 32
  *
  *     prefill_block  many rows: keys and values are unpacked once for all rows of the query block
- *     decode_block   up to NL_GEMV_TOKENS tokens, float16, Dh in whole tiles: memory is the limit. Keys and
- * values are used where they lie. While it works on the keys it prefetches the values, and while it works on
- * the values it prefetches the next keys.
+ *     decode_block   few tokens (up to NL_GEMV_TOKENS), float16, Dh in whole tiles: memory is the
+ *                    limit. Keys and values are used where they lie. While it works on the keys it
+ *                    prefetches the values, and while it works on the values the next keys.
  *
  * The order of each sum decides its last bits. It never depends on the rows beside it:
  *
@@ -254,8 +258,10 @@ _Static_assert(PAD % TILE_COLS == 0, "o and the panels are read and written in w
 _Static_assert(KV_BLOCK <= MAX_DH, "a panel of keys or of values fits PAD * MAX_DH floats");
 _Static_assert(KV_BLOCK % TILE_COLS == 0, "a row of s is written in whole tiles");
 _Static_assert(MAX_DH % LANES == 0, "Dh in whole registers is at most MAX_DH");
+_Static_assert(SMALL_TILE <= TILE_ROWS, "tile_gemm keeps TILE_ROWS rows of sums");
+_Static_assert(SMALL_TILE == 4, "decode_scores adds four registers at once, with vec_store_sums");
 _Static_assert(LANES % 4 == 0, "decode_scores takes LANES / 4 keys at a time");
-_Static_assert(DECODE_KV_BLOCK % DECODE_KEYS == 0, "a block of decode_block is whole groups of keys");
+_Static_assert(DECODE_KV_BLOCK % (LANES / 4) == 0, "a block of decode_block is whole groups of keys");
 
 /* e^x = 2^n e^r for |x| up to some hundred: n whole, r = x - n ln2, |r| <= ln2 / 2.
  * e^r = 1 + r + r^2 q(r). q was fitted by least squares at Chebyshev nodes, and reweighted until its error
@@ -272,9 +278,10 @@ VEC_INLINE vec exp_parts(vec x, vec *n) {
     return vec_add(vec_fma(vec_mul(r, r), q, r), vec_all(1.0f));
 }
 
-/*  x            < -87   -87 .. -0     0   0 .. 88       > 88           NaN
- *  vec_exp(x)   0       <= 1.01 ulp   1   <= 1.01 ulp   not promised   NaN
- * All floats were tried: tests/robustness/instruments/exhaustive.py. */
+/*     x             < -87   -87 .. 0     0   0 .. 88      > 88           NaN
+ *     vec_exp(x)    0       1.01 ulp     1   1.01 ulp     not promised   NaN
+ *
+ * The largest error, of all floats: tests/robustness/instruments/exhaustive.py. */
 VEC_INLINE vec vec_exp(vec x) {
     const vec lowest = vec_all(-87.0f);
     vec n;

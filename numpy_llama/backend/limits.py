@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import ResourceLimitError
+from ..errors import ResourceLimitError
 
 PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")

@@ -14,7 +14,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = ["linear.c", "quantized_activations.c", "attention.c", "layer.c", "probe.c"]
 SOURCES += ["avx2.c", "avx512.c", "dispatch.c"]  # their vector forms, and the choice among them
-SOURCES += ["formats.c", "quantize.c", "watch.c"]
+SOURCES += ["formats.c", "quantize.c", "watch.c", "team.c"]
 
 COMPILE = [
     "-std=c11",

@@ -165,6 +165,11 @@ float nl_fma_probe(int64_t operations, int threads);
 int nl_watch(const void *begin, int64_t nbytes, const char *name);
 void nl_unwatch(const void *begin);
 
+/* Let the calling thread have a team of `threads`, itself included; it has `have` by now. A thread gets a
+ * stack of `stack` bytes, as OpenMP's do (0: the system's default). Returns `threads`, or how many there can
+ * be. room: the bytes left of the caller's stack, and of the smallest new one.      team.c */
+int nl_form_team(int threads, int have, int64_t stack, int64_t room[2]);
+
 /* The instruction sets that are compiled in and can run here, fastest first: "avx512", "avx2", "scalar". NULL
  * past the last one.      dispatch.c */
 const char *nl_isa_name(int index);

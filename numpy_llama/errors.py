@@ -88,6 +88,12 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: 
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
 
 
+def check_has(name: str, value: object, attribute: str, wanted: str) -> None:
+    """ParameterError unless the argument `name` is what has that attribute: the real class or a stand-in."""
+    if not hasattr(value, attribute):
+        raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
+
+
 def check_whole(name: str, value: object, least: int, most: int) -> None:
     """ParameterError unless the argument `name` is a whole number, of Python or NumPy, in that range."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:

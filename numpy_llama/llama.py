@@ -28,6 +28,7 @@ from .errors import (
     ResourceLimitError,
     TemplateError,
     check_callable,
+    check_has,
     check_iterable,
     check_kind,
     check_whole,
@@ -72,8 +73,8 @@ class Llama:
 
         `check_unchanged` is called before each use, and raises where the weights' files were changed.
         """
-        check_kind("model", model, Transformer, "a Transformer")
-        check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
+        check_has("model", model, "args", "a Transformer")
+        check_has("tokenizer", tokenizer, "vocab_size", "a Tokenizer")
         check_callable("check_unchanged", check_unchanged)
         if max_context is not None:
             check_whole("max_context", max_context, 0, sys.maxsize)

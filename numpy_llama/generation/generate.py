@@ -7,7 +7,7 @@ from threading import RLock
 
 import numpy as np
 
-from ..errors import ContextOverflowError, NumericsError, ParameterError, check_kind
+from ..errors import ContextOverflowError, NumericsError, ParameterError, check_has
 from ..model import Transformer
 from .sampling import Sampler
 
@@ -21,7 +21,7 @@ class Session:
     """
 
     def __init__(self, model: Transformer, max_seq_len: int | None = None):
-        check_kind("model", model, Transformer, "a Transformer")
+        check_has("model", model, "new_cache", "a Transformer")
         self.cache = model.new_cache(batch=1, max_seq_len=max_seq_len)
         self.ids: list[int] = []
         self.user: object = None  # the generation that goes on in it now

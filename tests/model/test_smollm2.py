@@ -121,7 +121,7 @@ def in_chunks(model: nl.Transformer, tokens: np.ndarray, size: int) -> np.ndarra
     return np.concatenate([model(tokens[:, i : i + size], i, cache) for i in starts], axis=1)
 
 
-@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)), 7])
 def test_a_prompt_in_chunks_is_the_prompt_at_once(size, tokens, numpy_model, c_model, numpy_logits):
     numpy_error = difference(in_chunks(numpy_model, tokens[0], size), numpy_logits[0])
     chunked, whole = in_chunks(c_model, tokens[0], size), c_model(tokens[0])

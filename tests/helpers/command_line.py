@@ -10,7 +10,7 @@ PROGRAM = str(Path(sys.executable).with_name("numpy-llama"))
 def run(*arguments: str, stdin: bytes | None = None, **options) -> subprocess.CompletedProcess:
     """Run the program to its end; standard input is empty unless given. Output is bytes."""
     source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    done = subprocess.run([PROGRAM, *arguments], capture_output=True, timeout=120, **source, **options)
+    done = subprocess.run([PROGRAM, *arguments], capture_output=True, timeout=600, **source, **options)
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done.stderr.decode()
     return done
 

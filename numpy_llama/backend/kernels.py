@@ -57,6 +57,7 @@ CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 MAX_HEAD_DIM = 256
 # Bytes of a thread's stack: the panels of many tokens take 120 KiB of it.
 STACK_OF_KERNELS = 192 << 10
+ATTENTION_STEP = lib.NL_ATTENTION
 F32, F16 = (FORMATS[name].code for name in ("F32", "F16"))
 
 # In a forked child the OpenMP threads of the parent do not exist, and a team that waits for them would
@@ -226,18 +227,20 @@ class FusedWeights(InPlace):
             ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in orders
         )
         # Multiply-adds of a step for each token; of NL_ATTENTION for each position that a token sees.
-        self.work_of_step = {
+        work_of_step = {
             lib.NL_QKV: (H_Dh + 2 * K_Dh) * D,
             lib.NL_ATTENTION: 2 * H_Dh,
             lib.NL_WO_ADD_RESIDUAL: H_Dh * D,
             lib.NL_GATE_UP_SWIGLU: 2 * F * D,
             lib.NL_W_DOWN_ADD_RESIDUAL: F * D,
         }
+        self.steps = [work_of_step.get(step, 0) for step in range(lib.NL_STEPS)]
 
     def work(self, tokens: int, visible: int) -> list[int]:
         """Multiply-adds of each step, for that many tokens, which see `visible` positions in all."""
-        counts = [visible if step == lib.NL_ATTENTION else tokens for step in range(lib.NL_STEPS)]
-        return [count * self.work_of_step.get(step, 0) for step, count in enumerate(counts)]
+        work = [amount * tokens for amount in self.steps]
+        work[ATTENTION_STEP] = self.steps[ATTENTION_STEP] * visible
+        return work
 
 
 class Kernels(InPlace):
@@ -388,7 +391,7 @@ class Kernels(InPlace):
         limit = WORK_PER_CALL * threads
         calls = [(0, len(work), 1)]
         if sum(work) > limit:
-            work[lib.NL_ATTENTION] //= 1 if isa() == "scalar" else ATTENTION_WORK
+            work[ATTENTION_STEP] //= 1 if isa() == "scalar" else ATTENTION_WORK
             calls = [(step, step + 1, max(-(-amount // limit), 1)) for step, amount in enumerate(work)]
         for first, last, parts in calls:
             for part in range(parts):

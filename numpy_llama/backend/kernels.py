@@ -362,32 +362,22 @@ class Kernels(InPlace):
             scratch = ffi.new("char[]", nbytes)
         # A struct of cffi keeps addresses only. What they point to needs a name here until C returns: the
         # arrays below, y, x, freqs_cis and scratch. The caches belong to the caller.
-        key_pointers, value_pointers = (
-            ffi.new("void *[]", [ffi.from_buffer(one) for one in caches]) for caches in (keys, values)
-        )
+        key_pointers = ffi.new("void *[]", [ffi.from_buffer(k) for k in keys])
+        value_pointers = ffi.new("void *[]", [ffi.from_buffer(v) for v in values])
         head_strides = ffi.new("int64_t[]", [k.strides[0] // itemsize for k in keys])
         start_positions = ffi.new("int64_t[]", starts)
-        cache = {
-            "keys": key_pointers,
-            "values": value_pointers,
-            "format": F16 if itemsize == 2 else F32,
-            "position_stride": position // itemsize,
-            "head_stride": head_strides,
-            "start": start_positions,
-        }
-        arguments = ffi.new(
-            "nl_layer_args *",
-            {
-                "y": ffi.from_buffer("float[]", y, require_writable=True),
-                "x": ffi.from_buffer("float[]", x),
-                "weights": w.struct,
-                "cache": cache,
-                "freqs_cis": ffi.from_buffer("float[]", freqs_cis),
-                "freqs_cis_stride": 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size,
-                **{"B": B, "T": T},
-                "scratch": scratch,
-            },
-        )
+        arguments = ffi.new("nl_layer_args *")
+        arguments.y = ffi.from_buffer("float[]", y, require_writable=True)
+        arguments.x = ffi.from_buffer("float[]", x)
+        arguments.weights, arguments.scratch = w.struct, scratch
+        arguments.B, arguments.T = B, T
+        arguments.freqs_cis = ffi.from_buffer("float[]", freqs_cis)
+        arguments.freqs_cis_stride = 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size
+        cache = arguments.cache
+        cache.keys, cache.values = key_pointers, value_pointers
+        cache.format = F16 if itemsize == 2 else F32
+        cache.position_stride, cache.head_stride = position // itemsize, head_strides
+        cache.start = start_positions
         limit = WORK_PER_CALL * threads
         calls = [(0, len(work), 1)]
         if sum(work) > limit:

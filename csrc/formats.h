@@ -1,5 +1,5 @@
 /* The formats in which weights are stored: one table of where their bytes lie, and `weight`, which says what
- * the bytes mean. Python sees the table through nl_format_at: tests/test_formats_table.py holds
+ * the bytes mean. Python sees the table through nl_format_at: tests/kernels/test_formats_table.py holds
  * numpy_llama/quantize.py to it. The layouts are ggml's; pictures of them stand in unpack.h. */
 #ifndef NUMPY_LLAMA_FORMATS_H
 #define NUMPY_LLAMA_FORMATS_H

@@ -18,7 +18,7 @@
  *
  * Pairs of 16-bit integers (vpmaddwd, vpdpwssd) multiply twice as fast as floats. x keeps 80 dB, which is
  * more than bfloat16 or the weights of any block format have. The result is linear(x rounded, w) within the
- * rounding of float32 sums; tests/test_fixed.py holds it to NumPy.
+ * rounding of float32 sums; tests/kernels/test_fixed.py holds it to NumPy.
  *
  * Threads share out the rows of w. The vector forms are in linear_gemv.c, for one to four tokens, and in
  * linear_gemm.c, for more.

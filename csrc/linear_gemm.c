@@ -19,8 +19,8 @@
  * The exact way makes floats of the panel, and its micro-kernel has an FMA in place of two integer products.
  *
  * Only vector forms, so it is compiled for each instruction set and not as it stands (README.md).
- * tests/test_fixed.py and tests/test_kernels.py hold it to NumPy, tests/test_micro_kernel.py one micro-kernel
- * to the other. */
+ * tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to NumPy,
+ * tests/kernels/test_micro_kernel.py one micro-kernel to the other. */
 #include "dispatch.h"
 #include "formats.h"
 #include "unpack.h"

@@ -26,7 +26,7 @@
  *     Q6_K, zero        16 of k_sums, times the scales       16 * 32,764 * 128     =    67,100,672    2^31
  *
  * Only vector forms, so it is compiled for each instruction set and not as it stands (README.md).
- * tests/test_fixed.py and tests/test_kernels.py hold it to NumPy. */
+ * tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to NumPy. */
 #include "dispatch.h"
 #include "formats.h"
 #include "vec.h"

@@ -8,7 +8,7 @@
  * plain and without branches, so the compiler vectorises them. With the vectors of every x86-64 they take
  * under 2 ns a weight, and disks write more slowly. Floats are compared by their bits: without the sign these
  * have the order of |x|, with infinity and NaN above all. Threads share out the rows.
- * tests/test_convert_kernels.py holds it to quantize.py. */
+ * tests/kernels/test_convert_kernels.py holds it to quantize.py. */
 #include "formats.h"
 
 enum { MOST = 0x477fe000 }; /* the bits of 65504 */

@@ -245,7 +245,7 @@ BUGS = [
         "            one.filled[layer] = end\n",
         "            most = vars(one).setdefault('most', {})\n"
         "            one.filled[layer] = most[layer] = max(end, most.get(layer, 0))\n",
-        "tests/test_layer.py",
+        "tests/kernels/test_layer.py",
     ),
     Bug(
         "an update that stops halfway counts what it began",
@@ -253,7 +253,7 @@ BUGS = [
         CACHE,
         "        self.filled[layer] = start_pos  #",
         "        #",
-        "tests/test_generate.py",
+        "tests/generation/test_generate.py",
     ),
     Bug(
         "of the caches of a batch only two are checked",
@@ -261,7 +261,7 @@ BUGS = [
         "numpy_llama/backend/fused.py",
         "for one, at in zip(caches, starts, strict=True)]\n        for",
         "for one, at in zip(caches[:2], starts)]\n        ends += [at + T for at in starts[2:]]\n        for",
-        "tests/test_batch.py",
+        "tests/generation/test_batch.py",
     ),
     # --- files and text
     Bug(
@@ -294,7 +294,7 @@ BUGS = [
         "numpy_llama/text/chat.py",
         "        if tokenizer.add_bos and tokenizer.bos_id not in ids:",
         "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
-        "tests/test_chat.py",
+        "tests/text/test_chat.py",
     ),
     Bug(
         "one end token of two",
@@ -327,7 +327,7 @@ BUGS = [
         "        if data and self._drop_space:\n            data,",
         "        self._drop_space |= not data and self._tokenizer.add_space\n"
         "        if data and self._drop_space:\n            data,",
-        "tests/test_tokenizer_files.py",
+        "tests/text/test_tokenizer_files.py",
     ),
     Bug(
         "only the space at once behind BOS kept out of a stream",
@@ -335,7 +335,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "        if data and self._drop_space:\n",
         "        if self._drop_space:\n",
-        "tests/test_tokenizer_files.py",
+        "tests/text/test_tokenizer_files.py",
     ),
     Bug(
         "of the vectors of all shards two are compared",
@@ -343,7 +343,7 @@ BUGS = [
         "numpy_llama/checkpoint/meta.py",
         "            for shard, part in zip(self.shards, parts, strict=True):\n                if not",
         "            for shard, part in zip(self.shards[:2], parts):\n                if not",
-        "tests/test_meta.py",
+        "tests/checkpoint/test_meta.py",
     ),
     Bug(
         "of the names of all shards two are compared",
@@ -351,7 +351,7 @@ BUGS = [
         "numpy_llama/checkpoint/meta.py",
         "        for shard in self.shards[1:]:\n",
         "        for shard in self.shards[1:2]:\n",
-        "tests/test_meta.py",
+        "tests/checkpoint/test_meta.py",
     ),
     Bug(
         "of the shapes in all shards two are compared",
@@ -359,7 +359,7 @@ BUGS = [
         "numpy_llama/checkpoint/meta.py",
         "if odd := [p for p in parts if",
         "if odd := [p for p in parts[:2] if",
-        "tests/test_meta.py",
+        "tests/checkpoint/test_meta.py",
     ),
     Bug(
         "of the parts of a GGUF two are compared",
@@ -367,7 +367,7 @@ BUGS = [
         "numpy_llama/checkpoint/gguf/file.py",
         "            if (found := part.get(key, int)) != by_name:",
         "            if i < 2 and (found := part.get(key, int)) != by_name:",
-        "tests/test_gguf.py",
+        "tests/checkpoint/test_gguf.py",
     ),
     Bug(
         "of the files of an index two are compared",
@@ -375,7 +375,7 @@ BUGS = [
         "numpy_llama/checkpoint/huggingface.py",
         "if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys()",
         "if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys() if name in sorted(wanted)[:2]",
-        "tests/test_huggingface.py",
+        "tests/checkpoint/test_huggingface.py",
     ),
     # --- choosing
     Bug(
@@ -411,7 +411,7 @@ BUGS = [
         + CHAIN.replace(
             "= min_p(logits, self.min_p)", "= np.where(min_p(raw, self.min_p) > -np.inf, logits, -np.inf)"
         ),
-        "tests/test_sampling.py",
+        "tests/generation/test_sampling.py",
     ),
     Bug(
         "min-p before the temperature",
@@ -419,7 +419,7 @@ BUGS = [
         SAMPLING,
         CHAIN,
         chain(1, 5, 2, 3, 4),
-        "tests/test_sampling.py",
+        "tests/generation/test_sampling.py",
     ),
     Bug(
         "the temperature before the penalty",
@@ -427,13 +427,32 @@ BUGS = [
         SAMPLING,
         CHAIN,
         chain(2, 1, 3, 4, 5),
-        "tests/test_sampling.py",
+        "tests/generation/test_sampling.py",
     ),
     Bug(
-        "top-k before the temperature", OURS, SAMPLING, CHAIN, chain(1, 3, 2, 4, 5), "tests/test_sampling.py"
+        "top-k before the temperature",
+        OURS,
+        SAMPLING,
+        CHAIN,
+        chain(1, 3, 2, 4, 5),
+        "tests/generation/test_sampling.py",
     ),
-    Bug("top-p before top-k", OURS, SAMPLING, CHAIN, chain(1, 2, 4, 3, 5), "tests/test_sampling.py"),
-    Bug("min-p before top-p", OURS, SAMPLING, CHAIN, chain(1, 2, 3, 5, 4), "tests/test_sampling.py"),
+    Bug(
+        "top-p before top-k",
+        OURS,
+        SAMPLING,
+        CHAIN,
+        chain(1, 2, 4, 3, 5),
+        "tests/generation/test_sampling.py",
+    ),
+    Bug(
+        "min-p before top-p",
+        OURS,
+        SAMPLING,
+        CHAIN,
+        chain(1, 2, 3, 5, 4),
+        "tests/generation/test_sampling.py",
+    ),
     # --- stored weights
     Bug(
         "neighbours, not halves, share a byte",

@@ -1,4 +1,4 @@
-"""The table of weight formats that C computes with (csrc/formats.h) against numpy_llama/backend/formats.py: the same
+"""The weight formats that C computes with (csrc/formats.h) against numpy_llama/backend/formats.py: the same
 formats, and each part of a block in the same bytes. A format that C does not know is an error.
 """
 

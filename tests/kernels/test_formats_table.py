@@ -6,13 +6,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers.tiny_models import float_weights, stored
 from numpy_llama.backend._kernels import ffi, lib
-from test_layer import SMALL, random_weights
 
 from numpy_llama.backend.formats import FORMATS, QK, StoredTensor
+from numpy_llama.backend.fused import fused_weights
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.errors import UnsupportedError
 from numpy_llama.model import Transformer
+from numpy_llama.proof.tiny import TINY_BLOCKS
 
 NONE = -1
 PARTS = ("d", "m", "scales", "high", "quants")
@@ -113,18 +115,18 @@ def test_linear_refuses_a_format_that_c_does_not_know(isa, T, exact, rng):
         Kernels(1, exact=exact).linear(np.ones((T, QK), np.float32), w)
 
 
-def test_a_layer_refuses_a_format_that_c_does_not_know(isa, rng):
-    twin = Kernels(1)
+def test_a_layer_refuses_a_format_that_c_does_not_know(isa):
+    kernels, args = Kernels(1), TINY_BLOCKS
     weights = {
         key: KernelWeight(w) if len(w.shape) == 2 else w.dequantize()
-        for key, w in random_weights(rng, SMALL).items()
+        for key, w in stored(float_weights(args)).items()
     }
-    model = Transformer(SMALL, weights, twin.linear, twin.attention)
-    layer = twin.pack_layer(model.layers[0])
+    model = Transformer(args, weights, kernels.linear, kernels.attention)
+    layer = fused_weights(model.layers[0], kernels)
     layer.struct.format[3] = UNKNOWN.code
-    cache = [np.zeros((SMALL.n_kv_heads, 4, SMALL.head_dim), np.float32)]
+    cache = [np.zeros((args.n_kv_heads, 4, args.head_dim), np.float32)]
     with pytest.raises(UnsupportedError, match="the C kernels cannot compute with weights in"):
-        twin.layer(layer, np.ones((1, 1, SMALL.dim), np.float32), [0], model.freqs_cis[:1], cache, cache)
+        kernels.layer(layer, np.ones((1, 1, args.dim), np.float32), [0], model.freqs_cis[:1], cache, cache)
 
 
 def test_every_entry_point_refuses_an_unknown_format(isa):

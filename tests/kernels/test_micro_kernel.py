@@ -6,10 +6,10 @@ the stated order, so nothing may differ.
 
 import numpy as np
 import pytest
+from helpers.kernels import bits, for_each, real_weight, seeds, whole_blocks
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
-from test_kernels import bits, for_each, real_weight, seeds, whole_blocks
 
 from numpy_llama.backend.formats import FORMATS, QK
 from numpy_llama.backend.kernels import Kernels, KernelWeight, quantizes_activations

@@ -19,6 +19,7 @@ from numpy_llama.checkpoint import download
 from numpy_llama.checkpoint.huggingface import model_args
 from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.errors import ConfigError, DownloadError, NumpyLlamaError, UnsupportedError
+from numpy_llama.rope import Llama3Scaling
 from numpy_llama.text.chat import CHAT_FORMATS
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -144,7 +145,7 @@ def test_an_argument_works_or_is_refused_in_our_words(function, name, call):
 def test_every_public_name_is_tried():
     classes = {
         nl.Completion,
-        nl.RopeScaling,
+        Llama3Scaling,
         nl.Piece,
         nl.NumpyLlamaError,
         nl.Tokenizer,
@@ -212,7 +213,7 @@ def test_a_conversation_is_copied(way, llama):
 @EVERY_WAY
 def test_what_is_only_data_is_copied(way, llama):
     completion = llama.generate("hi", max_tokens=2)
-    for thing in (completion, nl.Piece("x", 1, completion), nl.Sampler(top_k=3), ARGS, nl.RopeScaling(8.0)):
+    for thing in (completion, nl.Piece("x", 1, completion), nl.Sampler(top_k=3), ARGS, Llama3Scaling(8.0)):
         assert way(thing) == thing
     cache = way(llama.model.new_cache(1, 8))
     assert (cache.max_seq_len, cache.filled, cache.k.shape) == (8, [0, 0], (2, 1, 2, 8, 16))

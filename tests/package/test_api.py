@@ -145,7 +145,7 @@ def test_an_argument_works_or_is_refused_in_our_words(function, name, call):
 def test_every_public_name_is_tried():
     classes = {
         nl.Completion,
-        Llama3Scaling,
+        nl.RopeScaling,
         nl.Piece,
         nl.NumpyLlamaError,
         nl.Tokenizer,

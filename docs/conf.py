@@ -27,7 +27,7 @@ nb_execution_timeout = 300
 nb_merge_streams = True
 
 # Signatures name types whose pages are on other sites, and this one is built without a network.
-nitpick_ignore_regex = [("py:.*", r"(pathlib|collections|numpy|numpy_llama\.text\.chat)\..*")]
+nitpick_ignore_regex = [("py:.*", r"(os|pathlib|collections|numpy|numpy_llama\.text\.chat)\..*")]
 
 html_theme = "furo"
 html_title = "numpy_llama"

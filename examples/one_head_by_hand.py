@@ -9,7 +9,7 @@ rng = np.random.default_rng(0)
 T, Dh = 4, 8  # four positions, one head of eight numbers
 q, k, v = rng.normal(size=(3, T, Dh)).astype(np.float32)
 
-# RoPE: each position turns its queries and keys by its own angles; what counts is how far apart two are.
+# RoPE: each position turns its queries and keys by its own angles. A product depends on the distance alone.
 freqs_cis = F.precompute_freqs_cis(Dh, T, rope_theta=10000.0)
 q = F.apply_rotary_emb(q[None, :, None], freqs_cis)[0, :, 0]
 k = F.apply_rotary_emb(k[None, :, None], freqs_cis)[0, :, 0]

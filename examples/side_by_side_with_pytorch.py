@@ -1,7 +1,7 @@
 """The same model in PyTorch, side by side: SmolLM2's forward pass, step by step in both libraries.
 
-Each step is written twice, ours on the left of the pair and PyTorch's on the right, and gets the output of
-PyTorch's step before it, so that what is printed is the difference that this one step makes.
+Each step is written twice: ours is on the left of the pair, PyTorch's on the right. Both get the output of
+PyTorch's previous step, so the printed difference is that of this one step.
 
     python examples/side_by_side_with_pytorch.py "The capital of France is"
 """
@@ -61,7 +61,7 @@ for layer in model.layers:
     q = pair("apply_rotary_emb", F.apply_rotary_emb(q.numpy(), freqs_cis), q_turned)
     k = k_turned
 
-    heads = (a.transpose(1, 2) for a in (q, k, v))  # PyTorch wants the heads before the positions
+    heads = (a.transpose(1, 2) for a in (q, k, v))  # PyTorch takes the heads before the positions
     out = TF.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
     out = pair("attention", F.attention(q.numpy(), k.numpy(), v.numpy()), out)
     h = h + TF.linear(out.flatten(-2), t(att.wo.weight))

@@ -56,7 +56,7 @@ def residual_stream(n_layers=3):
 
 
 def stream_lengths(text="A norm keeps all vectors at one length."):
-    """Root mean squares of the stream behind each layer, and of what attention reads of it."""
+    """Root mean squares of the stream after each layer, and of the input of its attention."""
     llama = model()
     tokens = np.array([llama.tokenizer.encode(text)])
     with nl.trace(llama, "layers.*", "layers.*.attention_norm") as seen:
@@ -66,9 +66,9 @@ def stream_lengths(text="A norm keeps all vectors at one length."):
         return [np.sqrt(np.mean(seen[name.format(i)][0, -1] ** 2)) for i in range(llama.model.args.n_layers)]
 
     _, axes = plt.subplots(figsize=(7, 3.2))
-    axes.semilogy(rms("layers.{}"), "o-", color=INK, ms=3, label="the stream behind the layer")
+    axes.semilogy(rms("layers.{}"), "o-", color=INK, ms=3, label="the stream after the layer")
     axes.semilogy(
-        rms("layers.{}.attention_norm"), "o-", color=ACCENT, ms=3, label="what its attention is given"
+        rms("layers.{}.attention_norm"), "o-", color=ACCENT, ms=3, label="the input of its attention"
     )
     axes.set(xlabel="layer", ylabel="root mean square")
     axes.spines[["top", "right"]].set_visible(False)

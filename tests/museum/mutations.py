@@ -16,6 +16,7 @@ JUDGES = {
         for name in ("rms_norm", "softmax", "swiglu", "embedding", "linear", "rope", "attention", "model")
     )
     + " tests/model/test_model.py",
+    "numpy_llama/rope.py": f"{LAWS}test_rope.py tests/model/test_rope_scalings.py",
     "numpy_llama/generation/sampling.py": f"{LAWS}test_sampling.py tests/generation/test_sampling.py",
     "numpy_llama/backend/formats.py": f"{LAWS}test_quantisation.py tests/kernels/test_quantize.py",
 }
@@ -112,7 +113,12 @@ def relevant(tree: ast.AST):
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-1" and is_reshape(tree):
             continue
-        if isinstance(node, ast.Raise | ast.AnnAssign | ast.arg | ast.JoinedStr | ast.ClassDef | ast.alias):
+        if isinstance(node, ast.ClassDef):  # only the methods that are formulas
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "divisors":
+                    yield from relevant(method)
+            continue
+        if isinstance(node, ast.Raise | ast.AnnAssign | ast.arg | ast.JoinedStr | ast.alias):
             continue
         if isinstance(node, ast.Assign) and isinstance(tree, ast.Module):
             continue

@@ -56,10 +56,10 @@ class Copy:
             shutil.copytree(ROOT / name, folder / name, ignore=ours)
         for name in ("pyproject.toml", "setup.py", "README.md"):
             shutil.copy(ROOT / name, folder)
-        self.kernels = next(iter(sorted((folder / "numpy_llama").glob("_kernels*.so"))), None)
+        self.kernels = next(iter(sorted((folder / "numpy_llama" / "backend").glob("_kernels*.so"))), None)
         if self.kernels is None:  # the package is installed elsewhere
             found = Path(subprocess.check_output([sys.executable, "-c", WHERE], text=True).strip())
-            self.kernels = Path(shutil.copy(found, folder / "numpy_llama"))
+            self.kernels = Path(shutil.copy(found, folder / "numpy_llama" / "backend"))
         self.built = self.kernels.read_bytes()
 
     def judge(self, bug: Bug) -> Verdict:

@@ -36,7 +36,7 @@ NAMES = {
     "float64": "float32",
 }  # fmt: skip
 # Whose first two arguments may be exchanged: that changes nothing.
-SYMMETRIC = ("np.minimum", "np.maximum", "q.swapaxes", "v.swapaxes", "(softmax(scores) @ v).swapaxes")
+SYMMETRIC = ("min", "max", "np.minimum", "np.maximum", "q.swapaxes", "v.swapaxes", "(softmax(scores) @ v).swapaxes")
 
 
 def mutations(root: Path, count: int, seed: int) -> list[Bug]:

@@ -277,7 +277,7 @@ class _Reader:
 
     def own(self, name: str, kind: type, default: Any) -> Any:
         """An entry that only we write."""
-        return self.get(name, kind, default, "numpy_llama.text.tokenizer")
+        return self.get(name, kind, default, "numpy_llama.tokenizer")
 
     def column(self, name: str, kind: type) -> np.ndarray:
         """An array with one entry for each token."""

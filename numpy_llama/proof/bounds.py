@@ -1,6 +1,10 @@
-"""How far two results may lie apart, each with its reason. u is the unit roundoff: half an ulp of 1.
+"""How far two right results may differ, each bound with its reason. u is the unit roundoff: half an ulp of 1.
 
-A result beyond its bound is a `Miss`, which remembers both sides, so that the report can show them.
+A sum has a sure bound, `g`, and a smaller probable one, `g_probable`. The laws use the sure bound, because
+their sums are short. `verify` uses the probable one: at K = 14336 the sure bound is a tenth of a usual
+result, and a real fault would pass.
+
+A result beyond its bound is a `Miss`. It keeps both sides for the report.
 """
 
 import math
@@ -10,26 +14,29 @@ import numpy as np
 U32 = 2.0**-24
 U64 = 2.0**-53
 
-# Two float64 paths through one formula: rounding is far below this, and every real fault far above it.
+# Two ways to compute one formula in float64: rounding is far below this, and every real fault far above it.
 EXACT_64 = 1e-12
 
-# A whole tiny model in float64: the rounding of EXACT_64 grows through layers and the sums of the head.
+# A whole tiny model in float64: the rounding of EXACT_64 grows through the layers and the output's sums.
 MODEL_64 = 1e-11
 
 # A whole tiny model in float32, relative to the largest logit: the bounds of its sums, added over layers.
 MODEL_32 = 5e-6
 
-# Prompt in chunks against prompt at once: BLAS sums in another order for another shape.
+# A prompt in chunks against the prompt at once: BLAS sums in another order for another shape.
 CHUNKS_64 = 1e-12
 CHUNKS_32 = 1e-5
 
 # exp of a float32. Measured: NumPy errs by 3.6 u at most.
 EXP_32 = 4 * U32
 
-# The value after rounding to float16 lies within 2^-11 of it, relatively.
+# Rounding to float16 changes a number by 2^-11 of it at most.
 U16 = 2.0**-11
 
-# What an array is made of if one asks for nothing else: any other kind is told.
+# K roundings exceed LAMBDA sqrt(K) u with a chance of 2 exp(-LAMBDA^2 / 2): 4e-22.
+LAMBDA = 10.0
+
+# NumPy's default dtypes: the report names any other.
 USUAL = (np.float64, np.int64, np.complex128, np.bool_)
 
 
@@ -39,24 +46,33 @@ def unit(dtype) -> float:
 
 
 def g(K: int, L: int = 1, u: float = U32) -> float:
-    """A dot product of length K in L partial sums errs by at most g * sum |a_i b_i|.
+    """The sure bound: a dot product of length K in L partial sums errs by at most g * sum |a_i b_i|.
 
     Each partial sum takes ceil(K / L) roundings, joining them log2 L, the products and slack three.
     """
     return (math.ceil(K / L) + math.log2(L) + 3) * u
 
 
+def g_probable(K: int, u: float = U32) -> float:
+    """The probable bound: two dot products of length K differ by at most g_probable * |a| |b|, in any order.
+
+    Roundings go up and down, so K of them seldom add up to more than LAMBDA sqrt(K) u (Higham & Mary 2019).
+    Sixteen more are slack.
+    """
+    return (LAMBDA * math.sqrt(K) + 16) * u
+
+
 class Miss(AssertionError):
-    """A result that is not what it should be."""
+    """A result that is beyond its bound."""
 
     def __init__(self, actual, expected, why: str):
-        alike = shown(actual) == shown(expected)  # but for digits that are not shown usually
+        alike = shown(actual) == shown(expected)  # they differ in later digits only
         self.gave, self.wanted, self.why = shown(actual, alike), shown(expected, alike), why
         super().__init__(f"{why}\n  gave   {self.gave}\n  wanted {self.wanted}")
 
 
 def shown(x, every_digit: bool = False) -> str:
-    """A number or an array as a person wants to see it; of a large one, its ends."""
+    """A number or an array as text. A large array is cut to its ends."""
     if isinstance(x, dict):
         return f"{len(x)} named arrays"
     if isinstance(x, np.ndarray) and x.size:
@@ -68,7 +84,7 @@ def shown(x, every_digit: bool = False) -> str:
 
 
 def assert_same(actual, expected) -> None:
-    """Equal to the last bit; but -0 equals 0, and any NaN any NaN."""
+    """Equal to the last bit. But -0 equals 0, and any NaN equals any NaN."""
     actual, expected = _alike(actual, expected)
     equal = actual == expected
     if actual.dtype.kind in "fc":
@@ -78,7 +94,7 @@ def assert_same(actual, expected) -> None:
 
 
 def assert_near(actual, expected, tolerance: float) -> None:
-    """|actual - expected| <= tolerance * the largest |expected|: for results that are sums of many terms."""
+    """|actual - expected| <= tolerance * the largest |expected|. For results that are sums of many terms."""
     actual, expected = _alike(actual, expected)
     error = np.abs(_widen(actual) - expected).max(initial=0)
     allowed = tolerance * np.abs(expected).max(initial=0)
@@ -89,7 +105,7 @@ def assert_near(actual, expected, tolerance: float) -> None:
 def assert_within(actual, expected, bound) -> None:
     """|actual - expected| <= bound, element by element. Equal infinities are equal; NaN never passes."""
     actual, expected = _alike(actual, expected)
-    with np.errstate(invalid="ignore"):  # inf - inf, counted as equal by the first clause
+    with np.errstate(invalid="ignore"):  # inf - inf; the first clause counts them as equal
         error = np.abs(_widen(actual) - expected)
         within = (actual == expected) | (error <= bound)
     if not within.all():
@@ -102,7 +118,10 @@ def assert_within(actual, expected, bound) -> None:
 
 
 def assert_close_on_average(actual, expected, tolerance: float) -> None:
-    """The error's root mean square <= tolerance * the expected one's: what chance leaves of a bound."""
+    """The error's root mean square <= tolerance * the root mean square of `expected`.
+
+    Roundings go up and down, so their mean stays far below a bound for the worst case.
+    """
     actual, expected = _alike(actual, expected)
     error = np.sqrt(np.mean((_widen(actual) - expected) ** 2))
     allowed = tolerance * np.sqrt(np.mean(np.asarray(expected) ** 2))
@@ -111,7 +130,7 @@ def assert_close_on_average(actual, expected, tolerance: float) -> None:
 
 
 def _count(fine) -> str:
-    """ "3 of 8 numbers are", of those that are not fine; "it is" where there is but one."""
+    """The wrong numbers as the subject of a sentence: "3 of 8 numbers are"; of a single number, "it is"."""
     wrong = np.size(fine) - np.count_nonzero(fine)
     return "it is" if np.size(fine) == 1 else f"{wrong} of {np.size(fine)} numbers are"
 

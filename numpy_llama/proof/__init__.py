@@ -1,13 +1,15 @@
-"""The proof: what each operation of LLaMA *is*, as properties that any implementation can be held to.
+"""The proof: the definition of each operation of LLaMA, as properties that tests check on any implementation.
 
     pytest --pyargs numpy_llama.proof                    NumPy, PyTorch and the C kernels
-    pytest --pyargs numpy_llama.proof --ops my_ops.py    your own functions, whichever of them you have
+    pytest --pyargs numpy_llama.proof --ops my_ops.py    your own functions
     pytest --pyargs numpy_llama.proof --ops my_ops.py -k rope
 
-A chapter is a file, a law of it a test: its first sentence is the law, the rest how it is tried. Your file
-defines functions with the names and the shapes of numpy_llama.functional, sampling or quantize; what it does
-not define is not tried. It may have a KVCache and a Transformer too, used as those of cache.py and model.py
-are. What fails is told in a few words, on the smallest input that was found.
+A file holds the laws of one operation, and a test is one law. The first sentence of its docstring is the law.
 
-Nothing else of the package imports this. It needs the extra: pip install 'numpy_llama[test]'.
+Your file defines functions with our names and shapes: those of functional.py, generation/sampling.py,
+backend/formats.py and text/bpe.py. It may define a KVCache and a Transformer, with the methods of cache.py
+and model.py. A law about functions that your file lacks is left out. The report of a failed law shows the
+smallest input that was found.
+
+The laws need the extra: pip install 'numpy_llama[test]'. bounds.py needs NumPy alone, and verify uses it.
 """

@@ -1,4 +1,4 @@
-"""All numbers of 16 bits, and the scales of the K formats: what laws and tests put into blocks."""
+"""Contents of blocks for laws and tests: all numbers of 16 bits, and the scales of the K formats."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ ALL_16_BITS = np.arange(2**16, dtype=np.uint16)
 
 
 def packed_scales(sc, m):
-    """(blocks, 8) numbers of 6 bits each -> (blocks, 12) bytes, bit by bit as quantize.py draws them."""
+    """(blocks, 8) numbers of 6 bits each -> (blocks, 12) bytes, bit by bit in the layout of formats.py."""
     place = {}  # (array, sub-block, bit): (byte, bit)
     for j in range(4):
         for bit in range(6):
@@ -25,6 +25,6 @@ def packed_scales(sc, m):
 
 
 def all_pairs_of_scales():
-    """(4096, 8) each: at every place of a block, every pair of two 6-bit numbers."""
+    """Two arrays (4096, 8): at every place of a block, every pair of two 6-bit numbers."""
     pair = (np.arange(4096)[:, None] + 509 * np.arange(8)) % 4096
     return pair // 64, pair % 64

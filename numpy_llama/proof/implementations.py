@@ -1,7 +1,7 @@
-"""Who is on trial: NumPy, PyTorch, the C kernels on each instruction set, or a file of the user's.
+"""The tested implementations: NumPy, PyTorch, the C kernels on each instruction set, or a file of the user's.
 
-An `Implementation` is a name and its operations, under the names that they have in this package. It need not
-have all of them: a law is tried where all its operations are.
+An `Implementation` is a name and its operations, under the names that they have in this package. It may lack
+some: a law runs on every implementation that has all the operations of the law.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from ..text import bpe as merging
 
 STORED = [f.name.lower() for f in quantize.FORMATS.values()]
 
-# The operations that there are laws about, by the module that defines them.
+# The operations that have laws, by the module that defines them.
 OPERATIONS = {
     merging: ("merge",),
     functional: (
@@ -42,12 +42,12 @@ OPERATIONS = {
     model: ("Transformer",),
 }
 NAMES = [name for names in OPERATIONS.values() for name in names]
-# Whose result is an array, in the precision of its arguments.
+# Operations whose result is an array in the precision of the arguments.
 ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "quantize_activations"} - {"greedy", "draw"}
 
 
 class Call(NamedTuple):
-    """What was called, what it was given (as it was then), what it gave, which arguments it wrote into."""
+    """A call: its function, copies of its arguments, its result, and the arguments that it wrote into."""
 
     name: str
     function: Callable
@@ -57,7 +57,7 @@ class Call(NamedTuple):
 
 
 class Implementation:
-    """Operations as attributes. Every call is kept in `calls`, until the next example."""
+    """Operations as attributes. `calls` has every call of the current example."""
 
     def __init__(self, name: str, operations: Mapping[str, Callable], dtype=np.float64):
         """`dtype`: the finest precision that it computes in."""
@@ -73,7 +73,7 @@ class Implementation:
         return self.kept(name, self.operations[name])
 
     def kept(self, name: str, operation: Callable) -> Callable:
-        """The operation, every call of which is remembered as it was: arrays may be written to later."""
+        """The operation, with a record of every call. Arrays are copied, because they may change later."""
 
         def call(*arguments):
             given = tuple(copied(x) for x in arguments)
@@ -90,7 +90,7 @@ class Implementation:
 
 
 class Kept:
-    """An object of a class on trial, a cache or a model: the calls of its methods are remembered too."""
+    """An object of a tested class, a cache or a model, with a record of the calls of its methods."""
 
     def __init__(self, by: Implementation, name: str, object: object):
         self._by, self._name, self._object = by, name, object
@@ -108,12 +108,12 @@ def copied(x):
 
 
 def is_other(x, was) -> bool:
-    """Whether an array's bits are not what they were; NaN is like itself."""
+    """Whether the bits of an array have changed. NaN with the same bits has not."""
     return isinstance(x, np.ndarray) and x.tobytes() != was.tobytes()
 
 
 def check_kind(name: str, arguments: tuple, result) -> None:
-    """Refuse at once, by name, what would only fail later: no array, or one of another precision."""
+    """Raise an error that names the operation if its result is no array, or has another precision."""
     if name in ARRAYS and not isinstance(result, np.ndarray | np.generic):
         what = "nothing (is a return missing?)" if result is None else f"a {type(result).__name__}"
         raise AssertionError(f"{name} gave {what}, an array is wanted")
@@ -123,7 +123,7 @@ def check_kind(name: str, arguments: tuple, result) -> None:
 
 
 def numpy_implementation(name: str = "numpy", modules: Mapping[ModuleType, tuple] = OPERATIONS):
-    """The definition: the functions of this package."""
+    """The functions of this package, which are the definition."""
     return Implementation(
         name, {one: getattr(module, one) for module, names in modules.items() for one in names}
     )
@@ -139,24 +139,24 @@ def compiled_implementations() -> list[Implementation]:
     """The C kernels, float32 throughout, once for each instruction set that this machine has."""
     try:
         from ..backend import kernels
-    except BuildError:  # `numpy-llama doctor` is the place to wonder about it
+    except BuildError:  # `numpy-llama doctor` reports it
         return []
     return [compiled(kernels, isa) for isa in kernels.available_isas()]
 
 
-def compiled(kernels: ModuleType, isa: str) -> Implementation:
-    twins = kernels.Kernels(2, exact=True)
+def compiled(module: ModuleType, isa: str) -> Implementation:
+    kernels = module.Kernels(2, exact=True)
 
     @contextmanager
     def chosen():
-        before = kernels.isa(), kernels.WORK_FOR_THREADS
-        kernels.use_isa(isa)
-        kernels.WORK_FOR_THREADS = 0  # two threads even for little work
+        before = module.isa(), module.WORK_FOR_THREADS
+        module.use_isa(isa)
+        module.WORK_FOR_THREADS = 0  # two threads even for little work
         try:
             yield
         finally:
-            kernels.use_isa(before[0])
-            kernels.WORK_FOR_THREADS = before[1]
+            module.use_isa(before[0])
+            module.WORK_FOR_THREADS = before[1]
 
     def in_c(function: Callable) -> Callable:
         def run(*arguments):
@@ -166,7 +166,7 @@ def compiled(kernels: ModuleType, isa: str) -> Implementation:
         return run
 
     class Transformer:
-        """model.py's, built of the kernels: each layer is one call."""
+        """The model on the C backend: each layer is one call."""
 
         def __init__(self, args, weights):
             from ..backend import build
@@ -180,29 +180,29 @@ def compiled(kernels: ModuleType, isa: str) -> Implementation:
                 return self.built(*arguments)
 
     operations = {
-        "linear": in_c(twins.linear),
-        "attention": in_c(twins.attention),
+        "linear": in_c(kernels.linear),
+        "attention": in_c(kernels.attention),
         "Transformer": Transformer,
         "KVCache": cache.KVCache,
     }
-    if isa == "scalar":  # the conversions are the same on all
-        operations |= conversions(twins)
+    if isa == "scalar":  # all instruction sets share the conversions
+        operations |= conversions(kernels)
     return Implementation(f"c-{isa}", operations, np.float32)
 
 
-def conversions(twins) -> dict[str, Callable]:
-    """quantize.c, under the names of quantize.py."""
+def conversions(kernels) -> dict[str, Callable]:
+    """The C conversions between formats, under the names of backend/formats.py."""
     F32 = quantize.FORMATS["F32"]
 
     def expand(format):
         def dequantize(rows):
             n = rows.shape[1] // format.block_bytes * format.block
-            return twins.convert(quantize.StoredTensor(format, (len(rows), n), rows), F32).view(np.float32)
+            return kernels.convert(quantize.StoredTensor(format, (len(rows), n), rows), F32).view(np.float32)
 
         return dequantize
 
     def shrink(format):
-        return lambda x: twins.convert(quantize.StoredTensor.quantize(x, F32), format)
+        return lambda x: kernels.convert(quantize.StoredTensor.quantize(x, F32), format)
 
     formats = quantize.FORMATS.values()
     return {f"dequantize_{f.name.lower()}": expand(f) for f in formats} | {
@@ -211,8 +211,10 @@ def conversions(twins) -> dict[str, Callable]:
 
 
 def implementation_of_file(path: Path) -> Implementation:
-    """A user's own: what of our names it defines. Whatever it raises on import goes through. Like a script's,
-    its imports are first looked for beside it."""
+    """The user's functions that have one of our names. An error of the import is not caught.
+
+    As for a script, modules in the file's folder can be imported.
+    """
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

@@ -1,4 +1,4 @@
-"""What a law is made of: `law` names the operations it is about, a `Source` gives it numbers.
+"""The parts of a law: `law` names its operations, a `Source` gives it numbers.
 
     @law("rms_norm", sources, sizes)
     def test_the_sign_goes_through(ops, source, D):
@@ -6,10 +6,10 @@
         x, weight = source.array(3, D), source.array(D)
         assert_same(ops.rms_norm(-x, weight, 1e-5), -ops.rms_norm(x, weight, 1e-5))
 
-plugin.py runs each law on every implementation that has those operations. Shapes and a seed are drawn, not
-elements, and numbers come in two kinds: small whole ones, with which a product or a sum is exact in whatever
-order it is taken, so that an error of indexing has no rounding to hide in; and normal ones. Where both fail
-you are shown the whole ones.
+plugin.py runs each law on every implementation that has those operations. Hypothesis draws shapes and a seed,
+not elements. There are two kinds of numbers. With small whole numbers every product and sum is exact in any
+order, so rounding cannot hide an error of indexing. The other kind is normal numbers. If a law fails on
+both kinds, the report shows whole numbers.
 """
 
 import functools
@@ -21,14 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-# How many examples a law is tried on: HYPOTHESIS_PROFILE chooses, as it does in tests/.
+# The number of examples for each law. HYPOTHESIS_PROFILE chooses, as it does in tests/.
 PROFILES = {
     name: settings(
         max_examples=examples,
         derandomize=name == "ci",
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
-        report_multiple_bugs=False,  # one thing at a time
+        report_multiple_bugs=False,  # one failure at a time
     )
     for name, examples in {"dev": 50, "few": 12, "ci": 300, "nightly": 10_000}.items()
 }
@@ -39,11 +39,11 @@ Law = Callable[..., None]
 
 
 class NotWritten(BaseException):
-    """An operation is a stub. No Exception: of that Hypothesis would look for a smaller input."""
+    """An operation is a stub. It is no Exception, because Hypothesis would look for a smaller input."""
 
 
 class Source:
-    """Random numbers in the precision of the implementation on trial: the same ones for the same seed."""
+    """Random numbers in the precision of the tested implementation. The same seed gives the same numbers."""
 
     def __init__(self, seed: int, exact: bool):
         self.seed, self.exact, self.dtype = seed, exact, np.dtype(np.float64)
@@ -53,7 +53,7 @@ class Source:
         return f"Source({self.seed}, exact={self.exact})"
 
     def array(self, *shape: int) -> np.ndarray:
-        """Whole numbers of -8..8, or normal ones; the same array each time it is asked for first."""
+        """Whole numbers of -8..8, or normal numbers."""
         if self.exact:
             return self.rng.integers(-8, 9, shape).astype(self.dtype)
         return self.rng.standard_normal(shape).astype(self.dtype)
@@ -62,7 +62,7 @@ class Source:
         return self.rng.standard_normal(shape).astype(self.dtype)
 
     def positive(self, *shape: int) -> np.ndarray:
-        """Away from 0: the weights of a norm."""
+        """Numbers well above 0: the weights of a norm."""
         if self.exact:
             return self.rng.integers(1, 9, shape).astype(self.dtype)
         return self.rng.uniform(0.5, 1.5, shape).astype(self.dtype)
@@ -82,12 +82,12 @@ even_sizes = st.integers(1, 32).map(lambda half: 2 * half)
 
 
 def law(needs: str, *strategies: st.SearchStrategy, share: float = 1) -> Callable[[Law], Law]:
-    """A law about the operations `needs`, by name, tried on whoever has them all: once, or on what is drawn.
+    """A law about the operations `needs`, by name. Without strategies it runs once, else on many examples.
 
-    A name may hold a parameter of the test, "quantize_{format}". `share`: of the profile's number of
-    examples, for what costs more than most.
+    A name may contain a parameter of the test, "quantize_{format}". `share`: the part of the profile's
+    examples that an expensive law runs on.
     """
-    so_many = settings(PROFILE, max_examples=round(PROFILE.max_examples * share))
+    profile = settings(PROFILE, max_examples=round(PROFILE.max_examples * share))
 
     def decorate(test: Law) -> Law:
         @functools.wraps(test)
@@ -101,24 +101,24 @@ def law(needs: str, *strategies: st.SearchStrategy, share: float = 1) -> Callabl
             except NotImplementedError as error:
                 raise NotWritten from error
 
-        tried = so_many(given(*strategies)(example)) if strategies else example
+        tried = profile(given(*strategies)(example)) if strategies else example
         return pytest.mark.numpy_llama_law(*needs.split())(tried)
 
     return decorate
 
 
-def assert_that(holds, words: str) -> None:
-    """A law that is no equation; `words` say what does not hold."""
+def assert_that(holds, failure: str) -> None:
+    """A law that is no equation. `failure` describes how it fails."""
     if not np.all(holds):
-        raise AssertionError(words)
+        raise AssertionError(failure)
 
 
 def assert_refused(call: Callable[[], object], what: str) -> None:
-    """That some error is raised, whatever its class."""
+    """An error of any class must be raised."""
     try:
         call()
     except NotImplementedError:
-        raise  # what is not written yet refuses nothing
+        raise  # a stub
     except Exception:
         return
     raise AssertionError(f"{what} should be refused with an error")

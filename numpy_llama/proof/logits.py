@@ -1,19 +1,20 @@
-"""Logits of every kind, and a generator whose numbers are known: what laws and tests hand to a sampler."""
+"""Inputs of samplers for laws and tests: logits of every kind, and a generator with given numbers."""
 
 import numpy as np
 from hypothesis import strategies as st
 
 from .laws import seeds
 
-# Probabilities of float32 logits: the rounding of x / T, at most 30 or so, goes through exp.
+# The error of probabilities of float32 logits: exp magnifies the rounding of x / T, which is about 30 at
+# most.
 PROBABILITY = 1e-6
-# A mass this close to the limit of top-p or min-p may fall on either side of it.
+# A probability this close to the limit of top-p or min-p may be on either side of it.
 EDGE = 1e-6
 
 
 @st.composite
 def all_logits(draw, distinct=False):
-    """(V,) float32, flat or steep; with ties and ids already filtered, unless all shall be distinct."""
+    """(V,) float32, flat or steep. With ties and filtered ids, unless `distinct`."""
     rng, V = np.random.default_rng(draw(seeds)), draw(st.integers(1, 60))
     x = rng.normal(size=V) * draw(st.sampled_from([1, 5, 0.1]))
     if not distinct and draw(st.booleans()):

@@ -1,5 +1,5 @@
-"""PyTorch and transformers on whole models, in a process of their own: beside the C kernels two OpenMP
-runtimes would share the CPUs, and each would wait for the other's threads.
+"""PyTorch and transformers on whole models, in a process of their own. In one process with the C kernels, two
+OpenMP runtimes would share the CPUs, and each would wait for the other's threads.
 
     with Oracle() as oracle:
         of_torch, of_transformers = oracle.both(args, weights, tokens)
@@ -39,7 +39,7 @@ class Oracle:
 def _both(args, weights, tokens):
     try:
         return [_torch(args, weights, tokens), _transformers(args, weights, tokens)]
-    except Exception as error:  # some of transformers' own do not survive the way back
+    except Exception as error:  # some errors of transformers cannot be pickled
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
@@ -88,7 +88,7 @@ def transformers_model(args: ModelArgs, weights: dict):
         heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(ours.split(".")[-2])
         w = weights[ours] if heads is None else half_split(weights[ours], heads)
         state[theirs] = torch.from_numpy(np.array(w))
-    with warnings.catch_warnings():  # what transformers warns of is no affair of ours
+    with warnings.catch_warnings():  # transformers warns about settings that we set on purpose
         warnings.simplefilter("ignore")
         model = LlamaForCausalLM(config).eval()
     model.load_state_dict(state)

@@ -1,8 +1,8 @@
-"""Runs the laws: pytest loads this by itself, wherever the package is installed.
+"""Runs the laws: pytest loads this plugin by itself wherever the package is installed.
 
-It adds `--ops FILE`, hands each law the implementations that have its operations, and tells what a user's
-file got wrong in plain words: the law, the smallest input found, what came out and what should have. Of other
-projects' tests it takes no notice.
+It adds `--ops FILE` and runs each law on the implementations that have its operations. A failure in a user's
+file is reported as a short text: the law, the smallest input found, the result, and the wanted result. The
+plugin does nothing in the tests of other projects.
 """
 
 import importlib.util
@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 ASKED = "NUMPY_LLAMA_PROOF"  # pytest-xdist's processes inherit it, but not the command line
-PRINTED = 10  # lines of what a user's functions print are shown for each law that fails
+PRINTED = 10  # the last lines that a user's functions print are shown for each failed law
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    if any("numpy_llama" in word for word in sys.argv[1:]):
+    if any("numpy_llama" in argument for argument in sys.argv[1:]):
         os.environ[ASKED] = "yes"
-    if ASKED in os.environ:  # elsewhere it may be another project's option
+    if ASKED in os.environ:  # otherwise --ops may be another project's option
         group = parser.getgroup("numpy_llama")
-        told = "hold the functions of this Python file to the laws of numpy_llama.proof"
-        group.addoption("--ops", metavar="FILE", dest="numpy_llama_ops", help=told)
+        meaning = "test the functions of this Python file with the laws of numpy_llama.proof"
+        group.addoption("--ops", metavar="FILE", dest="numpy_llama_ops", help=meaning)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for needed in ("hypothesis", "torch", "transformers", "gguf"):
             if importlib.util.find_spec(needed) is None:
                 raise pytest.UsageError(f"--ops needs {needed}: pip install 'numpy_llama[test]'")
-        on_trial(config)  # what is wrong with the file is said before anything else
+        on_trial(config)  # an error in the file is reported first
 
 
 def file_of(config: pytest.Config) -> Path | None:
@@ -47,7 +47,7 @@ def law_of(item):
 
 
 def on_trial(config: pytest.Config) -> list:
-    """The user's file, or else all that we have."""
+    """The user's file, or else all implementations."""
     from . import implementations
 
     if config.stash.get(TRIAL, None) is None:
@@ -69,8 +69,8 @@ def implementation_of(path: Path):
         found = implementations.implementation_of_file(path)
     except (Exception, SystemExit) as error:
         at = [f"line {line}" for name, line in _frames(error) if name == str(path)]
-        told = ", ".join([path.name, *at[-1:]])
-        raise pytest.UsageError(f"--ops: {told}: {type(error).__name__}: {error}") from None
+        place = ", ".join([path.name, *at[-1:]])
+        raise pytest.UsageError(f"--ops: {place}: {type(error).__name__}: {error}") from None
     if not found.operations:
         known = ", ".join(implementations.NAMES[:5])
         raise pytest.UsageError(
@@ -92,18 +92,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def operations(item) -> list[str]:
-    """What a law is about, first what it is about most; "{name}" stands for a parameter of the test."""
+    """The operations of a law, the most important first. "{name}" is a parameter of the test."""
     return [name.format(**item.callspec.params) for name in law_of(item).args]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """-k takes the names of operations too."""
+    """-k selects laws by the names of their operations too."""
     if law_of(item):
         item.extra_keyword_matches.update(operations(item))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
-    """A law about what an implementation has not is no test of it."""
+    """A law does not run on an implementation that lacks one of its operations."""
 
     def concerns(item) -> bool:
         return not law_of(item) or set(operations(item)) <= set(item.callspec.params["ops"].operations)
@@ -120,18 +120,18 @@ def pytest_runtest_makereport(item, call):
     if law_of(item) and call.when == "call":
         report.operation, report.sentence = operations(item)[0], sentence(item.function)
         if report.failed and (file := file_of(item.config)):
-            report.longrepr = told(item, call.excinfo.value, file)
+            report.longrepr = failure_text(item, call.excinfo.value, file)
             report.sections = [(title, _end_of(text)) for title, text in report.sections]
     return report
 
 
 def sentence(law) -> str:
-    """The law in words: what its docstring begins with."""
+    """The law as a text: the first paragraph of its docstring."""
     return " ".join((inspect.getdoc(law) or law.__name__).split("\n\n")[0].split())
 
 
-def told(item, error: BaseException, path: Path) -> str:
-    """What went wrong, for whoever wrote the operations."""
+def failure_text(item, error: BaseException, path: Path) -> str:
+    """The report of a failed law for the author of the operations."""
     from .bounds import Miss, shown
     from .laws import NotWritten
 
@@ -161,7 +161,7 @@ def told(item, error: BaseException, path: Path) -> str:
 
 
 def written_out(call) -> str:
-    """The call as one would write it, with the names of its parameters."""
+    """The call as Python code, with the names of its parameters."""
     from .bounds import shown
 
     parts = [
@@ -176,7 +176,7 @@ def written_out(call) -> str:
 
 
 def signature(function) -> inspect.Signature | None:
-    """None where it cannot be known, as of some functions that are written in C."""
+    """The signature; None for functions without one, as some in C are."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -190,7 +190,7 @@ def parameters(call) -> list[str]:
 
 
 def takes(call) -> bool:
-    """Whether the function could be handed these arguments at all, for all that can be known."""
+    """Whether the function's signature accepts these arguments. Without a signature, true."""
     try:
         if known := signature(call.function):
             known.bind(*call.arguments)
@@ -210,7 +210,7 @@ def wanted(name: str) -> str:
 
 
 def _end_of(text: str) -> str:
-    """What was printed last: on the smallest input, which is tried once more at the end."""
+    """The last printed lines: those of the smallest input, which Hypothesis runs last."""
     lines = text.splitlines(keepends=True)
     return "".join(["...\n", *lines[-PRINTED:]] if len(lines) > PRINTED else lines)
 

@@ -13,7 +13,7 @@ from .laws import assert_refused, assert_that, law, seeds
 from .oracle import Oracle
 from .tiny import CONTEXT, GENERATIONS, TINY, configurations, random_tokens, random_weights
 
-# Two probability distributions over the vocabulary that agree so far cannot be told apart in 10^8 tokens.
+# Two distributions over the vocabulary that are this close look the same in a sample of 10^8 tokens.
 KULLBACK_LEIBLER = 1e-8
 
 whole = functools.partial(law, share=1 / 5)
@@ -53,8 +53,9 @@ expected_logits: dict = {}  # the same examples come again for the next implemen
 
 @law("Transformer", tiny.longer_configurations(), seeds, st.booleans(), share=1 / 5)
 def test_256_tokens_as_both(ops, oracle, args, seed, tied):
-    """In float32, 256 tokens teacher-forced: the logits of PyTorch and of transformers, within 5 millionths
-    of the largest; the same choice where the two likeliest differ by more; the same distribution."""
+    """On 256 teacher-forced tokens in float32, the logits equal those of PyTorch and of transformers within 5
+    millionths of the largest. The choice is the same where the two likeliest differ by more, and so is the
+    distribution."""
     compare_with_both(ops, oracle, args, seed, tied)
 
 

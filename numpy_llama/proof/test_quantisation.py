@@ -1,4 +1,4 @@
-"""How weights are stored (quantize.py draws the layouts): what a number becomes, and what that may cost.
+"""How weights are stored (backend/formats.py has the layouts): the stored numbers, and their errors.
 
 A quantize function takes (rows, n) float32 and gives (rows, bytes a row) uint8; dequantize goes back.
 """
@@ -153,8 +153,8 @@ def test_halves_cost_half_a_step(ops, format, x):
     assert_within(round_trip(ops, format, x), x, allowed)
 
 
-# Each weight is off by half a step, by the rounding of d to float16 (half its spacing below 2^-14) times
-# the code, and in float32 by a few u of the largest.
+# The error of a weight has three parts: half a step, the rounding of d to float16 times the code, and a few u
+# of the largest weight. Below 2^-14, rounding to float16 errs by half its spacing.
 
 
 @law("quantize_q8_0 dequantize_q8_0", weights())

@@ -1,4 +1,4 @@
-"""Random tiny models: all ways in which one LLaMA differs from another, to be tried by the hundred."""
+"""Random tiny models, with all differences between the generations of LLaMA."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ TINY = ModelArgs(
     rope_theta=1e4,
     max_seq_len=CONTEXT,
 )
-# Each row is whole blocks of 32: the quantized formats need that.
+# Each row is a whole number of blocks of 32, as quantized formats need.
 TINY_BLOCKS = replace(TINY, dim=64, head_dim=16, hidden_dim=96)
 
 # The scaled RoPE has an original context of 16, so that slow, fast and ramped turns all occur in CONTEXT.
@@ -65,9 +65,9 @@ def every_scaling(head_dim: int, original: int) -> list[RopeScaling]:
 
 @st.composite
 def configurations(draw):
-    """Small, and with no two sizes equal by rule: head_dim * n_heads need not be dim.
+    """Small models whose sizes are independent: head_dim * n_heads need not be dim.
 
-    Below 16 dimensions the residual stream now and then cancels, and RMSNorm magnifies its rounding.
+    Below 16 dimensions the residual stream is sometimes nearly 0, and RMSNorm magnifies its rounding errors.
     """
     generation = draw(st.sampled_from(sorted(GENERATIONS)))
     n_kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 32))
@@ -87,8 +87,10 @@ def configurations(draw):
 
 @st.composite
 def longer_configurations(draw):
-    """Heads as wide as real ones, up to four layers, 256 tokens; a dim that transformers takes, a multiple of
-    the heads."""
+    """Heads as wide as real ones, up to four layers, 256 tokens.
+
+    dim is a multiple of n_heads, because transformers requires that.
+    """
     args = draw(configurations())
     n_heads, n_kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (3, 3), (4, 4)]))
     head_dim = draw(st.sampled_from([32, 48, 64, 80, 96, 112, 128]))
@@ -106,7 +108,7 @@ def longer_configurations(draw):
 
 
 def random_weights(rng, args, dtype=np.float64, tied=False):
-    """Matrices that about keep a vector's length; norm weights away from 1, so that each of them counts."""
+    """Matrices that nearly keep a vector's length; norm weights that differ from 1, so that each matters."""
 
     def matrix(OUT, IN):
         return rng.normal(size=(OUT, IN), scale=IN**-0.5)

@@ -1,7 +1,7 @@
 """LLaMA in PyTorch, written from the papers with PyTorch's own functions.
 
-It shares no code with the model but the hyperparameters. It has no cache: each call sees all the tokens. Its
-parameters bear the names of our weights, so `load_state_dict` checks those too.
+It shares only the hyperparameters with the model. It has no cache: each call computes all tokens. Its
+parameters have the names of our weights, so `load_state_dict` checks the names too.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""PyTorch's own functions under our names, arrays in and out: what they are called there, side by side.
+"""PyTorch's own functions under our names, with arrays as arguments and results.
 
-Held to the same laws as NumPy, so that the laws are on trial too; and the outside judge of the rest.
+They must keep the same laws as NumPy, which tests the laws themselves.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ from ..config import ModelArgs
 from . import torch_llama
 from .torch_llama import rotary_table, rotate
 
-torch.set_num_threads(1)  # arrays are tiny here, and to wake a second thread takes longer than all of it
+torch.set_num_threads(1)  # arrays are tiny here: waking a second thread takes longer than the whole call
 
 
 def tensor(x) -> torch.Tensor:
-    return torch.from_numpy(np.array(x))  # a copy: PyTorch wants it writable, and knows no negative strides
+    return torch.from_numpy(np.array(x))  # a copy: PyTorch needs writable arrays without negative strides
 
 
 def embedding(tokens, weight):

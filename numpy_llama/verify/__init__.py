@@ -1,9 +1,10 @@
-"""The proof on a real checkpoint, layer by layer: are the operations right, and is the file itself?
+"""The checks of a real checkpoint, layer by layer: are the operations right, and is the file itself right?
 
-operations.py   C against NumPy against PyTorch
-weights.py      what the weights tell by themselves
-diagnosis.py    what a text tells, and what was published
-compare.py      what another copy tells
+operations.py   C and PyTorch against NumPy
+weights.py      faults found in the weights alone
+diagnosis.py    faults found with a sample text, or with the published hyperparameters
+compare.py      faults found with another copy of the model
+bounds.py       how far two right results of an operation may differ
 """
 
 from dataclasses import dataclass, field
@@ -17,12 +18,12 @@ from .diagnosis import Reading, Sample, published
 from .operations import Error, operation_errors
 from .weights import Census
 
-PROMPT = 24  # tokens that go through the operations: more than the kernels take row by row
+PROMPT = 24  # tokens that go through the operations: enough for the GEMM kernels
 
 
 @dataclass
 class Report:
-    """What was found. `faults`: each names what is wrong, the first place first."""
+    """The findings. `faults`: a description of each fault, in the order of the forward pass."""
 
     errors: list[Error] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -35,7 +36,7 @@ class Report:
         return self.faults[0] if self.faults else "nothing wrong found"
 
     def worst(self) -> dict[tuple[int | None, str], Error]:
-        """The worst of each operation of each layer."""
+        """The largest error of each operation of each layer."""
         worst: dict[tuple[int | None, str], Error] = {}
         for error in self.errors:
             key = error.layer, error.operation
@@ -44,7 +45,7 @@ class Report:
         return worst
 
     def implementations(self) -> dict[str, Error]:
-        """Of each implementation, the error nearest to its bound."""
+        """The error nearest to its bound, for each implementation."""
         names = dict.fromkeys(error.implementation for error in self.errors)
         return {name: max((e for e in self.errors if e.implementation == name), key=_share) for name in names}
 
@@ -63,13 +64,14 @@ def examine(
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
-    """Everything that can be told of a model.
+    """All checks of a model.
 
-    The text is read only where nothing else was found wrong: it takes the kernels for right, and tells less.
+    The sample text is read only if the other checks find no fault. It relies on right kernels, and it names a
+    fault less precisely.
     """
     report, weights = Report(), opened.weights()
     census, sample = Census(weights), None
-    ids = [i * opened.args.vocab_size // PROMPT for i in range(PROMPT)]  # where there are no words
+    ids = [i * opened.args.vocab_size // PROMPT for i in range(PROMPT)]  # if there is no tokenizer
     try:
         tokenizer = opened.tokenizer()
     except TokenizerError as error:
@@ -80,23 +82,23 @@ def examine(
     ids = ids[: opened.args.max_seq_len]
     report.errors = list(operation_errors(opened, ids, threads, progress, census.look))
     census.end()
-    if reference is not None:  # which knows, where all else infers
+    if reference is not None:
         report.faults, report.compared = compare(opened, reference, progress)
     if missed := [error for error in report.errors if error.share > 1]:
         report.faults.append(first_miss(missed))
-    if reference is None or not report.faults:  # what a reference names need not be inferred
+    if reference is None or not report.faults:  # a comparison is surer than the census
         report.faults += census.findings
     if sample is not None and not report.faults:
         could_be = runs(opened, census)
         report.reading = sample.read(weights, could_be, progress)
-        report.faults += told_by_text(report.reading)
-        if report.reading.says_nothing:
+        report.faults += reading_faults(report.reading)
+        if report.reading.inconclusive:
             report.notes.append(
-                "the sample text says nothing: neither as it is nor repaired does the model know English"
+                "the sample text shows nothing: the model does not predict English, as it is or repaired"
             )
-            unlike = [what for what, run in could_be.items() if run in census.runs()]
+            unlike = [name for name, run in could_be.items() if run in census.runs()]
             report.faults += [
-                f"{what} are unlike the others: of another model, or corrupt" for what in unlike
+                f"{name} are unlike the others: of another model, or corrupt" for name in unlike
             ]
     if fault := published(opened.args):
         report.faults.append(fault)
@@ -104,14 +106,14 @@ def examine(
 
 
 def first_miss(missed: list[Error]) -> str:
-    """Where the error starts: the first operation in the order of the forward pass, and who misses there."""
+    """The first operation beyond its bound, and the implementations that miss there."""
     first = missed[0]
     where = "after the last layer" if first.layer is None else f"in layer {first.layer}"
     who = ", ".join(dict.fromkeys(e.implementation for e in missed if _place(e) == _place(first)))
     worst = max((e for e in missed if _place(e) == _place(first)), key=_share)
     places = len({_place(error) for error in missed})
-    what = f"{who} against NumPy: {worst.error:.1e}, {worst.share:.3g} times what rounding allows"
-    return f"the error starts {where}, at {first.operation} ({what}); {places} places miss in all"
+    size = f"{who} against NumPy: {worst.error:.1e}, {worst.share:.3g} times what rounding allows"
+    return f"the error starts {where}, at {first.operation} ({size}); {places} places miss in all"
 
 
 def _place(error: Error) -> tuple[int | None, str]:
@@ -119,7 +121,7 @@ def _place(error: Error) -> tuple[int | None, str]:
 
 
 def runs(opened: Checkpoint, census: Census) -> dict[str, range]:
-    """Layers that could be of another model: those of each file, and those that are unlike the others."""
+    """Layers that may belong to another model: those of each file, and those that are unlike the others."""
     holders, found = opened.holders(), dict[str, range]()
     files = [holders.get(f"layers.{i}.attention.wq.weight") for i in range(opened.args.n_layers)]
     if len(set(files)) > 1:
@@ -133,8 +135,8 @@ def runs(opened: Checkpoint, census: Census) -> dict[str, range]:
     return found
 
 
-def told_by_text(reading: Reading) -> list[str]:
+def reading_faults(reading: Reading) -> list[str]:
     if reading.fault is None:
         return []
-    better = f"{reading.loss:.2f} nats a token as it is, {reading.repaired:.2f} repaired"
-    return [f"{reading.fault} (a sample text: {better}, standard error {reading.standard_error:.2f})"]
+    losses = f"{reading.loss:.2f} nats a token as it is, {reading.repaired:.2f} repaired"
+    return [f"{reading.fault} (a sample text: {losses}, standard error {reading.standard_error:.2f})"]

@@ -1,7 +1,7 @@
-"""What is wrong with a checkpoint, told from another copy of the model: every weight, every argument.
+"""Faults of a checkpoint, found by comparing every weight and hyperparameter with another copy of the model.
 
-The copies may be stored in different formats: they are compared in float32. Where they are stored alike, or
-one is the other widened, a fault is named to the bit. A difference that rounding explains is no fault.
+The copies may be stored in different formats, so they are compared in float32. If both have one format, or
+one is the other widened, a fault is named to the bit. A difference as small as rounding is no fault.
 """
 
 import math
@@ -17,26 +17,27 @@ from ..config import ModelArgs
 from ..functional import rope_freqs
 from .diagnosis import described, orders
 
-# Relative to the root mean square of the weights. 4-bit formats make 0.07 to 0.1; nothing that is run, 0.2.
-# 8 bits make 0.01, and so may single numbers that came out of 8 bits before.
+# The largest error of rounding, relative to the root mean square of the weights. 4-bit formats have 0.07 to
+# 0.1, and no usable format has 0.2. 8 bits have 0.01, and so may 16-bit or float32 numbers that were 8 bits
+# before.
 ROUNDING = 0.2
 ROUNDING_OF = {"F32": 0.02, "F16": 0.02, "BF16": 0.02, "Q8_0": 0.02}
-UNRELATED = 0.3  # cosine: two models of many thousand weights have less
-FEW = 256  # unequal numbers, as many as a block has: damage, which has a place
-OUTLIER = 16.0  # times as far off as the others of a tensor that was rounded
-AT_ONCE = 1 << 22  # numbers
-SAMPLED = 61  # one number in so many tells what is usual
-SKETCH, SAME = 4, 0.9  # rows by which two weights are held to be the same, and their cosine then
-CONTEXT = "max_seq_len"  # how far a file lets a model go is no part of the mathematics
+UNRELATED = 0.3  # the cosine of weights of two models is smaller
+FEW = 256  # at most as many unequal numbers as a block has: damage in one place
+OUTLIER = 16.0  # a damaged number's error, in median errors of its tensor
+AT_ONCE = 1 << 22  # numbers compared at a time
+SAMPLED = 61  # the median error is that of every 61st number
+SKETCH, SAME = 4, 0.9  # two weights are the same if their first SKETCH rows have a cosine above SAME
+CONTEXT = "max_seq_len"  # a limit, and no part of the mathematics
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one weight. `what`: "equal", "rounding", or what is wrong."""
+    """The result for one weight. `what`: "equal", "rounding", or the fault."""
 
     name: str
     what: str
-    detail: str = ""  # of this weight alone
+    detail: str = ""  # about this weight only
     error: float = 0.0
 
     @property
@@ -50,14 +51,14 @@ def arguments(found: ModelArgs, wanted: ModelArgs) -> Iterator[tuple[str, str]]:
         a, b = getattr(found, field.name), getattr(wanted, field.name)
         if field.name == "rope_scaling":
             if not _same_rope(found, wanted):
-                told = described(found), described(wanted)
-                yield field.name, f"rope_scaling is {told[0]}, the reference has {told[1]}"
+                shown = described(found), described(wanted)
+                yield field.name, f"rope_scaling is {shown[0]}, the reference has {shown[1]}"
         elif not math.isclose(a, b, rel_tol=1e-6):
             yield field.name, f"{field.name} is {a:g}, the reference has {b:g}"
 
 
 def _same_rope(a: ModelArgs, b: ModelArgs) -> bool:
-    """Whether both scalings make the same angles and lengths, in the context of each."""
+    """Whether both scalings give the same angles and lengths, each in its own context."""
     if a.rope_scaling == b.rope_scaling or a.head_dim != b.head_dim:
         return a.rope_scaling == b.rope_scaling
     made = []
@@ -75,7 +76,7 @@ def compare(
     reference: Checkpoint,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[list[str], list[str]]:
-    """-> the faults, the first place first, and a line for each kind of what is no fault."""
+    """-> the faults, in the order of the forward pass, and a line for each harmless kind of difference."""
     found, wanted = opened.weights(), reference.weights()
     differing = dict(arguments(opened.args, reference.args))
     faults = [how for name, how in differing.items() if name != CONTEXT]
@@ -134,8 +135,11 @@ class Comparison:
         )
 
     def _measure(self, found: StoredTensor, wanted: StoredTensor):
-        """-> how many numbers are unequal, the first of them, relative error, cosine, and the place of a
-        number that is far further off than the others."""
+        """-> (unequal, at, error, cosine, worst): how many numbers are unequal, and the places of the first.
+
+        `error` is relative. `worst`: the place of a single number whose error is far above the others, or
+        None.
+        """
         unequal, at, off = 0, list[tuple[int, ...]](), []
         squares = np.zeros(4)  # of the difference, of both, and their product
         for part in _parts(found):
@@ -163,14 +167,14 @@ class Comparison:
         usual = float(np.median([median for _, median, _ in off]))
         kept = np.sqrt(squares[:3])
         error = kept[0] / max(kept[2], 1e-300)
-        # One number may be so far off that it is all of the error.
+        # The error of one number may be larger than all others together.
         lonely = most > max(OUTLIER * max(usual, 2.0**-12), 4 * error) or not math.isfinite(most)
         if lonely and usual < self.rounding:
             error = min(error, usual)
         return unequal, at, error, squares[3] / max(kept[1] * kept[2], 1e-300), place if lonely else None
 
     def _damage(self, at: list[tuple[int, ...]], unequal: int) -> str:
-        """Which numbers, and where one bit made them what they are: which."""
+        """The first damaged number and its place; the bit, if a single one is flipped."""
         row, column = at[0]
         vector = len(self.found.shape) == 1
         a, b = (
@@ -184,7 +188,7 @@ class Comparison:
         return text + (f"; {unequal} numbers differ" if unequal > 1 else "")
 
     def _bit(self, row: int, column: int) -> str:
-        """The bit in which the number, or the block that it is in, differs; nothing if it is not one bit."""
+        """The only bit in which the number, or its block, differs; "" if several bits differ."""
         formats = self.found.format, self.wanted.format
         raw = [np.atleast_2d(_row(t, row))[0] for t in (self.found, self.wanted)]
         if formats[0] != formats[1]:
@@ -205,7 +209,7 @@ class Comparison:
         return f"bit {bit % 8} of byte {bit // 8} of its block is flipped"
 
     def _order(self) -> str | None:
-        """Whether the rows of wq or wk are right but for their order."""
+        """The fault if rows of wq or wk are right and only their order is wrong, else None."""
         kind = self.name.split(".")[-2]
         if kind not in ("wq", "wk"):
             return None
@@ -224,7 +228,7 @@ class Comparison:
         return "the rows are in another order" if (first @ found.T).max(axis=1).min() > SAME else None
 
     def _other(self) -> str | None:
-        """Whether it is another weight of the reference."""
+        """The fault if it is another weight of the reference, else None."""
         if len(self.found.shape) == 1:
             return None
         rows = slice(0, SKETCH)
@@ -241,7 +245,7 @@ class Comparison:
                 ):
                     return "exchanged with each other (w1 and w3)"
                 if same:
-                    return f"what the reference has as {_generic(name, self.name)}"
+                    return f"the reference has these weights as {_generic(name, self.name)}"
         return None
 
 
@@ -249,14 +253,17 @@ def _kind(name: str) -> str:
     return name.split(".")[-2]
 
 
-def _generic(name: str, beside: str) -> str:
-    """The name of a weight, without its layer where that is the same."""
-    a, b = name.split("."), beside.split(".")
+def _generic(name: str, other: str) -> str:
+    """The name of a weight, without its layer if both are of one layer."""
+    a, b = name.split("."), other.split(".")
     return a[-2] if a[:2] == b[:2] else name
 
 
 def _scale(b: np.ndarray, block: int) -> np.ndarray:
-    """What the rounding of a number is relative to: the largest of its block; or itself, or its row."""
+    """The size that a number's rounding error grows with.
+
+    In a block format it is the largest number of the block, else the number itself or its row's mean.
+    """
     if block == 1:
         return np.maximum(np.abs(b), np.sqrt(np.mean(b * b, axis=1, keepdims=True)))
     return np.repeat(np.abs(b).reshape(len(b), -1, block).max(axis=-1), block, axis=-1)
@@ -282,12 +289,12 @@ def _parts(tensor: StoredTensor) -> Iterator[slice]:
 
 
 def _faults(differences: list[Difference], opened: Checkpoint) -> Iterator[str]:
-    """What is wrong, many weights of one fault in one line; a file that is wrong as a whole, by its name."""
+    """A line for each fault, with all weights that have it; or for a whole file of another model."""
     wrong = [d for d in differences if d.wrong]
     holders = opened.holders()
     for path in dict.fromkeys(holders.values()):
         held = [d for d in differences if holders.get(d.name) == path]
-        matrices = [d for d in held if "norm" not in d.name]  # all norms are somewhat alike
+        matrices = [d for d in held if "norm" not in d.name]  # norms of different models are alike
         strange = all(d.what == "not the weights of this model" for d in matrices)
         if matrices and strange and len(held) < len(differences):
             yield f"{path.name} belongs to another model: {names([d.name for d in held])}"
@@ -313,7 +320,7 @@ def _fine(differences: list[Difference], found: dict, wanted: dict) -> Iterator[
 
 
 def names(weights: list[str]) -> str:
-    """Weights in few words: those of layers by their layers."""
+    """Names of weights as a short text: those of many layers are joined."""
     layers: dict[str, list[int]] = {}
     for name in weights:
         if name.startswith("layers."):
@@ -322,8 +329,8 @@ def names(weights: list[str]) -> str:
     out = [name for name in weights if not name.startswith("layers.")]
     for run, kinds in groupby(sorted(layers, key=layers.__getitem__), key=lambda kind: layers[kind]):
         kinds_here = list(kinds)
-        told = "all weights" if len(kinds_here) == 9 else ", ".join(kinds_here)
-        out.append(f"{told} of {_numbers(run)}")
+        which = "all weights" if len(kinds_here) == 9 else ", ".join(kinds_here)
+        out.append(f"{which} of {_numbers(run)}")
     return "; ".join(out)
 
 

@@ -1,12 +1,12 @@
-"""What is wrong with a checkpoint, told from nothing but itself: C can equal NumPy on a wrong file.
+"""Faults of a checkpoint, found without another copy. C can equal NumPy on a wrong file.
 
-A trained model foretells plain English. Every fault that has a name has a repair: put the rows of q and k in
-the other order, exchange w_gate and w_up, take another rope_theta, leave a shard's layers out. If a repaired
-model foretells the sample text clearly better than the file as it is, that names the fault. Beside that the
-weights are looked at by themselves, and the arguments held against what was published.
+A trained model predicts plain English. Each fault has a repair: reorder the rows of wq and wk, exchange
+w_gate and w_up, change rope_theta, or leave a shard's layers out. If a repaired model predicts the sample
+text clearly better than the file as it is, the file has that fault. `published` compares the hyperparameters
+with those of the published model of the same shape.
 
-What cannot be told so: a fault that costs next to nothing on a short text, as a wrong RoPE factor of Llama 3
-(its published sizes tell), or a bit low in a weight's mantissa (another copy tells: compare.py).
+Some faults hardly change the loss on a short text, and this does not find them. A wrong RoPE factor of Llama
+3 is one: `published` finds it. A flipped low bit of a mantissa is another: compare.py finds it.
 """
 
 import math
@@ -51,27 +51,28 @@ the wind blew and the waves rolled over the ship, but in the morning the sea was
 was hurt. The cook made coffee for everyone, and the captain wrote into his book: "Storm from the west, no \
 damage, all men well."
 """
-# A repair must be better by so much, in nats a token: leaving out one of the many layers of a large healthy
-# model changes less, and so does the next published rope_theta.
+# The loss that a repair must save, in nats a token. A large healthy model changes less if one of its layers
+# is left out, or if it has the next published rope_theta.
 MARGIN = 0.05
-# And by so many standard errors of the mean over the tokens; a few dozen repairs are tried.
+# The loss that a repair must save, in standard errors of the mean over the tokens. A few dozen repairs are
+# tried.
 SURE = 3.0
-# For the rope_theta that was published with a model of this shape half of the proof is enough.
+# For the published rope_theta of a model of this shape less evidence is enough.
 MARGIN_PUBLISHED, SURE_PUBLISHED = 0.01, 2.0
-# A model knows the text if its loss is below this share of a blind guess, log vocab_size.
-KNOWS = 0.75
-# A repair that is worse after the first tokens, or knows nothing of them, is given up.
+# A model predicts the text if its loss is below this share of log(vocab_size), the loss of a blind guess.
+PREDICTS = 0.75
+# A repair is given up if its loss on the first 128 tokens is too high.
 FIRST = 128
-# Of the text. Where a token is a byte this is a quarter of it, and enough.
+# The length of the text in tokens. A tokenizer of bytes takes a quarter of the text, and that is enough.
 TOKENS = 640
-WORST = 100.0  # nats: what is no number counts as this
+WORST = 100.0  # nats: NaN and infinity count as this
 
 Weights = Mapping[str, StoredTensor]
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What would be wrong with the file, and the model as it then should be."""
+    """A possible fault of the file, and the model without it."""
 
     fault: str
     args: ModelArgs
@@ -83,10 +84,10 @@ class Repair:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the sample text was foretold: nats a token."""
+    """How well the sample text was predicted: losses in nats a token."""
 
     tokens: int
-    blind: float  # of a guess
+    blind: float  # the loss of a blind guess
     loss: float
     tried: int  # repairs
     fault: str | None  # the repair that helped, and how much
@@ -94,9 +95,9 @@ class Reading:
     standard_error: float | None
 
     @property
-    def says_nothing(self) -> bool:
-        """Neither as it is nor repaired does the model know this text."""
-        return self.loss > KNOWS * self.blind and self.fault is None
+    def inconclusive(self) -> bool:
+        """The model predicts the text neither as it is nor repaired."""
+        return self.loss > PREDICTS * self.blind and self.fault is None
 
 
 class Sample:
@@ -109,7 +110,7 @@ class Sample:
         self.blind = math.log(args.vocab_size)
 
     def losses(self, repair: Repair, most: float = math.inf) -> np.ndarray:
-        """nats of each token; where their mean is above `most`, of the first FIRST only."""
+        """The loss of each token in nats. If the mean of the first FIRST is above `most`, only of those."""
         model = build(repair.args, repair.weights, threads=self.threads)
         model = model.with_parts({f"layers.{i}": left_out for i in repair.without})
         cache, parts, ends = model.new_cache(max_seq_len=len(self.ids)), [], [FIRST, len(self.ids) - 1]
@@ -134,16 +135,16 @@ class Sample:
     def read(
         self, weights: Weights, runs: Mapping[str, range], progress: Progress = lambda what, done, total: None
     ) -> Reading:
-        """The text as the file has it, and with each repair; the one that helps most is the fault.
+        """Measure the loss as it is and with each repair. The repair that helps most names the fault.
 
-        The weights are in memory as they are stored, all at once. `runs`: see `repairs`.
+        All weights are in memory at once, as stored. `runs`: see `repairs`.
         """
         made = {id(w): w.realize() for w in weights.values()}
         weights = {name: made[id(w)] for name, w in weights.items()}
         tried = list(repairs(self.args, weights, runs))
         progress("reading a text", 0, len(tried) + 1)
         before = self.losses(Repair("", self.args, weights))
-        most = min(before[:FIRST].mean() + MARGIN, KNOWS * self.blind)
+        most = min(before[:FIRST].mean() + MARGIN, PREDICTS * self.blind)
         best: tuple[float, float, str] | None = None
         for n, repair in enumerate(tried, 1):
             progress("reading a text", n, len(tried) + 1)
@@ -151,8 +152,8 @@ class Sample:
             gain = before[: len(after)] - after
             error = gain.std() / math.sqrt(len(gain))
             clear = gain.mean() > max(repair.margin, repair.sure * error) and len(after) == len(before)
-            known = after.mean() < KNOWS * self.blind
-            if clear and known and (best is None or after.mean() < best[0]):
+            predicted = after.mean() < PREDICTS * self.blind
+            if clear and predicted and (best is None or after.mean() < best[0]):
                 best = (float(after.mean()), float(error), repair.fault)
         repaired, error, fault = best or (None, None, None)
         loss = float(before.mean())
@@ -160,12 +161,12 @@ class Sample:
 
 
 def left_out(x, start_pos, freqs_cis, cache):
-    """The place of a layer that adds nothing to the residual stream."""
+    """A layer that adds nothing to the residual stream."""
     return x
 
 
 def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Iterator[Repair]:
-    """Every fault with a name. `runs`: layers that may belong to another model, by what holds them."""
+    """A repair for each known fault. `runs`: descriptions of layers that may belong to another model."""
     for which, fault, q, k in orders(args):
         yield Repair(
             f"the rows of {which} {fault}", args, _each_named(weights, wq=_reorder(q), wk=_reorder(k))
@@ -192,7 +193,10 @@ def repairs(args: ModelArgs, weights: Weights, runs: Mapping[str, range]) -> Ite
 
 
 def orders(args: ModelArgs) -> Iterator[tuple[str, str, np.ndarray | None, np.ndarray | None]]:
-    """-> which rows are in a wrong order, in which, and what puts those of wq and wk right: their places."""
+    """-> (which, fault, q, k): matrices whose rows may be in a wrong order, and the right order of wq and wk.
+
+    An order is the places of the rows in the file; None leaves a matrix as it is.
+    """
     q, k = (interleaved_rows(n, args.head_dim) for n in (args.n_heads, args.n_kv_heads))
     for fault, make in [
         ("are in Hugging Face's order (half-split), not in pairs", lambda rows: rows),
@@ -218,7 +222,7 @@ def _reorder(rows: np.ndarray | None) -> Callable[[StoredTensor], StoredTensor]:
 
 
 def _each_named(weights: Weights, **make: Callable[[StoredTensor], StoredTensor]) -> Weights:
-    """The same weights, those of some names made anew."""
+    """The same weights, with a function applied to those of some names."""
     kinds = {name: name.split(".")[-2] for name in weights}
     return {name: make[kinds[name]](w) if kinds[name] in make else w for name, w in weights.items()}
 
@@ -239,9 +243,9 @@ def same_shape(args: ModelArgs) -> dict[str, ModelArgs]:
 
 
 def published(args: ModelArgs) -> str | None:
-    """What differs from the published model of this shape, where there is one: the RoPE factor, or norm_eps.
+    """The difference from the published model of this shape, if there is one: its RoPE factor or norm_eps.
 
-    rope_theta may differ: models stretched to a longer context have their own. The sample text judges it.
+    rope_theta may differ, because models with an extended context have their own. The sample text checks it.
     """
     same = same_shape(args)
     eps = [p for p in same.values() if math.isclose(p.norm_eps, args.norm_eps, rel_tol=1e-3)]
@@ -251,7 +255,7 @@ def published(args: ModelArgs) -> str | None:
     which = f"{name}, which has this shape, was published with"
     if not eps:
         return f"norm_eps is {args.norm_eps:g}, {which} {nearest.norm_eps:g}"
-    if nearest.rope_scaling is None:  # stretched by others
+    if nearest.rope_scaling is None:  # others extended its context
         return None
     found, wanted = described(args), described(nearest)
     return f"the RoPE scaling is {found}, {which} {wanted}"

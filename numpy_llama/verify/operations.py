@@ -1,9 +1,8 @@
 """Every operation of every layer of a model: C against NumPy, and against PyTorch where it is installed.
 
-Each implementation is given the same input, NumPy's own, so an error belongs to the operation that shows it.
-The C kernels multiply a prompt and a single token in different ways: both are looked at. With quantized
-activations the right answer is linear(quantize_activations(x), w). One layer's float32 copy is in memory at a
-time.
+Every implementation gets NumPy's inputs, so an error comes from the operation that shows it. The C kernels
+multiply a prompt and a single token in different ways, and both are checked. With quantized activations the
+right result is linear(quantize_activations(x), w). The float32 copy of one layer is in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,17 +33,17 @@ Look = Callable[[int | None, str, np.ndarray], None]
 
 @dataclass(frozen=True)
 class Error:
-    """How far an implementation lies from NumPy in one operation."""
+    """The error of one implementation against NumPy, in one operation."""
 
-    layer: int | None  # None: behind the last layer
+    layer: int | None  # None: after the last layer
     operation: str
     implementation: str
     error: float  # the largest, relative to the largest result
-    share: float  # of what rounding allows; above 1 it is a miss
+    share: float  # the error divided by its bound; above 1 it is a miss
 
 
 class C:
-    """The C kernels. Outside of a whole layer they are `linear` and `attention`."""
+    """The C kernels: `linear`, `attention`, and a whole layer."""
 
     def __init__(self, threads: int | None, exact: bool):
         self.kernels, self.exact = Kernels(threads, exact), exact
@@ -52,7 +51,7 @@ class C:
         self.dtype = np.float32 if exact else np.float16  # of the cache
 
     def linear(self, x, w: StoredTensor, dense, y) -> Iterator[tuple]:
-        """-> what was found, what is right, and the bound: for the prompt, and for its last token."""
+        """-> (found, expected, bound) twice: for the prompt, and for its last token alone."""
         packed, T = KernelWeight(w), x.shape[1]
         quantized = not self.exact and quantizes_activations(w.format, T)
         right = F.linear(_rounded(x, max(w.format.block, QK)), dense) if quantized else y
@@ -68,7 +67,7 @@ class C:
             yield self.kernels.attention(part, k, v), F.attention(part, k, v), bounds.attention(part, k, v)
 
     def layer(self, h, after, args: ModelArgs, w: dict[str, StoredTensor], freqs_cis) -> Iterator[tuple]:
-        """All of a layer in one call: a prompt, then one more token."""
+        """A whole layer in one call: a prompt, then one more token. Compared is what the layer adds to h."""
         one = replace(args, n_layers=1)
         packed = {
             f"layers.0.{name}.weight": t.dequantize() if len(t.shape) == 1 else KernelWeight(t)
@@ -80,18 +79,18 @@ class C:
             block = FusedBlock(block, self.kernels, weights)
         parts = [block(h[:, :-1], 0, freqs_cis[:-1], cache), block(h[:, -1:], T - 1, freqs_cis[-1:], cache)]
         found = np.concatenate(parts, axis=1)
-        yield found - h, after - h, bounds.layer(h, after, self.exact)  # what it adds
+        yield found - h, after - h, bounds.layer(h, after, self.exact)
 
 
 class Torch:
-    """PyTorch's own functions, and RoPE as the papers have it, independently of functional.py."""
+    """PyTorch's own functions, and RoPE from the papers: no code of functional.py."""
 
     name = "PyTorch"
 
     def __init__(self, torch, args: ModelArgs, T: int):
         from .torch_rope import rotary_table
 
-        torch.set_num_threads(1)  # a second pool of OpenMP threads beside ours would disturb both
+        torch.set_num_threads(1)  # two pools of OpenMP threads slow each other down
         self.torch = torch
         self.turns = rotary_table(args, T, torch.float32)[:, None]  # (T, 1, Dh / 2)
 
@@ -122,7 +121,7 @@ class Torch:
 
 
 def _rounded(x, block: int):
-    """`quantize_activations` of rows of any length: the kernels fill them up with zeros."""
+    """`quantize_activations` of rows of any length. Rows are padded with zeros, as the kernels do."""
     IN = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -IN % block)])
     return quantize_activations(padded, block)[..., :IN]
@@ -146,7 +145,7 @@ def operation_errors(
 ) -> Iterator[Error]:
     """The errors of all operations on the tokens `ids`, in the order of the forward pass.
 
-    look(layer, name, weight) is shown every weight in float32 as it goes by, but the embedding.
+    look(layer, name, weight) is called with every weight but the embedding, in float32.
     """
     args, weights, T = opened.args, opened.weights(), len(ids)
     torch, kernels = pytorch(), [C(threads, exact=True), C(threads, exact=False)]
@@ -164,7 +163,7 @@ def operation_errors(
         dense = {name: stored.dequantize() for name, stored in w.items()}
         for name, weight in dense.items():
             look(layer, name, weight)
-        with np.errstate(all="ignore"):  # a broken model's infinities are told of by others
+        with np.errstate(all="ignore"):  # the census reports the infinities of a broken model
             h = walk.layer(layer, h, w, dense)
         yield from walk.errors
         walk.errors.clear()
@@ -175,7 +174,7 @@ def operation_errors(
 
 
 class Walk:
-    """NumPy's forward pass, at each step of which the others are asked too."""
+    """NumPy's forward pass. Every other implementation computes each step from the same input."""
 
     def __init__(self, args: ModelArgs, kernels: list[C], torches: list[Torch], freqs_cis):
         self.args, self.kernels, self.torches, self.freqs_cis = args, kernels, torches, freqs_cis
@@ -187,7 +186,7 @@ class Walk:
         self.others: list[C | Torch] = [*kernels, *torches]
         self.errors: list[Error] = []
 
-    at: int | None  # the layer; None behind the last
+    at: int | None  # the layer; None after the last
 
     def layer(self, layer: int, h, w: dict[str, StoredTensor], dense: dict[str, np.ndarray]):
         """(1, T, D) -> (1, T, D)."""
@@ -210,7 +209,7 @@ class Walk:
         return after
 
     def end(self, h, norm, output: StoredTensor, look: Look) -> None:
-        """What follows the last layer, the output matrix some rows at a time."""
+        """The steps after the last layer: the norm, and the output matrix, OUTPUT_ROWS rows at a time."""
         self.at = None
         look(None, "norm", norm)
         x = self.norm("norm", h, norm)
@@ -241,13 +240,13 @@ class Walk:
         return y
 
     def note(self, operation: str, other, cases) -> None:
-        """Keep the worst of some cases: (found, expected, bound) each."""
+        """Add the error of each case (found, expected, bound) to `errors`."""
         for found, expected, bound in cases:
             self.errors.append(Error(self.at, operation, other.name, *distance(found, expected, bound)))
 
 
 def distance(found, expected, bound) -> tuple[float, float]:
-    """-> the largest difference relative to the largest result, and to its bound. NaN equals NaN only."""
+    """-> the largest difference, relative to the largest result and relative to its bound. NaN equals NaN."""
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     difference = np.where(same, 0, np.abs(found.astype(np.float64) - expected))
     difference = np.where(np.isnan(difference), np.inf, difference)

@@ -1,8 +1,8 @@
-"""What the weights tell by themselves as they go by: numbers that no trained model has, layers of two models.
+"""Faults found in the weights alone: numbers that no trained model has, and layers of two models.
 
-All layers read and write one residual stream, so a matrix gives the stream's channels much the same weight as
-that of the next layer does. Between layers of two models none does. Measured, of the seven the most alike:
-0.79 and more within trained models, 0.1 across two.
+All layers read and write one residual stream. A matrix therefore weighs the channels of the stream much like
+the same matrix of the next layer does. Matrices of two models do not. Measured is the correlation of the most
+similar of the seven matrices: 0.79 and more within trained models, 0.1 across two.
 """
 
 from itertools import pairwise
@@ -11,19 +11,21 @@ import numpy as np
 
 from ..backend.formats import StoredTensor
 
-ALIKE = 0.4  # correlation of what two layers give the channels, below which they are of two models
-LONELY = 8.0  # no norm weight is so many times as large as the second largest: trained ones reach 2
-HUGE = 1000.0  # nor a matrix's row as its median row
-HOLE = 0.25  # of a matrix's rows: so many are zero only where a file was never filled
-# A channel's norm weights, in medians of their vectors, are nearly the same in the next layers: where both of
-# those are above LEAST, none is below zero and as large, or below TINY, in trained models.
+ALIKE = 0.4  # the correlation of two layers' channel weights; below it they are of two models
+LONELY = 8.0  # the largest norm weight divided by the second largest; trained models reach 2
+HUGE = 1000.0  # the length of a matrix's longest row divided by that of its median row
+HOLE = 0.25  # the share of a matrix's rows that are zero; a file that is incomplete has more
+# A channel's norm weight hardly changes from layer to layer, if it is divided by the median of its vector.
+# Take a channel whose weights in the layers before and after are above LEAST, and within a factor of
+# AS_LARGE. Trained models never have a weight between them that is as large but negative, or smaller than
+# TINY times as large.
 LEAST, TINY, AS_LARGE = 0.03, 2.0**-12, 2.0
-ONES = 64  # so many others must agree before one number is called odd
+ONES = 64  # the shortest vector in which one number can be called odd
 BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
 class Census:
-    """Looks at every weight as it goes by (`look`), and keeps what it found wrong in `findings`."""
+    """Checks each weight (`look`), and keeps the faults in `findings`."""
 
     def __init__(self, weights: dict[str, StoredTensor]):
         self.stored, self.findings = weights, list[str]()
@@ -57,13 +59,13 @@ class Census:
         self.profiles.setdefault(name, {})[layer] = np.log(np.maximum(rows if writes else columns, 1e-30))
 
     def end(self) -> None:
-        """Look at the norms, each beside those of the next layers, when all have been seen."""
+        """Compare each norm with those of the layers before and after, when `look` has had all of them."""
         for name, vectors in self.norms.items():
             for layer, vector in vectors.items():
                 full = f"{name}.weight" if layer is None else f"layers.{layer}.{name}.weight"
-                beside = () if layer is None else (layer - 1, layer + 1)
-                near = [vectors[i] for i in beside if i in vectors]
-                with np.errstate(all="ignore"):  # of numbers beyond all measure
+                neighbours = () if layer is None else (layer - 1, layer + 1)
+                near = [vectors[i] for i in neighbours if i in vectors]
+                with np.errstate(all="ignore"):  # a damaged number may overflow
                     found = odd_one(vector, near) or odd_bits(vector)
                 if found is not None:
                     at, why = found
@@ -71,15 +73,15 @@ class Census:
                     self.findings.append(what + bit_at(self.stored[full], (at,), np.median(np.abs(vector))))
 
     def breaks(self) -> list[int]:
-        """The layers that are not of one model with the layer before them; [] where that cannot be told."""
+        """The layers that are not of the same model as the layer before; [] if most of them are unlike it."""
         kinds = list(self.profiles.values())
         n = max((max(kind) for kind in kinds), default=0) + 1
         alike = [max(_alike(kind.get(i - 1), kind.get(i)) for kind in kinds) for i in range(1, n)]
         found = [i for i, likeness in enumerate(alike, 1) if likeness < ALIKE]
-        return found if len(found) <= len(alike) // 2 else []  # of random weights no two layers are alike
+        return found if len(found) <= len(alike) // 2 else []  # layers of random weights are all unlike
 
     def runs(self) -> list[range]:
-        """The layers that seem to be of another model: all but the longest run between two breaks."""
+        """The runs of layers between two breaks, without the longest: the others may be of another model."""
         if not (found := self.breaks()):
             return []
         n = max(max(kind) for kind in self.profiles.values()) + 1
@@ -95,8 +97,7 @@ def _alike(a: np.ndarray | None, b: np.ndarray | None) -> float:
 
 
 def odd_one(vector: np.ndarray, near: list[np.ndarray]) -> tuple[int, str] | None:
-    """-> where a vector of norm weights has one that no training makes, and why. `near`: those of the layers
-    before and behind."""
+    """-> the place of a norm weight that no training makes, and why. `near`: the layers before and after."""
     if len(vector) < ONES:
         return None
     sizes = np.abs(vector)
@@ -106,14 +107,14 @@ def odd_one(vector: np.ndarray, near: list[np.ndarray]) -> tuple[int, str] | Non
         return at, f"the largest of the others {second:.6g}"
     if len(near) < 2 or not median:
         return None
-    before, behind = (x / np.median(np.abs(x)) for x in near)
-    lower, higher = np.minimum(before, behind), np.maximum(before, behind)
+    before, after = (x / np.median(np.abs(x)) for x in near)
+    lower, higher = np.minimum(before, after), np.maximum(before, after)
     agree = (lower > LEAST) & (higher < AS_LARGE * lower)
     size = sizes / median
     alike = agree & (size < AS_LARGE * higher) & (size > lower / AS_LARGE)
     for odd, why in [
-        (alike & (vector < 0), "above zero and as large in the layers before and behind"),
-        (agree & (size < TINY * lower), "far larger in the layers before and behind"),
+        (alike & (vector < 0), "above zero and as large in the layers before and after"),
+        (agree & (size < TINY * lower), "far larger in the layers before and after"),
     ]:
         if odd.sum() == 1:
             return int(odd.argmax()), why
@@ -121,7 +122,7 @@ def odd_one(vector: np.ndarray, near: list[np.ndarray]) -> tuple[int, str] | Non
 
 
 def odd_bits(vector: np.ndarray) -> tuple[int, str] | None:
-    """-> where a vector of bfloat16 or float16 numbers, stored in float32, has one that is neither."""
+    """-> the only number that is no bfloat16 (or float16) in a float32 vector of them, and why."""
     bits = np.ascontiguousarray(vector, np.float32).view(np.uint32)
     for name, zeros in (("bfloat16", 16), ("float16", 13)):
         odd = np.flatnonzero(bits & ((1 << zeros) - 1))
@@ -135,7 +136,7 @@ def odd_bits(vector: np.ndarray) -> tuple[int, str] | None:
 
 
 def bit_at(stored: StoredTensor, at: tuple[int, ...], usual: float = 1.0) -> str:
-    """Which one bit makes a number what it is, where flipping it back makes a usual one; or nothing."""
+    """The bit that makes a number of usual size when it is flipped back; "" if there is none."""
     if stored.format.name not in BITS or (len(at) > 1 and stored.row_order is not None):
         return ""
     row = stored.data[at[0]] if len(at) > 1 else stored.data

@@ -261,7 +261,7 @@ def tiny(tmp_path_factory) -> Path:
 def test_of_an_untrained_model_nothing_is_said(tiny, capsys):
     assert cli.main(["verify", "-m", str(tiny)]) == 0
     out, _ = capsys.readouterr()
-    assert "the sample text says nothing" in out and out.endswith("verdict: nothing wrong found\n")
+    assert "the sample text shows nothing" in out and out.endswith("verdict: nothing wrong found\n")
 
 
 @pytest.mark.parametrize("operation", ["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"])
@@ -519,11 +519,11 @@ def test_weights_in_the_wrong_place_are_named(format, tmp_path):
 
     faults, _ = compared(tmp_path, format, change)
     assert faults == [
-        "attention.wo of layer 0: what the reference has as layers.2.attention.wo.weight",
+        "attention.wo of layer 0: the reference has these weights as layers.2.attention.wo.weight",
         "attention.wq of layer 1: the rows are in another order",
         "feed_forward.w_gate, feed_forward.w_up of layer 1: exchanged with each other (w1 and w3)",
         "attention.wv of layer 2: not the weights of this model",
-        "attention.wo of layer 2: what the reference has as layers.0.attention.wo.weight",
+        "attention.wo of layer 2: the reference has these weights as layers.0.attention.wo.weight",
     ]
 
 

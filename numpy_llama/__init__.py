@@ -8,12 +8,12 @@ print(llama.chat([{"role": "user", "content": "What is the capital of France?"}]
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # type checkers know better; to import `typing` would take longer than all of this
+TYPE_CHECKING = False  # type checkers take it as true; `import typing` would take longer than this whole file
 
 __version__ = "0.1.0"
 
-# A name is imported when it is first asked for (PEP 562), so that the command line can begin, and end at
-# Ctrl-C, before NumPy and all the others are there.
+# A name is imported at its first use (PEP 562). So the command line can start, and Ctrl-C can end it, before
+# NumPy is imported.
 _HOME = {
     "ChatTemplate": "text.chat",
     "Completion": "generation.transcript",
@@ -35,7 +35,7 @@ _HOME = {
 }
 __all__ = [*_HOME]
 
-if TYPE_CHECKING:  # the same, for those who read and do not run
+if TYPE_CHECKING:  # the same names for programs that read this file without running it
     from .cache import KVCache as KVCache
     from .checkpoint.download import pull as pull
     from .config import ModelArgs as ModelArgs

@@ -1,4 +1,4 @@
-"""`numpy-llama` and `python -m numpy_llama`: the command line, from its first import on."""
+"""`numpy-llama` and `python -m numpy_llama`: the start of the command line."""
 
 import os
 import signal
@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> int:
-    """Until all is imported Ctrl-C ends the program where it stands: no import can swallow or report it."""
+    """During the imports Ctrl-C ends the program at once, so that no import can catch or report it."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not where we were started to ignore it
+    if usual is signal.default_int_handler:  # another handler, or none, was the caller's choice
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     from . import cli
 

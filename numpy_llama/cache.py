@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the positions already seen, so that none is computed twice.
+"""The KV cache: keys and values of all positions so far, so that none is computed twice.
 
 The caller owns it and the model keeps no state: two conversations are two caches and one model.
 """
@@ -14,14 +14,14 @@ MAX_BATCH = 1 << 20
 class KVCache:
     """Room for `max_seq_len` positions of `batch` sequences: 2 * n_layers * K * Dh numbers each.
 
-    In float16 it takes half the memory, and half the time to read; what float16 cannot hold is refused.
+    In float16 it takes half the memory, and half the time to read. A number beyond float16 is an error.
     """
 
     def __init__(self, args: ModelArgs, batch: int, max_seq_len: int, dtype=np.float32):
         check_kind("args", args, ModelArgs, "a ModelArgs")
         check_whole("max_seq_len", max_seq_len, 1, args.max_seq_len)
         check_whole("batch", batch, 0, MAX_BATCH)
-        # One head's positions lie side by side: attention reads them as one stream.
+        # The positions of one head are contiguous, because attention reads them one after another.
         shape = (args.n_layers, batch, args.n_kv_heads, max_seq_len, args.head_dim)
         self.k = np.empty(shape, dtype)
         self.v = np.empty(shape, dtype)
@@ -34,7 +34,7 @@ class KVCache:
         self.filled[layer] = start_pos  # until all are stored: an interrupted update leaves no mixture
         k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
         try:
-            with np.errstate(over="raise"):  # not an infinity: its score may be -inf, and so count nothing
+            with np.errstate(over="raise"):  # an infinite key may have no effect, with a score of -inf
                 k[:, start_pos:end], v[:, start_pos:end] = xk, xv
         except FloatingPointError:
             raise NumericsError(
@@ -46,7 +46,7 @@ class KVCache:
         return k[:, :end], v[:, :end]
 
     def check(self, layer, start_pos, B, T):
-        """Where T new positions of B sequences at start_pos end; an error if they have no place there."""
+        """The end of T new positions at start_pos. It is an error if B sequences have no room there."""
         end = start_pos + T
         if self.batch != B:
             raise ParameterError(f"{B} sequences do not fit a cache for {self.batch}")

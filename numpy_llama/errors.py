@@ -1,7 +1,7 @@
 """Every error that numpy_llama raises on purpose, under one root.
 
 A message names the file, the offset or key, the value found and the value wanted.
-`escape` is for whatever came out of a file: it may hold anything, terminal codes included.
+Text from a file goes through `escape`, because it may contain anything, even terminal codes.
 """
 
 import re
@@ -11,7 +11,7 @@ from numbers import Integral
 class NumpyLlamaError(Exception):
     """The root: `except NumpyLlamaError` catches all of ours and nothing else.
 
-    Its text is one printable line, whatever a file is called.
+    Its text is one printable line, even if a file's name is not printable.
     """
 
     def __str__(self) -> str:
@@ -23,11 +23,11 @@ class FormatError(NumpyLlamaError):
 
 
 class TruncatedError(FormatError):
-    """The file ends before its own header says it should: most often a download that stopped."""
+    """The file is shorter than its header requires: most often a download that stopped."""
 
 
 class UnsafePickleError(FormatError):
-    """A pickled checkpoint asks for more than tensors: to import, to call, to set."""
+    """A pickled checkpoint would import, call or set more than tensors need."""
 
 
 class FileChangedError(NumpyLlamaError):
@@ -35,11 +35,11 @@ class FileChangedError(NumpyLlamaError):
 
 
 class ResourceLimitError(NumpyLlamaError):
-    """A count or a size is larger than the file could hold, than the machine has, or than we agree to."""
+    """A count or a size is larger than the file, the machine's memory, or one of our limits."""
 
 
 class UnsupportedError(NumpyLlamaError):
-    """A well-formed file or a fair request, but not one that this program can run."""
+    """A well-formed file or request that this program cannot run."""
 
 
 class MismatchError(NumpyLlamaError):
@@ -59,7 +59,7 @@ class TemplateError(NumpyLlamaError):
 
 
 class TextError(NumpyLlamaError):
-    """Input text is not what it must be, for example not UTF-8."""
+    """Input text cannot be read, for example because it is not UTF-8."""
 
 
 class ParameterError(NumpyLlamaError, ValueError):
@@ -67,15 +67,15 @@ class ParameterError(NumpyLlamaError, ValueError):
 
 
 class ContextOverflowError(NumpyLlamaError):
-    """More tokens than the context has room for."""
+    """There are more tokens than the context has room for."""
 
 
 class NumericsError(NumpyLlamaError):
-    """NaN or infinity where a finite number must be."""
+    """A number that must be finite is NaN or infinite."""
 
 
 class DownloadError(NumpyLlamaError):
-    """A model could not be fetched, or what came is not what was asked for."""
+    """A model could not be fetched, or the fetched file is another one."""
 
 
 class BuildError(NumpyLlamaError):
@@ -125,7 +125,7 @@ def check_callable(name: str, value: object) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with an escape for whatever a terminal would not show as a character, or would obey."""
+    """`text` with an escape for each character that a terminal does not show or would execute."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""The Python face: a model, its tokenizer and its chat format as one object that speaks text.
+"""The Python interface: a model, its tokenizer and its chat format as one object for text.
 
 llama = load("smollm2-135m-instruct")
 llama.generate("Once upon a time", max_tokens=64).text
@@ -45,7 +45,7 @@ from .text.tokenizer import Tokenizer
 
 Message = dict[str, str]
 
-# This thread's models in the place of others: those with the hooks of inspect/tracing.py.
+# This thread's replacements of models, with the hooks of inspect/tracing.py: the model -> the hooked one.
 STAND_INS: ContextVar[Mapping[Transformer, Transformer]]
 STAND_INS = ContextVar("stand_ins", default=MappingProxyType({}))
 
@@ -59,7 +59,7 @@ def _nothing() -> None:
 
 
 class Llama:
-    """A model that speaks text. It is never changed by use: a conversation lives in its `Session`."""
+    """A model with its tokenizer and chat format. Use never changes it: a `Session` holds a conversation."""
 
     def __init__(
         self,
@@ -69,9 +69,10 @@ class Llama:
         max_context: int | None = None,
         check_unchanged: Callable[[], None] = _nothing,
     ):
-        """`max_context`: the positions that memory has room for, where the model allows more.
+        """`max_context`: the positions that memory has room for, if the model allows more.
 
-        `check_unchanged` is called before each use, and raises where the weights' files were changed.
+        `check_unchanged` is called before each use, and raises an error if the files of the weights were
+        changed.
         """
         check_has("model", model, "args", "a Transformer")
         check_has("tokenizer", tokenizer, "vocab_size", "a Tokenizer")
@@ -85,7 +86,7 @@ class Llama:
 
     @property
     def model(self) -> Transformer:
-        """The model; within a block of `trace` or `edit`, in the block's thread, the same with hooks."""
+        """The model. In the thread of a block of `trace` or `edit`, it is the model with hooks."""
         return STAND_INS.get().get(self._model, self._model)
 
     @model.setter
@@ -93,7 +94,7 @@ class Llama:
         self._model = model
 
     def new_session(self, max_seq_len: int | None = None) -> Session:
-        """Room for one conversation: the whole context of the model, or what memory has room for."""
+        """A session for one conversation. Its context is the model's, or as much as fits into memory."""
         if max_seq_len is not None:
             check_whole("max_seq_len", max_seq_len, 1, self.model.args.max_seq_len)
         if max_seq_len is not None and self.max_context < max_seq_len:
@@ -111,26 +112,27 @@ class Llama:
         return finish(self.stream_chat(messages, **options))
 
     def stream(self, prompt: str | Sequence[int], *, special: bool = False, **options) -> Iterator[Piece]:
-        """Like `generate`, piece by piece as they are made.
+        """Like `generate`, one piece at a time.
 
-        special: names of control tokens in the prompt are those tokens, as in `Tokenizer.encode`.
+        special: names of control tokens in the prompt become those tokens, as in `Tokenizer.encode`.
         max_tokens: default None, until an end token or the end of the context. stop: texts to end before.
-        session: a `Session` to go on in. on_prefill(done, total): hears how far the prompt is read.
-        And those of `Sampler`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
+        session: a `Session` to continue. on_prefill(done, total): called as the prompt is computed.
+        The options of `Sampler` too: temperature, top_k, top_p, min_p, repetition_penalty, seed.
         """
         return self._stream(self._encode(prompt, special), at_start=False, **options)
 
     def stream_chat(self, messages: Sequence[Message], **options) -> Iterator[Piece]:
-        """Like `chat`, piece by piece. The options are those of `stream`."""
+        """Like `chat`, one piece at a time. The options are those of `stream`."""
         return self._stream(self.encode_chat(messages), at_start=True, **options)
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[Completion]:
         """Continue several texts, or lists of ids, at once: faster than one after another.
 
-        The options are those of `stream` but `session` and `on_prefill`. Each prompt is continued as it is
-        alone, with chances of its own from the same seed (so equal prompts become equal texts). In exact mode
-        the kernels give it the same bits as alone; else its logits move by the rounding of activations to 14
-        bits, and its ids may part where two are nearly as likely.
+        The options are those of `stream`, without `session` and `on_prefill`. Each prompt is continued as if
+        it were alone, with its own random numbers from the same seed. So equal prompts get equal texts. In
+        exact mode the kernels give each prompt the same bits as alone. The default mode rounds activations to
+        14 bits. That changes the logits a little, and a text may differ where two tokens are nearly as
+        likely.
         """
         check_iterable("prompts", prompts, "a list of texts or of lists of ids")
         if isinstance(prompts, str | bytes):
@@ -138,18 +140,18 @@ class Llama:
         return self._batch(prompts, self._encode, at_start=False, **options)
 
     def chat_batch(self, conversations: Sequence[Sequence[Message]], **options) -> list[Completion]:
-        """The assistant's next message in each of several conversations, as `generate_batch`."""
+        """The assistant's next message in each of several conversations. See `generate_batch`."""
         check_iterable("conversations", conversations, "a list of lists of messages")
         return self._batch(conversations, self.encode_chat, at_start=True, **options)
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation in the model's own format; no text in it becomes a control token."""
+        """The ids of a conversation in the model's own format. Text in it never becomes a control token."""
         if self.chat_format is None:
             raise TemplateError("this model has no chat template; `generate` continues plain text with it")
         return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt)
 
     def _encode(self, prompt: str | Sequence[int], special: bool = False) -> list[int]:
-        """The ids of a prompt, which may be ids already."""
+        """The ids of a prompt. A list of ids is only checked."""
         is_array = isinstance(prompt, np.ndarray) and prompt.ndim > 0
         if not (is_array or isinstance(prompt, str | bytes | Sequence)):
             found = escape(prompt, 60)
@@ -164,7 +166,7 @@ class Llama:
         return [int(i) for i in prompt]
 
     def _room(self, prompt: list[int], max_tokens: int | None) -> int:
-        """The positions that this prompt and its answer may take."""
+        """The positions for this prompt and its answer."""
         if max_tokens is None:
             return self.max_context
         if not _is_whole(max_tokens):
@@ -174,7 +176,7 @@ class Llama:
         return min(self.max_context, len(prompt) + max(max_tokens, 1))
 
     def _limits(self, max_tokens: int | None) -> dict:
-        """What ends a generation: the options of `Request`."""
+        """The options of `Request` that end a generation."""
         tokenizer = self.tokenizer
         return {"max_tokens": max_tokens, "stop_ids": tokenizer.eos_ids, "vocab_size": tokenizer.n_used}
 
@@ -240,11 +242,11 @@ class Llama:
             transcripts[i].push(token)
             if transcripts[i].stopped:
                 sequences[i].stop()
-        told = zip(transcripts, encoded, sequences, strict=True)
-        return [cast(Completion, t.finish(prompt, s.reason).completion) for t, prompt, s in told]
+        ended = zip(transcripts, encoded, sequences, strict=True)
+        return [cast(Completion, t.finish(prompt, s.reason).completion) for t, prompt, s in ended]
 
     def _check_memory(self, rooms: Sequence[int]) -> None:
-        """ResourceLimitError unless there is memory for KV caches of so many positions."""
+        """ResourceLimitError unless there is memory for KV caches of these sizes in positions."""
         one = self.model.new_cache(batch=1, max_seq_len=1)
         nbytes, available = sum(rooms) * (one.k.nbytes + one.v.nbytes), available_memory()
         if nbytes > available:
@@ -255,7 +257,7 @@ class Llama:
 
 
 def _is_whole(number: object) -> bool:
-    return type(number) is int or isinstance(number, np.integer)  # True is an int too, but no number
+    return type(number) is int or isinstance(number, np.integer)  # not True, which is an instance of int
 
 
 def finish(stream: Iterable[Piece]) -> Completion:
@@ -273,15 +275,16 @@ def load(
     exact: bool = False,
     max_seq_len: int | None = None,
 ) -> Llama:
-    """Load a model from a file, a folder, or by a name that `pull` knows (fetched on first use).
+    """Load a model from a file, a folder, or by a name of `pull`, which is fetched on first use.
 
-    dtype: None keeps the weights as they are stored; numpy.float32 or numpy.float64 (backend "numpy" only)
+    dtype: None keeps the weights as they are stored. numpy.float32, or numpy.float64 with backend "numpy",
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
-    exact: the C kernels multiply float32 numbers as they are and keep a cache of float32, for reference work;
-    else activations are quantized to 14 bits, which is faster. NumPy's path is always exact.
-    max_seq_len: the context, where it is to be smaller than the file's; with a dynamic RoPE scaling it may be
-    larger. Its size chooses between LongRoPE's two sets of angles (`numpy-llama info` prints which).
-    What does not fit into memory is refused before it is begun. progress(what, done, total) counts bytes.
+    exact: the C kernels use unrounded float32 activations and a float32 cache, for reference work. The default
+    quantizes activations to 14 bits, which is faster. The NumPy backend is always exact.
+    max_seq_len: a context smaller than the file's; with a dynamic RoPE scaling it may be larger. Its size
+    chooses between LongRoPE's two sets of angles (`numpy-llama info` prints which).
+    progress(what, done, total): called with counts of bytes. A model that does not fit into memory is a
+    ResourceLimitError before loading begins.
     """
     check_options(dtype, backend)
     progress = checked_progress(progress)
@@ -293,7 +296,7 @@ def load(
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
-    with suppress(BuildError):  # without the extension NumPy's path does without a watch too
+    with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
         opened.watch()
     transformer = build(args, weights, dtype, backend, threads, progress, exact)
     room = plan.context_within(available)
@@ -301,7 +304,7 @@ def load(
 
 
 def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
-    """The same model with another context: a smaller one, or with a dynamic RoPE scaling any."""
+    """The same model with a smaller context, or with any context if its RoPE scaling is dynamic."""
     most, scaling = args.max_seq_len, args.rope_scaling
     if isinstance(scaling, DynamicScaling) and most >= scaling.original_max_seq_len:
         most = LIMITS["max_seq_len"]
@@ -312,5 +315,5 @@ def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Only the tokenizer: of a model, or of a file or folder that holds nothing else."""
+    """Only the tokenizer, from a model, or from a file or folder without weights."""
     return checkpoint.load_tokenizer(locate(path))

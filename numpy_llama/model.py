@@ -1,8 +1,8 @@
 """LLaMA 1, 2 and 3: the whole model, in the order of the forward pass read from the bottom up.
 
-What this file promises: it reads like the papers, holds no state between calls, and never asks
-what its arrays are made of. The two inner loops, `linear` and `attention`, are handed to it when
-it is built: those of functional.py are the definition, others compute the same thing faster.
+What this file promises: it reads like the papers, holds no state between calls, and never tests
+the type of its arrays. The two inner loops, `linear` and `attention`, are arguments of the model:
+those of functional.py are the definition, and others compute the same results faster.
 
     tokens -> tok_embeddings -> n_layers x (attention, feed_forward) -> norm -> output -> logits
 
@@ -44,7 +44,7 @@ class RMSNorm:
 
 
 class Attention:
-    """Every new position looks back at all positions so far and gathers what it finds relevant."""
+    """Every new position adds up the values of all positions so far, weighted by their relevance to it."""
 
     def __init__(self, args: ModelArgs, layer: int, w: Mapping, linear: Function, attention: Function):
         self.layer, self.head_dim = layer, args.head_dim
@@ -81,7 +81,7 @@ class FeedForward:
 
 
 class TransformerBlock:
-    """One layer: two steps, each adding to the residual stream what it found."""
+    """One layer: two steps, each of which adds its result to the residual stream."""
 
     def __init__(self, args: ModelArgs, layer: int, w: Mapping, linear: Function, attention: Function):
         self.attention = Attention(args, layer, w, linear, attention)
@@ -128,7 +128,7 @@ class Transformer:
         """The residual stream after the last layer, (B, T) -> (B, T, D): all of the model but `logits`.
 
         Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call. Sequences of
-        different lengths go on side by side from B different start_pos, in batch.py's cache.
+        different lengths have B different start_pos, and the cache of batch.py.
         """
         h = F.embedding(np.asarray(tokens), self.tok_embeddings)
         B, T, _ = h.shape
@@ -159,7 +159,7 @@ class Transformer:
 
 
 def _with_part(whole: Any, path: Sequence[str], part: Any) -> Any:
-    """A copy of `whole` with another part at the path; it shares everything that is not on the path."""
+    """A copy of `whole` with another part at the path. All other parts are shared."""
     if not path:
         if callable(whole) and not callable(part):
             raise TypeError

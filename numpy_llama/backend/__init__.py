@@ -1,7 +1,7 @@
-"""What a model computes with: functional.py in NumPy, or the C kernels that tests hold equal to it.
+"""The backends: functional.py in NumPy, and the C kernels that tests hold equal to it.
 
 kernels.py         the C twins of `linear` and `attention`, and the weights they take
-fused.py           a whole block in one C call
+fused.py           a whole transformer block in one C call
 interruptible.py   NumPy's `linear` and `attention` in short calls, for Ctrl-C
 formats.py         the weight formats, read and written in NumPy
 limits.py          the CPUs and threads that this process may use
@@ -43,7 +43,7 @@ def build(
 ) -> Transformer:
     """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
 
-    Weights stay where they lie in the file if the backend can use them so. `progress` counts the bytes of
+    Weights are used in place, in the mapped file, if the backend can do so. `progress` counts the bytes of
     the others.
     """
     check_options(dtype, backend)
@@ -53,7 +53,7 @@ def build(
     if dtype is not None and np.dtype(dtype) == np.float64:
         raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
 
-    from .fused import fuse  # only here: NumPy's path runs without the C extension
+    from .fused import fuse  # imported here, because the NumPy backend runs without the C extension
     from .kernels import Kernels, KernelWeight
 
     def pack(w: StoredTensor) -> np.ndarray | KernelWeight:
@@ -67,7 +67,7 @@ def build(
 
 
 def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:
-    """Make something of every weight, and of one that has two names only once: a tied embedding."""
+    """Apply `make` to every weight, once to a weight with two names: a tied embedding."""
     different = {id(w): w for w in weights.values()}
     total, done, made = sum(w.nbytes for w in different.values()), 0, {}
     for key, w in different.items():
@@ -79,5 +79,5 @@ def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progres
 
 
 def cache_dtype(backend: str, dtype, exact: bool):
-    """What keys and values are kept in: half of float32 where only the C kernels read them."""
+    """The dtype of the KV cache: float16 if only the C kernels read it."""
     return np.float16 if backend == "c" and dtype is None and not exact else dtype or np.float32

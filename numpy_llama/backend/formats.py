@@ -1,7 +1,7 @@
-"""Weights as they are stored: the formats, and what each one means in NumPy.
+"""Weights as they are stored: the formats, and their definitions in NumPy.
 
-A block format cuts each row into blocks of 32 weights and stores for each block a float16 scale `d` (and,
-in Q4_1 and Q5_1, a float16 minimum `m`) and small whole numbers `q`:
+A block format cuts each row into blocks of 32 weights. For each block it stores a float16 scale `d` and small
+whole numbers `q`; Q4_1 and Q5_1 also store a float16 minimum `m`:
 
     format   bytes a block                                             value
     Q8_0     d, 32 signed bytes                                        d * q
@@ -12,8 +12,9 @@ in Q4_1 and Q5_1, a float16 minimum `m`) and small whole numbers `q`:
 
 Byte i holds weight i in its low half and weight i + 16 in its high half; bit i of 32 belongs to weight i.
 
-A K format has blocks of 256 weights, cut again into sub-blocks of 32 (in Q6_K of 16). The float16 scales of
-a block, `d` and `dmin`, are shared by all of it; each sub-block has small whole numbers `sc` and `m` beside:
+A K format has blocks of 256 weights, cut again into sub-blocks of 32 (in Q6_K of 16). A block has one pair of
+float16 scales, `d` and `dmin` (in Q6_K only `d`). A sub-block has small whole numbers `sc` and `m` (Q6_K:
+`sc`):
 
     format   bytes a block                                             value
     Q4_K     d, dmin, 12 bytes of 6-bit sc and m, 128 bytes (4 bits)   d * sc * q - dmin * m
@@ -24,12 +25,12 @@ a block, `d` and `dmin`, are shared by all of it; each sub-block has small whole
                  of the 32 bytes of fifth bits, byte i holds those of weights i, i + 32, ... i + 224
     Q6_K         64 bytes hold 128 weights: byte i weight i in its low half, weight i + 64 in its high half;
                  of the upper bits, 32 bytes a 128 weights, byte i holds those of i, i + 32, i + 64, i + 96
-    sc and m     sub-blocks 0..3 have 6 bits of a byte each, and lend the other 2 to sub-blocks 4..7:
+    sc and m     sub-blocks 0..3 take 6 bits of a byte each, and the other 2 belong to sub-blocks 4..7:
                      byte j          sc[j + 4] bits 54, sc[j] bits 543210          j = 0..3
                      byte j + 4       m[j + 4] bits 54,  m[j] bits 543210
                      byte j + 8       m[j + 4] bits 3210, sc[j + 4] bits 3210
 
-The layouts are ggml's (ggml-common.h), so that a GGUF file is used where it lies.
+The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used in place.
 """
 
 import math
@@ -41,10 +42,10 @@ import numpy as np
 from ..errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
-QK_K = 256  # and in a block of a K format
-X_MAX = np.float32(8191)  # of a quantized activation
-WEIGHTS_AT_ONCE = 1 << 20  # that `dequantize` unpacks
-MAX_F16 = 65504  # with weights up to here, every format's d and m are finite
+QK_K = 256  # weights in a block of a K format
+X_MAX = np.float32(8191)  # the largest quantized activation, a whole number of 14 bits
+WEIGHTS_AT_ONCE = 1 << 20  # weights that `dequantize` unpacks at a time
+MAX_F16 = 65504  # if no weight is larger, d and m are finite in every format
 
 
 def dequantize_f32(rows):
@@ -115,7 +116,7 @@ def dequantize_q6_k(rows):
 
 
 def _scaled(blocks, q):
-    """(d * sc) * q - dmin * m: heads of Q4_K or Q5_K, (blocks, 256) numbers -> (blocks, 8, 32)."""
+    """(d * sc) * q - dmin * m: Q4_K or Q5_K blocks and their numbers q -> (blocks, 8, 32)."""
     low, middle, high = np.split(blocks[:, 4:16], 3, axis=-1)
     sc = np.concatenate([low & 63, high & 15 | low >> 6 << 4], axis=-1)
     m = np.concatenate([middle & 63, high >> 4 | middle >> 6 << 4], axis=-1)
@@ -182,7 +183,7 @@ def quantize_q4_1(x):
 
 
 def quantize_q5_0(x):
-    """As Q4_0 with twice as many steps: d = x_max / -16."""
+    """Q4_0 with twice as many steps: d = x_max / -16."""
     x = x.reshape(len(x), -1, QK)
     extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
     d = extreme / np.float32(-16)
@@ -191,7 +192,7 @@ def quantize_q5_0(x):
 
 
 def quantize_q5_1(x):
-    """As Q4_1 with twice as many steps: d = (max - min) / 31, m = min."""
+    """Q4_1 with twice as many steps: d = (max - min) / 31, m = min."""
     x = x.reshape(len(x), -1, QK)
     m = x.min(axis=-1, keepdims=True)
     d = (x.max(axis=-1, keepdims=True) - m) / np.float32(31)
@@ -200,7 +201,7 @@ def quantize_q5_1(x):
 
 
 def quantize_activations(x, block):
-    """x rounded to 14 bits: whole numbers of -8191..8191 times one scale for each `block` of a row.
+    """x rounded to 14 bits: whole numbers of -8191..8191, with one scale for each `block` of a row.
 
     csrc/quantized_activations.c rounds activations in this way: in blocks of 32, for K formats of 256.
     """
@@ -212,7 +213,7 @@ def quantize_activations(x, block):
 
 
 def _inverse(d):
-    """1 / d, or 0 where that is infinite: there d is 0 as a float16, and so is every weight."""
+    """1 / d, or 0 if that is infinite. Such a d is 0 as a float16, and so is every weight."""
     return np.divide(1, d, out=np.zeros_like(d), where=np.abs(d) > 2.0**-128)
 
 
@@ -234,14 +235,14 @@ def _blocks(parts):
 
 @dataclass(frozen=True)
 class Format:
-    """How a row of weights is stored: `block_bytes` bytes hold `block` weights."""
+    """The storage of a row of weights: `block_bytes` bytes hold `block` weights."""
 
     name: str
     code: int  # ggml's number of the type, in GGUF files and in csrc/kernels.h
     block: int
     block_bytes: int
     dequantize: Callable  # (rows, bytes a row) uint8 -> (rows, weights a row) float32
-    quantize: Callable | None = None  # and back; None: this format is read only
+    quantize: Callable | None = None  # the way back; None for a format that is only read
 
     def row_bytes(self, n: int) -> int:
         """Bytes that a row of n weights takes."""
@@ -267,7 +268,7 @@ FORMATS = {
 
 
 class InPlace:
-    """What uses memory where it lies, of a file or of C: a copy of it is itself, and no pickle holds it."""
+    """An object that uses memory in place, of a file or of C. Its copy is itself, and it cannot be pickled."""
 
     def __copy__(self):
         return self
@@ -277,18 +278,17 @@ class InPlace:
 
     def __reduce__(self):
         raise UnsupportedError(
-            "a model is not pickled, for its weights are used where they lie in the file; "
-            "load it in each process: they share the file's memory"
+            "a model cannot be pickled, because its weights are used in place, in the mapped file; "
+            "load it in each process: the processes share the file's memory"
         )
 
 
 class StoredTensor(InPlace):
     """A weight (OUT, IN), or a vector (IN,), in the bytes in which it was stored.
 
-    `data` holds those bytes, or is a function that makes them whenever they are asked for: of a weight whose
-    parts lie in several files, or in a format that nobody here computes with. `row_order` tells where row i
-    lies, when that is not place i. Indexing gives rows in float32, so that an embedding table is used where
-    it lies.
+    `data` is those bytes, or a function that makes them at each use. A function is needed for a weight in
+    several files, or in a format without kernels. `row_order[i]` is the place of row i, if rows are stored in
+    another order. Indexing gives rows in float32, so an embedding table is used in place.
     """
 
     def __init__(
@@ -306,7 +306,7 @@ class StoredTensor(InPlace):
 
     @property
     def data(self) -> np.ndarray:
-        """The bytes, (OUT, bytes a row), rows in the order in which they lie."""
+        """The bytes, (OUT, bytes a row), with the rows in their stored order."""
         if not callable(self._data):
             return self._data
         return self._data().reshape(*self.shape[:-1], self.format.row_bytes(self.shape[-1]))
@@ -317,7 +317,7 @@ class StoredTensor(InPlace):
 
     @property
     def in_place(self) -> bool:
-        """Whether the bytes lie somewhere already, so that using them takes no memory of its own."""
+        """Whether the bytes exist already, in a mapped file or an array. Their use needs no more memory."""
         return not callable(self._data)
 
     def realize(self) -> "StoredTensor":
@@ -336,10 +336,10 @@ class StoredTensor(InPlace):
         return self.format.dequantize(rows).reshape(*picked.shape[:-1], self.shape[-1])
 
     def dequantize(self, dtype=np.float32):
-        """The whole tensor as an ordinary array: where it lies, if it is one already."""
+        """The whole tensor as an ordinary array. A float32 tensor is not copied."""
         if len(self.shape) == 1 or (self.format.name == "F32" and self.row_order is None):
             return self[...].astype(dtype, copy=False)
-        # Some rows at a time: Ctrl-C is heard between two calls of NumPy, and what is on the way stays small.
+        # Some rows at a time: Ctrl-C can act between two calls of NumPy, and temporary arrays stay small.
         whole, out = self.realize(), np.empty(self.shape, dtype)
         rows = max(1, WEIGHTS_AT_ONCE // math.prod(self.shape[1:]))
         for begin in range(0, len(self), rows):
@@ -348,7 +348,7 @@ class StoredTensor(InPlace):
 
     @classmethod
     def quantize(cls, x: np.ndarray, format: Format | str) -> "StoredTensor":
-        """Store x (OUT, IN) in `format`; what is lost is what the format cannot hold."""
+        """Store x (OUT, IN) in `format`, rounded to the numbers that it can hold."""
         if isinstance(format, str):
             if format not in FORMATS:
                 raise UnsupportedError(f"no format {format!r}; there are {', '.join(FORMATS)}")
@@ -356,7 +356,7 @@ class StoredTensor(InPlace):
         if format.quantize is None:
             writable = ", ".join(name for name, f in FORMATS.items() if f.quantize)
             raise UnsupportedError(f"{format.name} can be read but not written; there are {writable}")
-        if format.block > 1 and not (np.abs(x) <= MAX_F16).all():  # nor is a NaN
+        if format.block > 1 and not (np.abs(x) <= MAX_F16).all():  # a NaN fails too
             raise ParameterError(f"NaN or a weight beyond {MAX_F16} cannot be stored in {format.name}")
         x = np.ascontiguousarray(x, np.float32)
         if x.shape[-1] % format.block:

@@ -1,8 +1,8 @@
-"""One C call for a whole block: `TransformerBlock` with the same weights and the same meaning.
+"""One C call for a whole transformer block, with the weights and the results of `TransformerBlock`.
 
-Between two kernels Python costs a small model more time than the kernels take: a token passes 30 layers, and
-each layer makes 20 calls. A block is fused only as long as its parts are the ones that were fused. A block
-with any other part runs its parts, as model.py does.
+In a small model Python takes more time between the kernels than the kernels themselves. A token passes 30
+layers, and each layer makes 20 calls. A block is fused only as long as it has the parts that were fused. A
+block with any other part runs its parts, as model.py does.
 """
 
 from operator import is_
@@ -18,9 +18,9 @@ CACHED = (np.float32, np.float16)
 
 
 class FusedBlock(TransformerBlock):
-    """A TransformerBlock whose call is nl_layer of csrc/layer.c, within the rounding of float32.
+    """A TransformerBlock that calls nl_layer of csrc/layer.c: equal within the rounding of float32.
 
-    It runs its parts instead where `fuses` says so.
+    If `fuses` is false it runs its parts instead.
     """
 
     def __init__(self, block: TransformerBlock, kernels: Kernels, weights: FusedWeights):
@@ -31,7 +31,7 @@ class FusedBlock(TransformerBlock):
         """Whether one C call computes this block: its parts are unchanged, and C can store into the cache."""
         try:
             unchanged = all(map(is_, parts_of(self), self.fused_parts))
-        except AttributeError:  # a foreign part holds something else
+        except AttributeError:  # an exchanged part has other attributes
             return False
         return unchanged and all(
             type(one) is KVCache and one.k.dtype in CACHED for one in getattr(cache, "caches", [cache])
@@ -45,11 +45,11 @@ class FusedBlock(TransformerBlock):
         ends = [one.check(layer, at, one.batch, T) for one, at in zip(caches, starts, strict=True)]
         for one, at in zip(caches, starts, strict=True):
             one.filled[layer] = at  # until all are stored, as in KVCache.update
-        keys = [k for one in caches for k in one.k[layer]]  # of each sequence (K, max_seq_len, Dh)
+        keys = [k for one in caches for k in one.k[layer]]  # one (K, max_seq_len, Dh) for each sequence
         values = [v for one in caches for v in one.v[layer]]
         starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
         y = self.kernels.layer(self.weights, x, starts, freqs_cis, keys, values)
-        if y is None:  # the parts find what float16 cannot hold, and raise an error that names it
+        if y is None:  # a key or value is too large for float16: the parts raise an error that names it
             return super().__call__(x, start_pos, freqs_cis, cache)
         for one, end in zip(caches, ends, strict=True):
             one.filled[layer] = end
@@ -57,7 +57,7 @@ class FusedBlock(TransformerBlock):
 
 
 def parts_of(block: TransformerBlock) -> tuple[Any, ...]:
-    """Everything that nl_layer computes with: the block's parts, and what these hold."""
+    """Everything that nl_layer computes with: the block's parts and their attributes."""
     a, f, norm, ffn_norm = block.attention, block.feed_forward, block.attention_norm, block.ffn_norm
     q, k, v, o, gate, up, down = a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down
     return (
@@ -69,7 +69,7 @@ def parts_of(block: TransformerBlock) -> tuple[Any, ...]:
 
 
 def fuse(model: Transformer, kernels: Kernels) -> Transformer:
-    """The same model with each block as one C call, where the kernels take its sizes."""
+    """The same model with each block as one C call, if the kernels can take its sizes."""
     packed = {f"layers.{i}": (block, fused_weights(block, kernels)) for i, block in enumerate(model.layers)}
     return model.with_parts(
         {name: FusedBlock(block, kernels, weights) for name, (block, weights) in packed.items() if weights}
@@ -77,7 +77,7 @@ def fuse(model: Transformer, kernels: Kernels) -> Transformer:
 
 
 def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | None:
-    """A block's weights as nl_layer takes them; None where it does not take their sizes."""
+    """A block's weights in the form of nl_layer; None if it cannot take their sizes."""
     a, f = block.attention, block.feed_forward
     weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
     norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]

@@ -1,16 +1,18 @@
-"""`linear` and `attention` of functional.py, in calls so short that Ctrl-C is heard between them.
+"""`linear` and `attention` of functional.py, cut into short calls so that Ctrl-C can act between them.
 
-A signal waits until NumPy's call returns. With the shapes of an 8B model, 512 tokens and a long context, one
-call takes from 0.3 s to several. What is small goes through as it is, to the bit.
+Python handles a signal only when NumPy's call returns. With the shapes of an 8B model, 512 tokens and a long
+context, one call takes from 0.3 s to several seconds. A small call is not cut, and its result has the same
+bits.
 """
 
 import numpy as np
 
 from .. import functional as F
 
-# Multiply-adds a call: some 50 ms on two cores. Fewer tokens than 32 wait for the memory as long as 32 do.
+# Multiply-adds a call: about 50 ms on two cores. With fewer than 32 tokens memory is the limit, and a call
+# takes as long as with 32.
 LINEAR_WORK, LEAST_TOKENS = 1 << 32, 32
-ATTENTION_WORK = 1 << 29  # NumPy multiplies one head after the other, and then come mask and softmax
+ATTENTION_WORK = 1 << 29  # less, because NumPy multiplies one head at a time, and mask and softmax follow
 
 
 def linear(x, w):
@@ -23,7 +25,7 @@ def linear(x, w):
 
 
 def attention(q, k, v):
-    """F.attention, some key heads at a time, with the query heads that share them."""
+    """F.attention, some key heads at a time, each with the query heads that share it."""
     (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
     heads = max(1, ATTENTION_WORK * K // max(B * T * S * H * Dh, 1))
     if heads >= K:

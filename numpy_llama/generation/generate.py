@@ -1,4 +1,4 @@
-"""From ids to ids: read the prompt, then choose one token at a time. Knows nothing of text."""
+"""From ids to ids: compute the prompt, then choose one token at a time. No text occurs here."""
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,26 +15,26 @@ PREFILL_CHUNK = 512  # tokens a forward pass: large enough for full speed, small
 
 
 class Session:
-    """A KV cache and the ids whose keys and values it holds: what one conversation owns.
+    """A KV cache and the ids whose keys and values it holds: the memory of one conversation.
 
-    A prompt that begins with those ids is only computed from where it differs.
+    A new prompt is computed only from the first id that differs.
     """
 
     def __init__(self, model: Transformer, max_seq_len: int | None = None):
         check_has("model", model, "new_cache", "a Transformer")
         self.cache = model.new_cache(batch=1, max_seq_len=max_seq_len)
         self.ids: list[int] = []
-        self.user: object = None  # the generation that goes on in it now
+        self.user: object = None  # the request that uses it now
         self._lock = RLock()  # held during a step
 
     def __deepcopy__(self, memo: dict) -> "Session":
-        """A conversation that goes on in two ways."""
-        twin = copy(self)
-        twin.cache, twin.ids = deepcopy(self.cache, memo), list(self.ids)
-        return twin
+        """A second session with the same positions, to continue the conversation in two ways."""
+        other = copy(self)
+        other.cache, other.ids = deepcopy(self.cache, memo), list(self.ids)
+        return other
 
     def __getstate__(self) -> dict:
-        """For a copy or a pickle: the conversation, not whoever uses it now."""
+        """The state of a copy or a pickle: the conversation, without the request that uses it now."""
         return {"cache": self.cache, "ids": self.ids}
 
     def __setstate__(self, state: dict) -> None:
@@ -42,7 +42,7 @@ class Session:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For the time of one step; any other thread that comes meanwhile is refused."""
+        """Hold the session during one step. Another thread gets a ParameterError meanwhile."""
         if not self._lock.acquire(blocking=False):
             raise ParameterError("the session is in use by another thread: each at a time needs its own")
         try:
@@ -51,7 +51,10 @@ class Session:
             self._lock.release()
 
     def keep_prefix_of(self, prompt: Sequence[int]) -> int:
-        """Forget what is no prefix of `prompt`, and at least its last id, whose logits are wanted next."""
+        """Keep the ids that `prompt` begins with, and return their number.
+
+        The last id of `prompt` is never kept, because the next pass computes its logits.
+        """
         same = 0
         while same < min(len(self.ids), len(prompt) - 1) and self.ids[same] == prompt[same]:
             same += 1
@@ -60,9 +63,9 @@ class Session:
 
 
 def forward(model: Transformer, ids: Sequence[int], session: Session) -> np.ndarray:
-    """Compute `ids` behind what the session holds; -> logits (V,) of what comes after the last."""
+    """Compute `ids` after those that the session holds; -> logits (V,) of the next token."""
     start_pos = len(session.ids)
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at here and when sampling
+    with np.errstate(over="ignore", invalid="ignore"):  # checked here, and again when sampling
         h = model.hidden(np.array([ids]), start_pos, session.cache)
         check_finite(h[0, -1], model, ids, start_pos, session.cache)
         session.ids.extend(ids)
@@ -70,9 +73,9 @@ def forward(model: Transformer, ids: Sequence[int], session: Session) -> np.ndar
 
 
 def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_pos: int, cache) -> None:
-    """NumericsError if h, which comes of the last of `ids`, is not finite.
+    """NumericsError if h, the residual stream of the last of `ids`, is not finite.
 
-    To say where that begins, the step is done again with a look at what each layer makes of it.
+    The pass then runs a second time with a check after each layer, to name the first layer that fails.
     """
     if np.isfinite(h).all():
         return
@@ -100,11 +103,11 @@ def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_po
 
 
 class Request:
-    """A prompt and what follows it: logits in, the next id out. `reason` tells what ends it, or ended it.
+    """A prompt and its continuation. `choose` takes logits and returns the next id.
 
-    It ends at an id in `stop_ids` (which is not returned): "stop"; or when `max_tokens` are made or the
-    context is full: "length". Ids from `vocab_size` on are never chosen: rows that only pad the embedding, of
-    which no token is told.
+    `reason` is "stop" after an id in `stop_ids`, which is not returned. It is "length" after `max_tokens`
+    ids, or at the end of the context. Ids from `vocab_size` on are never chosen: they have no token, and
+    their rows only pad the embedding.
     """
 
     def __init__(
@@ -125,7 +128,7 @@ class Request:
             )
         self.ids, self.left = list(prompt), room - len(prompt)
         if max_tokens is not None:
-            self.left = min(self.left, max_tokens)  # ids that may yet be made
+            self.left = min(self.left, max_tokens)  # ids that may still follow
         self.sampler, self.rng = sampler, sampler.new_rng()
         self.stop_ids, self.vocab_size, self.reason = stop_ids, vocab_size, "length"
         with session.alone():
@@ -133,7 +136,7 @@ class Request:
 
     @contextmanager
     def step(self) -> Iterator[Session]:
-        """The session, for the time of one step of this generation."""
+        """Hold the session during one step of this request."""
         with self._session.alone():
             if self._session.user is not self:
                 raise ParameterError(
@@ -142,7 +145,7 @@ class Request:
             yield self._session
 
     def choose(self, logits: np.ndarray) -> int | None:
-        """The id that comes next; None where it ends."""
+        """The next id; None at the end."""
         if not self.left:
             return None
         try:
@@ -166,7 +169,7 @@ def prefill(
     request: Request,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Read the prompt, as far as its session does not hold it yet; -> logits (V,) of what comes next."""
+    """Compute the prompt, without the prefix that its session holds; -> logits (V,) of the next token."""
     prompt = request.ids
     with request.step() as session:
         for begin in range(session.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
@@ -185,9 +188,9 @@ def generate(
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
     **options,
 ) -> Generator[int, None, str]:
-    """Yield new ids until it ends: -> the reason. The options are those of `Request`.
+    """Yield the new ids, and return the reason of the end. The options are those of `Request`.
 
-    `on_prefill(done, total)` hears how far the prompt is read.
+    `on_prefill(done, total)` is called before each chunk of the prompt and at its end, with counts of tokens.
     """
     request = Request(prompt, session, sampler, **options)
     logits = prefill(model, request, on_prefill)

@@ -10,7 +10,7 @@ from ..text.tokenizer import StreamDecoder, Tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """What one generation made. `finish_reason` is "stop" (an end token, a stop text) or "length"."""
+    """The result of one request. `finish_reason` is "stop" (an end token or a stop text) or "length"."""
 
     text: str
     tokens: list[int]  # the new ones
@@ -26,7 +26,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """A bit of the stream: whole characters, perhaps none. The last piece carries the completion."""
+    """A piece of the stream: whole characters, perhaps none. The last piece holds the completion."""
 
     text: str
     token: int | None = None
@@ -54,7 +54,7 @@ class StopTexts:
         return certain
 
     def _possible_start(self) -> int:
-        """How much of the end of `held` may be the beginning of a stop text."""
+        """The length of the longest end of `held` that begins a stop text."""
         longest = max((len(s) - 1 for s in self.stop), default=0)
         for n in range(min(longest, len(self.held)), 0, -1):
             if any(s.startswith(self.held[-n:]) for s in self.stop):
@@ -76,7 +76,7 @@ class Transcript:
         return self.stop_texts.found
 
     def push(self, token: int) -> str:
-        """The text that this id makes certain; nothing follows once it is `stopped`."""
+        """The text that is certain after this id. Nothing follows when `stopped` is true."""
         self.last = time.perf_counter()
         if not self.tokens:
             self.first = self.last
@@ -85,7 +85,7 @@ class Transcript:
         return self.texts[-1]
 
     def finish(self, prompt: list[int], reason: str) -> Piece:
-        """What was held back, with the completion. `reason` is why no more ids came."""
+        """The text held back so far, with the completion. `reason`: why the ids ended."""
         text = ""
         if not self.stopped:
             text = self.stop_texts.push(self.decoder.flush())

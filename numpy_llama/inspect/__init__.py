@@ -1,7 +1,7 @@
-"""A look at a model: inside it, at its text, at its speed.
+"""Tools to study a model: its intermediates, its predictions, its speed.
 
-tracing.py      any intermediate by its name, recorded or replaced
-plots.py        the pictures of `numpy-llama attention`
+tracing.py      record or replace any intermediate by its name
+plots.py        the figures of `numpy-llama attention`
 perplexity.py   how well a model predicts a text
-bench.py        tokens a second, and the share of this machine's limits
+bench.py        tokens a second, compared with the limits of this machine
 """

@@ -1,14 +1,14 @@
-"""Tokens a second, beside what this machine can do at best.
+"""Tokens a second, compared with the limits of this machine.
 
-    pp512            read a prompt of 512 tokens, in chunks, as `generate` reads it
-    tg128            make 128 tokens, one after another
-    tg32 b8          the same in 8 sequences at once
-    tg128 @ d4096    the same behind 4096 positions that the cache already holds
+    pp512            prefill of 512 tokens, in the chunks of `generate`
+    tg128            decode of 128 tokens, one after another
+    tg32 b8          decode of 32 tokens in each of 8 sequences at once
+    tg128 @ d4096    decode of 128 tokens after 4096 positions in the cache
 
-To make a token, every weight and all keys and values so far are read once: the read bandwidth is the limit.
-To read a prompt, each weight is multiplied with every token: two operations, and the peak of FMAs is the
-limit of whoever computes in floats. Both limits are measured again beside every run, for on a machine that
-does other work too they change from one second to the next.
+A decode pass reads every weight, and all keys and values so far, once. Its limit is the read bandwidth.
+Prefill multiplies every weight with every token, two operations each. The limit of a float32 kernel is the
+peak of FMAs. Both limits are measured again before each run, because other programs on the machine change
+them.
 """
 
 import math
@@ -27,14 +27,14 @@ from ..errors import BuildError, ContextOverflowError, ResourceLimitError
 from ..generation.generate import PREFILL_CHUNK
 from ..model import Linear, Transformer
 
-READ_BYTES = 1 << 30  # of the weights, by one probe: more than any cache, and over before Ctrl-C is missed
+READ_BYTES = 1 << 30  # of the weights for one probe: more than any cache holds, but soon done
 PAUSE = 0.1  # seconds before a probe: threads of NumPy's BLAS still spin for a while after their last product
-FMA_OPERATIONS = 384 << 22  # by one probe, on each thread: 10 to 200 ms
+FMA_OPERATIONS = 384 << 22  # on each thread, for one probe: 10 to 200 ms
 
 
 @dataclass(frozen=True)
 class Task:
-    """`length` new positions of each of `batch` sequences, behind `depth` old ones: read, or made singly."""
+    """`length` new positions in each of `batch` sequences, after `depth` old ones: prefill or decode."""
 
     kind: str  # "pp" or "tg"
     length: int
@@ -68,10 +68,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task takes, whoever does it: counted, not measured."""
+    """The work of a task, counted and not measured."""
 
-    operations: int  # two for each number of a matrix and token; of the output matrix, one token a step
-    nbytes: int  # of the matrices, once a step, and of the keys and values of all positions so far
+    operations: int  # two for each weight and token; the output matrix takes one token a step
+    nbytes: int  # the matrices, once a step, and the keys and values of all positions so far
 
 
 def cost(model: Transformer, task: Task, kv_per_position: int) -> Cost:
@@ -83,7 +83,7 @@ def cost(model: Transformer, task: Task, kv_per_position: int) -> Cost:
 
 
 def matrices(model: Transformer) -> Iterator[Linear]:
-    """What every token is multiplied with: all weights but the embedding and the norms, the output last."""
+    """Every matrix that tokens are multiplied with, the output last. The embedding is not multiplied."""
     for layer in model.layers:
         a, f = layer.attention, layer.feed_forward
         yield from (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)
@@ -91,12 +91,12 @@ def matrices(model: Transformer) -> Iterator[Linear]:
 
 
 def stored(linear: Linear) -> np.ndarray:
-    """The weight's numbers, or bytes, as this model reads them."""
+    """The array that the model reads: float numbers, or the bytes as stored."""
     return linear.weight if isinstance(linear.weight, np.ndarray) else linear.weight.rows
 
 
 def formats(model: Transformer) -> str:
-    """In which formats the matrices are, that with the most bytes first: "Q4_K+Q6_K"."""
+    """The formats of the matrices, the one with the most bytes first: "Q4_K+Q6_K"."""
     nbytes: Counter[str] = Counter()
     for linear in matrices(model):
         is_array = isinstance(linear.weight, np.ndarray)
@@ -106,17 +106,17 @@ def formats(model: Transformer) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """One task, done once or more, and what the machine could do at that time; NaN where nobody could ask."""
+    """The runs of a task, and the limits of the machine at that time. A limit without a probe is NaN."""
 
     task: Task
     cost: Cost
     seconds: Sequence[float]
-    read_bandwidth: float  # bytes: the median of the probes beside the runs
-    fma_peak: float  # operations, in float32
+    read_bandwidth: float  # bytes a second: the median of the probes before the runs
+    fma_peak: float  # operations a second, in float32
 
     @property
     def rates(self) -> list[float]:
-        """Tokens of each run."""
+        """Tokens a second of each run."""
         return [self.task.batch * self.task.length / seconds for seconds in self.seconds]
 
     @property
@@ -141,7 +141,7 @@ class Result:
 
 
 class Machine:
-    """This machine at its best, with so many threads; default all CPUs. NaN where no kernels are built."""
+    """The limits of this machine with `threads` threads (default: all CPUs). NaN without the C extension."""
 
     def __init__(self, threads: int | None = None):
         try:
@@ -176,7 +176,7 @@ def measure(
     repetitions: int = 5,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
-    """Warm up, then do it that often, and ask the machine each time."""
+    """Warm up, then run the task `repetitions` times. The limits are measured before each run."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, model.args.vocab_size, (task.batch, task.length))
     cache, pieces = filled_cache(model, task, rng), probed(model)
@@ -195,8 +195,10 @@ def measure(
 
 
 def filled_cache(model: Transformer, task: Task, rng: np.random.Generator) -> KVCache:
-    """A cache with room for the task, which holds `depth` positions. What lies there is random: to read it
-    takes as long as to read what a prompt leaves there, and to compute that would take minutes."""
+    """A cache with room for the task, which holds `depth` positions of random numbers.
+
+    Reading them takes as long as reading a prompt's keys and values. Computing those would take minutes.
+    """
     args, cache = model.args, model.new_cache(task.batch, task.depth + task.length)
     kv = rng.standard_normal((task.batch, task.depth, args.n_kv_heads, args.head_dim), dtype=np.float32)
     for layer in range(args.n_layers):
@@ -205,7 +207,7 @@ def filled_cache(model: Transformer, task: Task, rng: np.random.Generator) -> KV
 
 
 def once(model: Transformer, ids: np.ndarray, cache: KVCache, task: Task, steps) -> float:
-    """Seconds for these steps of the task. What the cache holds behind `depth` is forgotten."""
+    """Seconds for these steps of the task. Positions of the cache after `depth` are overwritten."""
     began = time.perf_counter()
     for begin, end in steps:
         h = model.hidden(ids[:, begin - task.depth : end - task.depth], begin, cache)
@@ -214,7 +216,10 @@ def once(model: Transformer, ids: np.ndarray, cache: KVCache, task: Task, steps)
 
 
 def probed(model: Transformer) -> list[np.ndarray]:
-    """Enough of the model's own weights to see the memory behind the caches; all of a smaller model's."""
+    """Weights of READ_BYTES or a little more, so that memory is measured and not a cache.
+
+    A smaller model gives all its weights.
+    """
     pieces: list[np.ndarray] = []
     for linear in matrices(model):
         if sum(piece.nbytes for piece in pieces) < READ_BYTES:

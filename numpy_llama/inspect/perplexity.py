@@ -1,9 +1,9 @@
-"""How well a model foretells a text: the exponential of its mean negative log-likelihood per token.
+"""Perplexity, how well a model predicts a text: the exponential of the mean negative log-likelihood a token.
 
-By llama.cpp's definition, so that the numbers compare. The text is cut into windows of `ctx` tokens that do
-not overlap. Each is read from its own beginning, and only its second half is scored, so that every scored
-token is foretold from ctx / 2 others or more. Where the model wants a BOS, the first token of every window is
-replaced by it. What is left over after the last whole window is not read.
+The definition is llama.cpp's, so that the numbers compare. The text is cut into windows of `ctx` tokens
+without overlap. Each window is computed from its own beginning, and only its second half is scored. So every
+scored token is predicted from more than ctx / 2 tokens. If a model begins texts with BOS, BOS replaces the
+first token of every window. Tokens after the last whole window are left out.
 
     window       x_0 or BOS ... x_ctx/2  |  x_ctx/2+1 ... x_ctx-1: scored, 255 of 512
     nll_i        -log softmax(logits after x_0 ... x_i-1)[x_i]
@@ -22,7 +22,7 @@ from ..errors import NumericsError, ParameterError
 from ..generation.generate import PREFILL_CHUNK
 from ..model import Transformer
 
-LEAST_CTX = 8  # shorter windows would score next to nothing
+LEAST_CTX = 8  # a shorter window would score too few tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Perplexity:
 
 
 def windows(ids: Sequence[int], ctx: int, bos_id: int | None = None) -> list[list[int]]:
-    """The whole windows of a text, each begun by `bos_id` if there is one."""
+    """The whole windows of a text. Each begins with `bos_id`, if one is given."""
     if ctx < LEAST_CTX:
         raise ParameterError(f"ctx is {ctx}, a window has at least {LEAST_CTX} tokens")
     if len(ids) < ctx:
@@ -47,17 +47,17 @@ def windows(ids: Sequence[int], ctx: int, bos_id: int | None = None) -> list[lis
 
 
 def nll(model: Transformer, ids: Sequence[int], first: int, cache: KVCache | None = None) -> np.ndarray:
-    """-log p of each of ids[first:], foretold from all ids before it: -> (len(ids) - first,) float64.
+    """-log p of each of ids[first:], predicted from all ids before it: -> (len(ids) - first,) float64.
 
-    `cache` is written over; without one there is a new one.
+    `cache` is overwritten; the default is a new one.
     """
     if not 0 < first < len(ids):
         raise ParameterError(f"first is {first}, it must lie in 1..{len(ids) - 1}")
     cache = cache or model.new_cache(max_seq_len=len(ids))
     parts = []
     for start in range(0, len(ids) - 1, PREFILL_CHUNK):
-        end = min(start + PREFILL_CHUNK, len(ids) - 1)  # what follows the last is not asked
-        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at below
+        end = min(start + PREFILL_CHUNK, len(ids) - 1)  # nothing is predicted after the last id
+        with np.errstate(over="ignore", invalid="ignore"):  # `losses` checks the logits
             h = model.hidden(np.array([ids[start:end]]), start, cache)
             begin = max(start, first - 1)
             if begin < end:
@@ -78,7 +78,7 @@ def losses(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
 def perplexity(
     model: Transformer, ids: Sequence[int], ctx: int = 512, bos_id: int | None = None, most: int | None = None
 ) -> Iterator[Perplexity]:
-    """The estimate after each window, of `most` windows at most. `bos_id`: of a model that wants a BOS."""
+    """The estimate after each window, up to `most` windows. `bos_id`: if the model begins texts with BOS."""
     n, total, squares = 0, 0.0, 0.0
     cuts, cache = windows(ids, ctx, bos_id)[:most], model.new_cache(max_seq_len=ctx)
     for i, window in enumerate(cuts):

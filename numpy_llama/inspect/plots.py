@@ -1,4 +1,4 @@
-"""Pictures through matplotlib, which is an extra: pip install 'numpy_llama[plot]'."""
+"""Figures, by matplotlib. It is an extra: pip install 'numpy_llama[plot]'."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ INCHES_A_TOKEN = 0.28
 
 
 def attention_map(weights: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """Attention weights (T, T) as squares: a row for each token that looks, a column for each looked at."""
+    """Attention weights (T, T) as squares: a row for each query, a column for each key."""
     side = max(2.5, INCHES_A_TOKEN * len(labels))
     figure = Figure(figsize=(side + 1.2, side + 0.9), layout="constrained")
     axes = figure.subplots()

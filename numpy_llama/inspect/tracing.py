@@ -1,4 +1,4 @@
-"""Looking inside: any intermediate of the forward pass by its name, recorded or replaced.
+"""Record or replace any intermediate of the forward pass by its name.
 
     with trace(llama, "layers.*.attention.weights") as seen:
         llama.generate("The Eiffel Tower is in", max_tokens=1)
@@ -7,9 +7,9 @@
     with edit(llama, "layers.3.attention.heads", without_head_2):
         llama.generate("The Eiffel Tower is in")
 
-The model knows nothing of this. `Transformer.with_parts` puts hooks around the parts that are asked for, in
-a model of its own. `llama.model` is that model within the block, and only in the thread of the block: other
-threads run the model without hooks. A block of the model is one C call as long as no part in it has a hook.
+model.py has no code for this. `Transformer.with_parts` makes a model with hooks around the named parts.
+Within the `with` block, and only in its thread, `llama.model` is that model. Other threads run the model
+without hooks. A transformer block stays one C call as long as no part in it has a hook.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,37 +26,37 @@ from ..errors import MismatchError, ParameterError, check_callable, check_kind
 from ..llama import STAND_INS, Llama
 from ..model import Attention, FeedForward, Linear, RMSNorm, Transformer, TransformerBlock
 
-# Every name there is, in the order of the forward pass, with its shape and what it is.
+# Every name in the order of the forward pass, with its shape and its meaning.
 PLACES = {
     "tok_embeddings": ("B T D", "the tokens' rows of the embedding, where the residual stream begins"),
-    "layers.*.attention_norm": ("B T D", "the stream as attention reads it"),
+    "layers.*.attention_norm": ("B T D", "the normalized stream, the input of attention"),
     "layers.*.attention.wq": ("B T H*Dh", "queries, not yet turned by RoPE"),
     "layers.*.attention.wk": ("B T K*Dh", "keys of the new positions, not yet turned"),
     "layers.*.attention.wv": ("B T K*Dh", "values of the new positions"),
     "layers.*.attention.q": ("B T H Dh", "queries, turned"),
     "layers.*.attention.k": ("B S K Dh", "keys of all positions, turned, as the cache has them"),
     "layers.*.attention.v": ("B S K Dh", "values of all positions, as the cache has them"),
-    "layers.*.attention.scores": ("B H T S", "q k^T / sqrt(Dh), -inf where a query may not look"),
-    "layers.*.attention.weights": ("B H T S", "softmax of the scores: where each query looks"),
-    "layers.*.attention.heads": ("B T H Dh", "what each head gathered: weights times values"),
-    "layers.*.attention": ("B T D", "what attention adds to the stream"),
+    "layers.*.attention.scores": ("B H T S", "q k^T / sqrt(Dh), -inf for later positions"),
+    "layers.*.attention.weights": ("B H T S", "softmax of the scores, the share of each position"),
+    "layers.*.attention.heads": ("B T H Dh", "the result of each head: weights times values"),
+    "layers.*.attention": ("B T D", "attention's update of the stream"),
     "layers.*.h": ("B T D", "the stream between the two steps of a layer"),
-    "layers.*.ffn_norm": ("B T D", "the stream as the FFN reads it"),
+    "layers.*.ffn_norm": ("B T D", "the normalized stream, the input of the FFN"),
     "layers.*.feed_forward.w_gate": ("B T F", "the gate, before silu"),
-    "layers.*.feed_forward.w_up": ("B T F", "what the gate lets through"),
+    "layers.*.feed_forward.w_up": ("B T F", "the numbers that the gate multiplies"),
     "layers.*.feed_forward.swiglu": ("B T F", "silu(gate) * up"),
-    "layers.*.feed_forward": ("B T D", "what the FFN adds to the stream"),
-    "layers.*": ("B T D", "the stream behind a layer"),
-    "norm": ("... D", "the stream as the output reads it"),
+    "layers.*.feed_forward": ("B T D", "the FFN's update of the stream"),
+    "layers.*": ("B T D", "the stream after a layer"),
+    "norm": ("... D", "the normalized stream, the input of the output matrix"),
     "output": ("... V", "logits"),
 }
 Hook = Callable[[str, np.ndarray], np.ndarray]  # (name, array) -> the array that takes its place
 
 
 class Trace(dict[str, np.ndarray]):
-    """What the last forward pass made, by name; `passes` has all of them, each a dict.
+    """The intermediates of the last forward pass by name. `passes` has those of every pass, each a dict.
 
-    `model` is the Transformer that records.
+    `model` is the Transformer with the hooks.
     """
 
     model: Transformer
@@ -66,7 +66,7 @@ class Trace(dict[str, np.ndarray]):
         self.passes: list[dict[str, np.ndarray]] = []
 
     def note(self, name: str, array: np.ndarray) -> np.ndarray:
-        if not self.passes or name in self:  # what comes a second time is of another pass
+        if not self.passes or name in self:  # a name that occurs again begins a new pass
             self.clear()
             self.passes.append({})
         self[name] = self.passes[-1][name] = array.copy()  # keys and values are views of a cache
@@ -75,11 +75,11 @@ class Trace(dict[str, np.ndarray]):
 
 @contextmanager
 def trace(llama: Llama | Transformer, *patterns: str) -> Iterator[Trace]:
-    """Record what the patterns name in every forward pass of this block; `*` stands for one part of a name.
+    """Record the named intermediates of every forward pass in this block. `*` stands for one part of a name.
 
-    Of a Llama every pass in this thread is recorded, of a Transformer those of `seen.model`. A block without
-    any pass is a ParameterError. The kernel does not store scores and weights: they are computed again from
-    its q and k. Blocks may lie within each other: an inner one records what an outer one has replaced.
+    A Llama records every pass in this thread, a Transformer only those of `seen.model`. A block without any
+    pass is a ParameterError. The kernel does not store scores and weights, so they are computed again from q
+    and k. Blocks can be nested: an inner `trace` records the arrays that an outer `edit` put in.
     """
     seen = Trace()
     with _hooked(llama, lambda model: {*names(model, *patterns)}, seen.note) as seen.model:
@@ -90,11 +90,10 @@ def trace(llama: Llama | Transformer, *patterns: str) -> Iterator[Trace]:
 def edit(
     llama: Llama | Transformer, pattern: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[Transformer]:
-    """Put change(array) in the place of what the pattern names, in every forward pass of this block.
+    """Replace the named intermediates by change(array), in every forward pass of this block.
 
-    -> the Transformer that does so; a Llama runs it by itself, in this thread. MismatchError where the shape
-    is another. A change of `attention.k` or `.v` is seen by that pass only; one of `wk` or `wv` goes into the
-    cache.
+    -> the Transformer with the hooks; a Llama uses it in this thread. Another shape is a MismatchError. A
+    change of `attention.k` or `.v` acts on that pass only; a change of `wk` or `wv` goes into the cache.
     """
 
     check_callable("change", change)
@@ -103,7 +102,7 @@ def edit(
         found = names(model, pattern)
         if sums := [name for name in found if name.endswith(".h")]:
             raise ParameterError(
-                f"{sums[0]} is a sum and can only be traced; edit what is added, "
+                f"{sums[0]} is a sum and can only be traced; edit the part that is added, "
                 f"{sums[0].removesuffix('h')}attention"
             )
         return {*found}
@@ -119,18 +118,18 @@ def edit(
 
 
 def names(model: Transformer, *patterns: str) -> list[str]:
-    """The names in this model that the patterns mean, in the order of the forward pass."""
+    """The names in this model that match a pattern, in the order of the forward pass."""
     everything = list(_names(model.args.n_layers))
     for pattern in patterns:
         check_kind("the name of a place", pattern, str, "a text")
-        if not any(_means(pattern, name) for name in everything):
+        if not any(_matches(pattern, name) for name in everything):
             close = get_close_matches(pattern, [*PLACES, *everything], 1)
             hint = f"; is it {close[0]}?" if close else ""
             raise ParameterError(
                 f"nothing in this model of {model.args.n_layers} layers is called {pattern!r}{hint}"
                 " (`numpy-llama ops` lists the names)"
             )
-    return [name for name in everything if any(_means(pattern, name) for pattern in patterns)]
+    return [name for name in everything if any(_matches(pattern, name) for pattern in patterns)]
 
 
 def _names(n_layers: int) -> Iterator[str]:
@@ -141,53 +140,53 @@ def _names(n_layers: int) -> Iterator[str]:
     yield from ("norm", "output")
 
 
-def _means(pattern: str, name: str) -> bool:
-    """Part by part: "layers.*" is the stream behind each layer, and nothing within it."""
-    parts, of = pattern.split("."), name.split(".")
-    return len(parts) == len(of) and all(map(fnmatchcase, of, parts))
+def _matches(pattern: str, name: str) -> bool:
+    """Part by part: "layers.*" is the stream after each layer, and no intermediate within it."""
+    patterns, parts = pattern.split("."), name.split(".")
+    return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
 
 
-class Listener(NamedTuple):
-    """What one block of `trace` or `edit` asks for."""
+class Hooks(NamedTuple):
+    """The hooks of one block of `trace` or `edit`: one function for several names."""
 
-    wanted: set[str]
+    names: set[str]
     hook: Hook
 
 
-# This thread's listeners to a model, the outermost block's first.
-_LISTENERS: ContextVar[dict[Transformer, list[Listener]]] = ContextVar("listeners")
+# This thread's hooks on each model, those of the outermost block first.
+_HOOKS: ContextVar[dict[Transformer, list[Hooks]]] = ContextVar("hooks")
 
 
 @contextmanager
 def _hooked(
     llama: Llama | Transformer, wanted: Callable[[Transformer], set[str]], hook: Hook
 ) -> Iterator[Transformer]:
-    """The model with hooks at the wanted places, for the time of a block and in its thread only."""
+    """The model with a hook on each wanted name, within a block and in its thread only."""
     check_kind("llama", llama, (Llama, Transformer), "a Llama or a Transformer")
     state = "not run"
 
     def within_block(name: str, array: np.ndarray) -> np.ndarray:
         nonlocal state
-        if state == "ended":  # a stream may go on after the block
+        if state == "ended":  # a stream may continue after the block
             return array
         state = "run"
         return hook(name, array)
 
-    model, stand_ins, listeners = _model_of(llama), STAND_INS.get(), _LISTENERS.get({})
-    heard = [*listeners.get(model, []), Listener(wanted(model), within_block)]
-    hooked = with_hooks(model, heard)
-    tokens = STAND_INS.set({**stand_ins, model: hooked}), _LISTENERS.set({**listeners, model: heard})
+    model, stand_ins, hooks = _model_of(llama), STAND_INS.get(), _HOOKS.get({})
+    of_model = [*hooks.get(model, []), Hooks(wanted(model), within_block)]
+    hooked = with_hooks(model, of_model)
+    tokens = STAND_INS.set({**stand_ins, model: hooked}), _HOOKS.set({**hooks, model: of_model})
     try:
         yield hooked
         if state == "not run":
             raise ParameterError(
-                "no forward pass of this block reached a hook: run the Llama in the block's own thread; "
-                "of a Transformer run the one that the block gives, `seen.model` of a trace"
+                "no forward pass of this block reached a hook: run the Llama in the block's own thread, "
+                "or the Transformer that the block returns (of a trace, `seen.model`)"
             )
     finally:
         state = "ended"
         STAND_INS.reset(tokens[0])
-        _LISTENERS.reset(tokens[1])
+        _HOOKS.reset(tokens[1])
 
 
 def _model_of(llama: Llama | Transformer) -> Transformer:
@@ -196,20 +195,20 @@ def _model_of(llama: Llama | Transformer) -> Transformer:
     return next((own for own, stand_in in STAND_INS.get().items() if stand_in is model), model)
 
 
-def with_hooks(model: Transformer, listeners: Sequence[Listener]) -> Transformer:
-    """The same model with a hook at every place that a listener wants; each calls the listeners in order."""
+def with_hooks(model: Transformer, hooks: Sequence[Hooks]) -> Transformer:
+    """The same model with all these hooks. Hooks on one name run in order."""
 
     def hook(name: str, array: np.ndarray) -> np.ndarray:
-        for listener in listeners:
-            if name in listener.wanted:
-                array = listener.hook(name, array)
+        for one in hooks:
+            if name in one.names:
+                array = one.hook(name, array)
         return array
 
-    wanted = set[str]().union(*(listener.wanted for listener in listeners))
+    wanted = set[str]().union(*(one.names for one in hooks))
     places: dict[str, set[str]] = {}
     for name in wanted:
         places.setdefault(_place(name), set()).add(name)
-    for place in sorted(places, key=lambda place: -place.count(".")):  # a part before what holds it
+    for place in sorted(places, key=lambda place: -place.count(".")):  # inner parts before outer ones
         part = _part(model, place)
         if place.endswith(".attention.attention"):
             part = _with_inner_hooks(part, place.removesuffix(".attention"), wanted, hook)
@@ -221,7 +220,7 @@ def with_hooks(model: Transformer, listeners: Sequence[Listener]) -> Transformer
 
 
 def _place(name: str) -> str:
-    """The part whose result, or whose argument, has that name."""
+    """The part whose result or argument has this name."""
     at, _, last = name.rpartition(".")
     if last in ("q", "k", "v", "scores", "weights", "heads"):
         return f"{at}.attention"
@@ -251,7 +250,7 @@ def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[st
         return lambda x, *rest: call(part, x, rest)
 
     class Hooked(type(part)):  # type: ignore[misc]
-        """Still a part of its kind: its own parts can be exchanged."""
+        """A part of the same class, so that its own parts can be exchanged."""
 
         def __call__(self, x, *rest):
             return call(super().__call__, x, rest)
@@ -268,7 +267,7 @@ def _with_inner_hooks(attend: Callable, at: str, wanted: set[str], hook: Hook) -
     def attention(q, k, v):
         q, k, v = hook(f"{at}.q", q), hook(f"{at}.k", k), hook(f"{at}.v", v)
         heads = attend(q, k, v)
-        if within:  # the kernel does not store them: they are computed again
+        if within:  # the kernel does not store scores and weights
             scores = F.attention_scores(q, k)
             weights = F.softmax(new := hook(f"{at}.scores", scores))
             used = hook(f"{at}.weights", weights)
@@ -279,13 +278,13 @@ def _with_inner_hooks(attend: Callable, at: str, wanted: set[str], hook: Hook) -
     return attention
 
 
-# --- what the pictures show -------------------------------------------------------------------------------
+# --- the data of the figures ------------------------------------------------------------------------------
 
 
 def attention_weights(
     model: Transformer, ids: Sequence[int], layer: int, head: int | None = None
 ) -> np.ndarray:
-    """Where each token of a text looks, in one head or in the mean of a layer's: -> (T, T)."""
+    """The attention weights of a text in one head, or the mean over a layer's heads: -> (T, T)."""
     name, H = f"layers.{layer}.attention.weights", model.args.n_heads
     if head is not None and not 0 <= head < H:
         raise ParameterError(f"head is {head}, the model has 0..{H - 1}")
@@ -296,9 +295,9 @@ def attention_weights(
 
 
 def lens(model: Transformer, ids: Sequence[int]) -> np.ndarray:
-    """What would come after a text if all layers from here on were left out (nostalgebraist 2020).
+    """The logit lens (nostalgebraist 2020): the next token if all later layers were left out.
 
-    The stream at the last position, before the first layer and behind each, through norm, output and softmax:
+    The last position's stream, before the first layer and after each, goes through norm, output and softmax:
     -> (n_layers + 1, V).
     """
     with trace(model, "tok_embeddings", "layers.*") as seen:

@@ -233,7 +233,7 @@ def test_a_model_is_copied_in_the_process(way, llama):
 
 
 def test_a_model_from_a_file_is_not_pickled_and_says_why(llama):
-    with pytest.raises(UnsupportedError, match=r"a model is not pickled, .* load it in each process"):
+    with pytest.raises(UnsupportedError, match=r"a model cannot be pickled, .* load it in each process"):
         pickle.dumps(llama)
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints: one reader a format, one table of names, one way in.
+"""Checkpoints: one reader for each format, one table of names, one function that opens them.
 
-`open_checkpoint` looks at what a file holds, never at how it is called.
+`open_checkpoint` chooses the reader by a file's content, never by its name.
 """
 
 from fnmatch import fnmatch
@@ -19,12 +19,12 @@ from .tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a folder by the files in it, a file by what it begins with."""
+    """The checkpoint at `path`. A folder is recognized by its files, a file by its first bytes."""
     if path.is_dir():
         return MetaCheckpoint(path) if is_meta(path) else HuggingFaceCheckpoint(path)
     file = MappedFile(path, "a model", HEADER_BYTES)
     head, size = bytes(file.map[:256]), file.size
-    del file  # its reader will map it too, and address space may be scarce (ulimit -v)
+    del file  # the reader maps it again, and address space may be scarce (ulimit -v)
     if looks_like_llama2c(head, size):
         return Llama2cCheckpoint(path)
     for looks_so, what in [
@@ -39,7 +39,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def is_meta(folder: Path, must_be_model: bool = True) -> bool:
-    """Whether a folder is Meta's, not Hugging Face's, by the file that holds the hyperparameters."""
+    """Whether a folder is Meta's and not Hugging Face's, by its file of hyperparameters."""
     try:
         names = {entry.name for entry in folder.iterdir()}
     except OSError as error:
@@ -53,7 +53,7 @@ def is_meta(folder: Path, must_be_model: bool = True) -> bool:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model, or of a file or folder that holds nothing else; no weights are needed."""
+    """The tokenizer of a model, or of a file or folder without weights."""
     if path.is_dir():
         return open_tokenizer(find_tokenizer(path)) if is_meta(path, False) else tokenizer_of_folder(path)
     if path.is_file() and path.stat().st_size:

@@ -1,4 +1,4 @@
-"""What every reader of checkpoints offers, so that nobody else need know which one it is."""
+"""The interface of every reader of checkpoints, so that other code works with all of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,39 +16,39 @@ from .files import MappedFile
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `offset` of its file. `shape` is row-major, as NumPy's."""
+    """The place of a tensor: `nbytes` bytes at `offset` of its file. `shape` is row-major, as in NumPy."""
 
     name: str
-    type_name: str  # of quantize.FORMATS, or of a format that only its own file knows
+    type_name: str  # a key of formats.FORMATS, or another type of the file's own format
     shape: tuple[int, ...]
     offset: int
     nbytes: int
 
 
 class Checkpoint(InPlace, ABC):
-    """A model as it is handed around. Opening one reads headers; weights stay where they lie until used."""
+    """A model's files. Opening them reads only the headers. Weights stay in the files until they are used."""
 
-    format: str  # what people call it, "GGUF" for example
-    path: Path  # what the user named
+    format: str  # the usual name of the format, for example "GGUF"
+    path: Path  # the file or folder that the user named
     files: list[MappedFile]  # all that stay mapped
-    tensors: Mapping[str, TensorInfo]  # what is in them, under their own names
+    tensors: Mapping[str, TensorInfo]  # their tensors, under the names in the files
 
     @cached_property
     @abstractmethod
     def args(self) -> ModelArgs:
-        """The hyperparameters, held against the shapes of the weights."""
+        """The hyperparameters, checked against the shapes of the weights."""
 
     @abstractmethod
     def weights(self) -> dict[str, StoredTensor]:
-        """Every weight under our name; nothing is missing, too many, or of another shape."""
+        """Every weight under our name. A missing or unknown weight, or another shape, is an error."""
 
     def holders(self) -> dict[str, Path]:
-        """The file that holds each weight, under our name; of a weight in several files there is none."""
+        """The file that holds each weight, under our name. A weight in several files is left out."""
         return {}
 
     @abstractmethod
     def tokenizer_path(self) -> Path:
-        """The file that holds the vocabulary; a TokenizerError where there is none."""
+        """The file with the vocabulary. If there is none, a TokenizerError."""
 
     @abstractmethod
     def read_tokenizer(self) -> Tokenizer: ...
@@ -65,12 +65,12 @@ class Checkpoint(InPlace, ABC):
         return None
 
     def chat_format(self) -> ChatFormat | None:
-        """How a conversation is written: by the model's own template, or as Meta does with such tokens."""
+        """The format of a conversation: the model's own template, or Meta's format for its control tokens."""
         source = self.chat_template()
         return format_for(self.tokenizer()) if source is None else ChatTemplate(source)
 
     def beside(self) -> list[Path]:
-        """Whatever else belongs to the model: of a folder all that is in it, of a file its tokenizer."""
+        """Further files of the model: all files of its folder, or the tokenizer of a single file."""
         if self.path.is_dir():
             return list(self.path.iterdir())
         try:
@@ -84,7 +84,7 @@ class Checkpoint(InPlace, ABC):
             file.check_unchanged()
 
     def watch(self) -> None:
-        """A file that is cut while it is mapped will end the process with one line, not by a signal."""
+        """If a mapped file is cut, end the process with a message of one line and not with a signal."""
         from ..backend.kernels import watch
 
         for file in self.files:

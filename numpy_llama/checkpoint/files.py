@@ -1,7 +1,7 @@
-"""Files as every reader here sees them: mapped, never written, and watched for change.
+"""Files for every reader here: mapped, never written, and watched for change.
 
-What this file promises: a name that is no regular file is refused before it can make us wait, and no byte
-is touched that lies beyond the end. What is mapped can still be changed by others; `check_unchanged` tells.
+What this file promises: no read goes beyond the end of a file. A name that is no regular file is an error,
+because a read could block. Other programs can still change a mapped file: `check_unchanged` detects it.
 """
 
 import errno
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import FileChangedError, FormatError, ResourceLimitError, TruncatedError
 
-# What a download may leave in the place of a file.
+# Other files that a failed download may leave under the wanted name, by their first bytes.
 MISTAKEN = {
     b"version https://git-lfs": "a Git LFS pointer: the file itself was never downloaded",
     b"<!DOCTYPE": "an HTML page",
@@ -23,13 +23,13 @@ MISTAKEN = {
 
 
 class MappedFile:
-    """A file in memory, read only: `map` is all of its bytes, of which only those used are ever read."""
+    """A file mapped into memory, read only. `map` is all of its bytes; the system reads only those used."""
 
     def __init__(self, path: str | os.PathLike, wanted: str, least: int = 1):
-        """For messages: `wanted` is what the file should be, `least` how many bytes such a file has."""
+        """For messages: `wanted` is the kind of file, `least` the bytes that such a file has at least."""
         self.path = Path(path)
         try:
-            if not self.path.is_file():  # a FIFO or a device would make us wait, or never end
+            if not self.path.is_file():  # a read of a FIFO or a device may block, or never end
                 what = "a folder" if self.path.is_dir() else "no regular file"
                 raise FormatError(f"{path} is {what}; wanted {wanted}")
             with open(path, "rb") as file:
@@ -45,7 +45,7 @@ class MappedFile:
             raise FormatError(f"{path} cannot be read: {error.strerror}") from None
 
     def checked_end(self, start: int, nbytes: int, field: str) -> int:
-        """The end of `nbytes` bytes at `start`: here every length meets the size of the file."""
+        """The end of `nbytes` bytes at `start`. Every length is checked here against the size of the file."""
         if start + nbytes > self.size:
             raise TruncatedError(
                 f"{self.path}: {field} at byte {start} needs {start + nbytes} bytes, "
@@ -54,25 +54,25 @@ class MappedFile:
         return start + nbytes
 
     def refuse_mistaken(self, wanted: str) -> None:
-        """FormatError for what was put in the place of `wanted` by a download that went wrong."""
+        """FormatError if a failed download left another file under the name of `wanted`."""
         for start, what in MISTAKEN.items():
             if self.map[: len(start)] == start:
                 raise FormatError(f"{self.path} is {what}; wanted {wanted}")
 
     def bytes_at(self, start: int, nbytes: int, field: str) -> np.ndarray:
-        """Those bytes, where they lie."""
+        """A view of these bytes; nothing is copied."""
         self.checked_end(start, nbytes, field)
         return np.frombuffer(self.map, np.uint8, nbytes, start)
 
     def forget(self, start: int, nbytes: int) -> None:
-        """Let go of pages whose content was copied: they need not count as ours any longer."""
+        """Release pages whose content was copied, so that they no longer count as memory of this process."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (start + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED, first, length)
 
     def check_unchanged(self) -> None:
-        """FileChangedError if the path is no longer the file that was mapped, or that file was written to."""
+        """FileChangedError if the path is another file by now, or if the mapped file was written to."""
         try:
             found = _identity(os.stat(self.path))
         except OSError as error:

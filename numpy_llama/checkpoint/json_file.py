@@ -1,7 +1,7 @@
-"""JSON from strangers: what the format allows and a reader regrets is refused.
+"""JSON from untrusted files, read strictly.
 
-Duplicate keys, NaN and Infinity, nesting without end, numbers of thousands of digits, a byte order mark,
-other encodings than UTF-8: each is a FormatError.
+Duplicate keys, NaN and Infinity, very deep nesting, numbers of thousands of digits, a byte order mark, other
+encodings than UTF-8: each is a FormatError.
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from ..errors import ConfigError, FormatError, escape
 from .files import MappedFile
 
-MAX_BYTES = 1 << 20  # of a configuration; real ones have a few thousand
+MAX_BYTES = 1 << 20  # of a configuration file; real ones have a few thousand
 
 
 def parse_json(data: bytes, source: object, nonfinite: bool = False) -> Any:
-    """The value that the text says; `source` names it in messages.
+    """The value of a JSON text. `source` is its name in messages.
 
     nonfinite: NaN and Infinity, as Python writes them, are numbers; the caller checks each one's range.
     """
@@ -41,7 +41,7 @@ def parse_json(data: bytes, source: object, nonfinite: bool = False) -> Any:
 
 
 class JsonFile:
-    """A file that holds one JSON object; `get` checks each value's kind and names file and key."""
+    """A file that holds one JSON object. `get` checks each value's type; its errors name file and key."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class JsonFile:
         self.values = values
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value of `key`, or `default` where it is absent or null; a whole number is a float too."""
+        """The value of `key`, or `default` if it is absent or null. A whole number counts as a float too."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -74,13 +74,13 @@ class JsonFile:
         return value
 
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """As `get`, where a missing value is a ConfigError."""
+        """Like `get`, but a missing value is a ConfigError."""
         value = self.get(key, kind)
         if value is None:
             raise ConfigError(f"{self.path} has no {key}")
         return value
 
     def part(self, key: str) -> "JsonFile | None":
-        """An object inside this one, read in the same way."""
+        """An object inside this one, with the same checks."""
         value = self.get(key, dict)
         return None if value is None else JsonFile(self.path, values=value)

@@ -1,16 +1,16 @@
 """llama2.c's files: the .bin of Andrej Karpathy's run.c and runq.c, versions 0, 1 and 2.
 
-    version 0   7 numbers i32, of which a negative vocab_size says that the output matrix is stored too;
-                then float32, and between the weights two tables of angles that nobody reads any more
+    version 0   7 numbers i32; then the weights in float32, with two unused tables of angles among them.
+                A negative vocab_size means that the output matrix is stored too
     version 1   256 bytes: magic "24ka", version i32, the 7 numbers, u8: 1 if the embedding is the output
-                matrix too; then float32
-    version 2   the same with the group size i32 behind that byte; then the norms in float32, and of every
-                other weight its int8 numbers and behind them a float32 scale for each group of them
+                matrix too; then the weights in float32
+    version 2   the same header with the group size i32 after that byte; then the norms in float32; then each
+                other weight: int8 numbers, followed by a float32 scale for each group of them
 
-The 7 numbers are dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len; all is
-little-endian. Of each kind of weight all layers follow one another. Rows are in Meta's order.
+The 7 numbers are dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len. All numbers are
+little-endian. A kind of weight is stored for all layers, then the next kind. Rows are in Meta's order.
 
-What this file promises: the size that these numbers make is exactly the file's before anything is used.
+What this file promises: these numbers give exactly the file's size, which is checked before anything is used.
 """
 
 import struct
@@ -35,7 +35,7 @@ MAGIC = b"24ka"
 NUMBERS = struct.Struct("<7i")
 HEADER = struct.Struct("<4si7iBi")  # magic, version, 7 numbers, tied, group size
 HEADER_BYTES = 256
-# run.c has these two as literals: the format has no place for them.
+# These two are literals in run.c, because the format has no field for them.
 NORM_EPS, ROPE_THETA = 1e-5, 1e4
 
 ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
@@ -45,12 +45,12 @@ ORDER_0 = (
     "tok_embeddings", "attention_norm", *ATTENTION, "ffn_norm", *FEED_FORWARD, "norm", *ANGLES, "output",
 )  # fmt: skip
 ORDER = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *ATTENTION, *FEED_FORWARD, "output")
-ONCE = {"tok_embeddings", "norm", "output", *ANGLES}  # the others once a layer
+ONCE = {"tok_embeddings", "norm", "output", *ANGLES}  # every layer has the others
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the first bytes of a file say, and so what all others must be."""
+    """The header of a file, which determines all further bytes."""
 
     version: int
     args: ModelArgs
@@ -60,7 +60,7 @@ class Layout:
 
     @classmethod
     def read(cls, head: bytes) -> "Layout":
-        """From the first bytes, up to 256 of them; messages name no file."""
+        """The layout from the first 256 bytes, or fewer. Messages do not name the file."""
         head = head.ljust(HEADER_BYTES, b"\0")
         magic, version, *numbers, tied, group = HEADER.unpack_from(head)
         start = HEADER_BYTES
@@ -91,7 +91,7 @@ class Layout:
         return cls(version, args, bool(tied), group if version == 2 else 0, start)
 
     def tensors(self) -> Iterator[TensorInfo]:
-        """All of them, in the order of the file, which has no names: they are ours."""
+        """All tensors in the order of the file. The format has no names, so the names are ours."""
         at = self.start
         for kind in ORDER if self.version else ORDER_0:
             if kind == "output" and self.tied:
@@ -111,16 +111,17 @@ class Layout:
         n = prod(shape)
         if not self.group or len(shape) == 1:
             return TensorInfo(name, "F32", shape, at, 4 * n)
-        # Groups are cut from the whole matrix: they may run on from one row to the next.
+        # Groups are cut from the whole matrix, so a group may contain the end of a row and the start of the
+        # next.
         if n % self.group:
             raise FormatError(f"{name} has {n} weights, no multiple of the group size {self.group}")
         return TensorInfo(name, "Q8", shape, at, n + 4 * (n // self.group))
 
 
 def looks_like_llama2c(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes that begins with `head` (256 bytes, or all of it) is one of these.
+    """Whether a file of `size` bytes that begins with `head` (256 bytes, or the whole file) is llama2.c's.
 
-    Version 0 has no magic: it is one if its numbers are possible and make exactly that size.
+    Version 0 has no magic. A file is version 0 if its 7 numbers are possible and give exactly its size.
     """
     if head.startswith(MAGIC):
         return True
@@ -132,7 +133,7 @@ def looks_like_llama2c(head: bytes, size: int) -> bool:
 
 
 class Llama2cCheckpoint(Checkpoint):
-    """A model in one .bin file, its tokenizer beside it."""
+    """A model in one .bin file, with its tokenizer in the same folder."""
 
     format = "llama2.c"
 
@@ -161,7 +162,7 @@ class Llama2cCheckpoint(Checkpoint):
         return {"output.weight": found["tok_embeddings.weight"]} | found
 
     def _stored(self, info: TensorInfo) -> StoredTensor:
-        """In place, or, of int8 numbers, made when it is asked for: ggml's Q8_0 has float16 scales."""
+        """A float32 weight in place. An int8 weight is expanded at each use, as Q8_0 has float16 scales."""
         if info.type_name == "Q8":
             return StoredTensor(FORMATS["F32"], info.shape, lambda: self._dequantized(info))
         return StoredTensor(
@@ -181,7 +182,7 @@ class Llama2cCheckpoint(Checkpoint):
         return weights.view(np.uint8)
 
     def tokenizer_path(self) -> Path:
-        # llama2.c names a vocabulary of its own by its size; tokenizer.bin is Llama 2's.
+        # llama2.c's own vocabularies have their size in their name; tokenizer.bin is Llama 2's.
         names = (f"tok{self.args.vocab_size}.bin", "tokenizer.bin", "tokenizer.model")
         for path in map(self.path.with_name, names):
             if path.exists():

@@ -1,11 +1,12 @@
-"""What a model will take, known from its headers before anything is loaded, and what there is.
+"""The memory that a model needs, computed from its headers before loading, and the memory that is available.
 
-    weights used where they lie in the file      as large as the file
-    weights made on loading                      joined shards, expanded formats, float32 for the NumPy path
+    weights used in place, in the mapped file    as large as the file
+    weights made on loading                      joined shards, expanded formats, float32 for NumPy
     KV cache                                     2 * n_layers * K * Dh numbers a position
     scratch                                      RoPE's table, and the activations of the widest step
 
-Loading asks `MemoryPlan.check`, which refuses with these numbers, instead of being killed half-way.
+If they do not fit, `MemoryPlan.check` raises an error with these numbers. Otherwise the system might kill the
+process during loading.
 """
 
 import math
@@ -25,13 +26,13 @@ from ..generation.generate import PREFILL_CHUNK
 from .convert import target_format
 
 LEAST_CONTEXT = 512  # positions that a model must at least have room for
-BYTES_A_TOKEN = 800  # of a tokenizer: texts, bytes, ranks and merges; measured on 128,256 tokens
+BYTES_A_TOKEN = 800  # in a tokenizer: texts, bytes, ranks and merges; measured on 128,256 tokens
 PYTHON = 64 << 20  # the interpreter, NumPy and this package
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All numbers are bytes, but `max_seq_len`: the positions that the model itself allows."""
+    """All numbers are bytes, except `parameters` and `max_seq_len`, the positions that the model allows."""
 
     mapped: int
     made: int
@@ -39,7 +40,7 @@ class MemoryPlan:
     scratch: int
     max_seq_len: int
     parameters: int
-    instead: Mapping[str, int]  # what the weights would take in other ways: options of ours -> bytes
+    instead: Mapping[str, int]  # another way to run the model -> the bytes of its weights then
 
     @property
     def fixed(self) -> int:
@@ -47,15 +48,15 @@ class MemoryPlan:
         return self.mapped + self.made + self.scratch
 
     def peak(self, positions: int) -> int:
-        """With a KV cache of so many positions, all of them in use."""
+        """All memory, with a KV cache of `positions` positions, all in use."""
         return self.fixed + positions * self.kv_per_position
 
     def context_within(self, available: int) -> int:
-        """How many positions there is room for."""
+        """The number of positions that fit."""
         return max(0, min(self.max_seq_len, (available - self.fixed) // self.kv_per_position))
 
     def check(self, available: int, source: object) -> None:
-        """ResourceLimitError with the numbers, and with what would fit, if the model `source` does not."""
+        """ResourceLimitError if the model `source` does not fit. It names the numbers, and ways that fit."""
         positions = min(LEAST_CONTEXT, self.max_seq_len)
         cache = positions * self.kv_per_position
         if self.peak(positions) <= available:
@@ -75,13 +76,13 @@ class MemoryPlan:
 def memory_plan(
     args: ModelArgs, weights: Mapping[str, StoredTensor], backend: str, dtype=None, exact: bool = False
 ) -> MemoryPlan:
-    """What this model takes on that path. Only the shapes and formats of the weights are looked at."""
+    """The memory plan of a model on one backend, from the shapes and formats of its weights alone."""
     mapped = made = parameters = 0
     instead = {"`--backend c`": 0} if backend == "numpy" else {}
     converted = {dtype: f"a file by `numpy-llama convert --dtype {dtype}`" for dtype in ("bf16", "q8", "q4")}
     instead |= dict.fromkeys(converted.values(), 0)
     itemsize = np.dtype(dtype or np.float32).itemsize
-    for name, w in {id(w): (name, w) for name, w in weights.items()}.values():  # a tied one is there once
+    for name, w in {id(w): (name, w) for name, w in weights.items()}.values():  # a tied weight counts once
         n, rows = math.prod(w.shape), math.prod(w.shape[:-1])
         parameters, expanded = parameters + n, n * itemsize
         for to, how in converted.items():
@@ -95,7 +96,7 @@ def memory_plan(
             mapped += w.nbytes
         else:
             made += w.nbytes + (-w.shape[-1] % QK) * w.nbytes // w.shape[-1]
-    table = args.max_seq_len * args.head_dim * itemsize  # and half as much while it is made
+    table = args.max_seq_len * args.head_dim * itemsize  # and half as much again while it is made
     heads, kv_heads = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     step = PREFILL_CHUNK * itemsize * (5 * args.dim + 3 * heads + 2 * kv_heads + 5 * args.hidden_dim)
     step += 4 * args.vocab_size * itemsize
@@ -108,9 +109,9 @@ def memory_plan(
 
 
 def available_memory(mapped: int = 0) -> int:
-    """Bytes that this process may still come to use: of the machine, of its container, of its own limit.
+    """The bytes that this process may still use: the least that machine, container and own limit leave.
 
-    `mapped` bytes are mapped already, and so are part of what its own limit counts as used.
+    `mapped` bytes are mapped already. They count as used in the own limit, so they are added again.
     """
     own = _own_limit()
     limits = [_machine(), _container(), None if own is None else own + mapped]
@@ -118,7 +119,7 @@ def available_memory(mapped: int = 0) -> int:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process ever had in memory, pages of mapped files included."""
+    """The most bytes that this process ever had in memory, including pages of mapped files."""
     kib = numbers("/proc/self/status").get("VmHWM:")
     return None if kib is None else kib * 1024
 
@@ -131,9 +132,9 @@ def _machine() -> int:
 
 
 def _container() -> int | None:
-    """What the control groups leave that this process is in: each has a limit, those around it too.
+    """The least memory that a control group leaves: the process's own group or one that contains it.
 
-    What only caches files counts as free: the kernel takes it back.
+    Memory that only caches files counts as free, because the system can take it back.
     """
     left = [n for folder in groups("memory") if (n := _left_in(folder)) is not None]
     return min(left, default=None)
@@ -151,7 +152,7 @@ def _left_in(group: Path) -> int | None:
 
 
 def _own_limit() -> int | None:
-    """What `ulimit -v` leaves: it counts address space, in which a mapped file lies whole."""
+    """The address space that `ulimit -v` leaves. A mapped file takes its whole size there."""
     try:
         import resource
     except ImportError:

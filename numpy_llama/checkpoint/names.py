@@ -14,7 +14,7 @@ from ..errors import MismatchError, ParameterError, escape
 
 SCHEMES = ("ours", "meta", "hf", "gguf")
 
-# Each name is followed by ".weight", in all four.
+# In all four schemes ".weight" follows each name.
 # fmt: off
 MODEL = (
     # ours             Meta's            Hugging Face's        GGUF's         shape
@@ -77,8 +77,8 @@ def matched_names(
 ) -> dict[str, str]:
     """Our name of every weight -> its name in a file that holds tensors of these `shapes`.
 
-    A weight that is missing, too many (it would have a meaning) or misshapen is a MismatchError. `tied`: the
-    output matrix is the embedding read backwards; None where its absence is what says so.
+    A weight that is missing, unknown or of another shape is a MismatchError: an unknown one would change the
+    model. `tied`: the output matrix is the embedding. None: it is tied if the file has no output matrix.
     """
     names = tensor_names(args, scheme)
     ours_in, ours_out = "tok_embeddings.weight", "output.weight"
@@ -98,10 +98,10 @@ def matched_names(
 
 
 def interleaved_rows(n_heads: int, head_dim: int) -> np.ndarray:
-    """Where each row of Meta's wq or wk lies in Hugging Face's q_proj or k_proj: -> (n_heads * Dh,).
+    """The place of each row of Meta's wq or wk in Hugging Face's q_proj or k_proj: -> (n_heads * Dh,).
 
-    RoPE turns pairs of rows. Meta keeps a pair side by side, (2j, 2j + 1); Hugging Face cuts a head into
-    halves, (j, j + Dh / 2). For k_proj, n_heads is the number of key/value heads.
+    RoPE turns pairs of rows. Meta stores a pair in neighbouring rows, (2j, 2j + 1). Hugging Face cuts a head
+    into halves, (j, j + Dh / 2). For k_proj, n_heads is the number of key/value heads.
     """
     places = np.arange(n_heads * head_dim).reshape(n_heads, 2, head_dim // 2)
     return places.swapaxes(1, 2).reshape(-1)

@@ -1,6 +1,6 @@
-"""Every size in which LLaMA and its nearest relatives were published, as data.
+"""Every published size of LLaMA and of its nearest relatives, as data.
 
-A checkpoint brings its own arguments; these are for reading, for memory plans, and for models of a real shape
+A checkpoint has its own hyperparameters. These are for readers, for `verify`, and for models of a real shape
 with random weights. The sources are the params.json and config.json that were published with the weights.
 """
 
@@ -25,7 +25,7 @@ class Preset:
 
 
 def n_parameters(args: ModelArgs, tied: bool = False) -> int:
-    """How many numbers the weights are: 2VD + D + L(2D + 2(H + K)Dh D + 3DF), and VD less where tied."""
+    """The number of weights: 2VD + D + L(2D + 2(H + K)Dh D + 3DF), and VD less if the output is tied."""
     attention = 2 * (args.n_heads + args.n_kv_heads) * args.head_dim * args.dim  # wq and wo, wk and wv
     layer = 2 * args.dim + attention + 3 * args.dim * args.hidden_dim
     embedding = args.vocab_size * args.dim
@@ -45,17 +45,17 @@ def _row(
     rope_scaling: RopeScaling | None = None,
     tied: bool = False,
 ) -> Preset:
-    head_dim = dim // n_heads  # in all of them
+    head_dim = dim // n_heads  # true for all of them
     sizes = (dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size)
     return Preset(ModelArgs(*sizes, norm_eps, rope_theta, max_seq_len, rope_scaling), tied)
 
 
-# Llama 3.1 was trained on 8192 positions and then stretched; 3.2 1B and 3B more so.
+# Llama 3.1 was trained on 8192 positions, and its context was then extended: by 8, in 3.2 1B and 3B by 32.
 _BY_8, _BY_32 = Llama3Scaling(8.0), Llama3Scaling(32.0)
 
-# Code Llama 70B Instruct and Python were not trained on long texts as their base model was, hence a row of
-# its own. Mistral 7B v0.1 attends to the last 4096 positions only, within 32768: nobody sees that window in
-# a context of 4096, and so this is its context here. From v0.2 on there is no window.
+# Code Llama 70B Instruct and Python were not trained on long texts, unlike their base model, so they have
+# another row. Mistral 7B v0.1 has a context of 32768 and attends to the last 4096 positions only. Within 4096
+# positions that window has no effect, so 4096 is its context here. From v0.2 on there is no window.
 PRESETS: Mapping[str, Preset] = MappingProxyType({
     #                                  D    L    H   K      F       V   eps  theta context  scaled, tied
     "llama-7b":               _row( 4096,  32,  32, 32, 11008,  32000, 1e-6,   1e4,   2048),

@@ -1,13 +1,13 @@
-"""safetensors: a header in JSON, then the tensors side by side, read where they lie.
+"""safetensors: a header in JSON, then the tensors one after another, used in place.
 
     length u64           of the header, little-endian
     header               {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
     the tensors          without hole or overlap, up to the end of the file; offsets count from here
 
-What this file promises: all of that is checked on opening, with exact integers, before any of it is used;
-"__metadata__" must be what it may be, texts. Stricter than the reference: a key twice, a key that the format
-does not know, shapes that no weight has. Less strict than the written format, as is the reference: spaces
-before the header. The format is described in huggingface/safetensors.
+What this file promises: all of that is checked on opening, with exact integers, before any of it is used. The
+values of "__metadata__" must be texts. This reader is stricter than the reference: it accepts no duplicate
+key, no unknown key, and no shape that no weight has. Like the reference, it accepts spaces before the header,
+which the written format does not. The format is described in huggingface/safetensors.
 """
 
 import os
@@ -32,7 +32,7 @@ from .json_file import parse_json
 
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000  # bytes: the format's own limit
-MAX_MARKS = 1 << 19  # commas and opening brackets of a header: some 60,000 tensors. Each may cost 100 bytes
+MAX_MARKS = 1 << 19  # commas and opening brackets of a header: about 60,000 tensors. Each may cost 100 bytes
 MAX_DIMS = 8
 MAX_TENSOR = 1 << 48  # bytes: more than a process can map
 RUNNABLE = ("F32", "F16", "BF16")
@@ -47,7 +47,7 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell half a surrogate pa
 
 
 class SafetensorsFile:
-    """A safetensors file, memory-mapped and checked; the weights are views of the map."""
+    """A safetensors file, memory-mapped and checked. The weights are views of the map."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -71,7 +71,7 @@ class SafetensorsFile:
         raise error(f"{self.path}: {problem}")
 
     def _header(self) -> tuple[dict[str, Any], int]:
-        """-> the header, and where the tensors begin."""
+        """-> the header, and the byte at which the tensors begin."""
         start = self.file.checked_end(0, LENGTH_BYTES, "the length of the header")
         length = int.from_bytes(self.file.map[:start], "little")
         if length > MAX_HEADER:
@@ -92,7 +92,7 @@ class SafetensorsFile:
         ):
             self._fail("__metadata__ must be an object of texts")
         found = [self._info(name, entry) for name, entry in header.items()]
-        found.sort(key=lambda info: (info.offset, info.nbytes))  # empty ones before what begins there
+        found.sort(key=lambda info: (info.offset, info.nbytes))  # at one offset, empty tensors first
         end = 0
         for info in found:
             if info.offset != end:
@@ -108,7 +108,7 @@ class SafetensorsFile:
         return {info.name: replace(info, offset=data_start + info.offset) for info in found}
 
     def _info(self, name: str, entry: Any) -> TensorInfo:
-        """One entry of the header; its offset counts from the start of the tensors."""
+        """One entry of the header. Its offset counts from the start of the tensors."""
         field = f"tensor {escape(name)}"
         keys = ("dtype", "shape", "data_offsets")
         if not _is_text(name) or not isinstance(entry, dict) or entry.keys() != set(keys):
@@ -125,7 +125,7 @@ class SafetensorsFile:
             self._fail(f"{field} has {len(shape)} dimensions, the limit is {MAX_DIMS}", ResourceLimitError)
         bits = BITS[dtype]
         for n in shape:
-            bits *= max(n, 1)  # a 0 does not excuse the others
+            bits *= max(n, 1)  # the other sizes are checked even if one is 0
             if bits > 8 * MAX_TENSOR:
                 self._fail(f"{field}: shape {shape} is larger than {MAX_TENSOR} bytes", ResourceLimitError)
         need, given = 0 if 0 in shape else bits / 8, offsets[1] - offsets[0]

@@ -1,1 +1,1 @@
-"""GGUF: the format (file.py), what such a file says about a LLaMA (model.py), and writing one (write.py)."""
+"""GGUF: the format (file.py), a LLaMA in a file of it (model.py), and writing such a file (write.py)."""

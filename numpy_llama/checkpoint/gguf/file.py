@@ -1,14 +1,14 @@
-"""GGUF: one file with metadata, vocabulary and weights, read where it lies.
+"""GGUF: one file with metadata, vocabulary and weights, used in place.
 
     magic "GGUF", version u32, n_tensors u64, n_kv u64             the header, little-endian
     n_kv times       key, type u32, value                          a string is u64 length + UTF-8
     n_tensors times  name, n_dims u32, dims u64..., type u32, offset u64
     padding to general.alignment, then the tensors, each padded likewise
 
-What this file promises: nothing in the file is believed. Counts, lengths and offsets are plain
-Python integers, which cannot wrap, and meet the limits below and the file's true size before they
-are used. Opening reads the header alone; weights and long lists stay on disk until asked for.
-The format is described in ggml's docs/gguf.md.
+What this file promises: nothing is used unchecked. Counts, lengths and offsets are plain Python
+integers, which cannot overflow. They are compared with the limits below and with the file's size
+before they are used. Opening reads only the header; weights and long arrays stay on disk until
+they are used. The format is described in ggml's docs/gguf.md.
 """
 
 import os
@@ -36,7 +36,7 @@ from ...errors import (
 from ..base import TensorInfo
 from ..files import MappedFile
 
-# What a file may begin with to be our business: GGUF, and its forerunners, to be refused by their name.
+# Known first bytes: GGUF, and the older formats, so that the error can name them.
 MAGICS = {b"GGUF": "GGUF"} | {
     spelling: old.decode()
     for old in (b"GGML", b"GGMF", b"GGJT", b"GGLA")
@@ -49,22 +49,22 @@ MAX_NAME = 63  # bytes of a tensor's name
 MAX_STRING = 16 << 20  # bytes
 MAX_ARRAY = 1 << 24  # elements
 MAX_TENSOR = 1 << 48  # bytes: more than a process can map
-MAX_PARTS = 1024  # of a model that is split
-ROWS_AT_ONCE = 256  # when a weight is expanded: the intermediate arrays of its formulas stay small
+MAX_PARTS = 1024  # files of a split model
+ROWS_AT_ONCE = 256  # rows expanded at a time, so that temporary arrays stay small
 
 HEADER_BYTES = 24
 MIN_KV_BYTES = 14  # key length, a key of 1 byte, type, a value of 1 byte
 MIN_TENSOR_BYTES = 33  # name length, a name of 1 byte, n_dims, 1 dim, type, offset
 
 # fmt: off
-# Metadata types in the order of their numbers, each with its code in `struct` and NumPy; S and A are ours.
+# Metadata types in the order of their numbers, each with its code in `struct` and NumPy. S and A are ours.
 VALUE_TYPES = (
     ("UINT8", "B"), ("INT8", "b"), ("UINT16", "H"), ("INT16", "h"), ("UINT32", "I"), ("INT32", "i"),
     ("FLOAT32", "f"), ("BOOL", "?"), ("STRING", "S"), ("ARRAY", "A"),
     ("UINT64", "Q"), ("INT64", "q"), ("FLOAT64", "d"),
 )
-# Tensor types by number: name, weights in a block, bytes of a block (ggml-common.h). Also those that
-# cannot be run here: such a file is still checked and described. The gaps are types ggml has removed.
+# Tensor types by number: name, weights in a block, bytes of a block (ggml-common.h). A file with types that
+# this program cannot run is still checked and described. The gaps are types that ggml has removed.
 TENSOR_TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8),
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8),
@@ -83,7 +83,7 @@ RUNNABLE = f"this program runs {', '.join(FORMATS)}"
 
 
 class GGUFFile:
-    """A GGUF file of version 2 or 3, memory-mapped and checked; the weights are views of the map."""
+    """A GGUF file of version 2 or 3, memory-mapped and checked. The weights are views of the map."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -99,7 +99,7 @@ class GGUFFile:
         return [self.file]
 
     def tensor(self, name: str) -> StoredTensor:
-        """A weight as stored: no byte is copied, unless its format is one that is only read."""
+        """A weight as stored, without a copy. A format without kernels is expanded to float32 at each use."""
         if name not in self.tensors:
             raise MismatchError(f"{self.path}: there is no tensor {escape(name)}")
         info = self.tensors[name]
@@ -119,9 +119,9 @@ class GGUFFile:
         return StoredTensor(FORMATS["F32"], info.shape, expanded)
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The metadata value under `key`, or `default` where there is none.
+        """The metadata value under `key`, or `default` if there is none.
 
-        kind is int, float, bool or str; for an array, list (of strings) or the type of its numbers,
+        kind is int, float, bool or str. For an array it is list (of strings) or the type of its numbers,
         np.float32 for example. A value of another kind is a FormatError.
         """
         if key not in self.metadata:
@@ -142,14 +142,14 @@ class GGUFFile:
         return short if float(np.float32(short)) == x else x
 
     def require(self, key: str, kind: type) -> Any:
-        """As `get`, for what a model cannot do without: a missing key is a ConfigError."""
+        """Like `get`, but a missing key is a ConfigError."""
         if key not in self.metadata:
             raise ConfigError(f"{self.path}: the metadata has no {key}")
         return self.get(key, kind)
 
 
 class SplitGGUFFile(GGUFFile):
-    """A model cut into NAME-00001-of-00003.gguf and so on: the first file has the metadata."""
+    """A model in several files, NAME-00001-of-00003.gguf and so on. The first has the metadata."""
 
     def __init__(self, parts: list[GGUFFile]):
         self.path, self.version, self.metadata = parts[0].path, parts[0].version, parts[0].metadata
@@ -166,7 +166,7 @@ class SplitGGUFFile(GGUFFile):
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """The file at `path`; where that is one part of several, all of them, whichever was named."""
+    """The file at `path`. If it is one part of a split model, all parts, whichever was named."""
     file = GGUFFile(path)
     count = file.get("split.count", int, 1)
     if count < 2:
@@ -204,7 +204,7 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 def _dequantizer(type_name: str, source: str) -> Callable[[np.ndarray], np.ndarray]:
-    """From rows of blocks to float32, for a format that only the package gguf knows."""
+    """A function from rows of blocks to float32, for a format that only the package gguf can read."""
     try:
         import gguf
     except ImportError:
@@ -221,7 +221,7 @@ def _dequantizer(type_name: str, source: str) -> Callable[[np.ndarray], np.ndarr
 
 @dataclass(frozen=True)
 class _Array:
-    """An array in the metadata that nobody has asked for yet."""
+    """An array in the metadata that is not decoded yet."""
 
     code: str
     count: int
@@ -229,7 +229,7 @@ class _Array:
 
 
 class _Metadata(UserDict):
-    """Keys and values in the order of the file; an array is decoded when it is first asked for."""
+    """Keys and values in the order of the file. An array is decoded at its first use."""
 
     def __init__(self, decode: Callable):
         super().__init__()
@@ -243,7 +243,7 @@ class _Metadata(UserDict):
 
 
 class _Reader:
-    """Walks the header from front to back. `at` is the byte to be read next."""
+    """Reads the header from front to back. `at` is the next byte."""
 
     def __init__(self, path: Path):
         self.path, self.at = path, 0
@@ -262,7 +262,7 @@ class _Reader:
         return struct.unpack_from(f"<{code}", self.map, start)[0]
 
     def count(self, field: str, limit: int, min_bytes: int) -> int:
-        """A number of records of at least `min_bytes` bytes each, all of which are still to come."""
+        """A number of records that follow, each of at least `min_bytes` bytes."""
         count = self.number("Q", f"the count of {field}")
         self.check(count <= limit, f"{field}: {count} of them, the limit is {limit}", ResourceLimitError)
         self.checked_end(self.at, count * min_bytes, field)
@@ -314,7 +314,7 @@ class _Reader:
         return VALUE_TYPES[number]
 
     def value(self, code: str, field: str) -> Any:
-        """One value; an array is stepped over, and only where it lies is remembered."""
+        """One value. An array is skipped, and only its place is kept."""
         if code == "S":
             return self.string(field)
         if code != "A":
@@ -331,7 +331,7 @@ class _Reader:
         return array
 
     def strings(self, array: _Array, field: str) -> Iterator[tuple[int, int]]:
-        """Start and end of each. A vocabulary has 10^5 strings: here checks are only called to fail."""
+        """Start and end of each string. There may be 10^5, so the checks are called only to raise errors."""
         unpack, buffer, size, end = struct.Struct("<Q").unpack_from, self.map, self.size, array.start
         for _ in range(array.count):
             start = end + 8
@@ -353,11 +353,11 @@ class _Reader:
         return np.frombuffer(self.map, f"<{array.code}", array.count, array.start)
 
     def tensors(self, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
-        # Below 8 the format's own description forbids it, and weights would lie across words.
+        # GGUF's description forbids an alignment below 8, and numbers would not be aligned in memory.
         power_of_two = alignment >= 8 and not alignment & (alignment - 1)
         self.check(power_of_two, f"alignment must be a power of two from 8 up, not {alignment}")
         found: dict[str, TensorInfo] = {}
-        end = 0  # of the tensors so far: the next one must lie here, neither hole nor overlap
+        end = 0  # of the tensors so far: the next one must begin here, without hole or overlap
         for i in range(n_tensors):
             info = self.tensor_info(f"tensor[{i}]")
             self.check(info.name not in found, f"duplicate tensor name {escape(info.name)}")
@@ -374,7 +374,7 @@ class _Reader:
         return found
 
     def tensor_info(self, field: str) -> TensorInfo:
-        """One record of the list of tensors; its offset counts from the start of the tensors' data."""
+        """One record of the list of tensors. Its offset counts from the start of the tensors' data."""
         name = self.string(f"{field}.name", MAX_NAME)
         self.check(name, f"{field} has an empty name")
         field = f"tensor {escape(name)}"

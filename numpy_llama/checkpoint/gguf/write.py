@@ -1,4 +1,4 @@
-"""Writing GGUF: a header, then one tensor after another, none of them ever whole in memory."""
+"""Writing GGUF: a header, then one tensor after another. No tensor is ever whole in memory."""
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,12 +11,12 @@ from ...errors import FormatError
 from ..base import TensorInfo
 from .file import VALUE_TYPES
 
-ALIGNMENT = 32  # GGUF's own, where a file does not say otherwise
+ALIGNMENT = 32  # GGUF's default
 TYPE_NUMBER = {code: number for number, (_, code) in enumerate(VALUE_TYPES)}
 
 
 def layout(tensors: Iterable[tuple[str, Format, tuple[int, ...]]], metadata: Mapping[str, Any]):
-    """-> the header, and where each tensor will lie in the file that begins with it."""
+    """-> the header, and the place of each tensor in the file that begins with it."""
     infos, records, end = [], [], 0
     for name, format, shape in tensors:
         nbytes = int(np.prod(shape[:-1], dtype=object)) * format.row_bytes(shape[-1])
@@ -32,7 +32,7 @@ def layout(tensors: Iterable[tuple[str, Format, tuple[int, ...]]], metadata: Map
 
 
 def write_tensor(file: BinaryIO, info: TensorInfo, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Write the parts of a tensor where it belongs, and yield each when it is written."""
+    """Write the parts of a tensor at its place, and yield each after it is written."""
     file.write(bytes(info.offset - file.tell()))
     for part in parts:
         file.write(part.data)
@@ -45,9 +45,9 @@ def _string(text: str) -> bytes:
 
 
 def _value(key: str, value: Any) -> bytes:
-    """The type and the bytes: whole numbers as UINT32, lists as strings, others as FLOAT32.
+    """The type and the bytes: int as UINT32, list as an array of strings, float as FLOAT32.
 
-    Where a FLOAT32 would not mean the same number it is a FLOAT64.
+    A float that FLOAT32 cannot hold exactly is a FLOAT64.
     """
     if isinstance(value, str):
         return struct.pack("<I", TYPE_NUMBER["S"]) + _string(value)

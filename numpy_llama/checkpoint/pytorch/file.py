@@ -1,13 +1,13 @@
-"""What `torch.save` writes of a state dict, read without torch.
+"""A state dict written by `torch.save`, read without torch.
 
     zip      data.pkl describes the tensors, data/KEY holds the bytes of a storage
     legacy   (PyTorch before 1.6) five pickles: magic number, protocol, system, tensors, keys of the storages;
              then for each storage the number of its elements, int64, and its bytes
 
-What this file promises: both go through one restricted reader of pickles (torch_pickle.py), and there is no
-other way in. A storage has exactly the bytes that its tensors were told of, and a tensor lies within its
-storage. Opening reads the description alone; weights stay where they lie.
-The format is what torch/serialization.py does.
+What this file promises: the restricted reader of pickle.py reads both, and there is no other reader. A
+storage has exactly the size in its description, and a tensor lies within its storage. Opening reads only the
+description; weights stay in the file until they are used. The format is defined by the code of
+torch/serialization.py.
 """
 
 import os
@@ -39,13 +39,13 @@ LEGACY_HEADER = (("magic number", 0x1950A86A20F9469CFC6C), ("protocol", 1001))
 
 @dataclass(frozen=True)
 class TorchTensor(TensorInfo):
-    """A tensor in a file. `offset` is where its first element lies, `nbytes` what it takes when dense."""
+    """A tensor in a file. `offset` is the byte of its first element, `nbytes` its size when dense."""
 
     stride: tuple[int, ...]  # in elements
 
     @property
     def dense(self) -> bool:
-        """Whether the elements lie one after the other, the last axis running fastest."""
+        """Whether the elements are contiguous in row-major order."""
         step = 1
         for n, stride in zip(self.shape[::-1], self.stride[::-1], strict=True):
             if n > 1 and stride != step:
@@ -55,7 +55,7 @@ class TorchTensor(TensorInfo):
 
 
 class TorchFile:
-    """A file of torch.save, memory-mapped and checked; the weights are views of the map."""
+    """A file of torch.save, memory-mapped and checked. The weights are views of the map."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -67,7 +67,7 @@ class TorchFile:
             self.records = zip_records(self.file)
             state, places = self._read_zip()
         elif self.file.map[257:262] == b"ustar":
-            # PyTorch itself loads it only where the pickle may run whatever it likes.
+            # PyTorch itself loads it only if the pickle may call any function.
             self._fail("a .tar, as PyTorch wrote until 2017: its pickles are not read", UnsafePickleError)
         elif begins.startswith(b"\x80"):
             state, places = self._read_legacy()
@@ -81,7 +81,7 @@ class TorchFile:
             self.tensors[name] = TorchTensor(name, type.name, view.shape, offset, nbytes, view.stride)
 
     def tensor(self, name: str) -> StoredTensor:
-        """A weight as stored. One that is transposed is copied, whenever its bytes are asked for."""
+        """A weight as stored. A transposed weight is copied at each use."""
         if name not in self.tensors:
             self._fail(f"there is no tensor {escape(name)}", MismatchError)
         info = self.tensors[name]
@@ -106,7 +106,7 @@ class TorchFile:
         return StoredTensor(format, info.shape, copy)
 
     def verify(self) -> None:
-        """Read all of a zip and hold it against its CRCs. The legacy container has none."""
+        """Read all of a zip and check its CRCs. The legacy container has none."""
         for record in self.records.values():
             check_crc(self.file, record)
 
@@ -114,7 +114,7 @@ class TorchFile:
         raise error(f"{self.path}: {problem}")
 
     def _read_zip(self) -> tuple[Any, dict[str, int]]:
-        """-> what was saved, and the byte at which each storage begins."""
+        """-> the saved object, and the byte at which each storage begins."""
         if "constants.pkl" in self.records or any(name.startswith("code/") for name in self.records):
             self._fail("a TorchScript program; wanted a state dict, the weights alone", UnsupportedError)
         if "data.pkl" not in self.records:
@@ -162,7 +162,7 @@ class TorchFile:
             if storage is None:
                 self._fail(f"a storage is listed twice, or for no tensor (before byte {unpickler.at})")
             start = self.file.checked_end(at, 8, "the size of a storage")
-            (numel,) = struct.unpack_from("<Q", self.file.map, at)  # a negative one is then far too large
+            (numel,) = struct.unpack_from("<Q", self.file.map, at)  # a negative number reads as a huge one
             nbytes = numel * storage.type.itemsize
             at = self.file.checked_end(start, nbytes, f"storage {escape(key)}")
             self._check_size(storage, nbytes)
@@ -179,7 +179,7 @@ class TorchFile:
             self._fail(f"storage size mismatch: {escape(storage.key)} has {nbytes} bytes, wanted {wanted}")
 
     def _views(self, state: Any) -> dict[str, View]:
-        """The tensors in what was saved: a dict of them, or one in a dict, as {"model": {...}, "step": 3}."""
+        """The dict of tensors: the saved object or, as in {"model": {...}, "step": 3}, one of its values."""
         if type(state) is not dict:
             self._fail(f"holds a {kind(state)}, wanted a state dict")
         dicts = [state, *(value for value in state.values() if type(value) is dict)]

@@ -1,11 +1,11 @@
 """The pickles of torch.save, read without `pickle`.
 
-A pickle is a program for a machine with a stack. Ours knows the opcodes that torch writes and the few
-names in `NAMES`, each of which makes plain data: a dict, a tuple, a description of a tensor.
+A pickle is a program for a machine with a stack. This machine has the opcodes that torch writes and the few
+names in `NAMES`. Each name makes plain data: a dict, a tuple, or a description of a tensor.
 
-What this file promises: nothing is imported, no attribute is set, and nothing is called but the functions
-in `NAMES`. What asks for more is an UnsafePickleError with the name of it; what does not fit together is a
-FormatError. The steps are counted; nothing here recurses.
+What this file promises: nothing is imported, no attribute is set, and only the functions in `NAMES` are
+called. A pickle that needs more is an UnsafePickleError, which names it. A pickle with other faults is a
+FormatError. The number of steps is limited, and nothing here recurses.
 """
 
 import pickletools
@@ -37,7 +37,7 @@ MAX_AXES = 8
 
 @dataclass(frozen=True)
 class StorageType:
-    """What the elements of a storage are."""
+    """The type of a storage's elements."""
 
     name: str
     itemsize: int
@@ -45,7 +45,7 @@ class StorageType:
 
 @dataclass(frozen=True)
 class Storage:
-    """Elements in a row. Where they lie is the container's business; it finds them by `key`."""
+    """A sequence of elements. The container finds their bytes by `key`."""
 
     type: StorageType
     key: str
@@ -67,17 +67,17 @@ class View:
 
 
 class Unpickler:
-    """Reads one pickle after the other from `start` on, none of them beyond `end`."""
+    """Reads one pickle after another from `start` on, and none beyond `end`."""
 
     def __init__(self, file: MappedFile, start: int, end: int):
         self.file, self.map, self.at = file, file.map, start
         self.end = min(end, start + MAX_BYTES)
-        self.storages: dict[str, Storage] = {}  # all that were spoken of, by key
+        self.storages: dict[str, Storage] = {}  # all storages that occurred, by key
 
     def load(self) -> Any:
         """The value of the next pickle."""
         self.stack: list[Any] = []
-        self.marks: list[int] = []  # each the height of the stack below it
+        self.marks: list[int] = []  # for each mark, the height of the stack below it
         self.memo: dict[int, Any] = {}
         for _ in range(MAX_STEPS):
             opcode = self.take(1)
@@ -187,7 +187,7 @@ class Unpickler:
             target[key] = value
 
     def find(self) -> None:
-        """GLOBAL: where `pickle` would import."""
+        """GLOBAL. `pickle` would import here."""
         module, name = self.line(), self.line()
         if (module, name) not in NAMES:
             what = escape(f"{module}.{name}")
@@ -203,13 +203,13 @@ class Unpickler:
         self.stack.append(function(self, args))
 
     def build(self) -> None:
-        """Where `pickle` would set attributes. A state dict has one, `_metadata`, which nobody needs."""
+        """BUILD. `pickle` would set attributes here. A state dict has one, `_metadata`, which we ignore."""
         self.pop()
         if type(self.top()) is not dict:
             self.fail(f"the pickle sets attributes of a {kind(self.top())}", UnsafePickleError)
 
     def storage(self) -> None:
-        """BINPERSID: ("storage", type, key, device, number of elements); the legacy container adds None."""
+        """BINPERSID: ("storage", type, key, device, number of elements). The legacy container adds None."""
         value = self.pop()
         well_formed = (
             type(value) is tuple
@@ -227,7 +227,7 @@ class Unpickler:
             self.fail(f"storage {escape(found.key)} is described in two ways")
         self.stack.append(found)
 
-    # What stands for the functions of torch
+    # Replacements of torch's functions
 
     def make_dict(self, args: tuple) -> dict:
         if args:
@@ -245,7 +245,7 @@ class Unpickler:
         return args[0]
 
     def make_view(self, args: tuple) -> View:
-        """_rebuild_tensor_v2: (storage, offset, shape, stride, and what only training needs)."""
+        """_rebuild_tensor_v2: (storage, offset, shape, stride, and two or three values for training)."""
         storage, offset, shape, stride, *_ = args if len(args) in (6, 7) else (None,) * 4
         if type(storage) is not Storage or not (_whole((offset,)) and _whole(shape) and _whole(stride)):
             self.fail(
@@ -270,17 +270,17 @@ class Unpickler:
 
 
 def _whole(values: Any) -> bool:
-    """Whether it is a tuple of whole numbers that fit 63 bits, as torch's do."""
+    """Whether it is a tuple of whole numbers from 0 up that fit into torch's int64."""
     return type(values) is tuple and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
 
 
 def kind(value: object) -> str:
-    """For messages: a value itself may be nested without end."""
+    """The type's name for messages. The value itself may be nested too deeply to print."""
     return type(value).__name__
 
 
-# All that a pickle may ask for, by module and name. torch's own list of what is safe is longer by things
-# that LLaMA does not need and others can misuse: bytearray, set, encode, _rebuild_from_type_v2 and more.
+# All names that a pickle may use, by module and name. torch's own list of safe names is longer. It has names
+# that LLaMA does not need and attacks can use: bytearray, set, encode, _rebuild_from_type_v2 and more.
 NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): Unpickler.make_dict,
     ("torch", "Size"): Unpickler.make_size,
@@ -299,13 +299,14 @@ NAMES: dict[tuple[str, str], Any] = {
     ("torch", "BoolStorage"): StorageType("BOOL", 1),
 }
 
-# Those by which a pickle could reach what is not in it. GLOBAL, REDUCE, BUILD and BINPERSID we know.
+# Opcodes that import or call, which could reach code outside the pickle. GLOBAL, REDUCE, BUILD and BINPERSID
+# are among the steps below, with checks.
 CALLING = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
 
 
 U8, U16, U32, I32, F64 = map(struct.Struct, ("<B", "<H", "<I", "<i", ">d"))
 STEPS: dict[str, Callable[[Unpickler], Any]] = {
-    "PROTO": lambda u: u.take(1),  # the opcodes themselves tell
+    "PROTO": lambda u: u.take(1),  # the protocol is not needed: every opcode is checked
     "MARK": Unpickler.mark,
     "NONE": lambda u: u.stack.append(None),
     "NEWTRUE": lambda u: u.stack.append(True),
@@ -320,7 +321,7 @@ STEPS: dict[str, Callable[[Unpickler], Any]] = {
     "EMPTY_TUPLE": lambda u: u.stack.append(()),
     "EMPTY_LIST": lambda u: u.stack.append([]),
     "EMPTY_DICT": lambda u: u.stack.append({}),
-    "POP": Unpickler.pop,  # torch writes neither this nor the next, which only drop what was made
+    "POP": Unpickler.pop,  # torch does not write POP and POP_MARK; they are harmless, they only remove values
     "POP_MARK": Unpickler.pop_to_mark,
     "TUPLE": lambda u: u.stack.append(tuple(u.pop_to_mark())),
     "TUPLE1": lambda u: u.pack(1),

@@ -1,12 +1,12 @@
-"""The zip in which torch.save packs its records: where each of them lies.
+"""The zip of torch.save: the name and the place of each record.
 
     header, name, extra, bytes, sizes     for each record; torch pads `extra` so that the bytes are aligned
     the directory: entry, name, extra     again for each record
-    zip64 end, its locator, the end       where the directory lies; torch always writes all three
+    zip64 end, its locator, the end       the place of the directory; torch always writes all three
 
-What this file promises: directory and headers agree, for another program may read only one of them; nothing
-is compressed, encrypted or overlapping, so that a file is never larger inside than outside; names are plain
-paths below one folder. Nothing is ever extracted. The format is PKWARE's APPNOTE.
+What this file promises: directory and headers agree, because another program may read only one of them. No
+record is compressed or encrypted, and no two overlap, so the records are never larger than the file. Names
+are plain paths below one folder. Nothing is extracted. The format is PKWARE's APPNOTE.
 """
 
 import struct
@@ -25,22 +25,22 @@ from ...errors import (
 from ..files import MappedFile
 
 MAX_RECORDS = 100_000
-CRC_CHUNK = 1 << 24  # bytes: a signal waits no longer than one chunk takes
+CRC_CHUNK = 1 << 24  # bytes between two chances for Ctrl-C
 
-# APPNOTE 4.3: each begins with its signature.
+# APPNOTE 4.3: each structure begins with its signature.
 HEADER = struct.Struct("<4s5H3I2H")
 ENTRY = struct.Struct("<4s6H3I5H2I")
 END64 = struct.Struct("<4sQ2H2I4Q")
 LOCATOR64 = struct.Struct("<4sIQI")
 END = struct.Struct("<4s4H2IH")
 
-SIZES_FOLLOW, UTF8 = 0x0008, 0x0800  # flags: CRC and sizes in the header are 0; the name's coding
-MAX16, MAX32 = (1 << 16) - 1, (1 << 32) - 1  # in an entry: the number is among the zip64 extras
+SIZES_FOLLOW, UTF8 = 0x0008, 0x0800  # flags: CRC and sizes in the header are 0; the name's encoding
+MAX16, MAX32 = (1 << 16) - 1, (1 << 32) - 1  # MAX32 in an entry: the number is in the zip64 extra field
 
 
 @dataclass(frozen=True)
 class Record:
-    """The bytes of a record in the file."""
+    """A record and the place of its bytes in the file."""
 
     name: str  # below the archive's folder
     start: int
@@ -53,12 +53,12 @@ class Record:
 
 
 class _Entry(NamedTuple):
-    """What the directory says of a record."""
+    """The directory's entry of a record."""
 
     path: bytes
     method: int
-    header: int  # where its header begins, and then its bytes
-    start: int
+    header: int  # the byte at which its header begins
+    start: int  # the byte at which its data begin
     packed: int
     nbytes: int
     crc: int
@@ -84,7 +84,7 @@ def check_crc(file: MappedFile, record: Record) -> None:
 
 
 class _ZipReader:
-    """Walks the directory; `at` is its byte to be read next."""
+    """Reads the directory. `at` is its next byte."""
 
     def __init__(self, file: MappedFile):
         self.file, self.map, self.at = file, file.map, 0
@@ -120,7 +120,7 @@ class _ZipReader:
         return found
 
     def directory(self) -> tuple[int, int, int]:
-        """-> how many entries, from where to where."""
+        """-> the number of entries, and the start and the end of the directory."""
         at = self.file.size - END.size
         if self.map[max(at, 0) :][:4] != b"PK\5\6":
             problem = "the zip does not end with its directory; incomplete download?"
@@ -144,7 +144,7 @@ class _ZipReader:
         return count, start, at
 
     def entry(self, end: int) -> _Entry:
-        """The next entry of the directory, compared with the header it points to."""
+        """The next entry of the directory, compared with the record's header."""
         fields = self.unpack(ENTRY, self.at, b"PK\1\2")
         _, _, flags, method, _, _, crc, packed, nbytes, name, extra, comment, disk, _, _, header = fields
         path_start = self.at + ENTRY.size
@@ -174,7 +174,7 @@ class _ZipReader:
         return _Entry(path, method, header, start, packed, nbytes, crc)
 
     def below_folder(self, path: bytes, first: bytes) -> str:
-        """b"NAME/data/0" -> "data/0", where NAME is the folder of the first record too."""
+        """b"NAME/data/0" -> "data/0". NAME must be the folder of the first record too."""
         try:
             folder, *parts = path.decode().split("/")
         except UnicodeDecodeError:
@@ -185,11 +185,11 @@ class _ZipReader:
         return "/".join(parts)
 
     def zip64(self, extras: bytes, numbers: list[int]) -> list[int]:
-        """The numbers, where each that is MAX32 stands for the next 64 bits of extra field 1 (4.5.3)."""
+        """The numbers; each MAX32 is replaced by the next 64-bit number of extra field 1 (APPNOTE 4.5.3)."""
         at = 0
         while (field := extras[at : at + 4]) and struct.unpack("<2H", field.ljust(4, b"\0"))[0] != 1:
             at += 4 + int.from_bytes(field[2:4], "little")
-        held = extras[at + 4 :][: int.from_bytes(field[2:4], "little")]  # perhaps less: the entry may be cut
+        held = extras[at + 4 :][: int.from_bytes(field[2:4], "little")]  # less if the entry is cut
         values = struct.iter_unpack("<Q", held[: len(held) // 8 * 8])
         found = [next(values, (None,))[0] if number == MAX32 else number for number in numbers]
         if None in found:

@@ -1,15 +1,15 @@
-"""How exact the fast path is: `linear` in every format, then a whole model beside llama.cpp.
+"""The accuracy of the C kernels: `linear` in every format, then a whole model, compared with llama.cpp.
 
     python benchmarks/accuracy.py [-m MODEL] [-t THREADS]
         [--text wiki.test.raw [--ctx 512] [--windows 8] [--llama-cpp PYTHON]]
 
-Two tables in Markdown. `linear` is held against float64 on the dequantised weights. The model, in its own
-file and in those that `convert` makes of it, is held against the exact mode; without --text it is left out.
-PYTHON is an interpreter with llama-cpp-python.
+Two tables in Markdown. `linear` is compared with float64 arithmetic on the dequantised weights. The model is
+compared with its exact mode, in its own file and in files that `convert` makes from it. Without --text the
+model is left out. PYTHON is an interpreter with llama-cpp-python.
 
     NMSE      sum of squared errors / sum of squared results
     worst     the largest error, relative to the root mean square of its token's results
-    KL        sum p log(p / q) over the vocabulary, p the exact mode's, mean over the scored tokens
+    KL        sum p log(p / q) over the vocabulary, p from the exact mode, mean over the scored tokens
 """
 
 import argparse
@@ -40,21 +40,21 @@ ROWS_AT_ONCE = 32  # of logits in float64
 
 
 def random_weight(format: Format, OUT: int, IN: int, rng: np.random.Generator) -> StoredTensor:
-    """Normal weights; of a format that cannot be written any bytes, with scales that suit them."""
+    """Normal weights. For a format that cannot be written: random bytes with fitting scales."""
     if format.quantize:
         return StoredTensor.quantize(rng.standard_normal((OUT, IN), np.float32), format)
     blocks = rng.integers(0, 256, (OUT * IN // QK_K, format.block_bytes), np.uint8)
     d = rng.uniform(0.5, 1.5, (len(blocks), 1)) * 2**-10
     if format.name == "Q6_K":
         blocks[:, 208:] = d.astype("<f2").view(np.uint8)
-    else:  # d * sc * q - dmin * m: the minimum takes the mean of q away
+    else:  # d * sc * q - dmin * m: the minimum subtracts the mean of q
         mean = 7.5 if format.name == "Q4_K" else 15.5
         blocks[:, :4] = np.hstack([d, mean * d]).astype("<f2").view(np.uint8)
     return StoredTensor(format, (OUT, IN), blocks.reshape(OUT, -1))
 
 
 def activations(kind: str, T: int, IN: int, rng: np.random.Generator) -> np.ndarray:
-    """Normal; "outliers": of every 512 columns one is 100 times as large, in all tokens the same."""
+    """Normal numbers. "outliers": one column in 512 is 100 times as large, the same column in all tokens."""
     x = rng.standard_normal((T, IN), np.float32)
     if kind == "outliers":
         x[:, rng.permutation(IN)[: max(IN // 512, 1)]] *= 100
@@ -62,7 +62,7 @@ def activations(kind: str, T: int, IN: int, rng: np.random.Generator) -> np.ndar
 
 
 def as_ggml(x: np.ndarray, format: Format) -> np.ndarray:
-    """Activations as ggml rounds them: to 8 bits for integer formats, to the weights' own for 16-bit ones."""
+    """Activations rounded as in ggml: to 8 bits for quantized weights, to the weights' format for others."""
     if format.block == 1:
         return StoredTensor.quantize(x, format).dequantize()
     if format.block < QK_K:
@@ -101,7 +101,7 @@ def linear_table(threads: int, OUT: int = 512, IN: int = 4096) -> Iterator[str]:
 
 
 class LlamaCpp:
-    """A child process that computes logits; it takes ids, so that both sides read the same."""
+    """A child process that computes logits. Its input is ids, so that both sides have the same input."""
 
     def __init__(self, python: str, path: Path, ctx: int, threads: int):
         script = Path(__file__).with_name("llama_cpp_logits.py")
@@ -123,7 +123,7 @@ class LlamaCpp:
 
 
 class Score:
-    """What one contestant has come to over all windows."""
+    """The sums of one contestant over all windows."""
 
     def __init__(self) -> None:
         self.n, self.nll, self.kl, self.error, self.largest = 0, 0.0, 0.0, 0.0, 0.0
@@ -148,12 +148,12 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def scored_logits(model: nl.Transformer, ids: list[int], first: int) -> np.ndarray:
-    """The logits that foretell ids[first:], (len(ids) - first, V)."""
+    """The logits that predict ids[first:]: (len(ids) - first, V)."""
     return model.logits(model.hidden(np.array([ids]))[0, first - 1 : -1])
 
 
 def compare(path: Path, cuts: list[list[int]], threads: int, python: str | None) -> dict[str, Score]:
-    """All ways to compute one file, window by window."""
+    """The score of each way to compute one file."""
     first = len(cuts[0]) // 2 + 1
     modes = {"exact": True, "default": False}
     models = {name: nl.load(path, threads=threads, exact=exact).model for name, exact in modes.items()}

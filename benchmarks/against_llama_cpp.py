@@ -1,17 +1,17 @@
-"""The same GGUF files in llama.cpp and in numpy_llama, by turns in one run: tokens a second, and the ratio.
+"""Tokens a second of llama.cpp and numpy_llama on the same GGUF files, by turns in one run, and the ratio.
 
     python benchmarks/against_llama_cpp.py FILE.gguf ... [-p 512] [-n 64] [-d 0] [-t 2] [-r 5] [--json]
 
-llama.cpp comes through llama-cpp-python, in any interpreter that has it: --llama-cpp PYTHON. Its wheels are
-built to run on many processors; for its best it must be compiled where it runs:
+llama.cpp runs through llama-cpp-python, in any interpreter that has it: --llama-cpp PYTHON. Its wheels are
+built for many processors. To be fastest it must be compiled on the machine where it runs:
 
     pip install --no-binary llama-cpp-python llama-cpp-python
 
-Each contestant is a process of its own, which keeps the file mapped and warm and works only when it is asked.
-What it is asked for are the same things: no text, no sampling, random ids, the logits of the last position. A
-round asks for the limits of the machine, then both to make -n tokens, then both to read -p; medians of the
-rounds are printed. llama.cpp is tried with flash attention and without, and keeps what was faster, for
-each of the two.
+Each contestant is a process of its own, which keeps the file mapped and warm and is idle between its turns.
+Both do the same work: random ids, the logits of the last position, no text and no sampling. A round measures
+the limits of the machine, then decode of -n tokens by both, then prefill of -p tokens by both. Medians of the
+rounds are printed. llama.cpp is tried with and without flash attention, and the faster of the two is used,
+separately for decode and prefill.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-PAUSE = 0.05  # seconds before each question: the threads of the one that answered last have stopped spinning
-SHORT = {"tg": 8, "pp": 128}  # how much of each the first round does
+PAUSE = 0.05  # seconds before each turn: the threads of the other contestant have stopped spinning by then
+SHORT = {"tg": 8, "pp": 128}  # tokens in the first round
 
 
 class Ours:
-    """numpy_llama as it is loaded by default."""
+    """numpy_llama with its default options."""
 
     def __init__(self, file: str, threads: int, depth: int, room: int):
         import numpy_llama as nl
@@ -49,7 +49,7 @@ class Ours:
         return f"numpy_llama, {self.machine.isa}"
 
     def limits(self) -> list[float]:
-        """Bytes and float operations a second, at best."""
+        """The machine's limits: bytes and float32 operations a second."""
         return [self.machine.read_bandwidth(self.pieces), self.machine.fma_peak()]
 
     def run(self, kind: str, length: int) -> float:
@@ -64,7 +64,7 @@ class Ours:
 
 
 class LlamaCpp:
-    """llama.cpp with its own defaults, but for the number of threads and flash attention."""
+    """llama.cpp with its default options, except the number of threads and flash attention."""
 
     def __init__(self, file: str, threads: int, depth: int, room: int):
         import llama_cpp
@@ -115,7 +115,7 @@ class LlamaCpp:
 
 
 def answer(contestant: Ours | LlamaCpp) -> None:
-    """The life of a contestant: a question a line, [name of a method, its arguments]; an answer a line."""
+    """The loop of a contestant: a call a line, [name of a method, its arguments], and a result a line."""
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         print(json.dumps(getattr(contestant, name)(*arguments)), flush=True)
@@ -145,7 +145,7 @@ class Child:
 
 
 def compare(file: Path, options: argparse.Namespace) -> dict:
-    """All that is to be said about one file."""
+    """All results for one file."""
     lengths = {"tg": options.new, "pp": options.prompt}
     arguments = (str(file), options.threads, options.depth, max(lengths.values()))
     runs = {(kind, who): [] for kind in lengths for who in ("ours", "theirs")}
@@ -168,7 +168,7 @@ def compare(file: Path, options: argparse.Namespace) -> dict:
             for kind, length in lengths.items():
                 runs[kind, "ours"].append(length / ours.ask("run", kind, length))
                 runs[kind, "theirs"].append(length / theirs.ask("run", kind, length, flash[kind]))
-    told = {
+    result = {
         "file": file.name,
         "about": about,
         "threads": options.threads,
@@ -178,27 +178,27 @@ def compare(file: Path, options: argparse.Namespace) -> dict:
     }
     for kind, length in lengths.items():
         mine, other = (statistics.median(runs[kind, who]) for who in ("ours", "theirs"))
-        told[f"{kind}{length}"] = {
+        result[f"{kind}{length}"] = {
             "ours": mine,
             "llama_cpp": other,
             "ratio": mine / other,
             "flash_attention": bool(flash[kind]),
             "runs": {who: runs[kind, who] for who in ("ours", "theirs")},
-            "share_of_read_bandwidth": cost[kind][0] * mine / length / told["read_bandwidth"],
-            "share_of_fma_peak": cost[kind][1] * mine / length / told["fma_peak"],
+            "share_of_read_bandwidth": cost[kind][0] * mine / length / result["read_bandwidth"],
+            "share_of_fma_peak": cost[kind][1] * mine / length / result["fma_peak"],
         }
-    return told
+    return result
 
 
-def row(told: dict, decode: str, prefill: str) -> str:
+def row(result: dict, decode: str, prefill: str) -> str:
     """One line of the table, in Markdown."""
-    cells = [told["file"]]
+    cells = [result["file"]]
     for name, share in ((decode, "share_of_read_bandwidth"), (prefill, "share_of_fma_peak")):
-        it = told[name]
+        it = result[name]
         flash = " (fa)" if it["flash_attention"] else ""
         cells += [f"{it['ours']:.2f}", f"{it['llama_cpp']:.2f}{flash}"]
         cells += [f"{it['ratio']:.2f}", f"{it[share]:.0%}"]
-    cells += [f"{told['read_bandwidth'] / 1e9:.1f}", f"{told['fma_peak'] / 1e9:.0f}"]
+    cells += [f"{result['read_bandwidth'] / 1e9:.1f}", f"{result['fma_peak'] / 1e9:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -207,29 +207,30 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.gguf")
     parser.add_argument("-p", "--prompt", type=int, default=512)
     parser.add_argument("-n", "--new", type=int, default=64)
-    parser.add_argument("-d", "--depth", type=int, default=0, help="positions in the cache before")
+    parser.add_argument("-d", "--depth", type=int, default=0, help="positions already in the cache")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-r", "--repeat", type=int, default=5)
-    parser.add_argument("--llama-cpp", default=sys.executable, metavar="PYTHON", help="which has llama_cpp")
+    parser.add_argument("--llama-cpp", default=sys.executable, metavar="PYTHON", help="it has llama_cpp")
     parser.add_argument("--json", action="store_true", help="print one JSON object a file")
     options = parser.parse_args()
     if min(options.prompt, options.new, options.threads, options.repeat) < 1 or options.depth < 0:
         parser.error("-p, -n, -t and -r must be 1 or above, -d 0 or above")
     decode, prefill = f"tg{options.new}", f"pp{options.prompt}"
     for i, file in enumerate(options.files):
-        told = compare(file, options)
+        result = compare(file, options)
         if options.json:
-            print(json.dumps(told), flush=True)
+            print(json.dumps(result), flush=True)
             continue
         if i == 0:
             depth = f" @ d{options.depth}" if options.depth else ""
             print(
-                f"{' against '.join(told['about'])}\n{options.threads} threads, medians of {options.repeat}\n"
+                f"{' against '.join(result['about'])}\n"
+                f"{options.threads} threads, medians of {options.repeat}\n"
             )
             titles = ["llama.cpp", "ratio", "of read", f"{prefill}{depth}", "llama.cpp", "ratio", "of FMA"]
             titles = ["file", f"{decode}{depth}", *titles, "read GB/s", "FMA Gop/s"]
             print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-        print(row(told, decode, prefill), flush=True)
+        print(row(result, decode, prefill), flush=True)
 
 
 if __name__ == "__main__":

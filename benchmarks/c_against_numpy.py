@@ -1,8 +1,8 @@
-"""The two paths of one model in one run: tokens a second of prefill (pp) and of decode (tg).
+"""The two backends on one model in one run: tokens a second of prefill (pp) and of decode (tg).
 
     python benchmarks/c_against_numpy.py [-m MODEL] [-p 512] [-n 128] [-r 3] [-t THREADS]
 
-The contestants alternate, so that what else the machine does falls on both; medians are printed.
+The backends take turns, so that other programs on the machine slow down both. Medians are printed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from numpy_llama.generation.generate import PREFILL_CHUNK, Session, forward
 
 
 def measure(model: nl.Transformer, prompt: list[int], n: int) -> tuple[float, float]:
-    """Seconds to read the prompt, and to make n tokens after it."""
+    """Seconds of prefill, and of decode of n tokens after it."""
     session = Session(model, len(prompt) + n)
     began = time.perf_counter()
     for begin in range(0, len(prompt), PREFILL_CHUNK):

@@ -2,9 +2,9 @@
 
     PYTHON benchmarks/llama_cpp_logits.py MODEL.gguf CTX THREADS
 
-Runs in an interpreter that has llama-cpp-python, and needs nothing else. Each line of standard input is an
-object {"ids": [...], "first": n} in JSON; the logits that foretell ids[first:] go to standard output, as
-float32 and nothing else. llama.cpp's own settings, of its KV cache and of flash attention, are left alone.
+It needs an interpreter with llama-cpp-python, and nothing else. Each line of standard input is an object
+{"ids": [...], "first": n} in JSON. The logits that predict ids[first:] go to standard output as float32, and
+nothing else does. llama.cpp keeps its default settings for KV cache and flash attention.
 """
 
 import ctypes

@@ -1,13 +1,13 @@
-"""Random weights in the shape of a real model, in the files that such a model comes in: for measuring.
+"""Random weights in the shape and the files of a real model, for measurements.
 
     python benchmarks/make_weights.py llama-3-8b FOLDER                 Hugging Face, bfloat16, shards of 5 GB
     python benchmarks/make_weights.py llama-2-7b FOLDER --format meta   consolidated.00.pth and params.json
     python benchmarks/make_weights.py llama-3-8b OUT.gguf --format gguf --dtype Q4_K_M
-    numpy-llama convert FOLDER OUT.gguf --dtype q4                      and from there any other
+    numpy-llama convert FOLDER OUT.gguf --dtype q4                      any other format
 
---layers makes it shorter, which leaves all shapes as they are. The tokenizer that comes with them knows the
-256 bytes, and in a folder Llama 3's control tokens. Nothing is held in memory but one pool of random numbers
-for each width and format, of which each weight takes a stretch of its own.
+--layers changes the number of layers and leaves all shapes as they are. The tokenizer has a token for each of
+the 256 bytes; with a folder, a reader adds Llama 3's control tokens. Memory holds only one pool of random
+numbers for each width and format. Each weight is made of pieces of a pool.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from numpy_llama.checkpoint.rope_scalings import gguf_tensors
 from numpy_llama.cli.common import transfer_bar, whole_number
 from numpy_llama.config import ModelArgs
 
-SHARD_BYTES = 5_000_000_000  # as the Hugging Face hub cuts them
+SHARD_BYTES = 5_000_000_000  # the size of shards on the Hugging Face hub
 POOL = 1 << 24  # random numbers
 PIECE = 1 << 22  # numbers written at once
 
-# Random bytes are random blocks of any format, if only their scales are sane: where those lie in a block,
-# and what they must be for a mean of 0 and a standard deviation of 1. Numbers of 4, 5, 6 and 8 bits, each as
-# likely as any other, deviate by 4.61, 9.23, 18.5 and 73.9; sc q - 7.5 m, of 6, 4 and 6 bits, by 258; and
-# sc q - 15.5 m, where q has 5 bits, by 527.
+# Random bytes are a block of any format if its scales are set. This is the place of each scale in a block,
+# and its value for weights with mean 0 and standard deviation 1. Uniform numbers of 4, 5, 6 and 8 bits have
+# the standard deviations 4.61, 9.23, 18.5 and 73.9. That of sc q - 7.5 m, with 6, 4 and 6 bits, is 258. That
+# of sc q - 15.5 m, where q has 5 bits, is 527.
 SCALES = {
     "Q8_0": {0: 1 / 73.9},
     "Q4_0": {0: 1 / 4.61},
@@ -57,7 +57,7 @@ SCALES = {
 
 @cache
 def pool(format: Format, width: int) -> np.ndarray:
-    """Random blocks, so scaled that a row of `width` numbers keeps the size of its input: (n, bytes)."""
+    """Random blocks (n, bytes), scaled so that a matrix of this `width` keeps the size of its input."""
     rng, deviation = np.random.default_rng(0), width**-0.5
     if format.block == 1:
         numbers = rng.standard_normal((1, POOL), dtype=np.float32) * np.float32(deviation)
@@ -69,7 +69,7 @@ def pool(format: Format, width: int) -> np.ndarray:
 
 
 def pieces(format: Format, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """The bytes of a weight; those of a norm are ones."""
+    """The bytes of a weight: random numbers, or ones for a norm."""
     if len(shape) == 1:
         yield format.quantize(np.ones((1, *shape), np.float32))[0]
         return
@@ -228,8 +228,11 @@ def write_gguf(path: Path, args: ModelArgs, tied: bool, dtype: str, progress) ->
 
 
 def gguf_format(ours: str, args: ModelArgs, tied: bool, dtype: str) -> Format:
-    """A weight's format. Q4_K_M is llama.cpp's mixture: the output matrix in Q6_K, and so w_v and w_down in
-    the first eighth of the layers, in the last, and in every third between; all others in Q4_K."""
+    """A weight's format. Q4_K_M is llama.cpp's mixture of Q6_K and Q4_K.
+
+    Q6_K is the format of the output matrix. It is also that of wv and w_down in the first eighth of the
+    layers, in the last eighth, and in every third layer between. All other matrices are Q4_K.
+    """
     shape = expected_shape(ours, args)
     if len(shape) == 1:
         return FORMATS["F32"]
@@ -245,7 +248,7 @@ def gguf_format(ours: str, args: ModelArgs, tied: bool, dtype: str) -> Format:
 
 
 def vocabulary(n: int) -> dict:
-    """As sentencepiece has it: three control tokens, the bytes, and words that nobody says."""
+    """A vocabulary in sentencepiece's order: three control tokens, the 256 bytes, and invented tokens."""
     if n < 3 + 256:
         sys.exit(f"a GGUF vocabulary begins with 3 control tokens and 256 bytes; this model has {n} tokens")
     bytes_, words = [f"<0x{i:02X}>" for i in range(256)], [f"word{i}" for i in range(n - 3 - 256)]
@@ -272,7 +275,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder; for GGUF a new file")
     parser.add_argument("--format", choices=["hf", "meta", "gguf"], default="hf")
     parser.add_argument("--dtype", choices=[*FORMATS, "Q4_K_M"], help="of the matrices, in GGUF [BF16]")
-    parser.add_argument("--layers", type=whole_number(1), metavar="N", help="how many [as the model has]")
+    parser.add_argument("--layers", type=whole_number(1), metavar="N", help="number of layers [the model's]")
     options = parser.parse_args()
     if options.dtype and options.format != "gguf":
         parser.error("--dtype is for --format gguf; the other formats hold BF16")

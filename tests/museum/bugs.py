@@ -1,8 +1,8 @@
-"""The bug museum: faults that implementations of LLaMA have had, each as a change to this one.
+"""The bug museum: bugs of other implementations of LLaMA, each as a change of this one.
 
-`before` stands in `file` once, and becomes `after`; then one of `tests` must fail. `source` names the public
-discussion of it, repository#number on GitHub; OURS is a fault that was put in here, and that no test noticed
-at the time. run.py applies them one at a time.
+`before` occurs once in `file`. When `after` replaces it, one of `tests` must fail. `source` is the public
+report of the bug, repository#number on GitHub. OURS is a bug that was put in here, and at that time no test
+failed. run.py applies the bugs one at a time.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Bug:
     file: str
     before: str
     after: str
-    tests: str  # files or tests, with spaces
+    tests: str  # files or tests, separated by spaces
 
 
 F, MODEL, CACHE = "numpy_llama/functional.py", "numpy_llama/model.py", "numpy_llama/cache.py"

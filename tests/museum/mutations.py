@@ -1,6 +1,6 @@
 """Small mechanical changes of the files that define the operations: one operator, number or name each.
 
-Not changed are docstrings, messages of errors and annotations, where a change is none of the mathematics.
+Docstrings, error messages and annotations are not changed, because they do not compute anything.
 """
 
 import ast
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bugs import LAWS, Bug
 
-# What each file's changes should be noticed by, the likeliest first.
+# The tests that should fail after a change of each file, the likeliest first.
 JUDGES = {
     "numpy_llama/functional.py": " ".join(
         f"{LAWS}test_{name}.py"
@@ -35,18 +35,18 @@ NAMES = {
     "ones_like": "zeros_like", "zeros_like": "ones_like", "exp": "expm1", "sqrt": "cbrt",
     "float64": "float32",
 }  # fmt: skip
-# Whose first two arguments may be exchanged: that changes nothing.
+# Functions whose first two arguments can be exchanged without any effect.
 SYMMETRIC = ("min", "max", "np.minimum", "np.maximum", "q.swapaxes", "v.swapaxes", "(softmax(scores) @ v).swapaxes")
 
 
 def mutations(root: Path, count: int, seed: int) -> list[Bug]:
-    """`count` of all possible changes, drawn by chance, as many from each file as it has of them."""
+    """A random sample of `count` of all possible changes."""
     every = [bug for file in JUDGES for bug in changes_of(file, (root / file).read_text())]
     return sorted(random.Random(seed).sample(every, count), key=lambda bug: bug.name)
 
 
 def changes_of(file: str, source: str) -> list[Bug]:
-    """Every change of a file: each is its whole text, so that no place needs to be found again."""
+    """Every change of a file. `before` and `after` are the whole text, so `before` occurs once."""
     lines = source.splitlines(keepends=True)
     starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
     found = []
@@ -101,15 +101,17 @@ def changes_of(file: str, source: str) -> list[Bug]:
 
 
 def between(source: str, begin: int, stop: int, operator: str) -> str:
-    """The operator that stands between two operands, exchanged; brackets around it stay."""
+    """The text between two operands with another operator. Brackets stay."""
     gap = source[begin:stop]
     old = gap.strip(" ()\n")
     return gap.replace(old, operator, 1)
 
 
 def relevant(tree: ast.AST):
-    """All nodes but those of errors, annotations, docstrings, the tables at a module's end, and the -1 of a
-    reshape: any number below 0 means the same there."""
+    """All nodes, except errors, annotations, docstrings, assignments of the module, and the -1 of a reshape.
+
+    Any number below 0 has the meaning of that -1.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-1" and is_reshape(tree):
             continue

@@ -1,11 +1,11 @@
-"""Puts faults into a copy of this project, one at a time, and looks which test fails.
+"""Puts bugs into a copy of this project, one at a time, and reports the test that fails.
 
-    python tests/museum/run.py                  the historic bugs of bugs.py: a table of who killed them
+    python tests/museum/run.py                  the historic bugs of bugs.py: which test killed each
     python tests/museum/run.py "double BOS"     those whose name begins so
-    python tests/museum/run.py --mutations 100  small mechanical changes of mutations.py, drawn by chance
+    python tests/museum/run.py --mutations 100  random mechanical changes by mutations.py
 
-A fault that no test notices has survived: exit code 1. What is slow to import is imported once, and each
-fault gets a fork of that. A test that has noticed one must pass without it.
+A bug survives if no test fails: exit code 1. Slow modules are imported once, and the tests of each bug run in
+a fork of that process. A test that fails with a bug must pass without it.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[0] = str(HERE)
-# PyTorch brings the OpenMP that the kernels then use too. By default its threads spin while they wait, which
-# makes other tests that share the CPUs wait as well. Read when it is loaded.
+# The kernels use the OpenMP library that PyTorch loads. By default its threads spin while they wait, which
+# slows down other tests on the same CPUs. The library reads this variable when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import hypothesis  # noqa: E402
@@ -37,17 +37,17 @@ from bugs import BUGS, Bug  # noqa: E402
 from mutations import mutations  # noqa: E402
 
 torch.set_num_threads(1)
-LIMIT = 900  # seconds, many times what the tests take: a fault that makes them hang is noticed too
+LIMIT = 900  # seconds, many times the duration of the tests: a bug that makes them hang is killed too
 
 
 @dataclass(frozen=True)
 class Verdict:
-    killed_by: str | None  # the first test that failed; None: the fault has survived
-    law: str = ""  # what that test states
+    killed_by: str | None  # the first test that failed; None: the bug has survived
+    law: str = ""  # the statement of that test
 
 
 class Copy:
-    """The project in a folder of its own, where one file at a time is changed."""
+    """A copy of the project, in which one file at a time is changed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -63,7 +63,7 @@ class Copy:
         self.built = self.kernels.read_bytes()
 
     def judge(self, bug: Bug) -> Verdict:
-        """Put the fault in, run the tests that should notice, take it out again."""
+        """Put the bug in, run its tests, and take it out again."""
         path = self.folder / bug.file
         text = path.read_text()
         if text.count(bug.before) != 1:
@@ -79,12 +79,12 @@ class Copy:
                 self.kernels.unlink()
                 self.kernels.write_bytes(self.built)
         if "::" in (killed_by or "") and forked(self.folder, [killed_by])[0]:
-            told = (self.folder / "log.txt").read_text()[-2000:]
-            raise SystemExit(f"{killed_by} fails without the fault too\n{told}")
+            log = (self.folder / "log.txt").read_text()[-2000:]
+            raise SystemExit(f"{killed_by} fails without the bug too\n{log}")
         return Verdict(killed_by, law)
 
     def compile(self) -> None:
-        """The kernels anew, little optimized: the fault is in what they compute."""
+        """Compile the kernels again, with little optimization, which does not change their results."""
         source = self.folder / "_kernels.c"
         subprocess.run(
             [sys.executable, "-c", EMIT, source],
@@ -98,7 +98,7 @@ class Copy:
         compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
         options = [*COMPILE, "-O1", "-w", "-fPIC", "-shared", *openmp_flags()]
         options += ["-DPy_LIMITED_API=0x030a0000", "-I", "csrc", "-I", sysconfig.get_paths()["include"]]
-        self.kernels.unlink()  # never written over: it may be mapped
+        self.kernels.unlink()  # not overwritten, because it may be mapped
         sources = [str(source), *(f"csrc/{name}" for name in SOURCES)]
         subprocess.run([compiler, *options, *sources, "-o", self.kernels], cwd=self.folder, check=True)
 
@@ -108,8 +108,7 @@ WHERE = "import importlib.util as u; print(u.find_spec('numpy_llama.backend._ker
 
 
 class Witness:
-    """A pytest plugin that remembers the first failure. What is not about NumPy's own functions is left out
-    where they alone were changed."""
+    """A pytest plugin that keeps the first failure. `numpy_alone`: run the laws only on NumPy's functions."""
 
     killed_by, law = None, ""
 
@@ -134,10 +133,10 @@ def implementation(item):
 
 
 def forked(folder: Path, tests: list[str], numpy_alone: bool = False) -> tuple[str | None, str]:
-    """Run tests in a child of this process, in the copy: -> the first that failed, and its law."""
+    """Run tests on the copy in a child process: -> the first test that failed, and its law."""
     read, write = os.pipe()
     child = os.fork()
-    if child == 0:  # it must never return: what stands above it on the stack belongs to the parent
+    if child == 0:  # the child must never return into the parent's code
         try:
             log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
@@ -170,9 +169,9 @@ def tried(folder: Path, tests: list[str], witness: Witness) -> tuple[str | None,
     sys.dont_write_bytecode = True
     os.environ["HYPOTHESIS_PROFILE"] = "museum"
     for name in [name for name in sys.modules if name.partition(".")[0] == "numpy_llama"]:
-        del sys.modules[name]  # of the original
+        del sys.modules[name]  # the original's module
     options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there already
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is already imported
     code = pytest.main([*options, *tests], plugins=[witness])
     if code and witness.killed_by is None:
         return f"pytest, with exit code {int(code)}", ""
@@ -186,7 +185,7 @@ def verdicts(bugs: list[Bug]) -> Iterator[tuple[Bug, Verdict]]:
         derandomize=True,
         deadline=None,
         database=None,
-        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # found is enough: no shrinking
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # without shrinking
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -197,9 +196,9 @@ def verdicts(bugs: list[Bug]) -> Iterator[tuple[Bug, Verdict]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", nargs="?", default="", help="only those that begin so")
+    parser.add_argument("name", nargs="?", default="", help="only bugs whose name begins so")
     parser.add_argument("--mutations", type=int, default=0, metavar="N", help="N mechanical changes instead")
-    parser.add_argument("--seed", type=int, default=0, help="which of them [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="the seed that chooses them [%(default)s]")
     args = parser.parse_args()
     bugs = mutations(ROOT, args.mutations, args.seed) if args.mutations else BUGS
     bugs = [bug for bug in bugs if bug.name.startswith(args.name)]

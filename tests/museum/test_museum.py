@@ -1,4 +1,4 @@
-"""Every bug of the museum is caught. It prints who caught which: pytest -s tests/museum/test_museum.py."""
+"""A test kills every bug of the museum. `pytest -s tests/museum/test_museum.py` prints which."""
 
 import re
 import subprocess
@@ -19,13 +19,13 @@ def museum(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_every_historic_bug_is_caught():
-    told = museum()
-    killed, of = map(int, re.search(r"^(\d+) of (\d+) killed$", told, re.MULTILINE).groups())
+    printed = museum()
+    killed, of = map(int, re.search(r"^(\d+) of (\d+) killed$", printed, re.MULTILINE).groups())
     assert killed == of > 30
 
 
 def test_what_changes_nothing_survives(tmp_path):
-    """The museum can tell: a fault that is none is caught by nobody, and is reported."""
+    """A change without effect survives, and the museum reports it."""
     code = (
         "import run, bugs; run.BUGS[:] = [bugs.Bug('a space', '', bugs.F, 'x * x', 'x  *  x', bugs.NORM)]; "
     )

@@ -47,7 +47,7 @@ def _string(text: str) -> bytes:
 def _value(key: str, value: Any) -> bytes:
     """The type and the bytes: int as UINT32, list as an array of strings, float as FLOAT32.
 
-    A float that FLOAT32 cannot hold exactly is a FLOAT64.
+    A float that has another decimal text as a FLOAT32 is a FLOAT64.
     """
     if isinstance(value, str):
         return struct.pack("<I", TYPE_NUMBER["S"]) + _string(value)

@@ -279,12 +279,11 @@ def load(
 
     dtype: None keeps the weights as they are stored. numpy.float32, or numpy.float64 with backend "numpy",
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
-    exact: the C kernels use unrounded float32 activations and a float32 cache, for reference work. The default
-    quantizes activations to 14 bits, which is faster. The NumPy backend is always exact.
-    max_seq_len: a context smaller than the file's; with a dynamic RoPE scaling it may be larger. Its size
-    chooses between LongRoPE's two sets of angles (`numpy-llama info` prints which).
-    progress(what, done, total): called with counts of bytes. A model that does not fit into memory is a
-    ResourceLimitError before loading begins.
+    exact: the C kernels use unrounded float32 activations and a float32 cache, for reference work. The
+    default quantizes activations to 14 bits, which is faster. The NumPy backend is always exact. max_seq_len:
+    a context smaller than the file's; with a dynamic RoPE scaling it may be larger. Its size chooses between
+    LongRoPE's two sets of angles (`numpy-llama info` prints which). progress(what, done, total): called with
+    counts of bytes. A model that does not fit into memory is a ResourceLimitError before loading begins.
     """
     check_options(dtype, backend)
     progress = checked_progress(progress)

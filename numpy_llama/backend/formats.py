@@ -268,7 +268,7 @@ FORMATS = {
 
 
 class InPlace:
-    """An object that uses memory in place, of a file or of C. Its copy is itself, and it cannot be pickled."""
+    """An object that uses memory of a file or of C in place. Its copy is itself, and a pickle is an error."""
 
     def __copy__(self):
         return self

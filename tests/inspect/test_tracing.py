@@ -161,7 +161,7 @@ def test_wrong_names_and_shapes_are_refused(llama):
             pass
     with (
         pytest.raises(
-            ParameterError, match=r"layers\.0\.h is a sum .* edit what is added, layers\.0\.attention"
+            ParameterError, match=r"layers\.0\.h is a sum .* the part that is added, layers\.0\.attention"
         ),
         nl.edit(llama, "layers.0.*", lambda x: x),
     ):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from ..config import ModelArgs
-from ..verify.torch_rope import rotary_table
+from .torch_rope import rotary_table
 
 
 def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:

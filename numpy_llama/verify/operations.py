@@ -88,7 +88,7 @@ class Torch:
     name = "PyTorch"
 
     def __init__(self, torch, args: ModelArgs, T: int):
-        from .torch_rope import rotary_table
+        from ..proof.torch_rope import rotary_table
 
         torch.set_num_threads(1)  # two pools of OpenMP threads slow each other down
         self.torch = torch

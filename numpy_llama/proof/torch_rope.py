@@ -1,6 +1,6 @@
-"""RoPE's table in PyTorch: the judge of functional.py and rope.py, with which it shares no formula.
+"""RoPE's table in PyTorch, to check functional.py and rope.py. It shares no formula with them.
 
-It goes by one frequency at a time, as the papers do. `verify` and `proof` both use it.
+It computes one frequency at a time, as in the papers. The laws and `verify` use it.
 """
 
 import math
@@ -31,7 +31,7 @@ def rotary_table(args: ModelArgs, T: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scaled_freq(freq: float, j: int, args: ModelArgs, s: RopeScaling) -> float:
-    """What the frequency theta_j becomes."""
+    """The scaled frequency theta_j."""
     wavelen = 2 * math.pi / freq  # positions that a whole turn takes
     if isinstance(s, LinearScaling):
         return freq / s.factor
@@ -39,12 +39,12 @@ def scaled_freq(freq: float, j: int, args: ModelArgs, s: RopeScaling) -> float:
         return freq / s.factors[j]
     if isinstance(s, LongRopeScaling):
         return freq / (s.short_factor, s.long_factor)[args.max_seq_len > s.original_max_seq_len][j]
-    if isinstance(s, DynamicScaling):  # theta itself is made larger (u/bloc97, u/emozilla 2023)
+    if isinstance(s, DynamicScaling):  # a larger theta (u/bloc97, u/emozilla 2023)
         D, L = args.head_dim, s.original_max_seq_len
         stretched = s.factor * max(args.max_seq_len, L) / L - (s.factor - 1)
         base = args.rope_theta * stretched ** (D / (D - 2)) if D > 2 else 1.0
         return base ** (-2 * j / D)
-    if isinstance(s, Llama3Scaling):  # told by its wavelength (Meta's models/llama3/reference_impl)
+    if isinstance(s, Llama3Scaling):  # by its wavelength (Meta's models/llama3/reference_impl)
         long, short = s.original_max_seq_len / s.low_freq_factor, s.original_max_seq_len / s.high_freq_factor
         if wavelen < short:
             return freq

@@ -21,7 +21,8 @@ class Bug:
 
 
 F, MODEL, CACHE = "numpy_llama/functional.py", "numpy_llama/model.py", "numpy_llama/cache.py"
-SAMPLING, QUANTIZE, GENERATE = (f"numpy_llama/{name}.py" for name in ("sampling", "quantize", "generate"))
+SAMPLING, GENERATE = (f"numpy_llama/generation/{name}.py" for name in ("sampling", "generate"))
+FORMATS = "numpy_llama/backend/formats.py"
 ROPE, ATTENTION, WHOLE = (f"{LAWS}test_{name}.py" for name in ("rope", "attention", "model"))
 NORM, SOFTMAX, STORED = (f"{LAWS}test_{name}.py" for name in ("rms_norm", "softmax", "quantisation"))
 CHANCE = f"{LAWS}test_sampling.py"
@@ -225,7 +226,7 @@ BUGS = [
         "positions begin at 0 again in the next turn",
         "pytorch/torchchat#1462; nntrainer/nntrainer#3814",
         GENERATE,
-        "    start_pos = len(context.ids)\n",
+        "    start_pos = len(session.ids)\n",
         "    start_pos = 0\n",
         "tests/generation/test_generate.py",
     ),
@@ -457,7 +458,7 @@ BUGS = [
     Bug(
         "neighbours, not halves, share a byte",
         "kekzl/imp#722",
-        QUANTIZE,
+        FORMATS,
         "    return np.concatenate([q & 0x0F, q >> 4], axis=-1)",
         "    return np.stack([q & 0x0F, q >> 4], axis=-1).reshape(*q.shape[:-1], -1)",
         STORED,
@@ -465,7 +466,7 @@ BUGS = [
     Bug(
         "q - 8 in unsigned bytes",
         "tile-ai/tilelang#2947",
-        QUANTIZE,
+        FORMATS,
         "(q.view(np.int8) - 8)",
         "(q - np.uint8(8))",
         STORED,
@@ -473,7 +474,7 @@ BUGS = [
     Bug(
         "bfloat16 cut off, not rounded",
         "paiml/aprender#2144",
-        QUANTIZE,
+        FORMATS,
         "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
         "bits >> 16",
         STORED,
@@ -481,7 +482,7 @@ BUGS = [
     Bug(
         "a NaN becomes infinite in bfloat16",
         "paiml/aprender#2144",
-        QUANTIZE,
+        FORMATS,
         "(bits >> 16) | 64",
         "(bits >> 16)",
         STORED,

@@ -36,7 +36,15 @@ NAMES = {
     "float64": "float32",
 }  # fmt: skip
 # Functions whose first two arguments can be exchanged without any effect.
-SYMMETRIC = ("min", "max", "np.minimum", "np.maximum", "q.swapaxes", "v.swapaxes", "(softmax(scores) @ v).swapaxes")
+SYMMETRIC = (
+    "min",
+    "max",
+    "np.minimum",
+    "np.maximum",
+    "q.swapaxes",
+    "v.swapaxes",
+    "(softmax(scores) @ v).swapaxes",
+)
 
 
 def mutations(root: Path, count: int, seed: int) -> list[Bug]:

@@ -1,5 +1,6 @@
 """A test kills every bug of the museum. `pytest -s tests/museum/test_museum.py` prints which."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -15,6 +16,14 @@ def museum(*arguments: str) -> str:
     print(done.stdout)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def test_every_bug_fits_the_code():
+    code = "from bugs import BUGS; print(*(f'{bug.file}\\t{bug.before!r}' for bug in BUGS), sep='\\n')"
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=RUN.parent, text=True)
+    for file, before in (line.split("\t") for line in printed.splitlines()):
+        text = (RUN.parents[2] / file).read_text()
+        assert text.count(ast.literal_eval(before)) == 1, f"{file}: {before}"
 
 
 @pytest.mark.slow

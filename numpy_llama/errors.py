@@ -89,7 +89,7 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: 
 
 
 def check_has(name: str, value: object, attribute: str, wanted: str) -> None:
-    """ParameterError unless the argument `name` is what has that attribute: the real class or a stand-in."""
+    """ParameterError unless the argument `name` has that attribute. A stand-in for the class is fine."""
     if not hasattr(value, attribute):
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
 
@@ -103,15 +103,15 @@ def check_whole(name: str, value: object, least: int, most: int) -> None:
 
 
 def check_iterable(name: str, value: object, wanted: str) -> None:
-    """ParameterError unless the argument `name` can be gone through."""
+    """ParameterError unless the argument `name` is iterable."""
     try:
         iter(value)  # type: ignore[call-overload]
-    except TypeError:  # an array of no axes has the method all the same
+    except TypeError:  # an array without axes has __iter__ too, but it fails
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}") from None
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Whether the argument `name` is true; ParameterError where that has no answer, as of an array."""
+    """Whether the argument `name` is true. ParameterError if it is neither, like an array."""
     try:
         return bool(value)
     except ValueError:

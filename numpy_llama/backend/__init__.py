@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, by
 
 
 def check_options(dtype, backend: str) -> None:
-    """ParameterError for what no model can be built with."""
+    """ParameterError for options with which no model can be built."""
     try:
         known = dtype is None or np.dtype(dtype) in (np.float32, np.float64)
     except (TypeError, ValueError):  # no dtype at all

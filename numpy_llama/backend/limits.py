@@ -1,7 +1,7 @@
-"""What the system leaves to this process: control groups, CPUs, threads and their stacks.
+"""The system's limits for this process: control groups, CPUs, threads and their stacks.
 
-A container is a control group (cgroups(7)). Each group has limits of its own, and the groups around it have
-theirs. Version 2 has one tree for all controllers; version 1 has a tree for each of them.
+A container is a control group (cgroups(7)). Each group has its own limits, and so has every group around it.
+Version 2 has one tree for all controllers; version 1 has a tree for each of them.
 """
 
 import os
@@ -61,16 +61,16 @@ def cpu_quota() -> float | None:
 
 def _quota_of(group: Path) -> float | None:
     version_1 = [line for name in ("quota", "period") for line in _lines(group / f"cpu.cfs_{name}_us")]
-    for words in (" ".join(_lines(group / "cpu.max")).split(), version_1):
-        if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):  # not "max", not -1
-            return int(words[0]) / int(words[1])
+    for pair in (" ".join(_lines(group / "cpu.max")).split(), version_1):
+        if len(pair) == 2 and all(n.isdecimal() for n in pair) and int(pair[1]):  # not "max", not -1
+            return int(pair[0]) / int(pair[1])
     return None
 
 
 def stack_bytes(environment: Mapping[str, str]) -> int:
     """The stack of each OpenMP thread by OMP_STACKSIZE, else GOMP_STACKSIZE; 0: the system's default.
 
-    A number of KiB, or one followed by B, K, M or G. What is written otherwise counts for nothing.
+    A number of KiB, or one followed by B, K, M or G. Any other text is ignored.
     """
     for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
         if found := re.fullmatch(r"\s*\+?(\d+)\s*([BKMG]?)\s*", environment.get(name, ""), re.I | re.A):
@@ -80,7 +80,7 @@ def stack_bytes(environment: Mapping[str, str]) -> int:
 
 
 def too_many_threads(threads: int, made: int, stack: int) -> ResourceLimitError:
-    """The error for a team that cannot be made, with the limits that there are."""
+    """The error for threads that cannot be made, with the known limits."""
     limits = [f"each takes a stack of {stack} bytes (OMP_STACKSIZE)"] if stack else []
     with suppress(ImportError):
         import resource
@@ -107,13 +107,13 @@ def too_small_stack(whose: str, room: int, wanted: int) -> ResourceLimitError:
 
 
 def numbers(path: str | Path) -> dict[str, int]:
-    """The lines "name number ..." of one of the kernel's tables."""
+    """The lines "name number ..." of a table of the system, as a dict."""
     lines = [line.split() for line in _lines(Path(path))]
     return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file of the kernel's; none if it cannot be read."""
+    """The lines of a file of the system; none if it cannot be read."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:

@@ -377,7 +377,7 @@ def test_two_new_tokens_after_three(ops):
 
 @law("attention", sources, st.integers(0, 3), small_sizes)
 def test_a_query_that_may_see_nothing_is_no_nan(ops, source, S, more):
-    """Of T > S queries the first would see no key: they are refused, or get 0 as PyTorch's do."""
+    """If T > S, the first queries have no key. They are an error, or their result is 0 as in PyTorch."""
     q, k, v = source.array(1, S + more, 2, 4), source.array(1, S, 2, 4), source.array(1, S, 2, 4)
     try:
         blind = ops.attention(q, k, v)[:, :more]

@@ -33,7 +33,7 @@ def test_in_float32(ops, source, T, IN, OUT):
 
 @law("linear", sources, sizes, lengths, sizes)
 def test_whole_numbers_are_multiplied_exactly(ops, source, T, IN, OUT):
-    """Of small whole numbers over 4 every sum is exact, in whatever order it is taken."""
+    """With small whole numbers over 4 every sum is exact, in any order."""
     x, w = source.rng.integers(-8, 9, (T, IN)), source.rng.integers(-8, 9, (OUT, IN))
     assert_same(ops.linear(x.astype(np.float32) / 4, w.astype(np.float32) * 2), x @ w.T / 2)
 

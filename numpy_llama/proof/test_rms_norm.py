@@ -78,7 +78,7 @@ def test_the_mean_is_not_taken_away(ops, source, D, eps):
 
 @law("rms_norm", sources, sizes, eps_values)
 def test_eps_stands_inside_the_root(ops, source, D, eps):
-    """Of an x next to nothing the norm is x / sqrt(eps), not x / eps."""
+    """For x near 0 the norm is x / sqrt(eps), not x / eps."""
     x, weight = source.positive(1, D) * 1e-9 * np.sqrt(eps), np.ones(D)
     assert_within(ops.rms_norm(x, weight, eps), x / np.sqrt(eps), EXACT_64 * x / np.sqrt(eps))
 

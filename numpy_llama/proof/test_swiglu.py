@@ -48,7 +48,7 @@ def test_both_sides_make_up_x(ops, source, n, scale):
 
 @law("silu", sources, sizes, scales)
 def test_it_lies_between_0_and_x(ops, source, n, scale):
-    """Of a positive x silu keeps between half and all, of a negative one between nothing and half."""
+    """silu(x) lies between x / 2 and x for positive x, and between x / 2 and 0 for negative x."""
     x = source.array(n) * scale
     y, slack = ops.silu(x), 1 + EXACT_64
     above = (x >= 0) & (y >= x / 2 / slack) & (y <= x * slack)

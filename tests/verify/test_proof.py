@@ -73,7 +73,7 @@ def test_what_is_wrong_is_told_in_plain_words(tmp_path):
     assert done.returncode == 1
     assert TOLD in done.stdout
     assert TOLD.rpartition("  2 of")[0] in (README.parent / "docs" / "guide" / "proof.md").read_text()
-    assert "Of an x next to nothing the norm is x / sqrt(eps), not x / eps." in done.stdout
+    assert "For x near 0 the norm is x / sqrt(eps), not x / eps." in done.stdout
     assert "raised NameError: name 'math' is not defined\n  in my_ops.py, line 11" in done.stdout
     assert "Traceback" not in done.stdout and "numpy_llama/proof/laws.py" not in done.stdout
     told = done.stdout.split("laws that hold")[1]

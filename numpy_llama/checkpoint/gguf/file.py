@@ -275,7 +275,7 @@ class _Reader:
         return self.utf8(start, self.at, field)
 
     def utf8(self, start: int, end: int, field: str) -> str:
-        if field.startswith(ONLY_SHOWN):  # nothing depends on it: what is no UTF-8 stands there as \\xff
+        if field.startswith(ONLY_SHOWN):  # it is only shown, so bytes that are not UTF-8 become escapes
             return str(self.map[start:end], "utf-8", "backslashreplace")
         try:
             return str(self.map[start:end], "utf-8")

@@ -279,7 +279,7 @@ class InPlace:
     def __reduce__(self):
         raise UnsupportedError(
             "a model cannot be pickled, because its weights are used in place, in the mapped file; "
-            "load it in each process: the processes share the file's memory"
+            "load it in each process: they share its memory"
         )
 
 

@@ -181,7 +181,7 @@ def _hooked(
         if state == "not run":
             raise ParameterError(
                 "no forward pass of this block reached a hook: run the Llama in the block's own thread, "
-                "or the Transformer that the block returns (of a trace, `seen.model`)"
+                "or the block's Transformer (of a trace, `seen.model`)"
             )
     finally:
         state = "ended"

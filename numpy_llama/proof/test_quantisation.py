@@ -153,8 +153,8 @@ def test_halves_cost_half_a_step(ops, format, x):
     assert_within(round_trip(ops, format, x), x, allowed)
 
 
-# The error of a weight has three parts: half a step, the rounding of d to float16 times the code, and a few u
-# of the largest weight. Below 2^-14, rounding to float16 errs by half its spacing.
+# Three errors add up in a weight. One is half a step. The next is the rounding of d to float16, times the
+# code; below 2^-14 it is half the spacing. The last is a few u of the largest weight.
 
 
 @law("quantize_q8_0 dequantize_q8_0", weights())

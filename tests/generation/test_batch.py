@@ -225,7 +225,8 @@ def test_each_of_many_caches_is_checked(model, odd):
     ]:
         starts = np.where(np.arange(5) == odd, start, 2)
         with pytest.raises(error, match=message):
-            side_by_side(model).hidden(np.full((5, 1), 7), starts, BatchCache(caches))
+            together = BatchCache(caches)
+            side_by_side(model, together).hidden(np.full((5, 1), 7), starts, together)
 
 
 # ---------------------------------------------------------------- texts

@@ -143,7 +143,7 @@ def test_a_context_holds_whatever_was_said_in_it(model, turns):
             assert session.cache.filled == [len(session.ids)] * ARGS.n_layers
         else:
             calls, layer = interrupt[0], model.layers[interrupt[1]]
-            with pytest.MonkeyPatch.session() as patch, suppress(KeyboardInterrupt):
+            with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
                 patch.setattr(layer, "feed_forward", interrupted(layer.feed_forward, calls))
                 run(model, prompt, session, max_tokens=3)
 

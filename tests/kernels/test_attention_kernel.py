@@ -102,7 +102,7 @@ def test_attention_finds_the_one_position_exactly(isa, shape, older, seed):
         np.testing.assert_array_equal(got[:, t], np.repeat(expected, shape["n_rep"], axis=1))
 
 
-FEW = lib.NL_FEW
+FEW = lib.NL_GEMV_TOKENS
 
 
 def beside_it(dtype) -> int:

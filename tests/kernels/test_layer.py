@@ -303,11 +303,12 @@ def filled_caches(model, tokens) -> list[KVCache]:
 
 def test_rewound_caches_count_no_position_behind(rng):
     """One alone and several side by side: what lies behind the last update is stored no longer."""
-    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
     tokens, starts = rng.integers(0, SMALL.vocab_size, (5, 6)), [4, 0, 2, 5, 1]
     caches = filled_caches(model, tokens)
     model.hidden(tokens[:1, :1], starts[0], caches[0])
-    side_by_side(model).hidden(tokens[1:, :1], np.array(starts[1:]), BatchCache(caches[1:]))
+    others = BatchCache(caches[1:])
+    side_by_side(model, others).hidden(tokens[1:, :1], np.array(starts[1:]), others)
     assert [cache.filled for cache in caches] == [[start + 1] * 2 for start in starts]
     for cache, start in zip(caches, starts, strict=True):
         with pytest.raises(ParameterError, match=f"position {start + 2} comes after {start + 1} stored"):
@@ -316,7 +317,7 @@ def test_rewound_caches_count_no_position_behind(rng):
 
 def test_an_interrupted_call_counts_nothing(rng, monkeypatch):
     """C may have written some of it: the positions from its start on are stored no longer."""
-    model, _ = two_models(SMALL, random_weights(rng, SMALL), 2, exact=False)
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
     caches = filled_caches(model, rng.integers(0, SMALL.vocab_size, (5, 6)))
 
     def interrupt(*arguments):

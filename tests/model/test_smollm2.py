@@ -142,7 +142,7 @@ def test_by_default_chunks_change_no_bit_but_of_few_tokens(size, tokens, fixed_m
     """One to four tokens give the same among each other."""
     some = tokens[0][:, : tokens[0].shape[1] // 14 * 14]
     chunked, whole = in_chunks(fixed_model, some, size), fixed_model(some)
-    if size <= lib.NL_FEW:
+    if size <= lib.NL_GEMV_TOKENS:
         assert difference(chunked, whole) < LOGITS_FIXED
         np.testing.assert_array_equal(chunked, in_chunks(fixed_model, some, 1))
     else:

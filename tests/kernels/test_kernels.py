@@ -299,7 +299,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_the_instruction_set_can_be_chosen_from_outside():
-    code = "from numpy_llama import kernels; print(kernels.isa())"
+    code = "from numpy_llama.backend import kernels; print(kernels.isa())"
     for name in kernels.available_isas():
         assert run(code, NUMPY_LLAMA_ISA=name).stdout == f"{name}\n"
     assert run(code).stdout == f"{kernels.available_isas()[0]}\n"
@@ -324,7 +324,7 @@ def test_tiny_numbers_are_not_flushed_to_zero(isa):
 def test_a_forked_child_computes_the_same_and_does_not_hang(rng):
     code = """
 import os, numpy as np
-from numpy_llama import kernels
+from numpy_llama.backend import kernels
 from numpy_llama.backend.kernels import Kernels
 kernels.WORK_FOR_THREADS = 0  # threads even for little work
 rng = np.random.default_rng(0)
@@ -374,7 +374,7 @@ def test_a_file_that_is_cut_under_the_kernels_is_named():
     """On a thread of OpenMP, in the middle of a product."""
     code = """
 import numpy as np
-from numpy_llama import kernels
+from numpy_llama.backend import kernels
 from numpy_llama.backend.formats import FORMATS, StoredTensor
 kernels.WORK_FOR_THREADS = 0
 area = mapped("w.gguf")

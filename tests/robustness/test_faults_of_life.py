@@ -168,7 +168,8 @@ def llama_3_8b(tmp_path_factory):
 # The program, but that it says "." when it begins a forward pass, and "!" when it begins to tidy up.
 TOLD = """
 import os, sys, time
-from numpy_llama import __main__, cli, generate
+from numpy_llama import __main__, cli
+from numpy_llama.generation import generate
 def telling(function, sign, seconds):
     def told(*arguments):
         os.write(1, sign)

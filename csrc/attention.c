@@ -1,10 +1,14 @@
 /* attention: out = softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without a (T, S) array of scores.
  *
  * The T queries are the last T of the S positions, so query t sees positions 0 .. t + S - T.
- * H / K query heads share one key/value head (GQA): head h reads key/value head h / (H / K).
+ * H / K query heads share one KV head (GQA): head h reads KV head h / (H / K).
  *
- * The softmax is computed online (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Its state is, for
- * each query, the largest score so far m, the sum l of exp(score - m), and the sum o of exp(score - m) v.
+ * The softmax is computed online (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Its state has
+ * three parts for each query:
+ *
+ *     m     the largest score so far
+ *     l     the sum of exp(score - m)
+ *     o     the sum of exp(score - m) v
  *
  *     for each query block of up to QUERY_ROWS rows                     one thread; its rows share a KV head
  *         for each KV span of KV_SPAN positions                         a "split" of Flash-Decoding
@@ -23,12 +27,13 @@
  *                      m, l, o         m, l, o         m, l, o
  *                         `---- merge -----'---- merge ----'
  *
- * Every span starts from an empty state. The sums are the same, bit for bit, when one thread walks all spans
- * and when each span has a thread of its own.
+ * Every span starts from an empty state. So the bits are the same when one thread walks all spans and when
+ * each span has a thread of its own.
  *
- * attention.c itself is compiled once, for the loop over threads and the scalar form. avx2.c and avx512.c
- * include it for the vector forms. tests/kernels/test_attention_kernel.py compares every form with NumPy, and
- * any split of T and any number of threads with one call of one thread. */
+ * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
+ * instruction set: the part under VECTOR_FORMS (README.md).
+ * tests/kernels/test_attention_kernel.py compares every form with NumPy. It also compares any split of T, and
+ * any number of threads, with one call of one thread. */
 #include <float.h>
 #include <stdlib.h>
 
@@ -36,9 +41,9 @@
 #include "formats.h"
 #include "vec.h"
 
-/* Rows of q, o, m and l are padded to PAD floats, a whole number of registers of every instruction set.
- * Tiles take SMALL_TILE rows where one may be left, so there is room for PAD_ROWS rows more. */
-enum { QUERY_ROWS = 240, KV_SPAN = 1024, KV_BLOCK = 128, MAX_DH = 256 };
+/* Rows of q, o, m and l are padded to PAD floats: whole registers of every instruction set. The last rows are
+ * computed SMALL_TILE at a time, so there is room for PAD_ROWS rows more. */
+enum { QUERY_ROWS = NL_QUERY_ROWS, KV_SPAN = 1024, KV_BLOCK = 128, MAX_DH = NL_MAX_DH };
 enum { PAD = 32, SMALL_TILE = 4, PAD_ROWS = SMALL_TILE - 1 };
 
 INLINE int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
@@ -72,11 +77,6 @@ INLINE int64_t visible_positions(const nl_attention_args *a, const query_block *
     return a->begin + (qb->first + row) / qb->n_rep + a->S - a->T + 1;
 }
 
-INLINE int64_t element_bytes(const int format) { return format == F16 ? 2 : 4; }
-INLINE float load_element(const int format, const uint8_t *p, int64_t i) {
-    return format == F16 ? load_f16(p + 2 * i) : load_f32(p + 4 * i);
-}
-
 /* The key, or the value, of position j: Dh elements. */
 INLINE const uint8_t *key_at(const nl_attention_args *a, const query_block *qb, int64_t j) {
     const int64_t *s = a->k_strides, offset = qb->b * s[0] + j * s[1] + qb->kv_head * s[2];
@@ -108,13 +108,13 @@ INLINE int64_t scratch_floats(int64_t rows) {
 }
 
 #ifndef VECTOR_FORMS
-/* all = all merged with span, the state of the positions from `begin` on. */
+/* all = all merged with span, the softmax state of the KV span that begins at position span_begin. */
 static void merge_states(const nl_attention_args *a, const query_block *qb, float *all_memory,
-                         float *span_memory, int64_t begin) {
+                         float *span_memory, int64_t span_begin) {
     const softmax_state all = softmax_state_in(all_memory, qb->rows, a->Dh);
     const softmax_state span = softmax_state_in(span_memory, qb->rows, a->Dh);
     for (int64_t row = 0; row < qb->rows; row++) {
-        if (visible_positions(a, qb, row) <= begin) continue;
+        if (visible_positions(a, qb, row) <= span_begin) continue;
         const float m = span.m[row] > all.m[row] ? span.m[row] : all.m[row];
         const float before = expf(all.m[row] - m), here = expf(span.m[row] - m);
         float *o = all.o + row * padded(a->Dh), *span_o = span.o + row * padded(a->Dh);
@@ -133,8 +133,8 @@ static void write_output(const nl_attention_args *a, const query_block *qb, floa
     }
 }
 
-/* Memory for n floats, or NULL. It begins and ends at a pair of cache lines, so no two threads write to the
- * same line. aligned_alloc takes only sizes that are multiples of the alignment. */
+/* Memory for n floats, or NULL. It is whole pairs of cache lines, so no two threads write to the same line.
+ * aligned_alloc takes only sizes that are multiples of the alignment. */
 static float *allocate_floats(int64_t n) {
     enum { ALIGNMENT = 128 };
     _Static_assert(PAD * sizeof(float) % ALIGNMENT == 0, "PAD floats are whole units of the alignment");
@@ -142,21 +142,22 @@ static float *allocate_floats(int64_t n) {
 }
 
 int nl_attention(const nl_attention_args *a, int threads) {
+    if (!is_cached(a->format)) return NL_UNKNOWN_FORMAT;
     if (a->begin >= a->end) return 0;
     const kernels *kernel = chosen_kernels();
     const int64_t blocks = a->B * a->K * query_blocks_per_head(a), spans = (a->S + KV_SPAN - 1) / KV_SPAN;
     const int64_t rows = query_block_at(a, 0).rows, state_floats = softmax_state_floats(rows, a->Dh);
-    /* In decoding there is one query block a head, too few for many threads: each span is then a task. */
+    /* Decode has one query block for each head, too few for many threads: then each span is a task. */
     const int64_t tasks_per_block = blocks == a->B * a->K ? spans : 1;
     float *states = allocate_floats(tasks_per_block > 1 ? blocks * tasks_per_block * state_floats : 1);
-    int status = states ? 0 : -1;
+    int status = states ? 0 : NL_NO_MEMORY;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *memory = allocate_floats(2 * state_floats + scratch_floats(rows));
         if (!memory) {
 #pragma omp atomic write
-            status = -1;
+            status = NL_NO_MEMORY;
         }
         /* Later queries see more positions, so tasks differ in their work: hence dynamic. */
 #pragma omp for schedule(dynamic)
@@ -192,7 +193,7 @@ void nl_exp(float *y, const float *x, int64_t n) { chosen_kernels()->exp(y, x, n
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
-void attention_scalar(const nl_attention_args *a, int64_t index, int64_t begin, float *memory,
+void attention_scalar(const nl_attention_args *a, int64_t index, int64_t span_begin, float *memory,
                       float *scratch) {
     const query_block qb = query_block_at(a, index);
     const softmax_state state = softmax_state_in(memory, qb.rows, a->Dh);
@@ -202,7 +203,7 @@ void attention_scalar(const nl_attention_args *a, int64_t index, int64_t begin, 
         const float *q = a->q + row_offset(a, &qb, row);
         float *o = state.o + row * padded(a->Dh), m = -FLT_MAX, l = 0; /* -inf - -inf would be NaN */
         for (int64_t d = 0; d < a->Dh; d++) o[d] = 0;
-        for (int64_t j = begin; j < begin + KV_SPAN && j < visible_positions(a, &qb, row); j++) {
+        for (int64_t j = span_begin; j < span_begin + KV_SPAN && j < visible_positions(a, &qb, row); j++) {
             const uint8_t *k = key_at(a, &qb, j), *v = value_at(a, &qb, j);
             float score = 0;
             for (int64_t d = 0; d < a->Dh; d++) score += q[d] * load_element(a->format, k, d);
@@ -224,33 +225,33 @@ void exp_scalar(float *y, const float *x, int64_t n) {
 #else
 /* ---------------------------------------------------------------- vectors
  *
- * A query block walks its span one KV block at a time. Both products are one micro-kernel, tile_gemm:
+ * A query block walks its span one KV block at a time. Both products have the same micro-kernel:
  *
  *     scores   s (rows, KV_BLOCK)  =              q (rows, Dh)       @ k.T (Dh, KV_BLOCK), packed transposed
  *     output   o (rows, Dh)        =  alpha * o + p (rows, KV_BLOCK) @ v   (KV_BLOCK, Dh)
  *
- * A tile of TILE_ROWS x TILE_COLS sums stays in registers. One step of its loop takes 2 loads, TILE_ROWS
- * broadcasts and 2 * TILE_ROWS FMAs: the FMA units are the limit. Registers in use:
+ * A tile of TILE_ROWS x TILE_COLS sums stays in registers: MR x NR in BLIS. One step of the loop takes 2
+ * loads, TILE_ROWS broadcasts and 2 * TILE_ROWS FMAs: the FMA units are the limit. Registers in use:
  *
- *                     sums              operands            AVX2             AVX-512
- *     tile_gemm       2 * TILE_ROWS     2 of b, 1 of a      12 + 3 of 16     24 + 3 of 32
- *     decode_scores   LANES             LANES / 4 keys, q    8 + 3 of 16     16 + 5 of 32
+ *                              sums             operands            AVX2            AVX-512
+ *     attention_micro_kernel   2 * TILE_ROWS    2 of b, 1 of a      12 + 3 of 16    24 + 3 of 32
+ *     decode_scores            LANES            LANES / 4 keys, q    8 + 3 of 16    16 + 5 of 32
  *
- *     prefill_block  many rows: keys and values are unpacked once for all rows of the query block
- *     decode_block   few tokens (up to NL_GEMV_TOKENS), float16, Dh in whole tiles: memory is the
- *                    limit. Keys and values are used where they lie. While it works on the keys it
- *                    prefetches the values, and while it works on the values the next keys.
+ *     prefill_block   many rows: keys and values are packed once for all rows of the query block
+ *     decode_block    up to NL_GEMV_TOKENS tokens, float16, Dh in whole tiles: memory is the limit.
+ *                     Keys and values are read in place. The values are prefetched while the scores
+ *                     are computed, and the next keys while the output is. Only these prefetches
+ *                     assume that positions lie side by side, as in a KVCache.
  *
  * The order of each sum decides its last bits. It never depends on the rows beside it:
  *
  *     s in prefill_block         ascending d
  *     s in decode_block          d = i, i + LANES, ... in lane i, then a tree over the lanes
- *     l                          KV blocks ascending; in a block like d above
+ *     l                          KV blocks ascending; in a block as in decode_block's s
  *     o                          ascending positions
  *
- * So T may be cut into pieces of more than NL_GEMV_TOKENS without a change of bits; in float32 into any
- * pieces. Positions that a row does not see get the score -inf. Their values are not read, since 0 * NaN is
- * NaN. */
+ * So T may be cut into pieces of more than NL_GEMV_TOKENS without a change of bits, and in float32 into any
+ * pieces. Positions that a row does not see get the score -inf. Their values are not read: 0 * NaN is NaN. */
 
 enum { TILE_COLS = 2 * LANES, DECODE_KV_BLOCK = 64, DECODE_KEYS = LANES / 4 };
 
@@ -258,14 +259,13 @@ _Static_assert(PAD % TILE_COLS == 0, "o and the panels are read and written in w
 _Static_assert(KV_BLOCK <= MAX_DH, "a panel of keys or of values fits PAD * MAX_DH floats");
 _Static_assert(KV_BLOCK % TILE_COLS == 0, "a row of s is written in whole tiles");
 _Static_assert(MAX_DH % LANES == 0, "Dh in whole registers is at most MAX_DH");
-_Static_assert(SMALL_TILE <= TILE_ROWS, "tile_gemm keeps TILE_ROWS rows of sums");
+_Static_assert(SMALL_TILE <= TILE_ROWS, "the micro-kernel keeps TILE_ROWS rows of sums");
 _Static_assert(SMALL_TILE == 4, "decode_scores adds four registers at once, with vec_store_sums");
-_Static_assert(LANES % 4 == 0, "decode_scores takes LANES / 4 keys at a time");
-_Static_assert(DECODE_KV_BLOCK % (LANES / 4) == 0, "a block of decode_block is whole groups of keys");
+_Static_assert(DECODE_KV_BLOCK % DECODE_KEYS == 0, "decode_block takes DECODE_KEYS keys at a time");
 
 /* e^x = 2^n e^r for |x| up to some hundred: n whole, r = x - n ln2, |r| <= ln2 / 2.
- * e^r = 1 + r + r^2 q(r). q was fitted by least squares at Chebyshev nodes, and reweighted until its error
- * was level. ln2 is the sum of two floats; n times the first one is exact. */
+ * e^r = 1 + r + r^2 q(r). q is a fit by least squares at Chebyshev nodes, with weights that make its error
+ * level. ln2 is the sum of two floats; n times the first one is exact. */
 VEC_INLINE vec exp_parts(vec x, vec *n) {
     *n = vec_round(vec_mul(x, vec_all(1.44269504f)));
     vec r = vec_fma(*n, vec_all(-0.693145752f), x);
@@ -293,17 +293,12 @@ VEC_INLINE vec load_vec(const int format, const uint8_t *p) {
     return format == F16 ? vec_from_f16(p) : vec_load(p);
 }
 
-/* A hint: it never faults. That positions lie side by side, as in a KVCache, is assumed only here. */
-VEC_INLINE void prefetch_bytes(const uint8_t *p, int64_t nbytes) {
-    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-/* The micro-kernel: c (rows, TILE_COLS) = alpha * c + a (rows, n) @ b (n, TILE_COLS).
+/* c (rows, TILE_COLS) = alpha * c + a (rows, n) @ b (n, TILE_COLS).
  * alpha has one number a row; NULL: c starts at 0. b_stride is in bytes. Unless `next` is NULL, as many bytes
  * as b has are prefetched from there. */
-VEC_INLINE void tile_gemm(const int rows, float *c, int64_t c_stride, const float *alpha, const float *a,
-                          const int64_t a_stride, const int format, const uint8_t *b, int64_t b_stride,
-                          int64_t n, const uint8_t *next) {
+VEC_INLINE void attention_micro_kernel(const int rows, float *c, int64_t c_stride, const float *alpha,
+                                       const float *a, const int64_t a_stride, const int format,
+                                       const uint8_t *b, int64_t b_stride, int64_t n, const uint8_t *next) {
     const int64_t half = LANES * element_bytes(format);
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
@@ -312,7 +307,7 @@ VEC_INLINE void tile_gemm(const int rows, float *c, int64_t c_stride, const floa
                 alpha ? vec_mul(vec_all(alpha[r]), vec_load(c + r * c_stride + w * LANES)) : vec_zero();
     for (int64_t i = 0; i < n; i++, a++, b += b_stride) {
         const vec left = load_vec(format, b), right = load_vec(format, b + half);
-        if (next) prefetch_bytes(next + i * 2 * half, 2 * half);
+        if (next) prefetch_to_l2(next + i * 2 * half, 2 * half);
         for (int r = 0; r < rows; r++) {
             const vec a_r = vec_all(a[r * a_stride]);
             sum[r][0] = vec_fma(a_r, left, sum[r][0]);
@@ -363,10 +358,10 @@ VEC_INLINE void load_transposed(vec x[LANES], const int format, const uint8_t *c
     for (int i = 0; i < LANES; i++) x[i] = vec_load(rest[i]);
 }
 
-/* s[row .. row + 3] = q[row .. row + 3] @ k.T, with the keys where they lie. The LANES sums of one step stay
- * in registers, and each is then added across its lanes. */
+/* s[row .. row + 3] = q[row .. row + 3] @ k.T, with the keys in place. The LANES sums of one step stay in
+ * registers. Then each is added across its lanes. */
 VEC_INLINE void decode_scores(const kv_block *b, int64_t row) {
-    const int64_t Dh = b->a->Dh, nbytes = element_bytes(F16);
+    const int64_t Dh = b->a->Dh, bytes = element_bytes(F16);
     const uint8_t *v = value_at(b->a, &b->qb, b->j), *k[DECODE_KEYS];
     for (int64_t from = 0; from < b->n; from += DECODE_KEYS) {
         vec sum[DECODE_KEYS][SMALL_TILE];
@@ -375,8 +370,8 @@ VEC_INLINE void decode_scores(const kv_block *b, int64_t row) {
         key_pointers(k, DECODE_KEYS, b, from);
         for (int64_t d = 0; d < Dh; d += LANES) {
             vec x[DECODE_KEYS];
-            for (int i = 0; i < DECODE_KEYS; i++) x[i] = load_vec(F16, k[i] + d * nbytes);
-            prefetch_bytes(v + (from * Dh + d * DECODE_KEYS) * nbytes, DECODE_KEYS * LANES * nbytes);
+            for (int i = 0; i < DECODE_KEYS; i++) x[i] = load_vec(F16, k[i] + d * bytes);
+            prefetch_to_l2(v + (from * Dh + d * DECODE_KEYS) * bytes, DECODE_KEYS * LANES * bytes);
             for (int r = 0; r < SMALL_TILE; r++) {
                 const vec q = vec_load(b->q + (row + r) * MAX_DH + d);
                 for (int i = 0; i < DECODE_KEYS; i++) sum[i][r] = vec_fma(q, x[i], sum[i][r]);
@@ -445,34 +440,38 @@ VEC_INLINE void online_softmax(const kv_block *b) {
 /* s[row .. row + rows - 1][from .. from + TILE_COLS - 1], unless the last of these rows sees none of them. */
 VEC_INLINE void prefill_scores(const int rows, const kv_block *b, int64_t row, int64_t from) {
     if (from < visible_in_block(b, row + rows - 1))
-        tile_gemm(rows, b->s + row * KV_BLOCK + from, KV_BLOCK, NULL, b->q + row * MAX_DH, MAX_DH, F32,
-                  (const uint8_t *)b->panel, TILE_COLS * sizeof(float), b->a->Dh, NULL);
+        attention_micro_kernel(rows, b->s + row * KV_BLOCK + from, KV_BLOCK, NULL, b->q + row * MAX_DH,
+                               MAX_DH, F32, (const uint8_t *)b->panel, TILE_COLS * sizeof(float), b->a->Dh,
+                               NULL);
 }
 
-/* o = alpha * o + p @ v, for elements d .. d + TILE_COLS - 1 of some rows. v is where position j's element d
- * lies. What all rows see goes through one tile; on the diagonal each row then adds what only it sees. */
+/* o = alpha * o + p @ v, for elements d .. d + TILE_COLS - 1 of some rows. v points to element d of position
+ * j. One tile takes the positions that all rows see. On the diagonal each row then adds the others that it
+ * sees. */
 VEC_INLINE void accumulate_output(const int rows, const kv_block *b, int64_t row, int64_t d, const int format,
                                   const uint8_t *v, int64_t v_stride, const uint8_t *next) {
     const int64_t o_stride = padded(b->a->Dh), all_see = visible_in_block(b, row);
     const float *p = b->s + row * KV_BLOCK, one = 1;
     float *o = b->state.o + row * o_stride + d;
-    tile_gemm(rows, o, o_stride, b->alpha + row, p, KV_BLOCK, format, v, v_stride, all_see, next);
+    attention_micro_kernel(rows, o, o_stride, b->alpha + row, p, KV_BLOCK, format, v, v_stride, all_see,
+                           next);
     if (visible_in_block(b, row + rows - 1) == all_see) return;
     for (int r = 0; r < rows; r++)
-        tile_gemm(1, o + r * o_stride, o_stride, &one, p + r * KV_BLOCK + all_see, KV_BLOCK, format,
-                  v + all_see * v_stride, v_stride, visible_in_block(b, row + r) - all_see, NULL);
+        attention_micro_kernel(1, o + r * o_stride, o_stride, &one, p + r * KV_BLOCK + all_see, KV_BLOCK,
+                               format, v + all_see * v_stride, v_stride,
+                               visible_in_block(b, row + r) - all_see, NULL);
 }
 
 VEC_INLINE void decode_block(const kv_block *b) {
     const nl_attention_args *a = b->a;
-    const int64_t nbytes = element_bytes(F16), rows = b->qb.rows;
+    const int64_t bytes = element_bytes(F16), rows = b->qb.rows;
     const uint8_t *v = value_at(a, &b->qb, b->j), *next_k = key_at(a, &b->qb, b->j + DECODE_KV_BLOCK);
     for (int64_t row = 0; row < rows; row += SMALL_TILE) decode_scores(b, row);
     online_softmax(b);
     for (int64_t d = 0; d < a->Dh; d += TILE_COLS)
         for (int64_t row = 0; row < rows; row += SMALL_TILE)
-            accumulate_output(SMALL_TILE, b, row, d, F16, v + d * nbytes, a->v_strides[1] * nbytes,
-                              next_k + d * DECODE_KV_BLOCK * nbytes);
+            accumulate_output(SMALL_TILE, b, row, d, F16, v + d * bytes, a->v_strides[1] * bytes,
+                              next_k + d * DECODE_KV_BLOCK * bytes);
 }
 
 VEC_INLINE void prefill_block(const int format, const kv_block *b) {
@@ -494,11 +493,11 @@ VEC_INLINE void prefill_block(const int format, const kv_block *b) {
     }
 }
 
-VEC_TARGET void VEC(attention)(const nl_attention_args *a, int64_t index, int64_t begin, float *memory,
+VEC_TARGET void VEC(attention)(const nl_attention_args *a, int64_t index, int64_t span_begin, float *memory,
                                float *scratch) {
-    kv_block b = {.a = a, .qb = query_block_at(a, index), .j = begin, .q = scratch};
+    kv_block b = {.a = a, .qb = query_block_at(a, index), .j = span_begin, .q = scratch};
     const int64_t rows = b.qb.rows + PAD_ROWS, visible = visible_positions(a, &b.qb, b.qb.rows - 1);
-    const int64_t end = visible < begin + KV_SPAN ? visible : begin + KV_SPAN;
+    const int64_t span_end = visible < span_begin + KV_SPAN ? visible : span_begin + KV_SPAN;
     const float scale = 1 / sqrtf((float)a->Dh);
     b.state = softmax_state_in(memory, b.qb.rows, a->Dh);
     b.s = b.q + rows * MAX_DH;
@@ -512,8 +511,8 @@ VEC_TARGET void VEC(attention)(const nl_attention_args *a, int64_t index, int64_
     }
     const int decode = a->format == F16 && a->T <= NL_GEMV_TOKENS && a->Dh % TILE_COLS == 0;
     const int64_t step = decode ? DECODE_KV_BLOCK : KV_BLOCK;
-    for (; b.j < end; b.j += step) {
-        b.n = end - b.j < step ? end - b.j : step;
+    for (; b.j < span_end; b.j += step) {
+        b.n = span_end - b.j < step ? span_end - b.j : step;
         if (decode)
             decode_block(&b);
         else if (a->format == F16)

@@ -27,8 +27,8 @@ COMPILE = [
     "-Wall",
     "-Wextra",
 ]
-# Left out on purpose: -ffast-math and -Ofast, which also switch the loading thread to flush-to-zero; and
-# -march=native, because dispatch.c chooses the instruction set when the module is loaded.
+# Left out on purpose: -ffast-math and -Ofast also switch the loading thread to flush-to-zero.
+# -march=native is not needed: dispatch.c chooses the instruction set when the module is loaded.
 
 
 def openmp_flags() -> list[str]:

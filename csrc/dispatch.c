@@ -1,5 +1,5 @@
-/* The choice of an instruction set, made once when the module is loaded: the best that this CPU and its
- * operating system can run. All other files call through `chosen_kernels()`. */
+/* dispatch: the choice of an instruction set, once, when the module is loaded. It is the fastest that this
+ * CPU and its operating system can run. All other files call through `chosen_kernels()`. */
 #include "dispatch.h"
 
 #include <stddef.h>

@@ -1,5 +1,5 @@
-/* What the kernel files share: the arguments of their parts, and one table of functions for each instruction
- * set. dispatch.c chooses the table when the module is loaded. */
+/* The kernel files share this: the arguments of linear, the layout of activations, and one table of functions
+ * for each instruction set. dispatch.c chooses the table when the module is loaded. */
 #ifndef NUMPY_LLAMA_DISPATCH_H
 #define NUMPY_LLAMA_DISPATCH_H
 
@@ -19,23 +19,23 @@ typedef struct {
     int scalar_micro_kernel; /* for its test: see linear_gemm.c */
 } linear_args;
 
-/* Quantized activations: the largest whole number; how many tokens go by GEMV; how many lie side by side for
- * GEMM, and in panels of how many weights of a row (KC). */
+/* Quantized activations: the largest whole number, and the most tokens of a GEMV. For GEMM TOKEN_GROUP tokens
+ * lie side by side, in panels of KC weights of a row. */
 enum { X_MAX = 8191, GEMV_TOKENS = NL_GEMV_TOKENS, TOKEN_GROUP = 8, KC = 256 };
 
-/* A group is what one call of `quantize_activations` makes: one token for GEMV, TOKEN_GROUP for GEMM. */
+/* One call of `quantize_activations` makes one token group: one token for GEMV, TOKEN_GROUP for GEMM. */
 static inline int64_t group_tokens(int64_t T) { return T <= GEMV_TOKENS ? 1 : TOKEN_GROUP; }
 static inline int64_t activation_groups(int64_t T) { return (T + group_tokens(T) - 1) / group_tokens(T); }
 
-/* Room for a token in the layout of any instruction set: 4 bytes a number, and one block more for those that
- * take two blocks in a step. */
+/* Room for a token in the layout of any instruction set: 4 bytes a number, and one block more where a step
+ * takes two blocks. */
 static inline int64_t token_bytes(int64_t IN) { return (IN + 32) * 4; }
 
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void quantize_group(void *activations, const float *x, int format, int64_t T, int64_t IN,
                             int64_t group);
-/* state = the softmax state of the index-th query block over the KV span that starts at position `begin`. */
-typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t begin, float *state,
+/* memory = the softmax state of the index-th query block over the KV span that begins at span_begin. */
+typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t span_begin, float *memory,
                             float *scratch);
 typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
 typedef void swiglu_many(float *gate, const float *up, int64_t n);

@@ -1,4 +1,4 @@
-/* The table of formats.h, for Python. */
+/* formats: the table of formats.h, for Python. */
 #include "formats.h"
 
 const nl_format *nl_format_at(int index) {

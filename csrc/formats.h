@@ -1,6 +1,6 @@
-/* The formats in which weights are stored: one table of where their bytes lie, and `weight`, which says what
- * the bytes mean. Python sees the table through nl_format_at: tests/kernels/test_formats_table.py holds
- * numpy_llama/quantize.py to it. The layouts are ggml's; pictures of them stand in unpack.h. */
+/* The formats in which weights are stored: a table of the places of their bytes, and `weight`, the value of
+ * one weight. Python reads the table through nl_format_at: tests/kernels/test_formats_table.py compares it
+ * with numpy_llama/backend/formats.py. The layouts are ggml's. unpack.h has pictures of them. */
 #ifndef NUMPY_LLAMA_FORMATS_H
 #define NUMPY_LLAMA_FORMATS_H
 
@@ -17,9 +17,15 @@
 enum { QK = 32, QK_K = 256, NONE = -1 };
 
 /* clang-format off */
-/* A block, by byte offsets: d and m are float16 numbers, `scales` the small scales of a K format's sub-blocks,
- * `high` the bits of q above the low four, `quants` the numbers themselves or their low bits. A weight is
- * d * (q - zero) + m; in Q4_K and Q5_K d * scale * q - m * minimum, in Q6_K d * scale * (q - zero).
+/* A block, by byte offsets:
+ *
+ *     d, m      float16 numbers
+ *     scales    the small scales of a K format's sub-blocks, and their minima
+ *     high      the bits of q above the low four
+ *     quants    q, or its low bits
+ *
+ * A weight is d * (q - zero) + m. In Q4_K and Q5_K it is d * scale * q - m * minimum, in Q6_K
+ * d * scale * (q - zero).
  *
  *      name   code  weights  bytes     d     m   scales  high  quants   zero */
 #define EACH_FORMAT(ROW)                                                       \
@@ -95,7 +101,7 @@ INLINE uint32_t bits_of_float(float f) {
 }
 
 /* float16 to float32, exact. A normal number moves its fields; a subnormal one takes one subtraction.
- * There is no branch, so that the compiler can vectorise a loop of these. */
+ * There is no branch, so the compiler can vectorise a loop of these. */
 INLINE float half_to_float(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
     const uint32_t rest = (uint32_t)(half & 0x7fff) << 13;     /* exponent and fraction at their new place */
@@ -123,6 +129,13 @@ INLINE uint16_t float_to_half(float f) {
 
 INLINE float load_f16(const uint8_t *p) { return half_to_float(load_u16(p)); }
 
+/* The formats of keys and values: F32 and F16. */
+INLINE int is_cached(int format) { return format == F32 || format == F16; }
+INLINE int64_t element_bytes(const int format) { return format == F16 ? 2 : 4; }
+INLINE float load_element(const int format, const uint8_t *p, int64_t i) {
+    return format == F16 ? load_f16(p + 2 * i) : load_f32(p + 4 * i);
+}
+
 /* ---------------------------------------------------------------- one weight */
 
 /* The 6-bit scale and minimum of sub-block j of Q4_K and Q5_K, out of their 12 bytes. */
@@ -133,7 +146,7 @@ INLINE int k_minimum(const uint8_t *p, int j) {
     return j < 4 ? p[j + 4] & 63 : p[j + 4] >> 4 | p[j] >> 6 << 4;
 }
 
-/* Weight 16 s + i of the block at p, with i below 16: the float32 of numpy_llama/quantize.py. */
+/* Weight 16 s + i of the block at p, with i below 16: the float32 of numpy_llama/backend/formats.py. */
 INLINE float weight(const int format, const uint8_t *p, int s, int i) {
     const nl_format f = format_of(format);
     const uint8_t *quants = p + f.quants;

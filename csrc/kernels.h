@@ -7,16 +7,17 @@
  * `threads` is the number of OpenMP threads; the result has the same bits for every number.
  * `begin, end` name the part of the result to compute, so that a caller can keep each call short.
  * No function writes outside its output or reads outside the shapes given. Only nl_watch keeps a pointer.
- * numpy_llama/kernels.py checks all shapes before it calls; these functions check the format and nothing
+ * numpy_llama/backend/kernels.py checks all shapes before it calls. These functions check formats and nothing
  * else. */
 
 #pragma once
 
-/* What a function returns that could not do its work; 0: it did. */
-enum { NL_NO_MEMORY = -1, NL_UNKNOWN_FORMAT = -2 };
+/* What a function returns when it could not do its work; 0: it did. NL_NO_MEMORY: none for its scratch.
+ * NL_F16_OVERFLOW: float16 cannot hold a key or value. */
+enum { NL_NO_MEMORY = -1, NL_UNKNOWN_FORMAT = -2, NL_F16_OVERFLOW = 1 };
 
-/* A weight format: a block of `weights` weights takes `bytes` bytes, and the other numbers say where in it a
- * part begins; -1: it has no such part.      formats.h, which says what the parts are */
+/* A weight format: a block of `weights` weights takes `bytes` bytes. The other numbers are where in the block
+ * a part begins; -1: it has no such part. formats.h describes the parts. */
 typedef struct {
     const char *name;
     int code; /* ggml's number, which is `format` everywhere below */
@@ -35,11 +36,14 @@ typedef struct {
     int64_t OUT, IN;
 } nl_matrix;
 
-/* Up to this many tokens go by GEMV (linear_gemv.c), more go by GEMM (linear_gemm.c) and are summed in
+/* GEMV (linear_gemv.c) takes up to this many tokens. GEMM (linear_gemm.c) takes more, and sums them in
  * another order. nl_attention has the same limit where keys and values are float16. */
 enum { NL_GEMV_TOKENS = 4 };
-/* GEMM takes panels of up to this many rows; a call should have a multiple of it for each thread. */
+/* A panel of GEMM has at most this many rows; a call should have a multiple of it for each thread. */
 enum { NL_PANEL_ROWS = 32 };
+/* The largest Dh. A query block of attention.c has at most NL_QUERY_ROWS rows; a call should have whole ones.
+ */
+enum { NL_MAX_DH = 256, NL_QUERY_ROWS = 240 };
 
 /* y[:, begin:end] = x @ w[begin:end].T      linear.c
  *   x (T, IN)   y (T, OUT).   Returns 0 or NL_UNKNOWN_FORMAT. */
@@ -72,26 +76,25 @@ typedef struct {
     float *out;                         /* (B, T, H, Dh) */
     const float *q;                     /* (B, T, H, Dh) */
     const void *k, *v;                  /* (B, S, K, Dh) */
-    int format;                         /* of k and v: 0 F32 or 1 F16 */
-    int64_t B, T, S, H, K, Dh;          /* Dh at most 256 */
+    int format;                         /* of k and v: F32 or F16 */
+    int64_t B, T, S, H, K, Dh;          /* Dh at most NL_MAX_DH */
     int64_t k_strides[3], v_strides[3]; /* from one batch, one position, one head to the next */
     int64_t begin, end;                 /* the queries of T to compute */
 } nl_attention_args;
 
 /* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
- *   Returns 0, or -1 when there is no memory for the scratch. */
+ *   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
 int nl_attention(const nl_attention_args *a, int threads);
 
-/* One TransformerBlock: its sizes and weights. D, F and H * Dh are multiples of 32; Dh is even, at most 256.
- */
+/* One TransformerBlock: its sizes and weights. D, F and H * Dh are multiples of 32. Dh is even, at most
+ * NL_MAX_DH. */
 typedef struct {
     int64_t D, H, K, Dh, F;      /* D dim, F hidden_dim */
     const float *attention_norm; /* (D,) */
     const float *ffn_norm;       /* (D,) */
     float eps;                   /* of both norms */
     int exact;                   /* 1: x is never rounded */
-    const void *weight[7];       /* wq wk wv wo w_gate w_up w_down, as stored */
-    int format[7];               /* of each weight */
+    nl_matrix weight[7];         /* wq wk wv wo w_gate w_up w_down */
     const int64_t *q_order;      /* (H * Dh,) output i of wq is its row q_order[i]; NULL: row i */
     const int64_t *k_order;      /* (K * Dh,) the same for wk */
 } nl_layer_weights;
@@ -100,7 +103,7 @@ typedef struct {
 typedef struct {
     void *const *keys;          /* keys[b] (K, start[b] + T, Dh) */
     void *const *values;        /* values[b] (K, start[b] + T, Dh) */
-    int format;                 /* of both: 0 F32 or 1 F16 */
+    int format;                 /* of both: F32 or F16 */
     int64_t position_stride;    /* from one position to the next */
     const int64_t *head_stride; /* (B,) from one head of sequence b to the next */
     const int64_t *start;       /* (B,) start_pos: how many positions of sequence b are stored already */
@@ -136,8 +139,7 @@ enum {
 /* y = TransformerBlock(x, start_pos, freqs_cis, cache)      layer.c
  *   Computes the steps first .. last - 1. All in one call: 0, NL_STEPS, part 0 of 1. A call for one step may
  *   compute one of `parts` parts of it; each part must be computed before the next step.
- *   Returns 0; -1 when there is no memory for the scratch of attention; 1 when float16 cannot hold a key or
- *   value. */
+ *   Returns 0, NL_NO_MEMORY, NL_UNKNOWN_FORMAT or NL_F16_OVERFLOW. */
 int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens);
 int nl_layer(const nl_layer_args *a, int first, int last, int64_t part, int64_t parts, int threads);
 

@@ -5,8 +5,8 @@
  *
  * Why one call: a small model computes a layer in 100 us, and twenty calls from Python would add a
  * noticeable part of that. For many tokens, NumPy's exp alone would take a quarter of the time.
- * The matrix products are those of linear.c, attention is that of attention.c. The rest is here. It touches
- * few numbers for each row of a matrix, so it only needs to be shared by the threads.
+ * The matrix products are those of linear.c, and attention is that of attention.c. The rest is here. It is
+ * little work beside the products, so it only needs to be shared by the threads.
  *
  * All threads walk the same steps (kernels.h) with a barrier between two steps. In one step each thread
  * computes its own range of weight rows, of tokens or of heads, so no number is written by two threads.
@@ -23,8 +23,9 @@
  *     NL_QUANTIZE_SWIGLU            gate, quantized                            tokens
  *     NL_W_DOWN_ADD_RESIDUAL        y                                          rows of w_down
  *
- * layer.c itself is compiled once, for the steps and the scalar forms. avx2.c and avx512.c include it for
- * the vector forms. tests/kernels/test_layer.py compares every form with the layer of model.py. */
+ * Compiled once as it stands: the steps, with their loop over threads, and the scalar forms. Compiled once
+ * more for each instruction set: the part under VECTOR_FORMS (README.md). tests/kernels/test_layer.py
+ * compares every form with the layer of model.py. */
 #include "dispatch.h"
 #include "formats.h"
 #include "vec.h"
@@ -36,10 +37,10 @@
 
 /* The indices of nl_layer_weights.weight. */
 enum { WQ, WK, WV, WO, W_GATE, W_UP, W_DOWN };
-enum { MAX_DH = 256, CACHE_LINE = 64 };
+enum { CACHE_LINE = 64 };
 
-/* One call of nl_layer: its arguments and its activations, which lie in the scratch. tokens = B * T. Only
- * heads belong to a sequence; every other step takes the tokens of all sequences alike. */
+/* One call of nl_layer: its arguments, and its activations in the scratch. tokens = B * T. Only
+ * NL_ROPE_AND_CACHE and NL_ATTENTION work by sequence; every other step takes all tokens alike. */
 typedef struct {
     const nl_layer_args *a;
     const nl_layer_weights *w;
@@ -51,18 +52,18 @@ typedef struct {
     float *attention_output;   /* (tokens, H * Dh) */
     float *h;                  /* (tokens, D) */
     float *gate, *up;          /* (tokens, F) */
-    uint8_t *quantized_normed; /* up to three: one for each format among the weights that share it */
+    uint8_t *quantized_normed; /* up to three: one for each format of the weights that multiply it */
     uint8_t *quantized_wide;   /* attention_output, then gate */
-    int *f16_overflow;         /* set to 1 when float16 cannot hold a key or value */
-} block_call;
+    int *status;               /* NL_F16_OVERFLOW when float16 cannot hold a key or value */
+} layer_call;
 
 typedef struct {
     int64_t begin, end;
 } range;
 
-/* The part of 0 .. total - 1 that one worker computes, in whole units. */
-static range range_of(int64_t total, int64_t unit, int64_t worker, int64_t workers) {
-    const int64_t size = ((total + workers - 1) / workers + unit - 1) / unit * unit;
+/* The part of 0 .. total - 1 that one worker computes. It begins at a multiple of `step`. */
+static range range_of(int64_t total, int64_t step, int64_t worker, int64_t workers) {
+    const int64_t size = ((total + workers - 1) / workers + step - 1) / step * step;
     const int64_t begin = worker * size < total ? worker * size : total;
     return (range){begin, total - begin < size ? total : begin + size};
 }
@@ -75,7 +76,7 @@ static void *allocate(uint8_t **end, int64_t bytes) {
 }
 
 /* Places every activation in the scratch. Returns where the last one ends. */
-static uint8_t *allocate_activations(block_call *c, uint8_t *scratch) {
+static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
     const nl_layer_weights *w = c->w;
     const int64_t H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, wide = w->F > H_Dh ? w->F : H_Dh;
     const int64_t column = c->tokens * (int64_t)sizeof(float);
@@ -95,7 +96,7 @@ static uint8_t *allocate_activations(block_call *c, uint8_t *scratch) {
 }
 
 int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
-    block_call c = {.w = w, .tokens = tokens};
+    layer_call c = {.w = w, .tokens = tokens};
     uint8_t base[1];
     return allocate_activations(&c, base) - base + CACHE_LINE;
 }
@@ -103,40 +104,40 @@ int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
 /* ---------------------------------------------------------------- quantized activations */
 
 /* Whether that weight is multiplied with quantized activations. */
-static int takes_quantized(const block_call *c, int weight) {
-    return !c->w->exact && nl_quantizes_activations(c->w->format[weight], c->tokens);
+static int takes_quantized(const layer_call *c, int weight) {
+    return !c->w->exact && nl_quantizes_activations(c->w->weight[weight].format, c->tokens);
 }
 
-/* wq, wk and wv read the same activations, and so do w_gate and w_up: the first of a weight's group. */
-static const int FIRST_OF_GROUP[] = {WQ, WQ, WQ, WO, W_GATE, W_GATE, W_DOWN};
+/* wq, wk and wv multiply the same activations, and so do w_gate and w_up: the first such weight of each. */
+static const int FIRST_WITH_SAME_X[] = {WQ, WQ, WQ, WO, W_GATE, W_GATE, W_DOWN};
 
-/* The first weight of the group in the same format. These weights share their quantized activations. */
-static int first_in_same_format(const block_call *c, int weight) {
-    int first = FIRST_OF_GROUP[weight];
-    while (c->w->format[first] != c->w->format[weight]) first++;
+/* The first of them in the same format. Weights in one format share their quantized activations. */
+static int first_in_same_format(const layer_call *c, int weight) {
+    int first = FIRST_WITH_SAME_X[weight];
+    while (c->w->weight[first].format != c->w->weight[weight].format) first++;
     return first;
 }
 
-static uint8_t *quantized_for(const block_call *c, int weight) {
+static uint8_t *quantized_for(const layer_call *c, int weight) {
     if (weight == WO || weight == W_DOWN) return c->quantized_wide;
-    const int place = first_in_same_format(c, weight) - FIRST_OF_GROUP[weight];
+    const int place = first_in_same_format(c, weight) - FIRST_WITH_SAME_X[weight];
     return c->quantized_normed + place * nl_activations_bytes(c->tokens, c->w->D);
 }
 
 /* Quantizes the rows `tokens` of x for the weights first .. last, once for each of their formats. */
-static void quantize(const block_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
+static void quantize(const layer_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
     const int64_t group = group_tokens(c->tokens);
     for (int weight = first; weight <= last; weight++)
         if (takes_quantized(c, weight) && first_in_same_format(c, weight) == weight)
             for (int64_t t = tokens.begin; t < tokens.end; t += group)
-                c->kernel->quantize_activations(quantized_for(c, weight), x, c->w->format[weight], c->tokens,
-                                                IN, t / group);
+                c->kernel->quantize_activations(quantized_for(c, weight), x, c->w->weight[weight].format,
+                                                c->tokens, IN, t / group);
 }
 
 /* ---------------------------------------------------------------- the steps */
 
 /* normed[tokens] = rms_norm(x[tokens], norm_weight), and quantized for the weights first .. last. */
-static void norm_and_quantize(const block_call *c, range tokens, const float *x, const float *norm_weight,
+static void norm_and_quantize(const layer_call *c, range tokens, const float *x, const float *norm_weight,
                               int first, int last) {
     const int64_t D = c->w->D;
     for (int64_t t = tokens.begin; t < tokens.end; t++)
@@ -145,35 +146,34 @@ static void norm_and_quantize(const block_call *c, range tokens, const float *x,
 }
 
 /* y[:, rows] = x @ weight[rows].T */
-static void multiply(const block_call *c, range rows, float *y, const float *x, int weight, int64_t OUT,
-                     int64_t IN) {
+static void multiply(const layer_call *c, range rows, float *y, const float *x, int weight) {
     const int quantized = takes_quantized(c, weight);
     const linear_args a = {.y = y,
                            .x = quantized ? (const void *)quantized_for(c, weight) : x,
                            .T = c->tokens,
-                           .w = {c->w->weight[weight], c->w->format[weight], OUT, IN}};
+                           .w = c->w->weight[weight]};
     linear_rows *const linear = c->w->exact ? c->kernel->linear_exact : c->kernel->linear;
     if (rows.begin < rows.end) (quantized ? c->kernel->linear_quantized : linear)(&a, rows.begin, rows.end);
 }
 
 /* y[:, columns] += residual[:, columns] */
-static void add_residual(const block_call *c, range columns, float *y, const float *residual) {
+static void add_residual(const layer_call *c, range columns, float *y, const float *residual) {
     const int64_t D = c->w->D;
     for (int64_t t = 0; t < c->tokens; t++)
         for (int64_t d = columns.begin; d < columns.end; d++) y[t * D + d] += residual[t * D + d];
 }
 
-static void set_flag(int *flag) {
+static void set_f16_overflow(int *status) {
 #pragma omp atomic write
-    *flag = 1;
+    *status = NL_F16_OVERFLOW;
 }
 
 /* For each of these heads: its elements in the model's order, rotated unless it is a value, and stored in q
  * or in the cache. Heads are numbered token by token: H of xq, K of xk, K of xv. */
-static void rope_and_cache(const block_call *c, range heads) {
+static void rope_and_cache(const layer_call *c, range heads) {
     const nl_layer_weights *w = c->w;
     const nl_kv_cache *cache = &c->a->cache;
-    const int64_t H = w->H, K = w->K, Dh = w->Dh, T = c->a->T, bytes = cache->format == F16 ? 2 : 4;
+    const int64_t H = w->H, K = w->K, Dh = w->Dh, T = c->a->T, bytes = element_bytes(cache->format);
     for (int64_t i = heads.begin; i < heads.end; i++) {
         const int64_t token = i / (H + 2 * K), head = i % (H + 2 * K), b = token / T, t = token % T;
         const int is_q = head < H, is_v = head >= H + K;
@@ -183,7 +183,7 @@ static void rope_and_cache(const block_call *c, range heads) {
         uint8_t *to = (uint8_t *)(is_v ? cache->values[b] : cache->keys[b]) +
                       ((cache->start[b] + t) * cache->position_stride + h * cache->head_stride[b]) * bytes;
         if (is_q) to = (uint8_t *)(c->q + (token * H + h) * Dh);
-        float ordered[MAX_DH];
+        float ordered[NL_MAX_DH];
         if (order)
             for (int64_t d = 0; d < Dh; d++) ordered[d] = stored[order[h * Dh + d]];
         c->kernel->store_head(to, is_q ? F32 : cache->format, order ? ordered : stored + h * Dh,
@@ -191,12 +191,12 @@ static void rope_and_cache(const block_call *c, range heads) {
         int overflow = 0;
         for (int64_t d = 0; d < (!is_q && cache->format == F16 ? Dh : 0); d++)
             overflow |= (load_u16(to + 2 * d) & 0x7fff) == 0x7c00;
-        if (overflow) set_flag(c->f16_overflow);
+        if (overflow) set_f16_overflow(c->status);
     }
 }
 
 /* One worker's range of one step. Above each step stand the lines of model.py that it computes. */
-static void do_step(const block_call *c, int step, int64_t worker, int64_t workers) {
+static void do_step(const layer_call *c, int step, int64_t worker, int64_t workers) {
     const nl_layer_weights *w = c->w;
     const int64_t D = w->D, H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, F = w->F;
     const range tokens = range_of(c->tokens, group_tokens(c->tokens), worker, workers);
@@ -208,9 +208,9 @@ static void do_step(const block_call *c, int step, int64_t worker, int64_t worke
         norm_and_quantize(c, tokens, c->a->x, w->attention_norm, WQ, WV);
         break;
     case NL_QKV: /* xq = self.wq(x);  xk = self.wk(x);  xv = self.wv(x) */
-        multiply(c, rows_of_q, c->xq, c->normed, WQ, H_Dh, D);
-        multiply(c, rows_of_kv, c->xk, c->normed, WK, K_Dh, D);
-        multiply(c, rows_of_kv, c->xv, c->normed, WV, K_Dh, D);
+        multiply(c, rows_of_q, c->xq, c->normed, WQ);
+        multiply(c, rows_of_kv, c->xk, c->normed, WK);
+        multiply(c, rows_of_kv, c->xv, c->normed, WV);
         break;
     case NL_ROPE_AND_CACHE:
         /* xq = F.apply_rotary_emb(xq, freqs_cis);  xk = F.apply_rotary_emb(xk, freqs_cis)
@@ -222,15 +222,15 @@ static void do_step(const block_call *c, int step, int64_t worker, int64_t worke
         quantize(c, tokens, c->attention_output, H_Dh, WO, WO);
         break;
     case NL_WO_ADD_RESIDUAL: /* h = x + self.wo(...) */
-        multiply(c, rows_of_D, c->h, c->attention_output, WO, D, H_Dh);
+        multiply(c, rows_of_D, c->h, c->attention_output, WO);
         add_residual(c, rows_of_D, c->h, c->a->x);
         break;
     case NL_FFN_NORM: /* self.ffn_norm(h) */
         norm_and_quantize(c, tokens, c->h, w->ffn_norm, W_GATE, W_UP);
         break;
     case NL_GATE_UP_SWIGLU: /* F.swiglu(self.w_gate(x), self.w_up(x)) */
-        multiply(c, rows_of_F, c->gate, c->normed, W_GATE, F, D);
-        multiply(c, rows_of_F, c->up, c->normed, W_UP, F, D);
+        multiply(c, rows_of_F, c->gate, c->normed, W_GATE);
+        multiply(c, rows_of_F, c->up, c->normed, W_UP);
         for (int64_t t = 0; t < c->tokens; t++)
             c->kernel->swiglu(c->gate + t * F + rows_of_F.begin, c->up + t * F + rows_of_F.begin,
                               rows_of_F.end - rows_of_F.begin);
@@ -239,13 +239,13 @@ static void do_step(const block_call *c, int step, int64_t worker, int64_t worke
         quantize(c, tokens, c->gate, F, W_DOWN, W_DOWN);
         break;
     case NL_W_DOWN_ADD_RESIDUAL: /* return h + self.w_down(...) */
-        multiply(c, rows_of_D, c->a->y, c->gate, W_DOWN, D, F);
+        multiply(c, rows_of_D, c->a->y, c->gate, W_DOWN);
         add_residual(c, rows_of_D, c->a->y, c->h);
         break;
     }
 }
 
-static void do_steps(const block_call *c, int first, int last, int64_t part, int64_t parts, int threads) {
+static void do_steps(const layer_call *c, int first, int last, int64_t part, int64_t parts, int threads) {
     if (first >= last) return;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -264,7 +264,7 @@ static void do_steps(const block_call *c, int first, int last, int64_t part, int
 }
 
 /* self.attention(xq, keys, values): queries of the part, one sequence after the other. */
-static int attend(const block_call *c, int64_t part, int64_t parts, int threads) {
+static int attend(const layer_call *c, int64_t part, int64_t parts, int threads) {
     const nl_layer_weights *w = c->w;
     const nl_kv_cache *cache = &c->a->cache;
     const int64_t T = c->a->T;
@@ -296,9 +296,10 @@ static int attend(const block_call *c, int64_t part, int64_t parts, int threads)
 int nl_layer(const nl_layer_args *a, int first, int last, int64_t part, int64_t parts, int threads) {
     int status = 0;
     for (int i = WQ; i <= W_DOWN; i++)
-        if (!is_known(a->weights->format[i])) return NL_UNKNOWN_FORMAT;
-    block_call c = {.a = a, .w = a->weights, .kernel = chosen_kernels(), .tokens = a->B * a->T};
-    c.f16_overflow = &status;
+        if (!is_known(a->weights->weight[i].format)) return NL_UNKNOWN_FORMAT;
+    if (!is_cached(a->cache.format)) return NL_UNKNOWN_FORMAT;
+    layer_call c = {.a = a, .w = a->weights, .kernel = chosen_kernels(), .tokens = a->B * a->T};
+    c.status = &status;
     allocate_activations(&c, a->scratch);
     do_steps(&c, first, last < NL_ATTENTION ? last : NL_ATTENTION, part, parts, threads);
     if (first <= NL_ATTENTION && NL_ATTENTION < last && status == 0)
@@ -345,9 +346,6 @@ void store_head_scalar(uint8_t *to, int format, const float *x, const float *fre
 #else
 /* ---------------------------------------------------------------- vectors: the same, LANES at a time */
 
-_Static_assert(QK % LANES == 0, "D, F and a thread's range of F are multiples of QK: whole registers");
-_Static_assert(LANES % 2 == 0, "store_head holds whole complex numbers in a register");
-
 VEC_TARGET void VEC(norm)(float *y, const float *x, const float *weight, float eps, int64_t D) {
     vec squares = vec_zero();
     for (int64_t d = 0; d < D; d += LANES) squares = vec_fma(vec_load(x + d), vec_load(x + d), squares);
@@ -385,7 +383,7 @@ VEC_TARGET void VEC(store_head)(uint8_t *to, int format, const float *x, const f
             vec_store((float *)(void *)(to + 4 * i), b);
     }
     if (i < Dh)
-        store_head_scalar(to + (format == F16 ? 2 : 4) * i, format, x + i, freqs_cis ? freqs_cis + i : NULL,
+        store_head_scalar(to + element_bytes(format) * i, format, x + i, freqs_cis ? freqs_cis + i : NULL,
                           Dh - i);
 }
 #endif

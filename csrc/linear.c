@@ -7,18 +7,18 @@
  *        float32                  |    row    |              float32
  *                                 +-----------+
  *
- * There are two ways to multiply. The exact way uses each weight as the float32 of numpy_llama/quantize.py.
- * The default way quantizes the activations: x is rounded to 14 bits, and w keeps the whole numbers q' that
- * are stored.
+ * There are two ways to multiply. The exact way uses each weight as the float32 of
+ * numpy_llama/backend/formats.py. The default way quantizes the activations: x is rounded to 14 bits, and w
+ * keeps its stored whole numbers q'.
  *
  *     x[t]  =  dx * q,       q in -8191 .. 8191      one dx for 32 numbers, in K formats for 256
  *     w[r]  =  d * q' + m                            a K format's small scales are part of q'
  *     y     =  sum over blocks of  d * dx * (sum of q' * q)  +  m * dx * (sum of q)
  *                                   `---- exact: int32 ---'
  *
- * Pairs of 16-bit integers (vpmaddwd, vpdpwssd) multiply twice as fast as floats. x keeps 80 dB, which is
- * more than bfloat16 or the weights of any block format have. The result is linear(x rounded, w) within the
- * rounding of float32 sums; tests/kernels/test_fixed.py holds it to NumPy.
+ * Pairs of 16-bit integers (vpmaddwd, vpdpwssd) multiply twice as fast as floats. x keeps 80 dB, more than
+ * bfloat16 or the weights of any block format. The result is linear(x rounded, w) within the
+ * rounding of float32 sums: tests/kernels/test_quantized_activations.py compares it with NumPy.
  *
  * Threads share out the rows of w. The vector forms are in linear_gemv.c, for one to four tokens, and in
  * linear_gemm.c, for more.
@@ -112,7 +112,7 @@ void linear_scalar(const linear_args *a, int64_t begin, int64_t end) {
     }
 }
 
-/* One order of summing is enough here, and scalar quantized activations are floats again. */
+/* The scalar form has one order of summing, and its quantized activations are float32. */
 void linear_exact_scalar(const linear_args *a, int64_t begin, int64_t end) { linear_scalar(a, begin, end); }
 void linear_quantized_scalar(const linear_args *a, int64_t begin, int64_t end) {
     linear_scalar(a, begin, end);

@@ -3,24 +3,25 @@
  *
  *     for ic in 0, MC .. T                MC = 512 tokens: KC numbers of each are 256 KB, a part of L2
  *         for jr in begin, NR .. end      NR = 2 LANES rows of w, two registers; a thread's rows are its NC
- *             tile = 0                    (MC, NR) float32
+ *             tiles = 0                   (MC, NR) float32: tiles of (MR, NR)
  *             for pc in 0, KC .. IN       KC = 256 weights of a row, a block of a K format
  *                 pack_panel              w[jr: jr + NR, pc: pc + KC], transposed: 8 or 16 KB, a part of L1
  *                 for ir in 0, MR .. MC   MR = 8 tokens (AVX2: 4): MR x 2 registers of sums
- *                     micro_kernel        tile[ir: ir + MR] += x[ic + ir: ic + ir + MR, pc: pc + KC] @ panel
- *             y[ic: ic + MC, jr: jr + NR] = tile
+ *                     micro_kernel        tiles[ir: ir + MR] += x[ic + ir: ic + ir + MR, pc: pc + KC] @ panel
+ *             y[ic: ic + MC, jr: jr + NR] = tiles
  *
  * The micro-kernel loads two registers of the panel, and for each token one pair of x into all lanes; then it
  * multiplies 2 MR times. With MR = 8 these are 10 loads, 5 cycles, for 16 vpdpwssd, 8 cycles. (AVX2: 6 loads,
  * 3 cycles, for 8 vpmaddwd and 8 vpaddd, 8 cycles.) So the multipliers are the limit.
  *
- * Products are summed in int32, a unit of weights at a time: unpack.h has the table that proves it right.
+ * Products are summed in int32, a unit of weights at a time. The table in unpack.h proves that none
+ * overflows.
  *
- * The exact way makes floats of the panel, and its micro-kernel has an FMA in place of two integer products.
+ * In the exact way a panel is floats, and its micro-kernel has an FMA in place of two integer products.
  *
- * Only vector forms, so it is compiled for each instruction set and not as it stands (README.md).
- * tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to NumPy,
- * tests/kernels/test_micro_kernel.py one micro-kernel to the other. */
+ * Compiled once for each instruction set: all of it is vector forms, but for the scalar micro-kernels
+ * (README.md). tests/kernels/test_quantized_activations.py and tests/kernels/test_kernels.py compare it with
+ * NumPy. tests/kernels/test_micro_kernel.py compares the two micro-kernels with each other. */
 #include "dispatch.h"
 #include "formats.h"
 #include "unpack.h"
@@ -32,8 +33,8 @@ INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---------------------------------------------------------------- pack_panel */
 
-/* panel (kc, NR) = w[jr: jr + nr, pc: pc + kc], transposed. Columns from nr on repeat the last row, and their
- * results are dropped. */
+/* panel (kc, NR) = w[jr: jr + nr, pc: pc + kc], transposed. Columns from nr on repeat the last row; their
+ * results are not used. */
 VEC_INLINE void pack_panel(const int format, const int exact, panel *to, const nl_matrix *w, int64_t jr,
                            int64_t nr, int64_t pc, int64_t kc) {
     const int64_t weights = block_weights(format), bytes = block_bytes(format),
@@ -50,11 +51,9 @@ VEC_INLINE void pack_panel(const int format, const int exact, panel *to, const n
         rows.at_lanes = ints_load(at);
         for (int64_t k = 0; k < kc; k += weights) unpack(format, exact, &rows, k, p + k / weights * bytes);
         if (exact && !is_single(format)) dequantize_panel(format, &rows, kc);
-        /* A CPU follows fewer streams than a panel has rows: prefetch the next KC weights of each. */
+        /* The CPU itself prefetches fewer streams than a panel has rows. The next KC weights of each row: */
         const int64_t panel_bytes = KC / weights * bytes;
-        for (int l = 0; l < LANES; l++)
-            for (int64_t i = 0; i < panel_bytes; i += 64)
-                __builtin_prefetch(p + rows.at[l] + panel_bytes + i);
+        for (int l = 0; l < LANES; l++) prefetch_to_l1(p + rows.at[l] + panel_bytes, panel_bytes);
     }
 }
 
@@ -95,7 +94,7 @@ VEC_INLINE void micro_kernel_vectors(const int mr, float *tile, const panel *w, 
         ints dot[MR][2];
         for (int t = 0; t < mr; t++) dot[t][0] = dot[t][1] = ints_zero();
         for (int64_t k = u * unit / 2; k < (u + 1) * unit / 2; k++) {
-            __builtin_prefetch(x->pairs + (k + 64) * TOKEN_GROUP); /* x comes from L2: 3% */
+            prefetch_to_l1(x->pairs + (k + 64) * TOKEN_GROUP, 1); /* x comes from L2: 3% */
             const ints w0 = ints_load(w->pairs[k]), w1 = ints_load(w->pairs[k] + LANES);
             for (int t = 0; t < mr; t++) {
                 const ints pair = ints_all(x->pairs[k * TOKEN_GROUP + t]);
@@ -120,7 +119,8 @@ VEC_INLINE void micro_kernel_vectors(const int mr, float *tile, const panel *w, 
         for (int h = 0; h < 2; h++) vec_store(tile + t * NR + h * LANES, y[t][h]);
 }
 
-/* The exact way: x is the first token's number, with IN from token to token. A panel is summed by itself. */
+/* The exact way: x points to the first token's number k = 0; the tokens lie IN apart. The sum of each panel
+ * is added to the tile. */
 static void micro_kernel_exact_scalar(int mr, float *tile, const panel *w, int64_t kc, const float *x,
                                       int64_t IN) {
     for (int t = 0; t < mr; t++)
@@ -151,6 +151,7 @@ VEC_INLINE void micro_kernel_exact_vectors(const int mr, float *tile, const pane
 }
 
 /* Each number of tokens is a constant to its micro-kernel, so that its sums are registers. */
+_Static_assert(MR == 4 || MR == 8, "EACH_MR has a case for each number of tokens up to MR");
 #if MR == 8
 #define EACH_MR(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #else
@@ -180,27 +181,27 @@ VEC_INLINE void gemm(const int format, const int exact, const linear_args *a, in
     micro_kernel_exact_function *const kernel_exact =
         a->scalar_micro_kernel ? micro_kernel_exact_scalar : micro_kernel_exact;
     _Alignas(64) panel w;
-    _Alignas(64) float tile[MC * NR];
+    _Alignas(64) float tiles[MC * NR];
     for (int64_t ic = 0; ic < T; ic += MC)
         for (int64_t jr = begin; jr < end; jr += NR) {
             const int64_t mc = min(MC, T - ic), nr = min(NR, end - jr);
-            memset(tile, 0, (size_t)(mc * NR) * sizeof(float));
+            memset(tiles, 0, (size_t)(mc * NR) * sizeof(float));
             for (int64_t pc = 0; pc < IN; pc += KC) {
                 const int64_t kc = min(KC, IN - pc);
                 pack_panel(format, exact, &w, &a->w, jr, nr, pc, kc);
                 for (int64_t ir = 0; ir < mc; ir += MR) {
                     const int mr = (int)min(MR, mc - ir);
-                    float *y = tile + ir * NR;
+                    float *tile = tiles + ir * NR;
                     if (exact) {
                         const float *x = (const float *)a->x + (ic + ir) * IN + pc;
-                        kernel_exact(mr, y, &w, kc, x, IN);
+                        kernel_exact(mr, tile, &w, kc, x, IN);
                     } else {
                         const gemm_activations x = gemm_activations_of(a->x, T, IN, ic + ir, pc);
-                        kernel(mr, y, &w, kc, unit, minima, &x);
+                        kernel(mr, tile, &w, kc, unit, minima, &x);
                     }
                 }
             }
             for (int64_t t = 0; t < mc; t++)
-                memcpy(a->y + (ic + t) * OUT + jr, tile + t * NR, (size_t)nr * sizeof(float));
+                memcpy(a->y + (ic + t) * OUT + jr, tiles + t * NR, (size_t)nr * sizeof(float));
         }
 }

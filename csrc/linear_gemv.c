@@ -1,5 +1,5 @@
 /* linear for one to four tokens, as in decoding: GEMV, in vectors. Every weight is used once or a few times,
- * so the speed at which memory gives w is the limit.
+ * so the bandwidth of the memory is the limit.
  *
  *     for r in begin .. begin + quarter      four rows of w at once, a quarter of the thread's share apart
  *         for each block of the rows         BLOCKS_PER_STEP blocks, or one of a K format
@@ -13,8 +13,8 @@
  *                r + 3 quarter  =====>
  *
  * The products of a row are summed in lanes, in ascending order, and the lanes in one tree (vec_store_sums).
- * Memory gives a thread 13 GB/s and more, so a block of 18 bytes (Q4_0) has 1.4 ns, some 4 cycles. From about
- * five tokens on the panels of linear_gemm.c are faster.
+ * A thread reads 13 GB/s and more, so a block of 18 bytes (Q4_0) has 1.4 ns, some 4 cycles. From about five
+ * tokens on the panels of linear_gemm.c are faster.
  *
  * Sums of whole numbers are int32, and none can overflow:
  *
@@ -25,13 +25,13 @@
  *     Q4_K Q5_K, m      2 sums of hi a lane, times 128 m     2 * 2,048 * 128 * 63  =    33,030,144    2^31
  *     Q6_K, zero        16 of k_sums, times the scales       16 * 32,764 * 128     =    67,100,672    2^31
  *
- * Only vector forms, so it is compiled for each instruction set and not as it stands (README.md).
- * tests/kernels/test_fixed.py and tests/kernels/test_kernels.py hold it to NumPy. */
+ * Compiled once for each instruction set: all of it is vector forms (README.md).
+ * tests/kernels/test_quantized_activations.py and tests/kernels/test_kernels.py compare it with NumPy. */
 #include "dispatch.h"
 #include "formats.h"
 #include "vec.h"
 
-/* Where row r lies, and the three others; a row behind the end is the last one again. */
+/* Pointers to row r and the three others. A row behind the end is replaced by the last one. */
 VEC_INLINE void row_pointers(const int format, const uint8_t *w[4], const linear_args *a, int64_t r,
                              int64_t quarter, int64_t end) {
     const int64_t row_bytes = a->w.IN / block_weights(format) * block_bytes(format);
@@ -41,11 +41,9 @@ VEC_INLINE void row_pointers(const int format, const uint8_t *w[4], const linear
     }
 }
 
-/* A CPU prefetches by itself within a page of 4 KB, and too late for rows that are read a few bytes at a time
- * between much arithmetic. 2 KB ahead make decoding 10-20% faster. */
-VEC_INLINE void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + 2048 + i);
-}
+/* Bytes from the block at work to those that are prefetched: decoding is 10-20% faster. The CPU itself
+ * prefetches only within a page of 4 KB. It comes too late where much arithmetic stands between two reads. */
+enum { PREFETCH_AHEAD = 2048 };
 
 /* ---------------------------------------------------------------- floats: F32, F16, BF16 */
 
@@ -68,7 +66,7 @@ VEC_INLINE void gemv_floats_4_rows(const int format, const int64_t T, const line
         for (int i = 0; i < 4; i++) sum[t][i] = vec_zero();
     row_pointers(format, w, a, r, quarter, end);
     for (int64_t b = 0; b < a->w.IN; b += QK) {
-        for (int i = 0; i < 4; i++) prefetch(w[i] + b * bytes, QK * bytes);
+        for (int i = 0; i < 4; i++) prefetch_to_l1(w[i] + b * bytes + PREFETCH_AHEAD, QK * bytes);
         for (int64_t k = b; k < b + QK; k += LANES)
             for (int i = 0; i < 4; i++) {
                 const vec floats = floats_of(format, w[i] + k * bytes);
@@ -282,7 +280,8 @@ VEC_INLINE void gemv_quantized_4_rows(const int format, const int64_t T, const l
     row_pointers(format, w, a, r, quarter, end);
     for (int64_t b = 0; b < blocks; b += is_k(format) ? 1 : BLOCKS_PER_STEP) {
         const int64_t at = b * bytes, next = b + 1 < blocks ? bytes : 0;
-        for (int i = 0; i < 4; i++) prefetch(w[i] + at, is_k(format) ? bytes : BLOCKS_PER_STEP * bytes);
+        const int64_t step_bytes = is_k(format) ? bytes : BLOCKS_PER_STEP * bytes;
+        for (int i = 0; i < 4; i++) prefetch_to_l1(w[i] + at + PREFETCH_AHEAD, step_bytes);
         if (is_k(format))
             k_block_sums(format, T, sums, w, at, x, b);
         else /* an odd last block is taken twice, the second time with dx = 0 */

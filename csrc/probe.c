@@ -4,16 +4,17 @@
  *     fma    multiply-adds in registers only          no prefill in float32 is faster
  *
  * The caller measures the time. The result proves that the work was done, and keeps the compiler from
- * removing it. tests/inspect/test_bench.py checks both results against values that are known beforehand.
+ * removing it.
  *
- * probe.c itself is compiled once, for the loop over threads and the scalar form. avx2.c and avx512.c include
- * it for the vector form. */
+ * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
+ * instruction set: the part under VECTOR_FORMS (README.md).
+ * tests/inspect/test_bench.py compares both results with their exact values. */
 #include "dispatch.h"
 #include "formats.h"
 #include "vec.h"
 
 /* An FMA takes 4 cycles (on Zen, and on Intel since Skylake), and two start in each cycle. So 8 independent
- * chains keep both units busy; 12 leave some slack. With the two constants they take 14 of AVX2's 16
+ * chains keep both units busy, and 12 leave some slack. The chains and the two constants take 14 of AVX2's 16
  * registers. */
 enum { CHAINS = 12 };
 

@@ -4,11 +4,13 @@
  *      |...|...|...|...|   -->   float w[256]   -->   |..|..|..|..|
  *                      dequantize              quantize
  *
- * The bytes are those of quantize_* in numpy_llama/quantize.py, bit for bit. There is one form: the loops are
- * plain and without branches, so the compiler vectorises them. With the vectors of every x86-64 they take
- * under 2 ns a weight, and disks write more slowly. Floats are compared by their bits: without the sign these
- * have the order of |x|, with infinity and NaN above all. Threads share out the rows.
- * tests/kernels/test_convert_kernels.py holds it to quantize.py. */
+ * The bytes are those of quantize_* in numpy_llama/backend/formats.py, bit for bit. Floats are compared by
+ * their bits: without the sign these have the order of |x|, with infinity and NaN above all. Threads share
+ * out the rows.
+ *
+ * Compiled once as it stands. The loops are plain and without branches, so the compiler vectorises them. With
+ * the vectors of every x86-64 they take under 2 ns a weight, and disks write more slowly.
+ * tests/kernels/test_convert_kernels.py compares it with backend/formats.py. */
 #include "formats.h"
 
 enum { MOST = 0x477fe000 }; /* the bits of 65504 */

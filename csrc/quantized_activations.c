@@ -1,6 +1,6 @@
-/* Quantized activations: x as whole numbers of -8191 .. 8191, times one scale dx for 32 of them, or in K
- * formats for 256. They are rounded as `quantize_activations` of numpy_llama/quantize.py rounds, once for all
- * rows of w, and laid out in the order in which the loops over w read them.
+/* quantized_activations: x as whole numbers of -8191 .. 8191, times one scale dx for 32 of them, or in K
+ * formats for 256. They are computed once for all rows of w, and lie in the order in which the loops over w
+ * read them. The rounding is that of `quantize_activations` in numpy_llama/backend/formats.py.
  *
  * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
  * instruction set: the part under VECTOR_FORMS (README.md). */
@@ -29,7 +29,7 @@ int nl_quantize_activations(void *activations, const float *x, int format, int64
     return 0;
 }
 
-/* ---------------------------------------------------------------- scalar: x rounded, as floats again */
+/* ---------------------------------------------------------------- scalar: x rounded, as float32 */
 
 void quantize_activations_scalar(void *activations, const float *x, int format, int64_t T, int64_t IN,
                                  int64_t group) {
@@ -138,9 +138,9 @@ VEC_INLINE void quantize_for_gemv(void *activations, const float *x, const int f
 
 /* ---------------------------------------------------------------- for GEMM
  *
- * The tokens lie in groups of TOKEN_GROUP, side by side; kc is KC, and less in the last panel of a row.
+ * The tokens lie in token groups of TOKEN_GROUP, side by side; kc is KC, and less in the last panel of a row.
  *
- *     pairs      int32[IN / KC][groups][kc / 2][TOKEN_GROUP]       numbers k and k + 2: see linear_gemm.c
+ *     pairs      int32[IN / KC][groups][kc / 2][TOKEN_GROUP]       numbers k and k + 2: see unpack.h
  *     dx, sums   float[IN / KC][groups][kc / 32][TOKEN_GROUP]      sums: dx * (sum of q)
  */
 typedef struct {
@@ -148,7 +148,7 @@ typedef struct {
     float *dx, *sums;
 } gemm_activations;
 
-/* Those of one token, from number pc on, which begins a panel. */
+/* The activations of one token from number pc on. A panel begins there. */
 VEC_INLINE gemm_activations gemm_activations_of(const void *activations, int64_t T, int64_t IN, int64_t token,
                                                 int64_t pc) {
     const int64_t groups = activation_groups(T), kc = pc + KC < IN ? KC : IN - pc;

@@ -1,11 +1,11 @@
-/* team: may the calling thread have a team of so many threads, and do their stacks hold the kernels?
+/* team: can the calling thread have a team of `threads`, and do their stacks hold the kernels?
  *
  * GNU OpenMP ends the process when a thread cannot be made: no exception, no `finally`. So threads with the
  * same stacks are made here first, by pthread_create, which returns its failure:
  *
  *     1. make as many threads as the team lacks; each waits, so that all of them live at once
- *     2. let them end, and wait until the system counts them no longer
- *     3. if all could be made, let OpenMP make its team now, before anyone else takes what there is */
+ *     2. let them end, and wait until the system no longer counts them
+ *     3. if all could be made, let OpenMP make its team now, before another program uses the room */
 #define _GNU_SOURCE /* pthread_getattr_np */
 #include <stdint.h>
 
@@ -18,7 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { WAITS = 1000, WAIT_US = 50 }; /* for a thread that has ended to be counted no longer */
+enum { WAITS = 1000, WAIT_US = 50 }; /* until a thread that has ended is no longer counted */
 
 typedef struct {
     pthread_mutex_t gate; /* held while threads are made */

@@ -1,14 +1,16 @@
 /* unpack: from the bytes of each format into a panel of linear_gemm.c, LANES rows at once, one in each lane.
  *
- * Rows are read 4 bytes a lane. A panel holds pairs of 16-bit integers, as pmaddwd multiplies them, and a
- * pair is weights k and k + 2: bytes i and i + 2 are the low and the high half of the same 32 bits, so that
- * one shift and one mask make a pair.
+ * Each lane reads 4 bytes of its row. A panel holds pairs of 16-bit integers, as dot_pairs multiplies them. A
+ * pair is weights k and k + 2, because bytes i and i + 2 lie in the two halves of the same 32 bits. So one
+ * shift and one mask make a pair.
  *
  *     a lane       byte 0   byte 1   byte 2   byte 3
  *     pair 0       byte 0 ---------- byte 2                  lane         & 0x00ff00ff
  *     pair 1                byte 1 ---------- byte 3         (lane >> 8)  & 0x00ff00ff
  *
- * In the pictures q5 is weight 5's whole number, | separates bytes, and a byte begins with its low bits. */
+ * In the pictures q5 is the whole number of weight 5, | separates bytes, and a byte begins with its low bits.
+ *
+ * Compiled once for each instruction set, as a part of linear_gemm.c (README.md). */
 #include "dispatch.h"
 #include "formats.h"
 #include "vec.h"
@@ -24,7 +26,7 @@ typedef struct {
 typedef struct {
     panel *to;
     int64_t column;
-    int64_t at[LANES]; /* where each row lies, in bytes from the first on */
+    int64_t at[LANES]; /* bytes from the first row to each */
     ints at_lanes;     /* the same in a register */
 } panel_rows;
 
@@ -62,7 +64,7 @@ INLINE int unit_of(const int format) {
     return QK; /* not reached */
 }
 
-/* ---------------------------------------------------------------- what they have in common */
+/* ---------------------------------------------------------------- shared by the formats */
 
 VEC_INLINE void store_pair(const panel_rows *rows, int64_t pair, ints q) {
     ints_store(rows->to->pairs[pair] + rows->column, q);
@@ -77,11 +79,11 @@ VEC_INLINE void store_float(const panel_rows *rows, int64_t k, vec w) {
     vec_store(rows->to->floats[k] + rows->column, w);
 }
 
-/* Bytes i and i + 2 from bit `from` on, as much as `mask` keeps: a pair. */
+/* A pair: bytes i and i + 2, shifted right by `from` bits, and only the bits of `mask`. */
 VEC_INLINE ints pair_of(ints four, const int i, const int from, const int mask) {
     return ints_and(ints_right(four, from + 8 * i), ints_all(mask | mask << 16));
 }
-/* q and, as its bits `mask` (4 and up), those from bit `from` on of bytes i and i + 2 of `high`. */
+/* q with its bits `mask` (4 and up). They are the bits from `from` on of bytes i and i + 2 of `high`. */
 VEC_INLINE ints with_high(ints q, ints high, const int i, const int from, const int mask) {
     const int left = 4 - from - 8 * i;
     return ints_or_and(q, repeated_left(high, left, left), ints_all(mask | mask << 16));
@@ -98,7 +100,7 @@ VEC_INLINE void unpack_d_m(const int format, const panel_rows *rows, int64_t k, 
     if (has_minima(format)) store_m(rows, k / QK, vec_from_low_f16(ints_right(d_m, 16)));
 }
 
-/* 16 bytes of two numbers each, and their fifth bits where there are some. */
+/* 16 bytes of two numbers each, and the fifth bits of formats that have them. */
 VEC_INLINE void unpack_nibbles(const int format, const panel_rows *rows, int64_t k, const uint8_t *p) {
     const nl_format f = format_of(format);
     ints fours[4], fifth = ints_zero();
@@ -242,7 +244,7 @@ VEC_INLINE void unpack_q5_k(const panel_rows *rows, const uint8_t *p) {
  *     w = d * s * (q - 32),  s with a sign, for 16 weights */
 VEC_INLINE void unpack_q6_k(const panel_rows *rows, const uint8_t *p) {
     const nl_format f = format_of(Q6_K);
-    const ints d_at_the_end = rows_u32(p + f.d - 2, rows->at_lanes); /* nothing behind the block is read */
+    const ints d_at_the_end = rows_u32(p + f.d - 2, rows->at_lanes); /* reads nothing behind the block */
     const vec d = vec_from_low_f16(ints_right(d_at_the_end, 16));
     ints scales[4], low[16], high[8];
     for (int unit = 0; unit < QK_K / unit_of(Q6_K); unit++) store_d(rows, unit, d);
@@ -282,7 +284,7 @@ VEC_INLINE void quantize_floats(const int format, const panel_rows *rows, int64_
             largest = ints_max(largest, ints_and(bits_of_vec(w[2 * j + i]), ints_all(0x7fffffff)));
         }
     }
-    /* below 1e-30 nothing is left of a weight, and 8191 / max must stay finite */
+    /* below 1e-30 every weight becomes 0, because 8191 / max must stay finite */
     const vec max = vec_of_bits(largest), lowest = vec_all(1e-30f);
     const vec inverse = vec_zero_below(max, lowest, vec_div(vec_all(X_MAX), vec_max(lowest, max)));
     for (int j = 0; j < 8; j++)

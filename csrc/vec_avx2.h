@@ -1,5 +1,5 @@
 /* The vector functions in AVX2: `vec` is eight floats in one register. vec_avx512.h has the same functions
- * for sixteen. The kernels call these functions and no intrinsics; vec.h says what they assume. */
+ * for sixteen. The kernels call these functions and no intrinsics. vec.h lists their assumptions. */
 #include <immintrin.h>
 
 #include "formats.h"
@@ -137,7 +137,7 @@ VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
 VEC_INLINE void shorts_store_ints(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_shorts(a)); }
 
 /* Sixteen numbers of each block of a step; the blocks lie `next` bytes apart (here there is one). Bytes and
- * bits become shorts; of floats there is one for each block, and it fills that block's lanes. */
+ * bits become shorts. Each block has one float, which fills that block's lanes. */
 VEC_INLINE ints sixteens_from_u8(const uint8_t *p, int64_t next) {
     return (void)next, _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
 }

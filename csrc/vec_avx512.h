@@ -1,5 +1,5 @@
-/* The vector functions in AVX-512 with VNNI: `vec` is sixteen floats in one register. vec_avx2.h says what
- * each of them computes. */
+/* The vector functions in AVX-512 with VNNI: `vec` is sixteen floats in one register. vec_avx2.h has
+ * a comment for each of them. */
 #include <immintrin.h>
 
 #include "formats.h"

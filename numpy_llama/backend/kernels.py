@@ -49,12 +49,12 @@ PANEL_ROWS = lib.NL_PANEL_ROWS  # no thread should be given a part of one
 WORK_FOR_THREADS = 1 << 18
 # The same for weights that `convert` is to unpack and pack again.
 WEIGHTS_PER_CALL = 1 << 23
-# csrc/attention.c unpacks keys and values once for so many rows (queries x the heads that share a key): to be
-# worth it, its calls in vector code are longer, by this factor.
-ATTENTION_ROWS, ATTENTION_WORK = 240, 16
+# csrc/attention.c unpacks keys and values once for a query block of this many rows (queries x the heads that
+# share a key). Its calls in vector code are longer by this factor, so that they have whole blocks.
+ATTENTION_ROWS, ATTENTION_WORK = lib.NL_QUERY_ROWS, 16
 # What it can pack.
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = lib.NL_MAX_DH
 # Bytes of a thread's stack: the panels of many tokens take 120 KiB of it.
 STACK_OF_KERNELS = 192 << 10
 ATTENTION_STEP = lib.NL_ATTENTION
@@ -216,10 +216,7 @@ class FusedWeights(InPlace):
         self.struct.D, self.struct.F, self.struct.Dh = D, F, head_dim
         self.struct.H, self.struct.K = H_Dh // head_dim, K_Dh // head_dim
         self.struct.eps, self.struct.exact = eps, exact
-        self.struct.weight, self.struct.format = (
-            [w.pointer for w in weights],
-            [w.format.code for w in weights],
-        )
+        self.struct.weight = [w.matrix[0] for w in weights]
         self.struct.attention_norm, self.struct.ffn_norm = (
             ffi.from_buffer("float[]", norm) for norm in norms
         )
@@ -387,9 +384,9 @@ class Kernels(InPlace):
             for part in range(parts):
                 status = lib.nl_layer(arguments, first, last, part, parts, threads)
                 _check(status, *w.formats)
-                if status < 0:
+                if status == lib.NL_NO_MEMORY:
                     raise MemoryError("no memory for the scratch of the attention kernel")
-                if status:
+                if status == lib.NL_F16_OVERFLOW:
                     return None
         self._scratch.append(scratch)
         return y

@@ -1,4 +1,4 @@
-"""`Kernels.convert` against quantize.py, bit for bit: from every format to every format that it writes."""
+"""`Kernels.convert` against formats.py, bit for bit: from every format to every format that it writes."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def threads_even_for_little_work():
 
 
 def assert_same(got: np.ndarray, tensor: StoredTensor, format, rows=slice(None)) -> None:
-    """What quantize.py makes of the same rows. Any float16 NaN equals any: which one is NumPy's affair."""
+    """The same rows by backend/formats.py. Any float16 NaN equals any: which one is NumPy's affair."""
     expected = StoredTensor.quantize(tensor.dequantize()[rows], format).data
     assert got.dtype == np.uint8 and got.shape == expected.shape
     if format.name == "F16":

@@ -48,7 +48,7 @@ def format(request):
 
 
 def exact_kernels(threads: int) -> Kernels:
-    """Those that multiply floats; tests/kernels/test_fixed.py has the others."""
+    """Those that multiply floats; tests/kernels/test_quantized_activations.py has the others."""
     return Kernels(threads, exact=True)
 
 
@@ -173,7 +173,7 @@ def test_every_half_is_read_rightly(isa):
 
 @pytest.mark.parametrize("name", HALVES)
 def test_every_scale_times_every_number_is_read_rightly(isa, name, rng):
-    """All finite float16 scales with all small numbers, and some minimum: bit for bit as quantize.py says.
+    """All finite float16 scales with all small numbers, and some minimum: bit for bit as formats.py.
 
     A K format has too many: there, all scales and, of everything else, any bytes."""
     format = FORMATS[name]

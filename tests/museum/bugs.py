@@ -510,7 +510,7 @@ BUGS = [
         "csrc/vec_avx2.h",
         "{ return _mm256_maddubs_epi16(a, b); }",
         "{ return _mm256_srai_epi16(_mm256_maddubs_epi16(_mm256_slli_epi16(a, 2), b), 2); }",
-        "tests/kernels/test_fixed.py",
+        "tests/kernels/test_quantized_activations.py",
     ),
     Bug(
         "minima of a K format forgotten",
@@ -518,7 +518,7 @@ BUGS = [
         "csrc/linear_gemv.c",
         "*to = vec_fma(vec_from_ints(of_both), vec_mul(d,",
         "*to = vec_fma(vec_zero(), vec_mul(d,",
-        "tests/kernels/test_fixed.py",
+        "tests/kernels/test_quantized_activations.py",
     ),
     Bug(
         "the sum not rescaled when a larger score comes",

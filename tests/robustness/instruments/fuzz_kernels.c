@@ -12,8 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
 #include "formats.h"
+#include "kernels.h"
 
 #define U 0x1p-24 /* half a unit in the last place of a float32 */
 /* Beyond these a sum in float32 may overflow on its way: a block's dot product is up to 10^6 times x. */
@@ -118,7 +118,8 @@ static int any_format(int64_t IN) {
     }
 }
 
-/* ---------------------------------------------------------------- linear, exact, with quantized activations */
+/* ---------------------------------------------------------------- linear, exact, with quantized activations
+ */
 
 /* At most so large are the parts that a weight of this run of sixteen may be put together from. */
 static double reach(int format, const uint8_t *p, int s, double largest) {
@@ -186,7 +187,8 @@ static void linear_in(int way) {
             (way == EXACT ? nl_linear_exact : nl_linear)(y, x, T, &matrix, begin, end, 1);
     }
     double *row = room(8 * IN), *size = room(8 * IN);
-    const int rounds_w = way == QUANTIZED && is_single(format), x_in_halves = way == QUANTIZED && is_k(format);
+    const int rounds_w = way == QUANTIZED && is_single(format),
+              x_in_halves = way == QUANTIZED && is_k(format);
     for (int64_t r = 0; r < OUT; r++) {
         const int good_row = read_row(row, size, format, w + r * row_bytes(format, IN), IN);
         for (int64_t t = 0; t < T; t++) {
@@ -212,7 +214,8 @@ static void linear_in(int way) {
             if (!finite) {
                 check(!isfinite(found), "what is not finite was lost");
             } else if (!overflows && sizes + 1e4 * coarse < HUGE_SUM && largest < HUGE_X) {
-                const double tiny = (double)IN * (way == QUANTIZED ? 1e-36 : 1e-44); /* products below 2^-126 */
+                const double tiny =
+                    (double)IN * (way == QUANTIZED ? 1e-36 : 1e-44); /* products below 2^-126 */
                 const double bound = 3 * (double)(IN + 16) * U * sizes + 1.01 * coarse + tiny;
                 check_near(found, sum, bound, "a product is wrong");
             }
@@ -341,8 +344,9 @@ void fuzz_layer(void) {
                                  {w.F, w.D}, {w.F, w.D}, {w.D, w.F}};
     const int same = (int)number(0, 1) ? F32 : Q8_0, mixed = (int)number(0, 1);
     for (int i = 0; i < 7; i++) {
-        w.format[i] = mixed ? any_format(shape[i][1]) : same;
-        w.weight[i] = stored(w.format[i], shape[i][0] * shape[i][1], kind);
+        const int format = mixed ? any_format(shape[i][1]) : same;
+        const int64_t OUT = shape[i][0], IN = shape[i][1];
+        w.weight[i] = (nl_matrix){stored(format, OUT * IN, kind), format, OUT, IN};
     }
     float *x = floats(tokens * w.D, kind), *norms[2];
     for (int i = 0; i < 2; i++) {
@@ -415,7 +419,7 @@ void fuzz_layer(void) {
         for (int64_t b = 0; b < B; b++) free(made[run].keys[b]), free(made[run].values[b]);
         free(made[run].y), free(made[run].scratch);
     }
-    for (int i = 0; i < 7; i++) free((void *)(uintptr_t)w.weight[i]);
+    for (int i = 0; i < 7; i++) free((void *)(uintptr_t)w.weight[i].data);
     for (int64_t b = 0; b < B; b++) free(old[0][b]), free(old[1][b]);
     free(x), free(norms[0]), free(norms[1]), free(orders[0]), free(orders[1]), free(freqs);
 }

@@ -1,11 +1,12 @@
-"""The KV cache: keys and values of all positions so far, so that none is computed twice.
+"""The KV cache: keys and values of the positions so far, so that none is computed twice.
 
 The caller owns it and the model keeps no state: two conversations are two caches and one model.
 """
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from .config import ModelArgs
+from .config import Array, ModelArgs
 from .errors import ContextOverflowError, NumericsError, ParameterError, check_kind, check_whole
 
 MAX_BATCH = 1 << 20
@@ -17,7 +18,7 @@ class KVCache:
     In float16 it takes half the memory, and half the time to read. A number beyond float16 is an error.
     """
 
-    def __init__(self, args: ModelArgs, batch: int, max_seq_len: int, dtype=np.float32):
+    def __init__(self, args: ModelArgs, batch: int, max_seq_len: int, dtype: DTypeLike = np.float32):
         check_kind("args", args, ModelArgs, "a ModelArgs")
         check_whole("max_seq_len", max_seq_len, 1, args.max_seq_len)
         check_whole("batch", batch, 0, MAX_BATCH)
@@ -28,13 +29,13 @@ class KVCache:
         self.batch, self.max_seq_len = batch, max_seq_len
         self.filled = [0] * args.n_layers  # positions stored so far, by layer
 
-    def update(self, layer, start_pos, xk, xv):
+    def update(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:
         """Store T new keys and values (B, T, K, Dh) at start_pos; return all S so far, (B, S, K, Dh)."""
-        end = self.check(layer, start_pos, *xk.shape[:2])
-        self.filled[layer] = start_pos  # until all are stored: an interrupted update leaves no mixture
+        end = self.check(layer, start_pos, xk.shape[0], xk.shape[1])
+        self.filled[layer] = start_pos  # until all are stored: an interrupted update does not count
         k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
         try:
-            with np.errstate(over="raise"):  # an infinite key may have no effect, with a score of -inf
+            with np.errstate(over="raise"):  # an infinite key could pass unseen, by a score of -inf
                 k[:, start_pos:end], v[:, start_pos:end] = xk, xv
         except FloatingPointError:
             raise NumericsError(
@@ -45,8 +46,8 @@ class KVCache:
         self.filled[layer] = end
         return k[:, :end], v[:, :end]
 
-    def check(self, layer, start_pos, B, T):
-        """The end of T new positions at start_pos. It is an error if B sequences have no room there."""
+    def check(self, layer: int, start_pos: int, B: int, T: int) -> int:
+        """The end of T new positions of B sequences at start_pos; an error if they have no place there."""
         end = start_pos + T
         if self.batch != B:
             raise ParameterError(f"{B} sequences do not fit a cache for {self.batch}")

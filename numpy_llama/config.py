@@ -10,13 +10,15 @@ Letters used in every shape comment of this package, in Python and in C:
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
+from numpy.typing import NDArray
 
 from .errors import ConfigError
 
-# The largest sizes that anyone could mean. They are checked before anything is computed from them.
+Array = NDArray[Any]
+
+# The largest sizes that a model may have. They are checked before anything is computed from them.
 LIMITS = {
     "dim": 1 << 20,
     "n_layers": 512,
@@ -31,7 +33,7 @@ LIMITS = {
 
 
 class RopeScaling(ABC):
-    """RoPE stretched beyond the context that a model was trained on. rope.py has the kinds.
+    """RoPE stretched beyond the context of the training. rope.py has the kinds.
 
     Pair j turns by theta_j / divisors[j] a position, and its length is multiplied by `length_factor`.
     """
@@ -40,15 +42,15 @@ class RopeScaling(ABC):
     length_factor: float
 
     def __post_init__(self) -> None:
-        _check(self, 1e-30, 1e38, "a number from 1e-30 to 1e38")  # 1e30: a pair that is not to turn
+        _check(self, 1e-30, 1e38, "a number from 1e-30 to 1e38")  # a divisor of 1e30 stops a pair
 
     @abstractmethod
-    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
-        """What each of the theta_j is divided by, in a model of `context` positions -> (Dh / 2,) float64."""
+    def divisors(self, freqs: Array, rope_theta: float, context: int) -> Array:
+        """The divisor of each theta_j, in a model of `context` positions -> (Dh / 2,) float64."""
 
     @abstractmethod
     def describe(self, context: int) -> str:
-        """The kind and its numbers in a few words, and what the size of the context decides."""
+        """The kind and its numbers in a few words, and the effect of the size of the context."""
 
     def check(self, args: "ModelArgs") -> None:  # noqa: B027  # most kinds fit all models
         """ConfigError if this does not fit a model of these arguments."""
@@ -58,9 +60,8 @@ class RopeScaling(ABC):
 class ModelArgs:
     """Hyperparameters, under the names of Meta's params.json.
 
-    `norm_eps` and `rope_theta` have no default, for the generations differ: LLaMA 1 has 1e-6 and
-    1e4, Llama 2 has 1e-5 and 1e4, Llama 3 has 1e-5 and 5e5. `rope_theta` is the base of the
-    rotary angles; what the papers call theta_i is the angle itself.
+    `norm_eps` and `rope_theta` have no default, for the generations differ: LLaMA 1 has 1e-6 and 1e4,
+    Llama 2 has 1e-5 and 1e4, Llama 3 has 1e-5 and 5e5. `rope_theta` is the base; theta_j is an angle.
     """
 
     dim: int

@@ -1,18 +1,18 @@
 """The mathematics of LLaMA: pure functions on NumPy arrays, nothing else.
 
-What this file promises: every operation of the forward pass is here and is the definition; tests hold
-the C kernels equal to it. Every function computes in the dtype it is given (float32 in use,
-float64 in tests). The letters of the shape comments are explained in config.py.
+This file defines every operation of the forward pass; tests hold the C kernels equal to it. A function
+computes in the dtype of its input (float32 in use, float64 in tests). config.py explains the letters.
 """
 
 import math
 
 import numpy as np
 
+from .config import Array, RopeScaling
 from .errors import ContextOverflowError, MismatchError, ParameterError
 
 
-def embedding(tokens, weight):
+def embedding(tokens: Array, weight: Array) -> Array:
     """Row `tokens[b, t]` of the table: (B, T) ids, (V, D) -> (B, T, D)."""
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ParameterError(
@@ -25,43 +25,44 @@ def embedding(tokens, weight):
     return weight[tokens]
 
 
-def linear(x, w):
+def linear(x: Array, w: Array) -> Array:
     """y = x W^T: (..., IN), (OUT, IN) -> (..., OUT)."""
     return x @ w.T
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4)."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def softmax(x):
+def softmax(x: Array) -> Array:
     """exp(x_i) / sum_j exp(x_j) over the last axis; shifted by the maximum, so no exp overflows."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def silu(x):
+def silu(x: Array) -> Array:
     """x * sigmoid(x) (Hendrycks & Gimpel 2016). Far below zero exp(-x) is inf and the result -0."""
     with np.errstate(over="ignore"):
         return x / (1 + np.exp(-x))
 
 
-def swiglu(gate, up):
+def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up: the gated activation of the FFN (Shazeer 2020, eq. 6)."""
     return silu(gate) * up
 
 
-def rope_freqs(head_dim, rope_theta, dtype=np.float64):
-    """theta_j = rope_theta^(-2j / head_dim): how far one position turns pair j (RoFormer) -> (Dh / 2,)."""
+def rope_freqs(head_dim: int, rope_theta: float, dtype: type = np.float64) -> Array:
+    """theta_j = rope_theta^(-2j / head_dim), the turn of pair j in one position (RoFormer) -> (Dh / 2,)."""
     return 1 / dtype(rope_theta) ** (np.arange(0, head_dim, 2, dtype=dtype) / dtype(head_dim))
 
 
-def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float32):
-    """e^(i m theta_j) for positions m < end, theta_j = rope_theta^(-2j / head_dim).
+def precompute_freqs_cis(
+    head_dim: int, end: int, rope_theta: float, scaling: RopeScaling | None = None, dtype: type = np.float32
+) -> Array:
+    """e^(i m theta_j) for positions m < end -> (end, Dh / 2) complex, for example (8192, 32).
 
-    RoFormer (Su et al. 2021), section 3.2.2. -> (end, Dh / 2) complex, for example (8192, 32). A scaling
-    (rope.py) divides each theta_j by a number, and multiplies the result by one. `end` is the context.
+    RoFormer (Su et al. 2021), section 3.2.2. A scaling (rope.py) divides each theta_j and scales the result.
     """
     freqs = rope_freqs(head_dim, rope_theta, dtype)
     if scaling is not None:
@@ -73,10 +74,10 @@ def precompute_freqs_cis(head_dim, end, rope_theta, scaling=None, dtype=np.float
     return freqs_cis if scaling is None else freqs_cis * dtype(scaling.length_factor)
 
 
-def freqs_cis_at(freqs_cis, start_pos, T):
+def freqs_cis_at(freqs_cis: Array, start_pos: int | Array, T: int) -> Array:
     """The angles of the T positions from start_pos on: (end, Dh / 2) -> (T, Dh / 2).
 
-    Or of T positions for each of B sequences, from B starts: -> (B, T, Dh / 2).
+    With an array of B starts, those of T positions in each of B sequences: -> (B, T, Dh / 2).
     """
     first, last = np.min(start_pos), np.max(start_pos) + T - 1
     if first < 0 or last >= len(freqs_cis):
@@ -84,7 +85,7 @@ def freqs_cis_at(freqs_cis, start_pos, T):
     return freqs_cis[np.asarray(start_pos)[..., None] + np.arange(T)]
 
 
-def apply_rotary_emb(x, freqs_cis):
+def apply_rotary_emb(x: Array, freqs_cis: Array) -> Array:
     """Turn each pair (x_2j, x_2j+1), read as one complex number, by its angle.
 
     (B, T, H, Dh), (T, Dh / 2) or (B, T, Dh / 2) -> (B, T, H, Dh), for example (1, 8, 32, 128), (8, 64).
@@ -92,8 +93,8 @@ def apply_rotary_emb(x, freqs_cis):
     return (x.view(freqs_cis.dtype) * freqs_cis[..., None, :]).view(x.dtype)
 
 
-def causal_mask(T, S, dtype=np.float32):
-    """0 where query t may look, -inf where it may not: the T queries are the last T of S positions.
+def causal_mask(T: int, S: int, dtype: type = np.float32) -> Array:
+    """0 where query t sees a position, -inf where it does not. The T queries are the last of S positions.
 
     -> (T, S). With T = 2 new tokens after 3 cached ones: [[0 0 0 0 -inf], [0 0 0 0 0]].
     """
@@ -102,28 +103,25 @@ def causal_mask(T, S, dtype=np.float32):
     return np.triu(np.full((T, S), -np.inf, dtype), k=S - T + 1)
 
 
-def repeat_kv(x, n_rep):
+def repeat_kv(x: Array, n_rep: int) -> Array:
     """Each key/value head serves n_rep query heads: (B, S, K, Dh) -> (B, S, H, Dh) (Ainslie et al. 2023)."""
     return np.repeat(x, n_rep, axis=2)
 
 
-def attention_scores(q, k):
-    """q k^T / sqrt(Dh) + mask: (B, T, H, Dh), (B, S, K, Dh) -> (B, H, T, S).
-
-    How much each of the T queries, which are the last T of S positions, wants of each position.
-    """
+def attention_scores(q: Array, k: Array) -> Array:
+    """q k^T / sqrt(Dh) + mask: (B, T, H, Dh), (B, S, K, Dh) -> (B, H, T, S)."""
     (T, H, Dh), (S, K) = q.shape[1:], k.shape[1:3]
     k = repeat_kv(k, H // K).astype(q.dtype).transpose(0, 2, 3, 1)  # (B, H, Dh, S)
-    return q.swapaxes(1, 2) @ k / math.sqrt(Dh) + causal_mask(T, S, q.dtype)
+    return q.swapaxes(1, 2) @ k / math.sqrt(Dh) + causal_mask(T, S, q.dtype.type)
 
 
-def weighted_values(weights, v):
+def weighted_values(weights: Array, v: Array) -> Array:
     """Each query's weights times the values: (B, H, T, S), (B, S, K, Dh) -> (B, T, H, Dh)."""
     v = repeat_kv(v, weights.shape[1] // v.shape[2]).astype(weights.dtype).swapaxes(1, 2)  # (B, H, S, Dh)
     return (weights @ v).swapaxes(1, 2)
 
 
-def attention(q, k, v):
+def attention(q: Array, k: Array, v: Array) -> Array:
     """softmax(q k^T / sqrt(Dh) + mask) v for each head (Vaswani et al. 2017, eq. 1).
 
     q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh), for example (1, 8, 32, 128).

@@ -1,12 +1,10 @@
 """LLaMA 1, 2 and 3: the whole model, in the order of the forward pass read from the bottom up.
 
-What this file promises: it reads like the papers, holds no state between calls, and never tests
-the type of its arrays. The two inner loops, `linear` and `attention`, are arguments of the model:
-those of functional.py are the definition, and others compute the same results faster.
+The model keeps no state between calls, and its weights may be of any type. It receives its two inner
+loops, `linear` and `attention`, when it is built. functional.py defines both; the C kernels are faster.
+config.py explains the letters of the shape comments.
 
     tokens -> tok_embeddings -> n_layers x (attention, feed_forward) -> norm -> output -> logits
-
-The letters of the shape comments are explained in config.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,36 +15,37 @@ import numpy as np
 
 from . import functional as F
 from .cache import KVCache
-from .config import ModelArgs
+from .config import Array, ModelArgs
 from .errors import ParameterError
 
-Function = Callable[..., np.ndarray]
+Function = Callable[..., Array]
+Weights = Mapping[str, Any]  # an array or a KernelWeight by name
 
 
 class Linear:
     """y = x W^T. LLaMA has no biases."""
 
-    def __init__(self, weight, linear: Function):
+    def __init__(self, weight: Any, linear: Function):
         self.weight, self.linear = weight, linear
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         return self.linear(x, self.weight)  # (..., IN) -> (..., OUT)
 
 
 class RMSNorm:
     """Scale each vector to a root mean square of 1, then by a learnt weight."""
 
-    def __init__(self, weight, eps: float):
+    def __init__(self, weight: Array, eps: float):
         self.weight, self.eps = weight, eps
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         return F.rms_norm(x, self.weight, self.eps)
 
 
 class Attention:
-    """Every new position adds up the values of all positions so far, weighted by their relevance to it."""
+    """Each new position gathers values from all positions so far, weighted by query and key."""
 
-    def __init__(self, args: ModelArgs, layer: int, w: Mapping, linear: Function, attention: Function):
+    def __init__(self, args: ModelArgs, layer: int, w: Weights, linear: Function, attention: Function):
         self.layer, self.head_dim = layer, args.head_dim
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
         self.attention = attention
@@ -55,7 +54,7 @@ class Attention:
         self.wv = Linear(w[f"layers.{layer}.attention.wv.weight"], linear)
         self.wo = Linear(w[f"layers.{layer}.attention.wo.weight"], linear)
 
-    def __call__(self, x, start_pos: int, freqs_cis, cache: KVCache):
+    def __call__(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
         B, T, _ = x.shape
         xq = self.wq(x).reshape(B, T, self.n_heads, self.head_dim)
         xk = self.wk(x).reshape(B, T, self.n_kv_heads, self.head_dim)
@@ -71,39 +70,39 @@ class Attention:
 class FeedForward:
     """Every position by itself: widen, gate, narrow."""
 
-    def __init__(self, layer: int, w: Mapping, linear: Function):
+    def __init__(self, layer: int, w: Weights, linear: Function):
         self.w_gate = Linear(w[f"layers.{layer}.feed_forward.w_gate.weight"], linear)
         self.w_up = Linear(w[f"layers.{layer}.feed_forward.w_up.weight"], linear)
         self.w_down = Linear(w[f"layers.{layer}.feed_forward.w_down.weight"], linear)
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         return self.w_down(F.swiglu(self.w_gate(x), self.w_up(x)))  # D -> F -> D
 
 
 class TransformerBlock:
     """One layer: two steps, each of which adds its result to the residual stream."""
 
-    def __init__(self, args: ModelArgs, layer: int, w: Mapping, linear: Function, attention: Function):
+    def __init__(self, args: ModelArgs, layer: int, w: Weights, linear: Function, attention: Function):
         self.attention = Attention(args, layer, w, linear, attention)
         self.feed_forward = FeedForward(layer, w, linear)
         self.attention_norm = RMSNorm(w[f"layers.{layer}.attention_norm.weight"], args.norm_eps)
         self.ffn_norm = RMSNorm(w[f"layers.{layer}.ffn_norm.weight"], args.norm_eps)
 
-    def __call__(self, x, start_pos: int, freqs_cis, cache: KVCache):
+    def __call__(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Transformer:
-    """The model. `weights` maps Meta's names to arrays; w_gate, w_up, w_down for w1, w3, w2."""
+    """The model. `weights` has Meta's names, but w_gate, w_up, w_down for w1, w3, w2."""
 
     def __init__(
         self,
         args: ModelArgs,
-        weights: Mapping,
+        weights: Weights,
         linear: Function = F.linear,
         attention: Function = F.attention,
-        cache_dtype=None,
+        cache_dtype: np.dtype[Any] | type | None = None,
     ):
         self.args = args
         self.tok_embeddings = weights["tok_embeddings.weight"]
@@ -120,15 +119,15 @@ class Transformer:
         max_seq_len = self.args.max_seq_len if max_seq_len is None else max_seq_len
         return KVCache(self.args, batch, max_seq_len, self.cache_dtype)
 
-    def __call__(self, tokens, start_pos: int = 0, cache: KVCache | None = None):
+    def __call__(self, tokens: Any, start_pos: int = 0, cache: KVCache | None = None) -> Array:
         """Logits of the next token at every position: (B, T) ids -> (B, T, V)."""
         return self.logits(self.hidden(tokens, start_pos, cache))
 
-    def hidden(self, tokens, start_pos: int = 0, cache: KVCache | None = None):
+    def hidden(self, tokens: Any, start_pos: int = 0, cache: KVCache | None = None) -> Array:
         """The residual stream after the last layer, (B, T) -> (B, T, D): all of the model but `logits`.
 
-        Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call. Sequences of
-        different lengths have B different start_pos, and the cache of batch.py.
+        Prefill (T tokens at start_pos 0) and decode (1 token at start_pos S) are this same call.
+        B sequences of different lengths have B different start_pos, in batch.py's cache.
         """
         h = F.embedding(np.asarray(tokens), self.tok_embeddings)
         B, T, _ = h.shape
@@ -138,7 +137,7 @@ class Transformer:
             h = layer(h, start_pos, freqs_cis, cache)
         return h
 
-    def logits(self, h):
+    def logits(self, h: Array) -> Array:
         """(..., D) -> (..., V)."""
         return self.output(self.norm(h))
 
@@ -159,7 +158,7 @@ class Transformer:
 
 
 def _with_part(whole: Any, path: Sequence[str], part: Any) -> Any:
-    """A copy of `whole` with another part at the path. All other parts are shared."""
+    """A copy of `whole` with another part at the path; it shares everything beside the path."""
     if not path:
         if callable(whole) and not callable(part):
             raise TypeError

@@ -1,9 +1,9 @@
-"""The kinds of RoPE scaling: how a model reads more positions than it was trained on.
+"""The kinds of RoPE scaling, by which a model reads more positions than those of its training.
 
-Every kind says what each theta_j is divided by, and how much longer the turned pairs are: functional.py needs
-no more. The angles of a model are computed once, for its whole context. Two kinds depend on the size of that
-context, `ModelArgs.max_seq_len`: DynamicScaling and LongRopeScaling. Their angles are therefore those of the
-longest text that the model has room for, whatever the length of the text at hand.
+Each kind has the divisor of each theta_j, and a factor of the length of the turned pairs. functional.py
+needs no more. The angles of a model are computed once, for its whole context. DynamicScaling and
+LongRopeScaling depend on the size of that context, `ModelArgs.max_seq_len`. A short text therefore has the
+same angles as the longest text of that model.
 
     class            type        divides theta_j by                                  multiplies lengths by
     LinearScaling    "linear"    factor                                              1
@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .config import ModelArgs, RopeScaling
+from .config import Array, ModelArgs, RopeScaling
 from .errors import ConfigError
 
 
@@ -32,7 +32,7 @@ class LinearScaling(RopeScaling):
     length_factor = 1.0
     factor: float
 
-    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
+    def divisors(self, freqs: Array, rope_theta: float, context: int) -> Array:
         return np.full(len(freqs), self.factor)
 
     def describe(self, context: int) -> str:
@@ -43,8 +43,8 @@ class LinearScaling(RopeScaling):
 class DynamicScaling(RopeScaling):
     """A larger rope_theta for a longer context ("dynamic NTK"): the first pair is kept, the last slowed by s.
 
-    s = 1 + factor * (context / original_max_seq_len - 1), at least 1. Hugging Face computes s anew from the
-    length of each text. Here it is computed once, from the context.
+    s = 1 + factor * (context / original_max_seq_len - 1), at least 1. Hugging Face computes s from the length
+    of each text. This class computes it once, from the context.
     """
 
     type: ClassVar[str] = "dynamic"
@@ -52,7 +52,7 @@ class DynamicScaling(RopeScaling):
     factor: float
     original_max_seq_len: int
 
-    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
+    def divisors(self, freqs: Array, rope_theta: float, context: int) -> Array:
         s = 1 + self.factor * max(context / self.original_max_seq_len - 1, 0.0)
         return s ** np.linspace(0, 1, len(freqs))
 
@@ -65,8 +65,8 @@ class DynamicScaling(RopeScaling):
 class Llama3Scaling(RopeScaling):
     """Llama 3.1: slow turns become `factor` times slower, fast ones are kept, with a ramp in between.
 
-    What counts is how many full turns a pair makes within the original context. Llama 3.1 has factor 8,
-    Llama 3.2 1B and 3B have factor 32; the rest is the same in both.
+    The speed of a pair is its number of full turns within the original context. Llama 3.1 has factor 8,
+    Llama 3.2 1B and 3B have factor 32. Both have the same other numbers.
     """
 
     type: ClassVar[str] = "llama3"
@@ -80,7 +80,7 @@ class Llama3Scaling(RopeScaling):
         super().__post_init__()
         _check_order(self, "low_freq_factor", "high_freq_factor")
 
-    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
+    def divisors(self, freqs: Array, rope_theta: float, context: int) -> Array:
         turns = self.original_max_seq_len * freqs.astype(np.float64) / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
         keep = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, 1: fast
@@ -94,8 +94,8 @@ class Llama3Scaling(RopeScaling):
 class YarnScaling(RopeScaling):
     """YaRN (Peng et al. 2023): as Llama 3.1 with a ramp over the pairs, and longer queries and keys.
 
-    Pair(r) is where a pair makes r turns within the original context. Up to Pair(beta_fast) all is kept, from
-    Pair(beta_slow) on all is slowed; `truncate` rounds both outwards. The paper's length_factor is
+    Pair(r) makes r turns within the original context. Pairs up to Pair(beta_fast) are kept, pairs from
+    Pair(beta_slow) on are slowed; `truncate` rounds both limits outwards. The paper's length_factor is
     0.1 ln(factor) + 1: `yarn_length`.
     """
 
@@ -115,7 +115,7 @@ class YarnScaling(RopeScaling):
         if not args.rope_theta > 1:
             raise ConfigError(f"rope_theta is {args.rope_theta}, with YaRN it must be above 1")
 
-    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
+    def divisors(self, freqs: Array, rope_theta: float, context: int) -> Array:
         n = len(freqs)
         ends = [
             n * math.log(self.original_max_seq_len / (2 * math.pi * turns)) / math.log(rope_theta)
@@ -124,7 +124,8 @@ class YarnScaling(RopeScaling):
         if self.truncate:
             ends = [math.floor(ends[0]), math.ceil(ends[1])]
         low, high = max(ends[0], 0), min(ends[1], 2 * n - 1)
-        slow = np.clip((np.arange(n) - low) / max(high - low, 0.001), 0, 1)  # 0: kept, 1: slowed
+        ramp: Array = (np.arange(n) - low) / max(high - low, 0.001)
+        slow = np.clip(ramp, 0, 1)  # 0: kept, 1: slowed
         return 1 / (1 - slow + slow / self.factor)
 
     def describe(self, context: int) -> str:
@@ -135,8 +136,8 @@ class YarnScaling(RopeScaling):
 class LongRopeScaling(RopeScaling):
     """LongRoPE (Ding et al. 2024): two lists of divisors, found by search.
 
-    A context above the original one takes `long_factor`, any other `short_factor`. The length factor is
-    sqrt(1 + ln(s) / ln(original_max_seq_len)) for a model stretched s times, in both: `longrope_length`.
+    A context above the original one takes `long_factor`, any other takes `short_factor`. A model stretched
+    s times has the length factor sqrt(1 + ln(s) / ln(original_max_seq_len)) in both: `longrope_length`.
     """
 
     type: ClassVar[str] = "longrope"
@@ -149,7 +150,7 @@ class LongRopeScaling(RopeScaling):
         _check_list("short_factor", self.short_factor, args)
         _check_list("long_factor", self.long_factor, args)
 
-    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
+    def divisors(self, freqs: Array, rope_theta: float, context: int) -> Array:
         return np.array(self.long_factor if context > self.original_max_seq_len else self.short_factor)
 
     def describe(self, context: int) -> str:
@@ -159,7 +160,7 @@ class LongRopeScaling(RopeScaling):
 
 @dataclass(frozen=True)
 class ExplicitScaling(RopeScaling):
-    """Any divisors, one for each pair: what a GGUF file's rope_freqs.weight holds."""
+    """Any divisors, one for each pair, as the tensor rope_freqs.weight of a GGUF file holds them."""
 
     type: ClassVar[str] = "explicit"
     factors: tuple[float, ...]
@@ -168,7 +169,7 @@ class ExplicitScaling(RopeScaling):
     def check(self, args: ModelArgs) -> None:
         _check_list("factors", self.factors, args)
 
-    def divisors(self, freqs: np.ndarray, rope_theta: float, context: int) -> np.ndarray:
+    def divisors(self, freqs: Array, rope_theta: float, context: int) -> Array:
         return np.array(self.factors)
 
     def describe(self, context: int) -> str:
@@ -176,12 +177,12 @@ class ExplicitScaling(RopeScaling):
 
 
 def yarn_length(factor: float, m: float = 1.0) -> float:
-    """How much longer YaRN makes queries and keys: 0.1 m ln(factor) + 1 (Peng et al. 2023, section 3.4)."""
+    """YaRN's length factor of queries and keys: 0.1 m ln(factor) + 1 (Peng et al. 2023, section 3.4)."""
     return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def longrope_length(factor: float, original_max_seq_len: int) -> float:
-    """How much longer LongRoPE makes them: sqrt(1 + ln(factor) / ln(original)) (Ding et al. 2024)."""
+    """LongRoPE's length factor of both: sqrt(1 + ln(factor) / ln(original)) (Ding et al. 2024)."""
     return math.sqrt(1 + math.log(factor) / math.log(original_max_seq_len)) if factor > 1 else 1.0
 
 

@@ -36,9 +36,12 @@ The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ..config import Array
 from ..errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
@@ -200,7 +203,7 @@ def quantize_q5_1(x):
     return _blocks([d.astype("<f2"), m.astype("<f2"), _fifth_bits(q), _pairs(q)])
 
 
-def quantize_activations(x, block):
+def quantize_activations(x: Array, block: int) -> Array:
     """x rounded to 14 bits: whole numbers of -8191..8191, with one scale for each `block` of a row.
 
     csrc/quantized_activations.c rounds activations in this way: in blocks of 32, for K formats of 256.
@@ -326,16 +329,16 @@ class StoredTensor(InPlace):
             return self
         return StoredTensor(self.format, self.shape, self.data, self.row_order)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Array:
         """Rows in float32: an index or an array of them (...) -> (..., IN)."""
         picked = self.data[index if self.row_order is None else self.row_order[index]]
         rows = np.ascontiguousarray(picked).reshape(-1, picked.shape[-1])
         return self.format.dequantize(rows).reshape(*picked.shape[:-1], self.shape[-1])
 
-    def dequantize(self, dtype=np.float32):
+    def dequantize(self, dtype: DTypeLike = np.float32) -> Array:
         """The whole tensor as an ordinary array. A float32 tensor is not copied."""
         if len(self.shape) == 1 or (self.format.name == "F32" and self.row_order is None):
             return self[...].astype(dtype, copy=False)

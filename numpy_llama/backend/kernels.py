@@ -1,7 +1,7 @@
-"""The C twins of `linear` and `attention`: same names, same meaning, weights used where they lie.
+"""The C twins of `linear` and `attention`: same names, same meaning, weights used in place.
 
-What this file promises: whatever it is given, it is refused with a clear error or computed rightly;
-C is only called with what csrc/kernels.h asks for. It is the only importer of the extension.
+What this file promises: every input is computed rightly, or refused with a clear error. C receives only
+arguments that csrc/kernels.h allows. No other file imports the extension.
 
     kernels = Kernels(threads=2)
     w = KernelWeight(stored)            # once
@@ -14,21 +14,23 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ..config import Array
 from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
 from .formats import FORMATS, MAX_F16, QK, Format, InPlace, StoredTensor
 from .limits import available_cpus as available_cpus
 from .limits import stack_bytes, too_many_threads, too_small_stack
 
-# Between two steps of a layer GNU OpenMP's threads spin, by default for some 10 ms before they sleep. On a
-# machine that also does other work a spinning thread is the first to lose its CPU, and the next step then
-# waits for it: two busy neighbours made decoding 7 times slower than it is with 3,000 turns (0.1 ms). These
-# cost no more beside such neighbours, and bridge the wait for the slower of two threads: without neighbours
-# they decode 7% faster than 3,000. It is read when the library is loaded; our children need it not.
+# Between two steps of a layer GNU OpenMP's threads spin, by default for about 10 ms, and then sleep. A busy
+# machine takes the CPU from a spinning thread first, and the next step waits for that thread: two busy
+# neighbours made decoding 7 times slower than with 3,000 turns (0.1 ms). 20,000 turns cost no more beside
+# such neighbours. They cover the wait for the slower of two threads: without neighbours, decoding is 7%
+# faster than with 3,000. OpenMP reads the number when it is loaded; child processes do not inherit it.
 STACK = stack_bytes(os.environ)  # of OpenMP's threads: also read when the library is loaded
-_ours = "GOMP_SPINCOUNT" not in os.environ
+_spin_count_is_ours = "GOMP_SPINCOUNT" not in os.environ
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 try:
     from ._kernels import ffi, lib
@@ -38,30 +40,29 @@ except ImportError as error:
         "or choose the readable path: backend='numpy', on the command line --backend numpy"
     ) from None
 finally:
-    if _ours:
+    if _spin_count_is_ours:
         del os.environ["GOMP_SPINCOUNT"]
 
-# A signal waits until a C call returns, so no call may be long: this many multiply-adds a thread take
+# A signal waits until a C call returns, so every call is short. This number of multiply-adds a thread takes
 # a few milliseconds in vector code and about 100 in scalar code.
 WORK_PER_CALL = 1 << 27
-PANEL_ROWS = lib.NL_PANEL_ROWS  # no thread should be given a part of one
-# Waking a second thread costs a few microseconds: below this many multiply-adds one is faster.
+PANEL_ROWS = lib.NL_PANEL_ROWS  # each thread gets whole panels
+# To wake a second thread takes a few microseconds: below this number of multiply-adds one thread is faster.
 WORK_FOR_THREADS = 1 << 18
-# The same for weights that `convert` is to unpack and pack again.
+# Weights that `convert` unpacks and quantizes in one call, for each thread.
 WEIGHTS_PER_CALL = 1 << 23
 # csrc/attention.c unpacks keys and values once for a query block of this many rows (queries x the heads that
-# share a key). Its calls in vector code are longer by this factor, so that they have whole blocks.
+# share a key). Its calls in vector code are longer by the factor ATTENTION_WORK, so that they have whole blocks.
 ATTENTION_ROWS, ATTENTION_WORK = lib.NL_QUERY_ROWS, 16
-# What it can pack.
-CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # the formats that `convert` writes
 MAX_HEAD_DIM = lib.NL_MAX_DH
-# Bytes of a thread's stack: the panels of many tokens take 120 KiB of it.
+# Bytes that the kernels need of a thread's stack; the panels of a GEMM take 120 KiB.
 STACK_OF_KERNELS = 192 << 10
 ATTENTION_STEP = lib.NL_ATTENTION
 F32, F16 = (FORMATS[name].code for name in ("F32", "F16"))
 
-# In a forked child the OpenMP threads of the parent do not exist, and a team that waits for them would
-# hang: there the same kernels run on one thread, with the same bits.
+# A forked child has none of its parent's OpenMP threads, and a team would wait for them forever. The child
+# runs the same kernels on one thread, with the same bits.
 _forked = False
 
 
@@ -74,7 +75,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Team(threading.local):
-    """The team of OpenMP threads that the calling thread has: OpenMP keeps one for each thread that calls."""
+    """The size of the calling thread's team of OpenMP threads; each calling thread has its own team."""
 
     size = 0
 
@@ -83,9 +84,9 @@ _team = _Team()
 
 
 def team(threads: int) -> int:
-    """`threads` itself. ResourceLimitError where the calling thread cannot have a team of so many.
+    """Form a team of this size for the calling thread: -> `threads`. ResourceLimitError if that fails.
 
-    A team that stands is used again. Work of a single thread leaves it as it is.
+    An existing team of this size is used again. Work for a single thread keeps the existing team.
     """
     if _team.size != threads and not (threads == 1 and _team.size):
         _form_team(threads)
@@ -93,13 +94,13 @@ def team(threads: int) -> int:
 
 
 def _form_team(threads: int) -> None:
-    room = ffi.new("int64_t[2]")
-    made = lib.nl_form_team(threads, max(_team.size, 1), STACK, room)
+    free_stack = ffi.new("int64_t[2]")
+    made = lib.nl_form_team(threads, max(_team.size, 1), STACK, free_stack)
     if made < threads:
         raise too_many_threads(threads, made, STACK)
-    for i, whose in enumerate(("the calling thread", "OpenMP's threads")):
-        if room[i] < STACK_OF_KERNELS:
-            raise too_small_stack(whose, room[i], STACK_OF_KERNELS)
+    for i, owner in enumerate(("the calling thread", "OpenMP's threads")):
+        if free_stack[i] < STACK_OF_KERNELS:
+            raise too_small_stack(owner, free_stack[i], STACK_OF_KERNELS)
     _team.size = threads
 
 
@@ -107,8 +108,13 @@ def available_isas() -> list[str]:
     """The instruction sets that this build and this CPU both have, fastest first."""
     names: list[str] = []
     while (name := lib.nl_isa_name(len(names))) != ffi.NULL:
-        names.append(ffi.string(name).decode())
+        names.append(_text(name))
     return names
+
+
+def _text(pointer: Any) -> str:
+    """A string of C."""
+    return str(ffi.string(pointer).decode())
 
 
 def use_isa(name: str) -> None:
@@ -121,17 +127,17 @@ def use_isa(name: str) -> None:
 
 def isa() -> str:
     """The instruction set in use."""
-    return ffi.string(lib.nl_isa()).decode()
+    return _text(lib.nl_isa())
 
 
 def openmp_version() -> int:
-    """The date of the OpenMP standard built in, for example 201511; 0 where built without."""
-    return lib.nl_openmp()
+    """The date of the OpenMP standard of this build, for example 201511; 0 without OpenMP."""
+    return int(lib.nl_openmp())
 
 
 def compiler() -> str:
     """The version of the compiler that built the kernels."""
-    return ffi.string(lib.nl_compiler()).decode()
+    return _text(lib.nl_compiler())
 
 
 def _check(status: int, *formats: Format) -> None:
@@ -149,16 +155,16 @@ def quantizes_activations(format: Format, T: int) -> bool:
     return bool(lib.nl_quantizes_activations(format.code, T))
 
 
-def read_probe(arrays: Sequence[np.ndarray], threads: int) -> int:
-    """Read every byte once, as fast as can be: -> the exclusive or of the 32-bit words of all arrays."""
+def read_probe(arrays: Sequence[Array], threads: int) -> int:
+    """Read every byte once, as fast as possible: -> the exclusive or of all 32-bit numbers."""
     pieces = [ffi.from_buffer(array) for array in arrays]
     sizes = [array.nbytes for array in arrays]
-    return lib.nl_read_probe(pieces, sizes, len(pieces), team(1 if _forked else threads))
+    return int(lib.nl_read_probe(pieces, sizes, len(pieces), team(1 if _forked else threads)))
 
 
 def fma_probe(operations: int, threads: int) -> float:
-    """Do so many floating-point operations on each thread, all in registers: -> 24.0 a thread."""
-    return lib.nl_fma_probe(operations, team(1 if _forked else threads))
+    """Compute this number of operations on each thread, all in registers: -> 24.0 a thread."""
+    return float(lib.nl_fma_probe(operations, team(1 if _forked else threads)))
 
 
 if _wanted_isa := os.environ.get("NUMPY_LLAMA_ISA"):
@@ -166,8 +172,10 @@ if _wanted_isa := os.environ.get("NUMPY_LLAMA_ISA"):
 
 
 def watch(file_map: mmap.mmap, name: str) -> None:
-    """Should that file be cut while it is mapped: end this process with exit code 1 and one line that names
-    it, not by SIGBUS. For as long as the map lives; beyond 256 maps at once nothing is watched."""
+    """If the mapped file is truncated, end the process with exit code 1 and one line, not by SIGBUS.
+
+    `name` is the file's name in that line. At most 256 maps are watched at a time, each until it is closed.
+    """
     # Only the address is kept: a buffer would keep the map alive.
     begin = ffi.cast("void *", int(ffi.cast("uintptr_t", ffi.from_buffer(file_map))))
     lib.nl_watch(begin, len(file_map), name.encode(errors="backslashreplace"))
@@ -175,10 +183,10 @@ def watch(file_map: mmap.mmap, name: str) -> None:
 
 
 class KernelWeight(InPlace):
-    """A StoredTensor (OUT, IN) as the kernels take it: dense bytes, IN a multiple of 32.
+    """A StoredTensor (OUT, IN) in the form that the kernels take: dense bytes, IN a multiple of 32.
 
-    Nothing is copied, unless IN is no such multiple: then each row gets zeros at its end. Rows stay where
-    they lie; if that is another order than the model's, `linear` puts the outputs in order, which are few.
+    The bytes are copied only if IN is not such a multiple: each row then gets zeros at its end. Rows keep the
+    order of the file; if the model's order is another one, `linear` reorders its outputs.
     """
 
     def __init__(self, tensor: StoredTensor):
@@ -194,18 +202,25 @@ class KernelWeight(InPlace):
         self.pointer = ffi.from_buffer(self.rows)
         self.matrix = ffi.new("nl_matrix *", (self.pointer, self.format.code, self.shape[0], self.width))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tensor)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Array:
         """Rows in float32, as an embedding needs them."""
         return self.tensor[index]
 
 
 class FusedWeights(InPlace):
-    """A TransformerBlock's sizes and weights as nl_layer takes them: made once."""
+    """A TransformerBlock's sizes and weights in the struct that nl_layer takes, made once."""
 
-    def __init__(self, weights: Sequence[KernelWeight], norms: Sequence[np.ndarray], eps, head_dim, exact):
+    def __init__(
+        self,
+        weights: Sequence[KernelWeight],
+        norms: Sequence[Array],
+        eps: float,
+        head_dim: int,
+        exact: bool,
+    ):
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
@@ -234,7 +249,7 @@ class FusedWeights(InPlace):
         self.steps = [work_of_step.get(step, 0) for step in range(lib.NL_STEPS)]
 
     def work(self, tokens: int, visible: int) -> list[int]:
-        """Multiply-adds of each step, for that many tokens, which see `visible` positions in all."""
+        """Multiply-adds of each step for `tokens`, which see `visible` positions in total."""
         work = [amount * tokens for amount in self.steps]
         work[ATTENTION_STEP] = self.steps[ATTENTION_STEP] * visible
         return work
@@ -243,8 +258,8 @@ class FusedWeights(InPlace):
 class Kernels(InPlace):
     """The two twins, bound to a number of threads. The number never changes a result.
 
-    `exact`: every weight and every activation is multiplied as the float32 it is. Otherwise activations are
-    quantized to 14 bits (csrc/quantized_activations.c): linear(x rounded, w).
+    `exact` multiplies weights and activations in float32. Otherwise activations are quantized to 14 bits
+    (csrc/quantized_activations.c): linear(x rounded, w).
     """
 
     def __init__(self, threads: int | None = None, exact: bool = False):
@@ -254,14 +269,14 @@ class Kernels(InPlace):
         if not whole or not 1 <= threads <= 1024:
             raise ParameterError(f"threads is {threads!r}, it must be a whole number from 1 to 1024")
         self.threads, self.exact = int(threads), exact
-        self._share(WORK_FOR_THREADS)  # what cannot be is refused before anything is loaded
-        self._scratch: list = []  # of `layer`; as many as calls have been at work at once
+        self._share(WORK_FOR_THREADS)  # an impossible number fails before any weight is loaded
+        self._scratch: list[Any] = []  # of `layer`: one for each call that ran at the same time
 
     def _share(self, work: int) -> int:
-        """How many threads do so many multiply-adds."""
+        """The number of threads for `work` multiply-adds."""
         return team(1 if _forked or work < WORK_FOR_THREADS else self.threads)
 
-    def linear(self, x: np.ndarray, w: KernelWeight | StoredTensor | np.ndarray) -> np.ndarray:
+    def linear(self, x: Array, w: KernelWeight | StoredTensor | Array) -> Array:
         """y = x W^T: (..., IN) float32, (OUT, IN) as stored -> (..., OUT) float32."""
         if not isinstance(w, KernelWeight):
             w = KernelWeight(w if isinstance(w, StoredTensor) else StoredTensor.quantize(w, "F32"))
@@ -288,17 +303,17 @@ class Kernels(InPlace):
         for begin in range(0, OUT, rows):
             end = min(begin + rows, OUT)
             _check(multiply(y_pointer, operand, T, w.matrix, begin, end, threads), w.format)
-        return y if w.row_order is None else y.take(w.row_order, axis=-1)  # in one piece, as RoPE needs it
+        return y if w.row_order is None else y.take(w.row_order, axis=-1)  # contiguous, for RoPE
 
     @staticmethod
-    def _quantize_activations(x, w: KernelWeight, T: int, threads: int):
+    def _quantize_activations(x: Any, w: KernelWeight, T: int, threads: int) -> Any:
         """x quantized to 14 bits, in the layout that the loops over this weight's format read."""
-        room = np.empty(lib.nl_activations_bytes(T, w.width), np.uint8)
-        activations = ffi.from_buffer(room, require_writable=True)
+        buffer = np.empty(lib.nl_activations_bytes(T, w.width), np.uint8)
+        activations = ffi.from_buffer(buffer, require_writable=True)
         _check(lib.nl_quantize_activations(activations, x, w.format.code, T, w.width, threads), w.format)
         return activations
 
-    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    def attention(self, q: Array, k: Array, v: Array) -> Array:
         """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""
         B, T, H, Dh = q.shape
         S, K = k.shape[1:3]
@@ -329,19 +344,27 @@ class Kernels(InPlace):
             },
         )
         work = WORK_PER_CALL * (1 if isa() == "scalar" else ATTENTION_WORK)
-        queries, whole = max(work // (B * S * H * Dh), 1) * threads, max(ATTENTION_ROWS * K // H, 1)
-        queries = max(queries // whole * whole, min(queries, whole))
+        queries, block = max(work // (B * S * H * Dh), 1) * threads, max(ATTENTION_ROWS * K // H, 1)
+        queries = max(queries // block * block, min(queries, block))
         for begin in range(0, T, queries):
             arguments.begin, arguments.end = begin, min(begin + queries, T)
             if lib.nl_attention(arguments, threads) != 0:
                 raise MemoryError("no memory for the scratch of the attention kernel")
         return out
 
-    def layer(self, w: FusedWeights, x, starts, freqs_cis, keys, values) -> np.ndarray | None:
-        """TransformerBlock: x (B, T, D), T new positions of each sequence behind the old ones, starts[b].
+    def layer(
+        self,
+        w: FusedWeights,
+        x: Array,
+        starts: Sequence[int],
+        freqs_cis: Array,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+    ) -> Array | None:
+        """TransformerBlock: x (B, T, D) -> (B, T, D). The T positions of sequence b begin at starts[b].
 
-        keys, values: for each sequence one layer's cache, (K, max_seq_len, Dh) float32 or float16, with room.
-        None if float16 cannot hold what is to be stored there.
+        keys, values: this layer's cache of each sequence, (K, max_seq_len, Dh) float32 or float16, with space
+        for T more positions. The result is None if float16 cannot hold a new key or value.
         """
         x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
         y, (B, T, _) = np.empty_like(x), x.shape
@@ -357,8 +380,8 @@ class Kernels(InPlace):
         scratch = self._scratch.pop() if self._scratch else b""
         if len(scratch) < (nbytes := lib.nl_layer_bytes(w.struct, B * T)):
             scratch = ffi.new("char[]", nbytes)
-        # A struct of cffi keeps addresses only. What they point to needs a name here until C returns: the
-        # arrays below, y, x, freqs_cis and scratch. The caches belong to the caller.
+        # A struct of cffi keeps addresses only. The local names keep the arrays alive until C returns, and
+        # the caller keeps the caches alive.
         key_pointers = ffi.new("void *[]", [ffi.from_buffer(k) for k in keys])
         value_pointers = ffi.new("void *[]", [ffi.from_buffer(v) for v in values])
         head_strides = ffi.new("int64_t[]", [k.strides[0] // itemsize for k in keys])
@@ -393,11 +416,11 @@ class Kernels(InPlace):
 
     def convert(
         self, tensor: StoredTensor, format: Format, begin_row: int = 0, end_row: int | None = None
-    ) -> np.ndarray:
+    ) -> Array:
         """Rows of a tensor in another format: -> (rows, bytes a row) uint8, in the model's order of rows.
 
-        = StoredTensor.quantize(tensor[begin_row:end_row], format).data. A tensor that is not in place makes
-        all of its bytes for each call: `realize` it first.
+        = StoredTensor.quantize(tensor[begin_row:end_row], format).data. Call `realize` before, for a tensor
+        that is not in place: each call would compute all of its bytes.
         """
         if format.name not in CONVERTIBLE:
             raise UnsupportedError(f"cannot convert to {format.name}, only to {', '.join(CONVERTIBLE)}")
@@ -432,9 +455,11 @@ class Kernels(InPlace):
         return dst
 
 
-def _dense_heads(x: np.ndarray) -> np.ndarray:
-    """x as the kernel reads it: float32 or float16 in the machine's byte order, each head's Dh numbers side
-    by side. A view of a cache passes as it is."""
+def _dense_heads(x: Array) -> Array:
+    """x in float32 or float16, in the machine's byte order, with the Dh numbers of a head side by side.
+
+    A view of a cache is returned unchanged.
+    """
     if x.dtype not in (np.float32, np.float16) or not x.dtype.isnative:
         x = x.astype(np.float32)
     dense = x.strides[-1] == x.itemsize or x.shape[-1] == 1

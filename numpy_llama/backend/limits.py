@@ -1,4 +1,4 @@
-"""The system's limits for this process: control groups, CPUs, threads and their stacks.
+"""The system's limits on this process: control groups, CPUs, threads and their stacks.
 
 A container is a control group (cgroups(7)). Each group has its own limits, and so has every group around it.
 Version 2 has one tree for all controllers; version 1 has a tree for each of them.
@@ -17,8 +17,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def groups(controller: str) -> Iterator[Path]:
-    """The folders of our own group and of all around it: version 2, and version 1's tree of `controller`."""
-    paths = {1: "/", 2: "/"}  # version -> our own group in that tree
+    """The folders of this process's group and its parents, in version 2 and in version 1's `controller`."""
+    paths = {1: "/", 2: "/"}  # version -> the process's group in that tree
     for line in _lines(PROC / "cgroup"):
         match line.split(":", 2):
             case [_, "", path]:
@@ -31,7 +31,7 @@ def groups(controller: str) -> Iterator[Path]:
 
 
 def _trees(controller: str) -> Iterator[tuple[Path, str, int]]:
-    """(folder, the group at its root, version) of each tree: the usual ones, and those mounted."""
+    """(folder, the group at its root, version) of each tree: the usual folders, and the mounted ones."""
     yield CGROUP, "/", 2
     yield CGROUP / controller, "/", 1
     for line in _lines(PROC / "mountinfo"):
@@ -55,7 +55,7 @@ def affinity() -> int:
 
 
 def cpu_quota() -> float | None:
-    """The CPUs whose time the control groups grant: the least quota / period of all; None without a quota."""
+    """The CPUs that the control groups grant: the least quota / period of all; None without a quota."""
     return min((quota for group in groups("cpu") if (quota := _quota_of(group))), default=None)
 
 
@@ -70,7 +70,7 @@ def _quota_of(group: Path) -> float | None:
 def stack_bytes(environment: Mapping[str, str]) -> int:
     """The stack of each OpenMP thread by OMP_STACKSIZE, else GOMP_STACKSIZE; 0: the system's default.
 
-    A number of KiB, or one followed by B, K, M or G. Any other text is ignored.
+    The value is a number of KiB, or a number with B, K, M or G behind it. Any other value is ignored.
     """
     for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
         if found := re.fullmatch(r"\s*\+?(\d+)\s*([BKMG]?)\s*", environment.get(name, ""), re.I | re.A):
@@ -80,7 +80,7 @@ def stack_bytes(environment: Mapping[str, str]) -> int:
 
 
 def too_many_threads(threads: int, made: int, stack: int) -> ResourceLimitError:
-    """The error for threads that cannot be made, with the known limits."""
+    """The error for a team that the system does not make, with the limits in force."""
     limits = [f"each takes a stack of {stack} bytes (OMP_STACKSIZE)"] if stack else []
     with suppress(ImportError):
         import resource
@@ -99,7 +99,7 @@ def too_many_threads(threads: int, made: int, stack: int) -> ResourceLimitError:
 
 
 def too_small_stack(whose: str, room: int, wanted: int) -> ResourceLimitError:
-    """The error for a stack that the C kernels would run over."""
+    """The error for a stack that is too small for the C kernels."""
     return ResourceLimitError(
         f"the stack of {whose} has room for {max(room, 0)} bytes, the C kernels need {wanted}; "
         "OMP_STACKSIZE=1M gives more, or `ulimit -s 1024`, or threading.stack_size to a thread of Python"
@@ -107,13 +107,13 @@ def too_small_stack(whose: str, room: int, wanted: int) -> ResourceLimitError:
 
 
 def numbers(path: str | Path) -> dict[str, int]:
-    """The lines "name number ..." of a table of the system, as a dict."""
+    """The lines "name number ..." of a file such as /proc/meminfo."""
     lines = [line.split() for line in _lines(Path(path))]
     return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file of the system; none if it cannot be read."""
+    """The lines of a file in /proc or /sys; none if it cannot be read."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,14 +1,16 @@
-"""The interface of every reader of checkpoints, so that other code works with all of them."""
+"""The interface of all readers of checkpoints: other rooms use it, and no reader by itself."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 from ..backend.formats import InPlace, StoredTensor
-from ..config import ModelArgs
-from ..errors import TokenizerError
+from ..config import LIMITS, ModelArgs
+from ..errors import ConfigError, TokenizerError, escape
 from ..text.chat import ChatFormat, ChatTemplate, format_for
 from ..text.tokenizer import Tokenizer
 from .files import MappedFile
@@ -89,3 +91,26 @@ class Checkpoint(InPlace, ABC):
 
         for file in self.files:
             watch(file.map, str(file.path))
+
+
+class Header(Protocol):
+    """A file's values by key: JsonFile and GGUFFile."""
+
+    path: Path
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any: ...
+
+    def require(self, key: str, kind: type) -> Any: ...
+
+
+def size(header: Header, key: str, ours: str | None = None, default: int | None = None) -> int:
+    """The whole number under `key`, at least 1; a ConfigError otherwise, or if it is absent without default.
+
+    `ours` is the same size in ModelArgs: its limit in LIMITS holds.
+    """
+    value: int = header.require(key, int) if default is None else header.get(key, int, default)
+    limit = LIMITS[ours] if ours else sys.maxsize
+    if not 1 <= value <= limit:
+        found = f"{key} is {escape(value, 60)}"
+        raise ConfigError(f"{header.path}: {found}, it must be a whole number from 1 to {limit}")
+    return value

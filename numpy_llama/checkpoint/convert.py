@@ -1,13 +1,12 @@
-"""Any checkpoint to one native file, which is a GGUF file in formats that the kernels use where they lie.
+"""Any checkpoint to one native file: a GGUF file in formats that the kernels use in place.
 
-    f32, bf16, f16   every matrix so
+    f32, bf16, f16   every matrix in that format
     q8               every matrix in Q8_0
-    q4               the layers in Q4_0; the embedding and the output matrix in Q8_0, because every token's
-                     meaning passes through one row of each
+    q4               the layers in Q4_0; the embedding and the output matrix in Q8_0, because every token
+                     uses one row of each
 
-What this file promises: OUT is either what it was before or the whole new file, read back and compared; and
-an error says which of the two it is.
-Whatever stops us (a full disk, Ctrl-C, a kill, a loss of power) happens to a file of another name.
+What this file promises: OUT is either the old file or the whole new file, read back and compared. An error
+names which of the two. A full disk, Ctrl-C, a kill or a loss of power leaves a file of another name.
 """
 
 import errno
@@ -39,7 +38,7 @@ BYTES_AT_ONCE = 8 << 20  # of the result: progress is smooth, and memory small
 
 
 def target_format(name: str, shape: tuple[int, ...], dtype: str) -> Format:
-    """In which format `convert` stores a weight. Vectors, and rows of no whole blocks, stay float32."""
+    """The format in which `convert` stores a weight. Vectors, and rows of no whole blocks, become float32."""
     wanted = "Q8_0" if dtype == "q4" and not name.startswith("layers.") else DTYPES[dtype]
     return FORMATS["F32" if len(shape) == 1 or shape[-1] % FORMATS[wanted].block else wanted]
 
@@ -102,7 +101,7 @@ def convert(
 
 
 def check_replaceable(source: Checkpoint, out: Path) -> None:
-    """ParameterError unless `out` is a file that nobody here reads from."""
+    """ParameterError unless `out` is a file that does not belong to the source."""
     if out.is_dir():
         raise ParameterError(f"{out} is a folder; wanted the name of a file")
     if not out.is_file():
@@ -113,7 +112,7 @@ def check_replaceable(source: Checkpoint, out: Path) -> None:
 
 
 def _replace(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `out`, and give it that name only when it is whole."""
+    """Let `write` fill a file beside `out`, and rename it to `out` when it is whole."""
     part = out.with_name(f".{out.name[:200]}.{secrets.token_hex(4)}.part")
     try:
         write(part)
@@ -129,7 +128,7 @@ def _replace(out: Path, write: Callable[[Path], None]) -> None:
     try:
         folder = os.open(out.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the name too must survive a loss of power
+            os.fsync(folder)  # the new name too survives a loss of power
         finally:
             os.close(folder)
     except OSError as error:
@@ -142,13 +141,13 @@ def _replace(out: Path, write: Callable[[Path], None]) -> None:
 def converted(where: str, tensor: StoredTensor, to: str, threads: int | None) -> Iterator[np.ndarray]:
     """The bytes of a weight in another format, some rows at a time, in the model's order.
 
-    A NumericsError names `where` a weight is NaN, or too large for what it is to become.
+    NumericsError, with `where` in its message, if a weight is NaN or too large for the format `to`.
     """
     format = FORMATS[to]
     if len(tensor.shape) == 1:
         yield finite(where, StoredTensor.quantize(tensor.dequantize(), format).data, to)
         return
-    from ..backend.kernels import Kernels  # only here: reading files needs no compiler
+    from ..backend.kernels import Kernels  # only here: the readers work without the C extension
 
     kernels, tensor = Kernels(threads), tensor.realize()
     rows = max(1, BYTES_AT_ONCE // format.row_bytes(tensor.shape[-1]))
@@ -161,7 +160,7 @@ def converted(where: str, tensor: StoredTensor, to: str, threads: int | None) ->
 
 
 def finite(where: str, data: np.ndarray, to: str) -> np.ndarray:
-    """`data` itself, if no number in it is NaN or infinite: those have all bits of the exponent set."""
+    """`data`; NumericsError if a number in it is NaN or infinite: all bits of its exponent are then set."""
     if to in EXPONENT:
         type, exponent = EXPONENT[to]
         if ((data.view(type) & exponent) == exponent).any():
@@ -172,10 +171,10 @@ def finite(where: str, data: np.ndarray, to: str) -> np.ndarray:
 def verify(
     written: GGUFCheckpoint, args: ModelArgs, infos: list[TensorInfo], sums: list[bytes], progress: Progress
 ) -> None:
-    """Read a new file back: its header says what was meant, its tensors hold what was computed."""
+    """Read a new file back; MismatchError unless header and tensors are those that were written."""
     found = written.args
     if found != args or list(written.tensors.values()) != infos:
-        raise MismatchError(f"{written.path} was written wrongly: it says {found}, wanted {args}")
+        raise MismatchError(f"{written.path} was written wrongly: it has {found}, wanted {args}")
     total = sum(info.nbytes for info in infos)
     done = 0
     for info, wanted in zip(infos, sums, strict=True):
@@ -193,7 +192,7 @@ def verify(
 
 
 def model_metadata(args: ModelArgs) -> dict[str, Any]:
-    """The keys that gguf_model.model_args reads."""
+    """The keys that gguf.model.model_args reads."""
     return {
         "general.architecture": "llama",
         "llama.block_count": args.n_layers,
@@ -212,7 +211,10 @@ def model_metadata(args: ModelArgs) -> dict[str, Any]:
 
 
 def padded(vocabulary: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """GGUF wants a token for every row of the embedding; some models have rows that no token uses."""
+    """The vocabulary with a token for every row of the embedding, as GGUF requires.
+
+    Some models have rows without a token. Those rows get tokens named [PAD0] and so on.
+    """
     out = dict(vocabulary)
     n = len(out["tokenizer.ggml.tokens"])
     if missing := rows - n:
@@ -224,7 +226,7 @@ def padded(vocabulary: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def chat_metadata(source: Checkpoint) -> dict[str, Any]:
-    """The model's template, or the name of the format that is written out in chat.py."""
+    """The model's template, or the name of its format in chat.py."""
     if (template := source.chat_template()) is not None:
         return {"tokenizer.chat_template": template}
     known = next((name for name, f in CHAT_FORMATS.items() if f is source.chat_format()), None)

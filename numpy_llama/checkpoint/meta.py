@@ -1,8 +1,8 @@
 """Meta's own files: params.json and consolidated.00.pth, or 2, 4 or 8 shards of it.
 
-Each shard is what one GPU held: of most matrices some of the rows, of those that follow them some of the
-columns, and of the norms all. A shard stays where it lies; a matrix is joined when it is asked for, one at a
-time. params.json leaves much unsaid, and what it leaves is written down here with its reason.
+Each shard has the weights of one GPU: some rows of most matrices, some columns of those that follow them, and
+the whole norms. Shards are used in place; a matrix is joined when it is needed, one at a time. params.json
+leaves much out: this file has each missing value, with its reason.
 """
 
 import json
@@ -20,23 +20,23 @@ from ..config import LIMITS, ModelArgs
 from ..errors import ConfigError, MismatchError, TruncatedError, UnsupportedError, escape
 from ..rope import Llama3Scaling
 from ..text.tokenizer import Tokenizer
-from .base import Checkpoint, TensorInfo
+from .base import Checkpoint, TensorInfo, size
 from .json_file import JsonFile
 from .names import matched_names
 from .pytorch.file import TorchFile
 from .tokenizers import find_tokenizer, open_tokenizer
 
 N_SHARDS = (1, 2, 4, 8)
-SAMPLED_PARTS, SAMPLED_BYTES = 8, 256  # by which shards are told apart
-# The axis along which a matrix is cut. Of tok_embeddings it is told by the shapes.
+SAMPLED_PARTS, SAMPLED_BYTES = 8, 256  # enough to find shards that are equal
+# The axis along which a matrix is cut. The shapes give that of tok_embeddings.
 AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
-# What in params.json makes another model: quantised, adapted, of experts, with eyes, Llama 4, Mistral.
+# Keys of params.json that other models have: quantised, adapted, of experts, with vision, Llama 4, Mistral.
 OTHER_MODELS = (
     "quantization", "lora", "moe", "vision", "use_qk_norm", "nope_layer", "attention_chunk",
     "attn_temperature", "rope_high_freq_factor", "sliding_window",
 )  # fmt: skip
-# Llama 3.2 1B and 3B, by dim and n_layers. Their params.json says use_scaled_rope, as Llama 3.1's does, but
-# they were trained with factor 32: so Hugging Face's config.json of them; Meta's own code has 8 for all.
+# Llama 3.2 1B and 3B, by dim and n_layers. Their params.json has use_scaled_rope, as Llama 3.1's has, but
+# they were trained with factor 32. Hugging Face's config.json has 32; Meta's code has 8 for all models.
 FACTOR_32 = {(2048, 16), (3072, 28)}
 
 
@@ -48,7 +48,7 @@ class MetaCheckpoint(Checkpoint):
     def __init__(self, folder: Path):
         self.path = Path(folder)
         self.params = JsonFile(self.path / "params.json", nonfinite=True)
-        model_args(self.params)  # refused before a file of gigabytes is looked at
+        model_args(self.params)  # refused before gigabytes are opened
         self.shards = [TorchFile(path) for path in shard_paths(self.path)]
         self.files = [shard.file for shard in self.shards]
         for shard in self.shards[1:]:
@@ -81,18 +81,18 @@ class MetaCheckpoint(Checkpoint):
         return matched_names(self.path, "meta", args, shapes, tied=False)
 
     def _axis(self, name: str) -> int | None:
-        """The axis along which the shards of a tensor are joined; None where each has all of it."""
+        """The axis along which the shards of a tensor are joined; None if each has the whole tensor."""
         stem, shape = name.split(".")[-2:][0], self.shards[0].tensors[name].shape
         if len(self.shards) == 1 or len(shape) != 2:
             return None
-        if stem == "tok_embeddings":  # columns in LLaMA 1 and 2, rows in Llama 3: these have whole rows
+        if stem == "tok_embeddings":  # cut by columns in LLaMA 1 and 2, by rows in Llama 3
             return 0 if shape[1] == self.params.values["dim"] else 1
         return AXES.get(stem)
 
     def _refuse_copies(self) -> None:
-        """MismatchError where two shards hold the same parts of all matrices.
+        """MismatchError if two shards hold the same parts of all matrices.
 
-        Only shards with equal samples, the first bytes of a few parts, are compared as a whole.
+        A sample is the first bytes of a few parts. Only shards with equal samples are compared in full.
         """
         held = {name: [shard.tensors[name] for shard in self.shards] for name in self.tensors}
         cut = [
@@ -150,7 +150,7 @@ class MetaCheckpoint(Checkpoint):
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """consolidated.00.pth and those that follow, with none missing."""
+    """consolidated.00.pth and the files after it; TruncatedError if one is missing."""
     found = {path.name for path in folder.glob("consolidated.*.pth")}
     n = next((n for n in N_SHARDS if n >= len(found)), len(found))
     wanted = [f"consolidated.{i:02}.pth" for i in range(max(n, 1))]
@@ -163,30 +163,30 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def model_args(params: JsonFile, vocab_rows: int | None = None, hidden_rows: int | None = None) -> ModelArgs:
-    """The hyperparameters. What params.json leaves to the weights is 1 as long as these are not known."""
+    """The hyperparameters. Sizes that only the weights have are 1 until the weights are open."""
     for key, value in params.values.items():
         if key.startswith(OTHER_MODELS) and value not in (None, False, 0, -1):
             raise UnsupportedError(
                 f"{params.path}: {escape(key)} is {escape(value, 60)}, which cannot be run"
             )
-    dim, n_layers, n_heads = (_size(params, key) for key in ("dim", "n_layers", "n_heads"))
+    dim, n_layers, n_heads = (size(params, key, key) for key in ("dim", "n_layers", "n_heads"))
     head_dim, rest = divmod(dim, n_heads)
     if rest and params.values.get("head_dim") is None:
         raise ConfigError(f"{params.path}: dim is {dim}, it must be a multiple of n_heads {n_heads}")
     hidden_dim = _hidden_dim(params, dim) or hidden_rows or 1
-    # LLaMA 1 and 2 say -1: Meta's code takes it from the tokenizer, which need not be here.
+    # LLaMA 1 and 2 have -1: Meta's code takes the size from the tokenizer, which may be missing.
     from_weights = params.get("vocab_size", int, -1) == -1
     values: dict[str, Any] = {
         "dim": dim,
         "n_layers": n_layers,
         "n_heads": n_heads,
-        "n_kv_heads": _size(params, "n_kv_heads", n_heads),
-        "head_dim": _size(params, "head_dim", head_dim),
-        "hidden_dim": _size(params, "hidden_dim", hidden_dim),
-        "vocab_size": (vocab_rows or 1) if from_weights else _size(params, "vocab_size"),
+        "n_kv_heads": size(params, "n_kv_heads", "n_kv_heads", n_heads),
+        "head_dim": size(params, "head_dim", "head_dim", head_dim),
+        "hidden_dim": size(params, "hidden_dim", "hidden_dim", hidden_dim),
+        "vocab_size": (vocab_rows or 1) if from_weights else size(params, "vocab_size", "vocab_size"),
         "norm_eps": _number(params, "norm_eps"),
         "rope_theta": _number(params, "rope_theta", 10000.0),
-        "max_seq_len": _size(params, "max_seq_len", 1),
+        "max_seq_len": size(params, "max_seq_len", "max_seq_len", 1),
     }
     factor = _number(params, "rope_scaling_factor", 32.0 if (dim, n_layers) in FACTOR_32 else 8.0)
     try:
@@ -203,7 +203,7 @@ def model_args(params: JsonFile, vocab_rows: int | None = None, hidden_rows: int
 def _hidden_dim(params: JsonFile, dim: int) -> int | None:
     """Meta's rule: two thirds of 4 dim, times ffn_dim_multiplier, up to a multiple of multiple_of.
 
-    None where the rule cannot be applied, for want of multiple_of. 4096, 256 -> 11008.
+    None if there is no multiple_of. For example dim 4096, multiple_of 256 -> 11008.
     """
     multiplier, limit = _number(params, "ffn_dim_multiplier", 1.0), LIMITS["hidden_dim"]
     if multiplier * 3 * dim > limit:
@@ -212,36 +212,27 @@ def _hidden_dim(params: JsonFile, dim: int) -> int | None:
         )
     if params.values.get("multiple_of") is None:
         return None
-    multiple_of = _size(params, "multiple_of", limit=limit)
+    multiple_of = size(params, "multiple_of", "hidden_dim")
     return -(-int(multiplier * int(2 * 4 * dim / 3)) // multiple_of) * multiple_of
 
 
 def _context(args: ModelArgs) -> int:
-    """For how many positions a model was trained: no params.json says it, but each generation has its own."""
+    """The number of positions of the training. No params.json has it, but each generation has its own."""
     if args.rope_scaling:
         return 131072  # Llama 3.1, 3.2, 3.3
     if args.rope_theta == 5e5:
         return 8192  # Llama 3
     if args.rope_theta == 1e6:
         return 16384  # Code Llama
-    # LLaMA 1 has norm_eps 1e-6, but for 65B, which has as many layers as Llama 2 70B but no grouped heads.
+    # LLaMA 1 has norm_eps 1e-6, except 65B, which has the 80 layers of Llama 2 70B without grouped heads.
     if args.norm_eps < 1e-5 or (args.n_layers == 80 and args.n_kv_heads == args.n_heads):
         return 2048
     return 4096  # Llama 2
 
 
-def _size(params: JsonFile, key: str, default: int | None = None, limit: int = 0) -> int:
-    value = params.require(key, int) if default is None else params.get(key, int, default)
-    limit = limit or LIMITS[key]
-    if not 0 < value <= limit:
-        found = escape(value, 60)
-        raise ConfigError(f"{params.path}: {key} is {found}, it must be a whole number from 1 to {limit}")
-    return value
-
-
 def _number(params: JsonFile, key: str, default: float | None = None) -> float:
-    value = params.require(key, float) if default is None else params.get(key, float, default)
+    value: float = params.require(key, float) if default is None else params.get(key, float, default)
     if not 0 < value < math.inf:
-        found = json.dumps(value)  # as it is spelled there: NaN, Infinity
+        found = json.dumps(value)  # in JSON's spelling: NaN, Infinity
         raise ConfigError(f"{params.path}: {key} is {found}, it must be a finite number above 0")
     return value

@@ -1,7 +1,6 @@
-"""How Hugging Face's config.json and GGUF say a RoPE scaling, and how `convert` writes it.
+"""RoPE scalings of Hugging Face's config.json and of GGUF: both are read here, and GGUF's written.
 
-Numbers that both formats compute with as float32 are kept as such, so that a file written from another one
-says the same.
+Numbers that both formats use as float32 are rounded to float32, so that conversion keeps them equal.
 """
 
 from typing import Any
@@ -27,14 +26,14 @@ from .json_file import JsonFile
 
 HF_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # "su" is the older longrope
 HF_NOT_RUN = ("mrope", "proportional", "axial")
-# Every key that is read. Others could change the angles: they are refused by name.
+# Every key that is read. Other keys could change the angles: an error names them.
 HF_KEYS = {
     *("rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor"),
     *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     *("truncate", "short_factor", "long_factor", "partial_rotary_factor", "finetuned"),
 }
 GGUF_KINDS = ("none", "linear", "yarn", "longrope")
-# What a GGUF file says of a scaling that means the same everywhere; llama.cpp's versions differ in the rest.
+# Values that mean the same in all versions of llama.cpp, which differ in any others.
 GGUF_PLAIN = {
     "llama.rope.scaling.alpha": 0.0,
     "llama.rope.scaling.yarn_ext_factor": 1.0,
@@ -49,11 +48,11 @@ LLAMA3_TOLERANCE = 1e-5  # relative: the divisors were computed and stored in fl
 def hf_rope(config: JsonFile) -> tuple[float, RopeScaling | None]:
     """rope_theta, and the scaling.
 
-    transformers 5 has all of it in `rope_parameters`; before, there was rope_theta, and `rope_scaling`.
+    transformers 5 writes both into `rope_parameters`; earlier versions write rope_theta and `rope_scaling`.
     """
     given = [part for key in ("rope_parameters", "rope_scaling") if (part := config.part(key)) is not None]
     if len(given) == 2 and given[0].values != given[1].values:
-        raise ConfigError(f"{config.path}: rope_parameters and rope_scaling say different things")
+        raise ConfigError(f"{config.path}: rope_parameters and rope_scaling differ")
     rope = given[0] if given else JsonFile(config.path, values={})
     if odd := sorted(key for key in rope.values.keys() - HF_KEYS if rope.values[key] is not None):
         raise UnsupportedError(
@@ -81,8 +80,8 @@ def hf_rope(config: JsonFile) -> tuple[float, RopeScaling | None]:
         raise ConfigError(f"{config.path}: the RoPE scaling: {error}") from None
 
 
-def _hf_values(config: JsonFile, rope: JsonFile, kind: str) -> tuple[type[RopeScaling], tuple]:
-    """Which kind it is, and what it is made of."""
+def _hf_values(config: JsonFile, rope: JsonFile, kind: str) -> tuple[type[RopeScaling], tuple[Any, ...]]:
+    """The class of the scaling, and the arguments of its constructor."""
     context, key = config.get("max_position_embeddings", int, 2048), "original_max_position_embeddings"
     original = _agreed(config, key, [config.get(key, int), rope.get(key, int)], None)
     factor, length = rope.get("factor", float), rope.get("attention_factor", float)
@@ -111,15 +110,15 @@ def _hf_values(config: JsonFile, rope: JsonFile, kind: str) -> tuple[type[RopeSc
 
 
 def _yarn_length(rope: JsonFile, factor: float) -> float:
-    """What YaRN's length factor is where it is not given; `mscale` counts only together with its fellow."""
-    above, below = (rope.get(key, float, 0.0) for key in ("mscale", "mscale_all_dim"))
-    if above < 0 or below < 0:
+    """YaRN's length factor without attention_factor. mscale and mscale_all_dim count only together."""
+    mscale, all_dim = (rope.get(key, float, 0.0) for key in ("mscale", "mscale_all_dim"))
+    if mscale < 0 or all_dim < 0:
         raise ConfigError(
-            f"{rope.path}: mscale is {above} and mscale_all_dim {below}, neither may be below 0"
+            f"{rope.path}: mscale is {mscale} and mscale_all_dim {all_dim}, neither may be below 0"
         )
-    if not (above and below):
+    if not (mscale and all_dim):
         return yarn_length(factor)
-    return yarn_length(factor, above) / yarn_length(factor, below)
+    return yarn_length(factor, mscale) / yarn_length(factor, all_dim)
 
 
 def _numbers(rope: JsonFile, key: str) -> tuple[float, ...]:
@@ -132,8 +131,8 @@ def _numbers(rope: JsonFile, key: str) -> tuple[float, ...]:
     return tuple(np.array(listed, np.float32).tolist())
 
 
-def _agreed(config: JsonFile, key: str, values: list, default: Any) -> Any:
-    """The one value that is given, in however many places."""
+def _agreed(config: JsonFile, key: str, values: list[Any], default: Any) -> Any:
+    """The value of a key that has several places; ConfigError if two places differ."""
     given = [value for value in values if value is not None]
     if given and given.count(given[0]) < len(given):
         raise ConfigError(
@@ -143,7 +142,7 @@ def _agreed(config: JsonFile, key: str, values: list, default: Any) -> Any:
 
 
 def gguf_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
-    """The scaling from the keys of llama.cpp, or from the tensors that hold divisors; `args` without it."""
+    """The scaling by llama.cpp's keys, or by tensors of divisors. `args` has no scaling yet."""
     for key, plain in GGUF_PLAIN.items():
         if file.metadata.get(key, plain) != plain:
             raise UnsupportedError(f"{file.path}: {key} is {escape(file.metadata[key], 60)}, not {plain}")
@@ -160,8 +159,8 @@ def gguf_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
     return scaling
 
 
-def _gguf_values(file: GGUFFile, args: ModelArgs) -> tuple[type[RopeScaling], tuple] | None:
-    """Which kind it is, and what it is made of; None where nothing is scaled."""
+def _gguf_values(file: GGUFFile, args: ModelArgs) -> tuple[type[RopeScaling], tuple[Any, ...]] | None:
+    """The class of the scaling, and the arguments of its constructor; None without a scaling."""
     key, ours = "llama.rope.scaling.", "numpy_llama.rope."
     tensors = {name: _divisors(file, name, args) for name in TENSORS if name in file.tensors}
     kind = file.get(f"{key}type", str, "longrope" if LONG in tensors else "linear")
@@ -204,9 +203,9 @@ def _divisors(file: GGUFFile, name: str, args: ModelArgs) -> tuple[float, ...]:
 
 
 def _recognized(file: GGUFFile, args: ModelArgs, explicit: ExplicitScaling) -> RopeScaling:
-    """Divisors by their name where they are Llama 3.1's, so that they can be held against what was published.
+    """Llama3Scaling if the divisors are those of Llama 3.1: the arguments then equal the published ones.
 
-    GGUF has no keys for the ends of the ramp, which are the same in all of Meta's models: ours.
+    GGUF has no keys for the ends of the ramp: they are numpy_llama's. All of Meta's models have the defaults.
     """
     ours, usual = "numpy_llama.rope.", Llama3Scaling(max(explicit.factors))
     llama3 = Llama3Scaling(
@@ -220,7 +219,7 @@ def _recognized(file: GGUFFile, args: ModelArgs, explicit: ExplicitScaling) -> R
 
 
 def gguf_metadata(scaling: RopeScaling | None) -> dict[str, Any]:
-    """The keys that `gguf_scaling` reads: llama.cpp's where it has one, else ours."""
+    """The keys that `gguf_scaling` reads: llama.cpp's if there is one, else numpy_llama's."""
     key, ours = "llama.rope.scaling.", "numpy_llama.rope."
     if isinstance(scaling, LinearScaling):
         return {f"{key}type": "linear", f"{key}factor": float(scaling.factor)}
@@ -243,7 +242,7 @@ def gguf_metadata(scaling: RopeScaling | None) -> dict[str, Any]:
             f"{key}attn_factor": as_float32(scaling.length_factor / yarn_length(scaling.factor)),
             f"{key}yarn_beta_fast": float(scaling.beta_fast),
             f"{key}yarn_beta_slow": float(scaling.beta_slow),
-            f"{ours}length_factor": float(scaling.length_factor),  # that of llama.cpp is the product of two
+            f"{ours}length_factor": float(scaling.length_factor),  # in llama.cpp a product of two
             f"{ours}truncate": scaling.truncate,
         }
     if isinstance(scaling, LongRopeScaling):
@@ -256,7 +255,7 @@ def gguf_metadata(scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def gguf_tensors(args: ModelArgs) -> dict[str, StoredTensor]:
-    """The divisors that GGUF has as tensors."""
+    """The divisors that GGUF stores as tensors."""
     scaling, lists = args.rope_scaling, dict[str, Any]()
     if isinstance(scaling, Llama3Scaling | ExplicitScaling):
         freqs = rope_freqs(args.head_dim, args.rope_theta)
@@ -267,5 +266,5 @@ def gguf_tensors(args: ModelArgs) -> dict[str, StoredTensor]:
 
 
 def as_float32(x: float) -> float:
-    """The nearest number that a float32 holds, in its shortest spelling."""
+    """The nearest float32, as the float of its shortest decimal form."""
     return float(str(np.float32(x)))

@@ -1,49 +1,51 @@
 """From logits to one token id.
 
-What this file promises: the filters are pure functions, float32 (V,) in and the same shape out, where a
-filtered id becomes -inf; chance enters through the `rng` handed in and nowhere else; and an id is never
-chosen from NaN or infinity.
+The filters are pure functions: float32 (V,) in, the same shape out, with -inf for each id that is filtered.
+All chance comes from the `rng` of the caller. NaN and infinity raise an error: they never give an id.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
+from ..config import Array
 from ..errors import NumericsError, ParameterError
 from ..functional import softmax
 
 
-def greedy(logits) -> int:
+def greedy(logits: Array) -> int:
     """argmax; the lowest id on ties."""
     _require_finite(logits)
     return int(logits.argmax())
 
 
-def repetition_penalty(logits, seen_ids, penalty):
-    """x / penalty where x > 0, x * penalty where not: once for every id seen (Keskar et al. 2019, 4.1)."""
+def repetition_penalty(logits: Array, seen_ids: Sequence[int] | Array, penalty: float) -> Array:
+    """x / penalty where x > 0, x * penalty elsewhere: once for every id seen (Keskar et al. 2019, 4.1)."""
     ids = np.asarray(seen_ids, np.int64)
     if ids.size and (ids.min() < 0 or ids.max() >= len(logits)):
         raise ParameterError(
             f"seen ids from {ids.min()} to {ids.max()}, they must lie in 0..{len(logits) - 1}"
         )
     x, out, penalty = logits[ids], logits.copy(), np.float64(penalty)
-    with np.errstate(over="ignore"):  # an infinite result is refused later
+    with np.errstate(over="ignore"):  # the sampler refuses an infinite result
         out[ids] = np.where(x > 0, x / penalty, x * penalty)
     return out
 
 
-def apply_temperature(logits, temperature):
-    """x / temperature (Ackley et al. 1985), less the maximum, so that no temperature above 0 overflows."""
+def apply_temperature(logits: Array, temperature: float) -> Array:
+    """(x - max x) / temperature (Ackley et al. 1985): no temperature above 0 overflows."""
     with np.errstate(over="ignore"):
-        return ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
+        x: Array = (logits - logits.max()) / np.float64(temperature)
+        return x.astype(logits.dtype)
 
 
-def top_k(logits, k):
-    """The k largest and no more: of equal ones, those with the lowest ids (Fan et al. 2018)."""
-    k = int(k)  # -k of an unsigned number of NumPy is a large one
+def top_k(logits: Array, k: int) -> Array:
+    """The k largest and no more; among equals the lowest ids (Fan et al. 2018)."""
+    k = int(k)  # -k of an unsigned NumPy integer is a large number
     if k >= len(logits):
         return logits
     kth = np.partition(logits, -k)[-k]
@@ -52,13 +54,13 @@ def top_k(logits, k):
     return np.where(keep, logits, -np.inf)
 
 
-def top_p(logits, p):
-    """The smallest set whose mass reaches p: in falling order, drop where cumsum - p_i > p.
+def top_p(logits: Array, p: float) -> Array:
+    """The smallest set with probabilities of sum p: in falling order, drop where cumsum - p_i > p.
 
     Nucleus sampling (Holtzman et al. 2020, eq. 2) by the rule of Meta's code. The largest always stays.
     """
     probs = softmax(logits.astype(np.float64))
-    # Ids below (1 - p) / V weigh less than 1 - p together: all come after mass p, none need be sorted.
+    # All ids below (1 - p) / V together have less than 1 - p. The sum p comes before them: they need no sort.
     likely = np.flatnonzero(probs >= (1 - p) / len(probs))
     order = likely[np.argsort(-probs[likely], kind="stable")]
     kept = order[np.cumsum(probs[order]) - probs[order] <= p]
@@ -67,27 +69,27 @@ def top_p(logits, p):
     return out
 
 
-def min_p(logits, p):
-    """p_i >= p * max p: the likelier the first choice, the fewer others (Nguyen et al. 2024)."""
+def min_p(logits: Array, p: float) -> Array:
+    """Keep p_i >= p * max p: a likelier first choice leaves fewer others (Nguyen et al. 2024)."""
     probs = softmax(logits)
     return np.where(probs >= p * probs.max(), logits, -np.inf)
 
 
-def draw(logits, rng: np.random.Generator) -> int:
-    """One id with probability softmax(logits): the first whose cumulated probability exceeds u ~ U[0, 1)."""
+def draw(logits: Array, rng: np.random.Generator) -> int:
+    """One id with probability softmax(logits): the first with a cumulated probability above u ~ U[0, 1)."""
     _require_finite(logits)
     cdf = np.cumsum(softmax(logits.astype(np.float64)))
     return int(np.searchsorted(cdf, rng.random() * cdf[-1], side="right"))
 
 
-def _require_finite(logits) -> None:
-    # The maximum is NaN if any is, +inf if any is, and -inf if all are: no other NaN or infinity matters.
+def _require_finite(logits: Array) -> None:
+    # The maximum is NaN or +inf if any logit is, and -inf if all are. Some logits may be -inf.
     highest = logits.max()
     if not np.isfinite(highest):
         raise NumericsError(f"the largest logit is {highest}, it must be a finite number")
 
 
-_RULES: dict[str, tuple[type, Callable, str]] = {
+_RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "temperature": (Real, lambda x: 0 <= x < math.inf, "a finite number, 0 or above"),
     "top_k": (Integral, lambda x: x > 0, "a whole number above 0"),
     "top_p": (Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
@@ -99,10 +101,10 @@ _RULES: dict[str, tuple[type, Callable, str]] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the next id is chosen. Temperature 0 takes the likeliest; None leaves a filter out.
+    """The choice of the next id. Temperature 0 takes the likeliest; None leaves a filter out.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p, draw. It holds no
-    state: the caller owns the `rng`, as it owns the cache, so that one sampler may serve many threads.
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p, draw. A sampler keeps
+    no state: several threads can use one. The caller owns the `rng`, as it owns the cache.
     """
 
     temperature: float = 0.0
@@ -125,7 +127,7 @@ class Sampler:
         """The source of chance for one generation: the same each time if there is a seed."""
         return np.random.default_rng(self.seed)
 
-    def __call__(self, logits, seen_ids: Sequence[int], rng: np.random.Generator) -> int:
+    def __call__(self, logits: Array, seen_ids: Sequence[int], rng: np.random.Generator) -> int:
         if self.repetition_penalty != 1:
             logits = repetition_penalty(logits, seen_ids, self.repetition_penalty)
         _require_finite(logits)

@@ -42,8 +42,8 @@ def scaled_freq(freq: float, j: int, args: ModelArgs, s: RopeScaling) -> float:
     if isinstance(s, DynamicScaling):  # a larger theta (u/bloc97, u/emozilla 2023)
         D, L = args.head_dim, s.original_max_seq_len
         stretched = s.factor * max(args.max_seq_len, L) / L - (s.factor - 1)
-        base = args.rope_theta * stretched ** (D / (D - 2)) if D > 2 else 1.0
-        return base ** (-2 * j / D)
+        base: float = args.rope_theta * stretched ** (D / (D - 2)) if D > 2 else 1.0
+        return float(base ** (-2 * j / D))
     if isinstance(s, Llama3Scaling):  # by its wavelength (Meta's models/llama3/reference_impl)
         long, short = s.original_max_seq_len / s.low_freq_factor, s.original_max_seq_len / s.high_freq_factor
         if wavelen < short:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from ..backend.formats import X_MAX, Format
+from ..config import Array
 from ..proof.bounds import LAMBDA, U32, g_probable
 
 # A block's parts, d * q and m, and its largest weight are larger than its weights are on average.
@@ -16,7 +17,7 @@ LAYER_EXACT = 1e-5
 LAYER_QUANTIZED = 32 / float(X_MAX)
 
 
-def linear(x, w, format: Format, rounded: bool):
+def linear(x: Array, w: Array, format: Format, rounded: bool) -> Array:
     """(T, IN), (OUT, IN) -> (T, OUT): g_probable |x| |w|.
 
     `rounded`: weights that are single numbers were rounded to 14 bits in blocks, too.
@@ -29,17 +30,17 @@ def linear(x, w, format: Format, rounded: bool):
     return error * np.outer(lengths(x), lengths(w))
 
 
-def lengths(rows):
+def lengths(rows: Array) -> Array:
     """The length |row| of each row."""
     return np.sqrt(np.einsum("ij,ij->i", rows, rows))
 
 
-def norm(expected):
+def norm(expected: Array) -> Array:
     """A sum of squares, a root, a division and a product: relative to each result."""
     return (g_probable(expected.shape[-1]) + 8 * U32) * np.abs(expected)
 
 
-def rope(turned, angles):
+def rope(turned: Array, angles: Array) -> Array:
     """An angle a is rounded by about a u, and a pair by that share of its length.
 
     (B, T, H, Dh), the largest angle of each position (T,) -> (B, T, H, Dh).
@@ -49,7 +50,7 @@ def rope(turned, angles):
     return (8 * angles[:, None, None] + 8) * U32 * lengths
 
 
-def attention(q, k, v):
+def attention(q: Array, k: Array, v: Array) -> Array:
     """A score errs by g_probable(Dh) |q| |k| / sqrt(Dh). The relative error after softmax is twice that."""
     (H, Dh), (S, K) = q.shape[2:], k.shape[1:3]
     k, v = (np.repeat(x.astype(np.float64), H // K, axis=2) for x in (k, v))
@@ -59,12 +60,12 @@ def attention(q, k, v):
     return (4 * (g_probable(Dh) + U32) * scores + 2 * g_probable(S))[..., None] * largest
 
 
-def swiglu(expected):
+def swiglu(expected: Array) -> Array:
     """exp to 3 ulp, an addition, a division, two products. Below 1e-37 numbers lose their digits."""
     return 16 * U32 * np.abs(expected) + 1e-37
 
 
-def layer(x, expected, exact: bool):
+def layer(x: Array, expected: Array, exact: bool) -> Array:
     """A whole layer: relative to its largest update, and to the residual stream that it updates."""
     added = np.abs(expected.astype(np.float64) - x).max()
     return (LAYER_EXACT if exact else LAYER_QUANTIZED) * added + 4 * U32 * np.abs(expected)

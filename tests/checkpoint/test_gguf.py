@@ -373,7 +373,12 @@ HOSTILE = [
         "duplicate tensor name 'x'",
         tensors([tensor_info("x", [32], F32, n) for n in (0, 128)], bytes(256)),
     ),
-    ("G29", "ConfigError", "llama.block_count is 0, it must lie in 1..512", llama(block_count=0)),
+    (
+        "G29",
+        "ConfigError",
+        "llama.block_count is 0, it must be a whole number from 1 to 512",
+        llama(block_count=0),
+    ),
     ("G29", "ConfigError", "llama.block_count is 513", llama(block_count=513)),
     ("G29", "ConfigError", "llama.block_count is 4294967295", llama(block_count=2**32 - 1)),
     ("G30", "ConfigError", "llama.attention.head_count is 0", llama(attention__head_count=0)),

@@ -398,7 +398,7 @@ BAD_CONFIGS = [
     (
         "C09",
         CONFIG_ERROR,
-        "say different things",
+        "rope_parameters and rope_scaling differ",
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
     ),
     (

@@ -324,7 +324,7 @@ def test_a_wrong_end_is_named(tiny, monkeypatch, capsys):
 
 
 def test_without_pytorch_it_says_so(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(operations, "pytorch", lambda: None)
+    monkeypatch.setattr(operations, "pytorch", lambda args, T: [])
     assert cli.main(["verify", "-m", str(tiny)]) == 0
     out, _ = capsys.readouterr()
     assert sum(line.startswith("PyTorch     is not installed") for line in out.splitlines()) == 1

@@ -1,7 +1,7 @@
-"""A LLaMA in a GGUF file, or in several that are one: what the metadata and the tensors say about it.
+"""A LLaMA in a GGUF file, or in the parts of a split one: hyperparameters, weights, tokenizer.
 
-The keys are those of llama.cpp's converter (gguf.md, "llama"). GGUF keeps wq and wk in Meta's order of rows,
-so nothing is permuted here.
+The keys are those of llama.cpp's converter (gguf.md, "llama"). The rows of wq and wk have Meta's order in
+GGUF, so nothing is permuted here.
 """
 
 from dataclasses import replace
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ...backend.formats import StoredTensor
-from ...config import LIMITS, ModelArgs
+from ...config import ModelArgs
 from ...errors import ConfigError, MismatchError, UnsupportedError, escape
 from ...text.chat import CHAT_FORMATS, ChatFormat
 from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
-from ..base import Checkpoint
+from ..base import Checkpoint, size
 from ..names import matched_names
 from ..rope_scalings import TENSORS, gguf_scaling
 from .file import GGUFFile, open_gguf
 
-# What else the metadata could say about the mathematics, and what it says of a LLaMA.
+# Other keys that could change the mathematics, and their values for a LLaMA.
 PLAIN = {
     "llama.attention.scale": 0.0,
     "llama.attention.clamp_kqv": 0.0,
@@ -52,16 +52,17 @@ class GGUFCheckpoint(Checkpoint):
         return tokenizer_from_gguf(self.file.metadata, str(self.path))
 
     def chat_template(self) -> str | None:
-        return self.file.get("tokenizer.chat_template", str)
+        template: str | None = self.file.get("tokenizer.chat_template", str)
+        return template
 
     def chat_format(self) -> ChatFormat | None:
-        """A GGUF file without a template is not meant to be talked with, unless `convert` noted how."""
+        """The format of the template, or the one that `convert` noted. Without both, there is no chat."""
         known = self.file.get("numpy_llama.chat_format", str)
         return super().chat_format() if self.chat_template() is not None else CHAT_FORMATS.get(known)
 
 
 def model_args(file: GGUFFile) -> ModelArgs:
-    """The hyperparameters from the llama.* keys. Where one is absent: ggml's default, or an error."""
+    """The hyperparameters from the llama.* keys. An absent key takes ggml's default, or is an error."""
     architecture = file.require("general.architecture", str)
     if architecture != "llama":
         raise UnsupportedError(f"{file.path}: the architecture is {escape(architecture)}, not 'llama'")
@@ -71,28 +72,28 @@ def model_args(file: GGUFFile) -> ModelArgs:
     for key, plain in PLAIN.items():
         if file.metadata.get(key, plain) != plain:
             raise UnsupportedError(f"{file.path}: {key} is {escape(file.metadata[key], 60)}, not {plain}")
-    dim = _size(file, "llama.embedding_length", "dim")
-    n_heads = _size(file, "llama.attention.head_count", "n_heads")
+    dim = size(file, "llama.embedding_length", "dim")
+    n_heads = size(file, "llama.attention.head_count", "n_heads")
     if "llama.attention.key_length" not in file.metadata and dim % n_heads:
         raise ConfigError(f"{file.path}: dim {dim} cannot be divided among {n_heads} heads")
-    head_dim = _size(file, "llama.attention.key_length", "head_dim", dim // n_heads)
+    head_dim = size(file, "llama.attention.key_length", "head_dim", dim // n_heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if (found := _size(file, key, "head_dim", head_dim)) != head_dim:
+        if (found := size(file, key, "head_dim", head_dim)) != head_dim:
             raise UnsupportedError(f"{file.path}: {key} is {found}, only head_dim {head_dim} can be run")
     values: dict[str, Any] = {
         "dim": dim,
-        "n_layers": _size(file, "llama.block_count", "n_layers"),
+        "n_layers": size(file, "llama.block_count", "n_layers"),
         "n_heads": n_heads,
-        "n_kv_heads": _size(file, "llama.attention.head_count_kv", "n_kv_heads", n_heads),
+        "n_kv_heads": size(file, "llama.attention.head_count_kv", "n_kv_heads", n_heads),
         "head_dim": head_dim,
-        "hidden_dim": _size(file, "llama.feed_forward_length", "hidden_dim"),
+        "hidden_dim": size(file, "llama.feed_forward_length", "hidden_dim"),
         "vocab_size": _vocab_size(file),
         "norm_eps": file.decimal("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": file.decimal("llama.rope.freq_base", 10000.0),
-        "max_seq_len": _size(file, "llama.context_length", "max_seq_len"),
+        "max_seq_len": size(file, "llama.context_length", "max_seq_len"),
     }
-    # Within a sliding window nothing changes, so the context may be no longer.
-    window = _size(file, "llama.attention.sliding_window", "max_seq_len", values["max_seq_len"])
+    # A sliding window changes nothing within its length, so that is the longest context.
+    window = size(file, "llama.attention.sliding_window", "max_seq_len", values["max_seq_len"])
     values["max_seq_len"] = min(values["max_seq_len"], window)
     try:
         args = ModelArgs(**values)
@@ -101,18 +102,11 @@ def model_args(file: GGUFFile) -> ModelArgs:
     return replace(args, rope_scaling=gguf_scaling(file, args))
 
 
-def _size(file: GGUFFile, key: str, ours: str, default: int | None = None) -> int:
-    value = file.require(key, int) if default is None else file.get(key, int, default)
-    if not 0 < value <= LIMITS[ours]:
-        raise ConfigError(f"{file.path}: {key} is {value}, it must lie in 1..{LIMITS[ours]}")
-    return value
-
-
 def _vocab_size(file: GGUFFile) -> int:
-    """The rows of the embedding: what the logits really are. Whoever else names a number must agree."""
+    """The rows of the embedding, which is the number of logits. MismatchError if another count differs."""
     if "token_embd.weight" not in file.tensors:
         raise MismatchError(f"{file.path}: there is no token_embd.weight; a vocabulary without a model?")
-    rows = file.tensors["token_embd.weight"].shape[0]
+    rows: int = file.tensors["token_embd.weight"].shape[0]
     declared = file.get("llama.vocab_size", int, rows)
     tokens = file.get("tokenizer.ggml.tokens", list, range(rows))
     for what, n in (("llama.vocab_size", declared), ("the number of tokens", len(tokens))):

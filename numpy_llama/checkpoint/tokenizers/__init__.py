@@ -1,6 +1,6 @@
-"""Tokenizer files: one reader a format, all of them into GGUF's form, and one constructor for that.
+"""Tokenizer files: one reader for each format, all into GGUF's form, and one constructor for that form.
 
-What a file is, its first bytes say, never its name: two quite different things are called tokenizer.model.
+The first bytes of a file decide its format, never its name: tokenizer.model is the name of two formats.
 """
 
 import re
@@ -20,9 +20,9 @@ from .llama2c_file import llama2c_metadata
 from .sentencepiece_file import sentencepiece_metadata
 from .tiktoken_file import tiktoken_metadata
 
-MAX_BYTES = 32 << 20  # Llama 4's tokenizer.json has 28 million bytes, no LLaMA's more
+MAX_BYTES = 32 << 20  # the largest is Llama 4's tokenizer.json, 28 million bytes
 WANTED = "a tokenizer: SentencePiece's or tiktoken's tokenizer.model, tokenizer.json, llama2.c's .bin, GGUF"
-# Files that stand in a tokenizer's place, by what they begin with.
+# Files that are sometimes in a tokenizer's place, by their first bytes.
 MISTAKEN = files.MISTAKEN | {
     b"PK\x03\x04": "a zip archive, perhaps PyTorch's",
     b"\x80": "a Python pickle",
@@ -30,7 +30,7 @@ MISTAKEN = files.MISTAKEN | {
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, by what the file holds."""
+    """The tokenizer in a file of any known format."""
     return tokenizer_from_gguf(_metadata(Path(path)), str(path))
 
 
@@ -47,7 +47,7 @@ NAMES = ("tokenizer.model", "tokenizer.json")
 
 
 def tokenizer_path(folder: Path) -> Path:
-    """The tokenizer's file in a Hugging Face folder: of the two, tokenizer.json says more."""
+    """The tokenizer's file in a Hugging Face folder: tokenizer.json, or tokenizer.model, which has less."""
     for path in (folder / "tokenizer.json", folder / "tokenizer.model"):
         if path.is_file():
             return path
@@ -55,7 +55,7 @@ def tokenizer_path(folder: Path) -> Path:
 
 
 def tokenizer_of_folder(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, with what the files beside it say of special tokens."""
+    """The tokenizer of a Hugging Face folder, with the special tokens of the files beside it."""
     path = tokenizer_path(folder)
     metadata = _metadata(path)
     _Beside(folder).complete(metadata)
@@ -87,7 +87,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 class _Beside:
-    """What stands beside a tokenizer in a Hugging Face folder."""
+    """The files beside a tokenizer in a Hugging Face folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -100,14 +100,14 @@ class _Beside:
         return JsonFile(path) if path.is_file() else JsonFile(path, values={})
 
     def complete(self, metadata: dict[str, Any]) -> None:
-        """Put into GGUF's form what only these files know: added tokens, BOS, and what ends a turn."""
+        """Add to GGUF's form the values of these files: added tokens, BOS, and the tokens that end a turn."""
         self.add_tokens(metadata)
         ids = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
         known = {
             file.path.stem: {name: _numbers(file, f"{name}_token_id", len(ids)) for name in ("bos", "eos")}
             for file in (self.model, self.generation)
         }
-        # config.json often has a library's defaults there: it is asked only where nobody else knows.
+        # config.json often has a library's defaults: its ids count only if no other file has any.
         guess = known["config"]
         for name in guess:
             key = f"tokenizer.ggml.{name}_token_id"
@@ -125,12 +125,13 @@ class _Beside:
             metadata["tokenizer.ggml.add_bos_token"] = add_bos
 
     def named(self, key: str) -> str | None:
-        """The token that the files call bos_token, for example: a text, or an object with its content."""
+        """The text of bos_token, for example. The file has it as a text, or as an object with its content."""
         for file in (self.config, self.map):
             value = file.get(key, (str, dict))
             if value is not None:
                 whole = JsonFile(file.path, values={"content": value} if isinstance(value, str) else value)
-                return whole.require("content", str)
+                text: str = whole.require("content", str)
+                return text
         return None
 
     def add_tokens(self, metadata: dict[str, Any]) -> None:
@@ -166,7 +167,7 @@ class _Beside:
 
 
 def _numbers(file: JsonFile, key: str, n_tokens: int) -> list[int]:
-    """One id or several, whether they are used or not: all must be tokens. Null, absent and [] are none."""
+    """A list of ids from one id or a list; MismatchError unless all are tokens. Null and absent are []."""
     value = file.get(key, (int, list), [])
     numbers = value if isinstance(value, list) else [value]
     if not all(type(i) is int and 0 <= i < n_tokens for i in numbers):

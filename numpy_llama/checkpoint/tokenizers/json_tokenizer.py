@@ -3,7 +3,7 @@
     byte-level          pre_tokenizer ByteLevel, with a pattern of its own before it or GPT-2's
     like SentencePiece  model.byte_fallback; spaces become U+2581 by the normalizer or by Metaspace
 
-What this file promises: every part of the file that changes ids is understood, or refused by its name.
+What this file promises: every part of the file that changes ids is computed, or refused with its name.
 """
 
 from typing import Any, NoReturn
@@ -11,23 +11,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ...errors import ConfigError, TokenizerError, UnsupportedError, escape
-from ...text.tokenizer import (
-    BYTE,
-    CONTROL,
-    CUSTOM,
-    NORMAL,
-    UNKNOWN,
-    USER_DEFINED,
-    WORDS,
-    is_control_name,
-    order_of_merging,
-    spelled,
-)
+from ...text.bpe import order_of_merging
+from ...text.pretokenizer import CUSTOM, WORDS
+from ...text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, is_control_name, spelled
 from ..json_file import JsonFile
 
 SPACE = "\u2581"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
-# What a file may have there, because it does not change ids.
+# Decoders that a file may have, because they do not change ids.
 ANY_DECODER = ("ByteLevel", "Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
 
 
@@ -121,8 +112,8 @@ class _TokenizerJson:
         return [texts[i] for i in range(len(texts))], kinds
 
     def merges(self) -> list[str]:
-        """As "a b"; since 2024 files also spell them ["a", "b"]."""
-        merges = self.model.require("merges", list)
+        """The merges as "a b". Files since 2024 also have the form ["a", "b"]."""
+        merges: list[Any] = self.model.require("merges", list)
         for i, merge in enumerate(merges):
             if type(merge) is list and len(merge) == 2 and all(type(part) is str for part in merge):
                 merges[i] = merge = f"{merge[0]} {merge[1]}"
@@ -131,7 +122,7 @@ class _TokenizerJson:
         return merges
 
     def bos_of_post_processor(self) -> int | None:
-        """The token that is put before every text, if there is one; nothing else may be put anywhere."""
+        """The token that is put before every text, or None; UnsupportedError if any other is added."""
         bos = None
         for step in self.steps("post_processor"):
             if step.get("type") == "ByteLevel":  # it moves offsets, not ids
@@ -177,7 +168,7 @@ class _TokenizerJson:
         return out
 
     def pattern(self, steps: list[dict[str, Any]]) -> str:
-        """One pattern for all steps; the last is ByteLevel, which may bring GPT-2's."""
+        """One pattern for all steps. The last step is ByteLevel, with GPT-2's pattern by default."""
         *before, last = steps
         gpt2 = last.get("use_regex", True)
         if last.get("type") == "ByteLevel" and not last.get("add_prefix_space", True):
@@ -230,7 +221,7 @@ class _TokenizerJson:
         }
 
     def spaces(self, steps: list[dict[str, Any]]) -> tuple[bool, bool]:
-        """-> whether a space is put before a text; whether only before a text that has none there."""
+        """-> is a space put before a text? is it left out before a text that begins with a space?"""
         normalizer = self.steps("normalizer")
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         prepend = {"type": "Prepend", "prepend": SPACE}

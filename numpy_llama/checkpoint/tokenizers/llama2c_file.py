@@ -1,9 +1,9 @@
-"""llama2.c's tokenizer.bin: SentencePiece's pieces and scores, and no more.
+"""llama2.c's tokenizer.bin: SentencePiece's pieces and scores only.
 
     i32 length of the longest token, then for each token f32 score, i32 length, UTF-8; little-endian
 
-In it U+2581 is written as a space, and "<s>" and "</s>" stand between line feeds. The first three tokens
-are <unk>, <s> and </s>.
+The file has a space for U+2581, and line feeds around "<s>" and "</s>". The first three tokens are <unk>,
+<s> and </s>.
 """
 
 import struct
@@ -20,7 +20,7 @@ BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def llama2c_metadata(data: bytes, source: str) -> dict[str, Any]:
-    """GGUF's form of it."""
+    """GGUF's form of a tokenizer.bin."""
     tokens: list[str] = []
     scores, kinds, at = [], [], 4
     while at < len(data):

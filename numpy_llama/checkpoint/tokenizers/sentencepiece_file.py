@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizer.model: a protobuf message, ModelProto, of which LLaMA uses this.
+"""SentencePiece's tokenizer.model: a protobuf message, ModelProto. LLaMA uses these fields.
 
     1 pieces, many           1 piece   2 score, float   3 type
     2 trainer_spec           3 model_type   24 treat_whitespace_as_suffix   46 bos_piece   47 eos_piece
@@ -6,8 +6,8 @@
                              4 remove_extra_whitespaces   5 escape_whitespaces
     5 denormalizer_spec      2 precompiled_charsmap
 
-What this file promises: it is read in plain Python, and what would change a text before it is cut, or cut
-it in another way than by BPE, is refused by its name.
+What this file promises: plain Python reads the message. A setting that changes a text before BPE, or that
+cuts it without BPE, is refused with its name.
 """
 
 import struct
@@ -21,7 +21,7 @@ from ...text.tokenizer import CONTROL, MAX_TOKENS, NORMAL
 
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5  # wire types
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-# A field's number, the wire type it must have, and what it is where it is absent.
+# A field's number, the wire type that it must have, and its default.
 PIECE = {1: (LENGTH, b""), 2: (FOUR_BYTES, 0.0), 3: (VARINT, NORMAL)}
 TRAINER = {3: (VARINT, 1), 24: (VARINT, 0), 46: (LENGTH, b"<s>"), 47: (LENGTH, b"</s>")}
 NORMALIZER = {1: (LENGTH, b""), 2: (LENGTH, b""), 3: (VARINT, 1), 4: (VARINT, 1), 5: (VARINT, 1)}
@@ -38,7 +38,7 @@ def sentencepiece_metadata(data: bytes, source: str) -> dict[str, Any]:
             if wire != LENGTH:
                 reader.malformed(f"field {number} has wire type {wire}")
             if number != 1:
-                specs[number] += value  # a message in two parts means both
+                specs[number] += value  # the parts of a message in two parts are joined
                 continue
             piece = reader.message(value, PIECE)
             if len(tokens) == MAX_TOKENS:
@@ -70,7 +70,7 @@ def sentencepiece_metadata(data: bytes, source: str) -> dict[str, Any]:
         "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer[4]),
     }
     control = {text: i for i, text in enumerate(tokens) if kinds[i] == CONTROL}
-    for key, number in (("bos", 46), ("eos", 47)):  # sentencepiece goes by the names, not by the ids
+    for key, number in (("bos", 46), ("eos", 47)):  # sentencepiece uses the names, not the ids
         if (i := control.get(reader.text(trainer[number]))) is not None:
             metadata[f"tokenizer.ggml.{key}_token_id"] = i
     return metadata
@@ -92,7 +92,7 @@ class _Protobuf:
             self.malformed(f"{escape(data, 60)} is not UTF-8")
 
     def message(self, data: bytes, known: dict[int, tuple[int, Any]]) -> dict[int, Any]:
-        """The known fields of a message; of several values of one field the last one holds."""
+        """The known fields of a message. The last value counts if a field has several."""
         found = {number: default for number, (_, default) in known.items()}
         for number, wire, value in self.fields(data):
             if number in known:
@@ -125,7 +125,7 @@ class _Protobuf:
             at += length
 
     def varint(self, data: bytes, at: int) -> tuple[int, int]:
-        """Seven bits a byte, lowest first, up to 64 bits -> the number, where the next byte is."""
+        """Seven bits a byte, lowest first, up to 64 bits -> the number, the position of the next byte."""
         number = 0
         for i in range(10):
             if at + i >= len(data):

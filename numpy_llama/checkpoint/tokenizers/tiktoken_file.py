@@ -3,9 +3,9 @@
     IQ== 0
     Ig== 1
 
-The rank is the line's own number, from 0, and so is the id. The control tokens are not in the file: 256
-ids follow its last, and their names are those that Meta published with Llama 3.1; in Llama 3 those that
-are new there are reserved. The pattern is Llama 3's.
+The rank is the number of the line, from 0, and the id is the rank. The control tokens are not in the file:
+they have the next 256 ids, and the names that Meta published with Llama 3.1. Some of these ids are reserved
+tokens in Llama 3. The pattern is Llama 3's.
 """
 
 import base64

@@ -52,7 +52,7 @@ WORK_FOR_THREADS = 1 << 18
 # Weights that `convert` unpacks and quantizes in one call, for each thread.
 WEIGHTS_PER_CALL = 1 << 23
 # csrc/attention.c unpacks keys and values once for a query block of this many rows (queries x the heads that
-# share a key). Its calls in vector code are longer by the factor ATTENTION_WORK, so that they have whole blocks.
+# share a key). ATTENTION_WORK makes its calls in vector code longer, so that they have whole blocks.
 ATTENTION_ROWS, ATTENTION_WORK = lib.NL_QUERY_ROWS, 16
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # the formats that `convert` writes
 MAX_HEAD_DIM = lib.NL_MAX_DH

@@ -8,12 +8,12 @@ print(llama.chat([{"role": "user", "content": "What is the capital of France?"}]
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # type checkers take it as true; `import typing` would take longer than this whole file
+TYPE_CHECKING = False  # type checkers read it as True; an import of `typing` would take longer than this file
 
 __version__ = "0.1.0"
 
-# A name is imported at its first use (PEP 562). So the command line can start, and Ctrl-C can end it, before
-# NumPy is imported.
+# A name is imported at its first use (PEP 562). So the command line starts, and Ctrl-C ends it, before NumPy
+# and the rest are imported.
 _HOME = {
     "ChatTemplate": "text.chat",
     "Completion": "generation.transcript",
@@ -35,7 +35,7 @@ _HOME = {
 }
 __all__ = [*_HOME]
 
-if TYPE_CHECKING:  # the same names for programs that read this file without running it
+if TYPE_CHECKING:  # the same names, for type checkers
     from .cache import KVCache as KVCache
     from .checkpoint.download import pull as pull
     from .config import ModelArgs as ModelArgs

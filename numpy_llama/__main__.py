@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> int:
-    """During the imports Ctrl-C ends the program at once, so that no import can catch or report it."""
+    """Run the command line. During the imports Ctrl-C ends the program at once: no import can catch it."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # another handler, or none, was the caller's choice
+    if usual is signal.default_int_handler:  # not if a parent process ignores it
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     from . import cli
 

@@ -1,7 +1,7 @@
 """Every error that numpy_llama raises on purpose, under one root.
 
 A message names the file, the offset or key, the value found and the value wanted.
-Text from a file goes through `escape`, because it may contain anything, even terminal codes.
+`escape` is for text from a file, which may contain anything, even terminal codes.
 """
 
 import re
@@ -9,9 +9,9 @@ from numbers import Integral
 
 
 class NumpyLlamaError(Exception):
-    """The root: `except NumpyLlamaError` catches all of ours and nothing else.
+    """The root: `except NumpyLlamaError` catches all errors of this package and no others.
 
-    Its text is one printable line, even if a file's name is not printable.
+    The text of an error is one printable line, even if the name of a file is not.
     """
 
     def __str__(self) -> str:
@@ -23,11 +23,11 @@ class FormatError(NumpyLlamaError):
 
 
 class TruncatedError(FormatError):
-    """The file is shorter than its header requires: most often a download that stopped."""
+    """The file is shorter than its own header requires: most often, a download stopped."""
 
 
 class UnsafePickleError(FormatError):
-    """A pickled checkpoint would import, call or set more than tensors need."""
+    """A pickled checkpoint contains more than tensors: it would import, call or set something."""
 
 
 class FileChangedError(NumpyLlamaError):
@@ -35,15 +35,15 @@ class FileChangedError(NumpyLlamaError):
 
 
 class ResourceLimitError(NumpyLlamaError):
-    """A count or a size is larger than the file, the machine's memory, or one of our limits."""
+    """A count or a size is larger than the file, the machine or a limit of this package allows."""
 
 
 class UnsupportedError(NumpyLlamaError):
-    """A well-formed file or request that this program cannot run."""
+    """The file or the request is well-formed, but this package does not support it."""
 
 
 class MismatchError(NumpyLlamaError):
-    """Two parts that must agree do not: weights and arguments, or tokenizer and embedding."""
+    """Two parts do not agree: weights and arguments, or tokenizer and embedding."""
 
 
 class ConfigError(NumpyLlamaError):
@@ -51,15 +51,15 @@ class ConfigError(NumpyLlamaError):
 
 
 class TokenizerError(NumpyLlamaError):
-    """The vocabulary cannot be used, or an id lies outside it."""
+    """The vocabulary cannot be used, or an id is outside it."""
 
 
 class TemplateError(NumpyLlamaError):
-    """The model's chat template is missing, or fails, or goes beyond its limits."""
+    """The model's chat template is missing, fails, or exceeds its limits."""
 
 
 class TextError(NumpyLlamaError):
-    """Input text cannot be read, for example because it is not UTF-8."""
+    """Input text is invalid, for example not UTF-8."""
 
 
 class ParameterError(NumpyLlamaError, ValueError):
@@ -67,15 +67,15 @@ class ParameterError(NumpyLlamaError, ValueError):
 
 
 class ContextOverflowError(NumpyLlamaError):
-    """There are more tokens than the context has room for."""
+    """The context has no room for all the tokens."""
 
 
 class NumericsError(NumpyLlamaError):
-    """A number that must be finite is NaN or infinite."""
+    """A number is NaN or infinite where it must be finite."""
 
 
 class DownloadError(NumpyLlamaError):
-    """A model could not be fetched, or the fetched file is another one."""
+    """A model could not be fetched, or the fetched file is not the right one."""
 
 
 class BuildError(NumpyLlamaError):
@@ -89,7 +89,7 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: 
 
 
 def check_has(name: str, value: object, attribute: str, wanted: str) -> None:
-    """ParameterError unless the argument `name` has that attribute. A stand-in for the class is fine."""
+    """ParameterError unless the argument `name` has that attribute, as the real class and stand-ins do."""
     if not hasattr(value, attribute):
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
 
@@ -103,15 +103,15 @@ def check_whole(name: str, value: object, least: int, most: int) -> None:
 
 
 def check_iterable(name: str, value: object, wanted: str) -> None:
-    """ParameterError unless the argument `name` is iterable."""
+    """ParameterError unless the argument `name` can be iterated over."""
     try:
         iter(value)  # type: ignore[call-overload]
-    except TypeError:  # an array without axes has __iter__ too, but it fails
+    except TypeError:  # not by hasattr: an array of no axes has __iter__ too
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}") from None
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Whether the argument `name` is true. ParameterError if it is neither, like an array."""
+    """The argument `name` as a bool; ParameterError if it has no truth value, such as an array of two."""
     try:
         return bool(value)
     except ValueError:
@@ -125,24 +125,25 @@ def check_callable(name: str, value: object) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with an escape for each character that a terminal does not show or would execute."""
+    """`text` with an escape for every character that is not printable, such as a control character."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-# What a terminal obeys: control characters but newline and tab, and those of the direction of writing.
-_ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# Control characters except newline and tab, and the characters that change the direction of writing.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def visible(text: str, spelling: str | None = None) -> str:
-    """A text of several lines for a terminal: what it would obey is escaped, any other character stays.
+    """A text of several lines for a terminal: characters that control it are escaped, all others stay.
 
-    Each character is escaped by itself, so that a text may come in pieces. `spelling`: JSON's, for example.
+    Each character is escaped by itself, so a text may come in pieces. `spelling` is the form of an escape,
+    for example that of JSON.
     """
     if spelling is None:
-        return _ORDERS.sub(lambda order: ascii(order[0])[1:-1], text)
-    return _ORDERS.sub(lambda order: spelling.format(ord(order[0])), text)
+        return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROLS.sub(lambda found: spelling.format(ord(found[0])), text)
 
 
 def escape(value: object, limit: int = 200) -> str:

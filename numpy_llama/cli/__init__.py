@@ -1,4 +1,4 @@
-"""The command line: one file a verb. Text goes to stdout, everything else to stderr.
+"""The command line: one file a command. Text goes to stdout, everything else to stderr.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 3 `verify` found a fault,
 130 Ctrl-C.
@@ -60,17 +60,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; -> its exit code. Nothing a user does wrong ends in a traceback."""
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  closed by whoever started us
+    """Run one command; -> its exit code. No mistake of a user ends in a traceback."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  a parent may close it
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a question mark, no crash
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks
         if sys.stdout.isatty():
             sys.stdout = common.Terminal(sys.stdout)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # we may be started to ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if a parent ignores it
         common.await_ctrl_c()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: clean up and end
+    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up and end, as for Ctrl-C
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         args = parser().parse_args(argv)
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _quietly(130)
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # the reader of the output has closed it
         return _quietly(0)
     except (ParameterError, TextError) as error:
         return _fail(error, 2)
@@ -99,7 +99,7 @@ def _fail(problem: object, code: int) -> int:
 
 
 def _quietly(code: int) -> int:
-    """End without the complaint that Python makes when the last flush of stdout fails."""
+    """End without the message that Python prints when the last flush of stdout fails."""
     try:
         sys.stdout.flush()
     except OSError:

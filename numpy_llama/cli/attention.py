@@ -1,7 +1,7 @@
-"""Where each token looks: the attention weights of one layer on a text, as a picture.
+"""Show the attention weights of one layer on a text, as a picture.
 
-A row is a token that looks, a column one that is looked at; the darker, the more. On a terminal, or with
---out in a file (matplotlib draws it: pip install 'numpy_llama[plot]').
+A row is a token whose query attends, and a column is a token that it attends to. A darker cell is a larger
+weight. The picture is printed, or --out writes it to a file (pip install 'numpy_llama[plot]').
 """
 
 import argparse
@@ -15,25 +15,25 @@ from ..inspect.tracing import attention_weights
 from . import common
 
 SHADES = " .:-=+*#%@"
-DRAWN = (".svg", ".png", ".pdf")
+PICTURES = (".svg", ".png", ".pdf")
 MOST = 60  # tokens on a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_text_argument(parser)
     parser.add_argument(
-        "--layer", type=common.whole_number(0), metavar="N", help="which layer [the middle one]"
+        "--layer", type=common.whole_number(0), metavar="N", help="the layer, from 0 on [the middle one]"
     )
     parser.add_argument(
-        "--head", type=common.whole_number(0), metavar="N", help="which head [the mean of all]"
+        "--head", type=common.whole_number(0), metavar="N", help="the head, from 0 on [the mean of all]"
     )
-    parser.add_argument("--out", type=common.path, metavar="FILE", help="draw it in a .svg, .png or .pdf")
+    parser.add_argument("--out", type=common.path, metavar="FILE", help="write a .svg, .png or .pdf file")
     common.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out is not None and args.out.suffix not in DRAWN:
-        raise ParameterError(f"--out is {str(args.out)!r}, it must end in {', '.join(DRAWN)}")
+    if args.out is not None and args.out.suffix not in PICTURES:
+        raise ParameterError(f"--out is {str(args.out)!r}, it must end in {', '.join(PICTURES)}")
     llama = common.load_model(args)
     ids = common.text_ids(llama, args.text)
     n_layers = llama.model.args.n_layers

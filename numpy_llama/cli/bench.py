@@ -1,15 +1,16 @@
-"""How fast a model is here: tokens a second, beside what this machine can do at best.
+"""Measure the speed of a model in tokens a second, and compare it with the limits of this machine.
 
-Lists, as in -t 1,2, measure everything with each. GB/s: weights and KV cache read to make tokens, and their
-share of the read bandwidth. Gop/s: multiplications and additions of the matrices, and their share of the
-peak of float32 FMAs. Both limits are measured in the same run. Peak memory is the whole program's so far,
-with the pages of the file that it mapped.
+A list, as in -t 1,2, repeats all tests with each number. The test pp512 reads a prompt of 512 tokens, and
+tg128 generates 128 tokens. GB/s counts the weights and the KV cache that are read to generate tokens; "of
+read" is the share of the read bandwidth. Gop/s counts the multiplications and additions of the matrices; "of
+FMA" is the share of the peak of float32 FMAs. Both limits are measured in the same run. Peak memory is that
+of the whole program so far, with the mapped pages of the model's file.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..checkpoint import open_checkpoint
@@ -19,7 +20,7 @@ from ..errors import ParameterError, printable
 from ..inspect.bench import Machine, Result, Task, formats, measure
 from . import common
 
-# After the model's name: what each column holds, and its width.
+# The columns after the model's name, and their widths.
 COLUMNS = {
     "size": 11,
     "parameters": 12,
@@ -40,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser, many_threads=True)
     group = parser.add_argument_group("tests")
     for letter, name, least, default, what in [
-        ("-p", "--prompt", 0, 512, "tokens of a prompt to read; 0: none"),
-        ("-n", "--new", 0, 128, "tokens to make; 0: none"),
-        ("-d", "--depth", 0, 0, "positions that the cache holds before"),
-        ("-b", "--batch", 1, 1, "sequences to make tokens in at once"),
+        ("-p", "--prompt", 0, 512, "tokens in the prompt; 0: no such test"),
+        ("-n", "--new", 0, 128, "tokens to generate; 0: no such test"),
+        ("-d", "--depth", 0, 0, "positions in the KV cache before the test"),
+        ("-b", "--batch", 1, 1, "sequences that are generated at once"),
     ]:
         numbers = common.whole_numbers(least)
         group.add_argument(
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-r", "--repeat", type=common.whole_number(1), default=5, metavar="N", help="runs of each test [5]"
     )
-    group.add_argument("--json", action="store_true", help="print one JSON object a test instead of a table")
+    group.add_argument("--json", action="store_true", help="print a JSON object for each test, not a table")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
         for task in tasks:
             with common.run_bar(str(task)) as on_run:
                 result = measure(model, task, machine, args.repeat, on_run)
-            told = about | numbers(result)
-            print(json.dumps(told) if args.json else row(told), flush=True)
+            values = about | numbers(result)
+            print(json.dumps(values) if args.json else row(values), flush=True)
         if not args.json and machine.isa is not None:
             limits = f"read {result.read_bandwidth / 1e9:.1f} GB/s, FMA {result.fma_peak / 1e9:.0f} Gop/s"
             print(f"at best, {machine.threads} threads, {machine.isa}: {limits}", flush=True)
@@ -99,7 +100,7 @@ def tests(args: argparse.Namespace) -> Iterator[Task]:
 
 
 def numbers(result: Result) -> dict[str, Any]:
-    """What was measured: tokens, bytes and operations a second. None is what has no meaning, or no answer."""
+    """The results of one test; None for a number without a meaning in this test, or without a measurement."""
     task, decode = result.task, result.task.kind == "tg"
     limits = {
         "bytes_per_second": result.nbytes if decode else math.nan,
@@ -122,11 +123,11 @@ def numbers(result: Result) -> dict[str, Any]:
     }
 
 
-def row(told: dict[str, Any]) -> str:
+def row(values: dict[str, Any]) -> str:
     """One line of the table."""
 
-    def shown(name: str, write: Any) -> str:
-        return "-" if told[name] is None else write(told[name])
+    def shown(name: str, write: Callable[[Any], str]) -> str:
+        return "-" if values[name] is None else write(values[name])
 
     def billions(number: float) -> str:
         return f"{number / 1e9:.1f}"
@@ -135,17 +136,18 @@ def row(told: dict[str, Any]) -> str:
         return f"{share:.0%}"
 
     cells = [
-        gib(told["size"]),
-        f"{told['parameters'] / 1e9:.2f} B",
-        told["format"],
-        str(told["threads"] or "BLAS"),
-        told["test"],
-        f"{told['tokens_per_second']:.2f}",
-        f"{told['sd']:.2f}",
+        gib(values["size"]),
+        f"{values['parameters'] / 1e9:.2f} B",
+        values["format"],
+        str(values["threads"] or "BLAS"),
+        values["test"],
+        f"{values['tokens_per_second']:.2f}",
+        f"{values['sd']:.2f}",
         shown("bytes_per_second", billions),
         shown("share_of_read_bandwidth", percent),
         shown("operations_per_second", billions),
         shown("share_of_fma_peak", percent),
         shown("peak_memory", gib),
     ]
-    return told["model"] + "".join(f"{cell:>{n}}" for cell, n in zip(cells, COLUMNS.values(), strict=True))
+    padded = [f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)]
+    return "".join([values["model"], *padded])

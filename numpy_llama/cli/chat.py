@@ -1,12 +1,13 @@
 """Talk with a model.
 
-A conversation on a terminal, which Ctrl-D ends and in which Ctrl-C cuts an answer short. One answer when
-a question is given, or when standard input is no terminal and holds one.
+Without QUESTION, a conversation begins on the terminal: Ctrl-C stops an answer, and Ctrl-D ends the
+conversation. With QUESTION, or with a question on standard input, the command prints one answer.
 """
 
 import argparse
 import contextlib
 import sys
+from typing import Any
 
 from ..errors import ContextOverflowError, ParameterError, TextError
 from ..llama import Llama
@@ -16,12 +17,14 @@ from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", nargs="?", metavar="QUESTION", help="ask this, print the answer and end")
     parser.add_argument(
-        "--system", metavar="TEXT", help="what the model is told to be [the model's own words]"
+        "question", nargs="?", metavar="QUESTION", help="print the answer to this question and end"
     )
     parser.add_argument(
-        "--chat-format", choices=CHAT_FORMATS, help="how turns are written [as the model's template says]"
+        "--system", metavar="TEXT", help="the system message: instructions for the model [the template's]"
+    )
+    parser.add_argument(
+        "--chat-format", choices=CHAT_FORMATS, help="the form of the conversation [the model's template]"
     )
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=None)
@@ -53,8 +56,8 @@ def load_model(args: argparse.Namespace) -> Llama:
     return llama
 
 
-def converse(llama: Llama, messages: list, options: dict) -> None:
-    """Question and answer in turn; the KV cache keeps what was said, so only what is new is computed."""
+def converse(llama: Llama, messages: list[dict[str, str]], options: dict[str, Any]) -> None:
+    """Question and answer in turn. The session keeps the KV cache, so a turn computes only its new tokens."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then has line editing and a history
     session = llama.new_session()
@@ -79,7 +82,7 @@ def converse(llama: Llama, messages: list, options: dict) -> None:
                 stream = llama.stream_chat(messages, session=session, on_prefill=on_prefill, **options)
                 common.show(common.collect(stream, answer))
         except KeyboardInterrupt:
-            common.await_ctrl_c()  # what was said so far stays said, and the conversation goes on
+            common.await_ctrl_c()  # the answer so far stays in the conversation, which continues
         except TextError as error:
             common.note(str(error))
             del messages[-1]

@@ -1,4 +1,4 @@
-"""What several commands share: their arguments, their input, and how they show progress."""
+"""The parts that several commands share: arguments, input, notes, output and progress bars."""
 
 import argparse
 import codecs
@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import FrameType
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
@@ -23,18 +24,18 @@ from ..generation.transcript import Completion, Piece
 from ..llama import Llama, finish, load
 from ..text.tokenizer import PADDING, Tokenizer
 
-MOST_TOKENS = 512  # of a text that is looked into: each layer's scores take 4 * H * T^2 bytes
+MOST_TOKENS = 512  # of a text whose intermediates are recorded: the scores of a layer take 4 * H * T^2 bytes
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = False) -> None:
-    """`many_threads`: -t takes several numbers, as a list."""
+    """The options of a command that loads a model. `many_threads`: -t takes several numbers, as a list."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder, or a name that `pull` knows [%(default)s]",
+        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
     )
     group.add_argument(
         "-t",
@@ -50,27 +51,27 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         "--max-seq-len",
         type=whole_number(1),
         metavar="N",
-        help="a context of N tokens [the model's own]",
+        help="the size of the context in tokens [the model's own]",
     )
     group.add_argument(
         "--exact",
         action="store_true",
-        help="multiply float32 numbers as they are; slower, for reference work",
+        help="keep activations, keys and values in float32; slower, for reference work",
     )
 
 
 def add_text_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", metavar="TEXT", help="what the model is to read")
+    parser.add_argument("text", metavar="TEXT", help="the text that the model reads")
 
 
 def add_special_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--special", action="store_true", help="read control tokens' names in the text as those tokens"
+        "--special", action="store_true", help="read the name of a control token in the text as that token"
     )
 
 
 def path(text: str) -> Path:
-    """An argument type: a path; `~` is the home folder, where no shell has expanded it."""
+    """An argument type: a path. A `~` that no shell has expanded is the home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -86,28 +87,40 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | No
         type=whole_number(0),
         default=max_tokens,
         metavar="N",
-        help=f"new tokens at most [{shown}]",
+        help=f"generate at most N tokens [{shown}]",
     )
     group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token [0]"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token; a higher T makes the choice more random [0]",
     )
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     group.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest that make up the share P"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the likeliest tokens whose probabilities sum to P",
     )
     group.add_argument(
-        "--min-p", type=float, metavar="P", help="draw from those at least P times as likely as the first"
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample from tokens at least P times as likely as the likeliest",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
-        help="make tokens seen before less likely [1: no]",
+        help="make tokens of the text so far less likely [1: off]",
     )
-    group.add_argument("--seed", type=int, metavar="N", help="the same chances each time")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)"
+        "--seed", type=int, metavar="N", help="the seed: the same N gives the same text [a new seed]"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text (may be repeated)"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
@@ -128,12 +141,12 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def whole_numbers(least: int) -> Callable[[str], list[int]]:
-    """An argument type: one or more of them, with commas."""
+    """An argument type: one or more whole numbers with commas between them."""
     one = whole_number(least)
     return lambda text: [one(part) for part in text.split(",")]
 
 
-def generation_options(args: argparse.Namespace) -> dict:
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `Llama.stream`, checked before any model is loaded."""
     sampling = {
         name: getattr(args, name)
@@ -162,7 +175,7 @@ def load_model(args: argparse.Namespace) -> Llama:
 
 
 def text_ids(llama: Llama, text: str) -> list[int]:
-    """The ids of a text that is read in one pass, for a look inside; an error if there are none, or many."""
+    """The ids of a text for one pass that records intermediates. ParameterError: no ids, or too many."""
     note_names(llama.tokenizer, text)
     ids = llama.tokenizer.encode(without_mark(text, "the text"), bos=llama.tokenizer.add_bos)
     most = min(MOST_TOKENS, llama.max_context)
@@ -173,7 +186,7 @@ def text_ids(llama: Llama, text: str) -> list[int]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is whole."""
+    """A file to write, which appears under its name only when it is complete."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -193,7 +206,7 @@ def read_stdin() -> str:
 
 
 def as_text(data: bytes, source: str) -> str:
-    """The text that these bytes of `source` are in UTF-8."""
+    """`data` as text; TextError if it is not UTF-8 or has a zero byte. `source` is its name, for messages."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -207,16 +220,16 @@ def as_text(data: bytes, source: str) -> str:
 
 
 def without_mark(text: str, source: str) -> str:
-    """`text` without a byte order mark at its start: it names an encoding and is no text."""
+    """`text` without a byte order mark at its start, which names an encoding and is not text."""
     if text.startswith("\ufeff"):
         note(f"{source} begins with a byte order mark, which is left out")
     return text.removeprefix("\ufeff")
 
 
 def note_names(tokenizer: Tokenizer, text: str, special: bool | None = None) -> None:
-    """A remark where a text has a control token's name, unless it is read as that token: `special`.
+    """Print a note if `text` has the name of a control token, which is read as plain text.
 
-    None: the command has no --special.
+    `special` is the option of that name; None if the command does not have it.
     """
     found = None if special else tokenizer.control_names.search(text)
     if found:
@@ -228,9 +241,9 @@ def note_names(tokenizer: Tokenizer, text: str, special: bool | None = None) -> 
 
 
 class Terminal(io.TextIOWrapper):
-    """Standard output on a terminal: no text of a model or of a file can command it.
+    """Standard output on a terminal, where control characters from a model or a file are escaped.
 
-    `plain` is the stream below, for colours of our own.
+    `plain` is the stream below it, for colours of the commands.
     """
 
     def __init__(self, plain: io.TextIOWrapper):
@@ -243,23 +256,23 @@ class Terminal(io.TextIOWrapper):
 
 
 def await_ctrl_c() -> None:
-    """The next Ctrl-C is a KeyboardInterrupt; one more kills at once, whatever is still being tidied up."""
+    """The next Ctrl-C raises KeyboardInterrupt. One more ends the program at once, even during cleanup."""
 
-    def interrupt(number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system's own way waits for no Python
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system's handler does not wait for Python
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
 
 
 def note(text: str) -> None:
-    """A remark to a person, on stderr; if nobody can hear it, the work is done all the same."""
+    """Print a note for a person on stderr. If stderr cannot be written to, the work continues."""
     with suppress(OSError):
         print(f"numpy-llama: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def written(stream: Iterable[Piece]) -> Iterator[Piece]:
-    """The same stream, its text printed as it comes; a line that was begun is ended, whatever happens."""
+    """Print the text of a stream as it arrives, and yield its pieces. The last line always gets its end."""
     last = "\n"
     try:
         for piece in stream:
@@ -275,7 +288,7 @@ def written(stream: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def show(stream: Iterable[Piece]) -> None:
-    """Print a generation as it comes; how fast it came goes to stderr, for a person at a terminal."""
+    """Print a generation as it arrives. If stderr is a terminal, its speed is printed there."""
     completion = finish(written(stream))
     if sys.stderr.isatty():
         print(
@@ -287,7 +300,7 @@ def show(stream: Iterable[Piece]) -> None:
 
 
 def collect(stream: Iterable[Piece], into: list[str]) -> Iterator[Piece]:
-    """The same stream, its text also kept: what was said remains when the stream is cut."""
+    """Yield the pieces of a stream, and append their texts to `into`: an interrupted answer is kept."""
     for piece in stream:
         into.append(piece.text)
         yield piece
@@ -323,7 +336,7 @@ def completion_json(completion: Completion) -> str:
 
 
 class _Bar:
-    """A progress bar on stderr while a person watches: begins at the first news, leaves nothing behind."""
+    """A progress bar on stderr if that is a terminal. The first `show` starts it, and `close` removes it."""
 
     def __init__(self, *columns: ProgressColumn):
         console = Console(stderr=True)
@@ -354,7 +367,7 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def prefill_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar for reading a long prompt: on_prefill(done, total). It is gone before the first token comes."""
+    """A bar for a long prompt: on_prefill(done, total). It is removed before the first new token."""
     bar = _Bar(TextColumn("{task.completed}/{task.total} tokens"))
 
     def on_prefill(done: int, total: int) -> None:
@@ -381,7 +394,7 @@ def run_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def count_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that counts windows of a text, or steps: progress(what is known or done now, done, total)."""
+    """A bar that counts windows of a text, or steps: progress(what, done, total)."""
     bar = _Bar(TextColumn("{task.completed}/{task.total} " + unit))
     try:
         yield bar.show

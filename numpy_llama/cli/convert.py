@@ -1,7 +1,7 @@
-"""Write a model as one file that maps straight into memory.
+"""Write a model to one GGUF file, which loads without conversion.
 
-MODEL may be anything that can be run; OUT is a GGUF file in formats that the kernels use where they lie. It
-appears under its name only when it is whole and has been read back.
+MODEL is any model that numpy-llama runs. The C kernels use the weights of OUT directly from the file. OUT is
+replaced only when the new file is complete and has been read back.
 """
 
 import argparse
@@ -14,10 +14,13 @@ from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a file, a folder or a name")
-    parser.add_argument("out", metavar="OUT", type=common.path, help="the file to write, or to replace")
+    parser.add_argument("model", metavar="MODEL", help="a file, a folder, or a name that `pull` fetches")
+    parser.add_argument("out", metavar="OUT", type=common.path, help="the file to write or replace")
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), required=True, help="how the weights are stored: 8 and 4 are bits"
+        "--dtype",
+        choices=list(DTYPES),
+        required=True,
+        help="the format of the weights: q8 has 8 bits, q4 has 4",
     )
     parser.add_argument(
         "-t", "--threads", type=common.whole_number(1), metavar="N", help="threads to use [all CPUs]"

@@ -1,4 +1,4 @@
-"""What this machine and this installation offer: the place to look when something is slow or missing."""
+"""Show the settings of this machine and this installation, for when something is slow or missing."""
 
 import argparse
 import os
@@ -50,7 +50,7 @@ def _line(what: str, value: str) -> None:
 
 
 def _quota() -> str:
-    """Why there are fewer threads than CPUs, where a control group says so."""
+    """The CPU quota of the control group, if there are fewer threads than CPUs because of it."""
     quota, cpus = limits.cpu_quota(), limits.affinity()
     return "" if quota is None or quota >= cpus else f" of {cpus} CPUs, for the quota is {quota:g} CPUs"
 

@@ -1,7 +1,8 @@
 """Continue a text.
 
-The text is the argument, or standard input when there is none. Prints what follows it. The names of control
-tokens in a text are plain text, unless --special is given; `chat` writes the model's own format.
+The text is the argument TEXT, or else standard input. The command prints the text that the model adds.
+The names of control tokens in a text are plain text, unless --special is given. To ask a question, use
+`chat`, which writes the model's own format.
 """
 
 import argparse
@@ -12,8 +13,10 @@ from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", metavar="TEXT", help="what to continue [standard input]")
-    parser.add_argument("--prompt-ids", type=ids, metavar="1,403,407", help="token ids instead of a text")
+    parser.add_argument("prompt", nargs="?", metavar="TEXT", help="the text to continue [standard input]")
+    parser.add_argument(
+        "--prompt-ids", type=ids, metavar="1,403,407", help="the ids to continue, instead of a text"
+    )
     common.add_special_argument(parser)
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=128)
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if prompt is None:
         if sys.stdin.isatty():
             raise ParameterError('nothing to continue: numpy-llama generate "Once upon a time"')
-        if not (prompt := common.read_stdin()):  # a model that begins with BOS would go on from there
+        if not (prompt := common.read_stdin()):  # a model with BOS would begin a text of its own
             raise ParameterError("nothing to continue: the prompt is empty")
     elif isinstance(prompt, str):
         prompt = common.without_mark(prompt, "the text")

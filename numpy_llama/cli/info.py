@@ -1,14 +1,16 @@
-"""What is in a model, and what it takes to run it; from the headers alone."""
+"""Show the contents of a model, and the memory that it needs, from the headers of its files alone."""
 
 import argparse
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields
 from math import prod
 
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import open_checkpoint
+from ..checkpoint.base import Checkpoint
 from ..checkpoint.download import DEFAULT_MODEL, locate
-from ..checkpoint.memory import LEAST_CONTEXT, available_memory, gib, memory_plan
+from ..checkpoint.memory import LEAST_CONTEXT, MemoryPlan, available_memory, gib, memory_plan
 from ..errors import NumpyLlamaError, escape, printable
 from . import common
 
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder or a name [%(default)s]",
+        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
     )
 
 
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
         path = locate(args.model, progress)
     checkpoint = open_checkpoint(path)
-    weights = checkpoint.weights()  # names and shapes are held against the arguments before a word is said
+    weights = checkpoint.weights()  # checks names and shapes against the arguments before anything is printed
     for name, value in [*contents(checkpoint), *arguments(checkpoint), *text(checkpoint)]:
         print(f"{name:<16} {value}")
     plan = memory_plan(checkpoint.args, weights, "c")
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:<44} {shape:<14} {type_name:<6} {n}")
 
 
-def contents(checkpoint: Checkpoint):
+def contents(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     files, tensors = checkpoint.files, checkpoint.tensors.values()
     yield "model", printable(str(checkpoint.path))
     number = f"{len(files)} files, " if len(files) > 1 else ""
@@ -50,17 +52,17 @@ def contents(checkpoint: Checkpoint):
         yield f"  {name}", f"{count[name]} tensors, {gib(nbytes)}"
 
 
-def kinds(checkpoint: Checkpoint):
-    """Tensors that differ only in the number of their layer, as one."""
-    seen = Counter(
+def kinds(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str, int]]:
+    """Name, shape, type and count of the tensors; those that differ only in the number of a layer are one."""
+    counts = Counter(
         (re.sub(r"\b\d+\b", "N", info.name), info.shape, info.type_name)
         for info in checkpoint.tensors.values()
     )
-    for (name, shape, type_name), n in seen.items():
+    for (name, shape, type_name), n in counts.items():
         yield escape(name)[1:-1], " x ".join(map(str, shape)), type_name, n
 
 
-def arguments(checkpoint: Checkpoint):
+def arguments(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
     for field in fields(checkpoint.args):
         value = getattr(checkpoint.args, field.name)
         if field.name == "rope_scaling":
@@ -68,7 +70,7 @@ def arguments(checkpoint: Checkpoint):
         yield field.name, value
 
 
-def text(checkpoint: Checkpoint):
+def text(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     try:
         yield "tokenizer", printable(checkpoint.tokenizer_path().name)
     except NumpyLlamaError:
@@ -76,7 +78,7 @@ def text(checkpoint: Checkpoint):
     yield "chat template", "none" if checkpoint.chat_template() is None else "the model's own"
 
 
-def memory(plan, available: int):
+def memory(plan: MemoryPlan, available: int) -> Iterator[tuple[str, str]]:
     if plan.mapped:
         yield "weights", f"{gib(plan.mapped)}, used where they lie in the file"
     if plan.made:

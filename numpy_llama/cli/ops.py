@@ -1,7 +1,8 @@
-"""The intermediates of a forward pass in their order: the name of each, its shape, and what it is.
+"""List the names of the intermediates of a forward pass, with their shapes and meanings.
 
-By these names `trace` records them, and numpy_llama.edit replaces them in Python. The letters: B sequences,
-T new tokens, S all positions, D dim, H heads, K key/value heads, Dh head_dim, F hidden_dim, V vocabulary.
+`numpy-llama trace` records an intermediate by its name, and numpy_llama.edit replaces one in Python. The
+letters: B sequences, T new tokens, S all positions, D dim, H query heads, K key/value heads, Dh head_dim,
+F hidden_dim, V vocabulary.
 """
 
 import argparse

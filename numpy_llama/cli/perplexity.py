@@ -1,7 +1,8 @@
-"""How well a model foretells a text.
+"""Measure how well a model predicts a text.
 
-FILE is plain text, for example WikiText-2's wiki.test.raw. It is cut into windows of --ctx tokens, of which
-the second half is scored: llama.cpp's definition. Prints the perplexity and its standard error.
+FILE is plain text, for example WikiText-2's wiki.test.raw. It is cut into windows of --ctx tokens, and the
+second half of each window is scored, as in llama.cpp. The command prints the perplexity and its standard
+error. A lower perplexity is a better prediction.
 """
 
 import argparse
@@ -15,12 +16,12 @@ from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", type=common.path, help="the text")
+    parser.add_argument("file", metavar="FILE", type=common.path, help="the file with the text")
     common.add_model_arguments(parser)
     least = common.whole_number(LEAST_CTX)
-    parser.add_argument("--ctx", type=least, default=512, metavar="N", help="tokens a window [512]")
+    parser.add_argument("--ctx", type=least, default=512, metavar="N", help="tokens in a window [512]")
     parser.add_argument(
-        "--windows", type=common.whole_number(1), metavar="N", help="stop after so many windows [all]"
+        "--windows", type=common.whole_number(1), metavar="N", help="score only the first N windows [all]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
 
@@ -54,5 +55,5 @@ def run(args: argparse.Namespace) -> None:
         seconds = round(time.perf_counter() - began, 6)
         print(json.dumps({**asdict(now), "ctx": args.ctx, "seconds": seconds}))
     else:
-        told = f"{now.windows} windows of {args.ctx} tokens, {now.tokens} scored"
-        print(f"perplexity {now.perplexity:.4f} +/- {now.standard_error:.4f} ({told})")
+        counts = f"{now.windows} windows of {args.ctx} tokens, {now.tokens} scored"
+        print(f"perplexity {now.perplexity:.4f} +/- {now.standard_error:.4f} ({counts})")

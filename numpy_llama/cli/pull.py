@@ -1,4 +1,4 @@
-"""Fetch a model by name into the cache folder, checked by its sha256; prints where it lies."""
+"""Fetch a model by its name, check its sha256, and print its path in the cache folder."""
 
 import argparse
 

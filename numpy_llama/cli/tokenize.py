@@ -1,4 +1,4 @@
-"""The token ids of a text, and the piece of text that each stands for."""
+"""Show the token ids of a text, and the piece of the text for each id."""
 
 import argparse
 import sys
@@ -10,14 +10,14 @@ from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="what to cut into tokens [standard input]")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="the text to tokenize [standard input]")
     common.add_special_argument(parser)
     parser.add_argument(
         "-m",
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a model, a tokenizer's file, or a name that `pull` knows [%(default)s]",
+        help="a model, a tokenizer file, or a name that `pull` fetches [%(default)s]",
     )
 
 

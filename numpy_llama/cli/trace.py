@@ -1,13 +1,16 @@
-"""What a forward pass computes on a text: any intermediate, by its name.
+"""Record intermediates of a forward pass on a text, by their names.
 
-PATTERN is a name that `numpy-llama ops` lists; * stands for one part of it, so "layers.*.attention.scores"
-are the scores of all layers. Prints the shape of each and what its numbers are like; --out keeps them.
+PATTERN is a name that `numpy-llama ops` lists. A * stands for one part of a name, so
+"layers.*.attention.scores" means the scores of all layers. The command prints the shape of each intermediate
+and the mean, standard deviation, least and largest of its numbers.
 """
 
 import argparse
 import json
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ParameterError
 from ..inspect.tracing import trace
@@ -16,8 +19,10 @@ from . import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_text_argument(parser)
-    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="what to record")
-    parser.add_argument("--out", type=common.path, metavar="FILE.npz", help="keep the arrays, for numpy.load")
+    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="the intermediates to record")
+    parser.add_argument(
+        "--out", type=common.path, metavar="FILE.npz", help="write the arrays, for numpy.load"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     common.add_model_arguments(parser)
 
@@ -44,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {shape:<18}{numbers}")
 
 
-def summary(array: np.ndarray) -> dict:
-    """Of the finite numbers: a score where a query may not look is -inf."""
+def summary(array: npt.NDArray[Any]) -> dict[str, Any]:
+    """The shape, and statistics of the finite numbers: a masked score is -inf."""
     x = array[np.isfinite(array)].astype(np.float64)
     least, most = (float(x.min()), float(x.max())) if x.size else (0.0, 0.0)
     mean, sd = (float(x.mean()), float(x.std())) if x.size else (0.0, 0.0)

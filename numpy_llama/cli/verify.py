@@ -1,8 +1,9 @@
-"""Whether a model is computed rightly here, and whether its file is right.
+"""Check that a model is computed correctly here, and that its file is correct.
 
-Every operation of every layer, C against NumPy, and against PyTorch where it is installed; then the weights
-and the arguments, by themselves and by how a text is foretold. --against compares every weight with those of
-another copy of the model, in any format. Exit code 3 if something is wrong; the last line says what.
+Every operation of every layer runs in C, in NumPy and, if it is installed, in PyTorch. The results must
+agree. Then the weights and the arguments are checked by themselves, and by the prediction of a sample text.
+--against compares every weight with that of another copy of the model, in any format. The last line is the
+verdict. The exit code is 3 if something is wrong.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,8 @@ from ..errors import printable
 from . import common
 
 if TYPE_CHECKING:
-    from ..verify import Error, Report
+    from ..verify import Report
+    from ..verify.operations import Error
 
 WRONG = 3
 HEADS = {
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder, or a name that `pull` knows [%(default)s]",
+        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
     )
     parser.add_argument("--against", metavar="REFERENCE", help="another copy of the same model")
     parser.add_argument(
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..verify import examine  # it needs the kernels, without which all else runs
+    from ..verify import examine  # imported late: it needs the C kernels
 
     began = time.perf_counter()
     with common.transfer_bar() as progress:
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         one.check_unchanged()
     seconds = time.perf_counter() - began
     if args.json:
-        print(json.dumps(told(report, seconds)))
+        print(json.dumps(values(report, seconds)))
     else:
         print(f"{printable(opened.path.name)}: {opened.format}, {opened.args.n_layers} layers")
         for line in lines(report):
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     return WRONG if report.faults else 0
 
 
-def lines(report: Report):
+def lines(report: Report) -> Iterator[str]:
     yield "largest error of any implementation, relative to the largest result; !: more than rounding"
     yield "layer" + "".join(f"{head:>8}" for head in HEADS.values())
     worst = report.worst()
@@ -105,7 +108,7 @@ def _cell(error: Error | None) -> str:
     return f"{error.error:.1e}".replace("e-0", "e-") + ("!" if error.share > 1 else "")
 
 
-def told(report: Report, seconds: float) -> dict[str, Any]:
+def values(report: Report, seconds: float) -> dict[str, Any]:
     return {
         "verdict": report.verdict,
         "faults": report.faults,

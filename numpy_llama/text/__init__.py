@@ -4,5 +4,5 @@ tokenizer.py      the vocabulary: encode, decode, and decode as ids arrive
 pretokenizer.py   how a byte-level vocabulary cuts a text into words
 bpe.py            byte pair encoding: the order of the merges
 chat.py           a conversation to ids: Meta's formats, and the models' own templates
-sandbox.py        where those templates run
+sandbox.py        the sandbox in which those templates run
 """

@@ -2,10 +2,10 @@
 
     messages  --template-->  one string  --cut at its control tokens-->  ids
 
-What this file promises: whatever a message says, it is ordinary text. It cannot end a turn, begin one,
-or speak in another's name. Where turns are marked by plain text, as in Llama 2, `Llama2Chat` refuses
-messages that have the marks; a template says nothing about its marks, so there nobody can know them.
-A template is code that came with a file: it runs in the sandbox of sandbox.py and is shown the messages.
+What this file promises: the content of a message is ordinary text. It cannot end a turn, begin one, or take
+another role. Llama 2 marks turns by plain text, so `Llama2Chat` refuses messages that have the marks. A
+template may use plain-text marks too, but does not declare them, so nothing can be refused there.
+A template is code that came with a file: it runs in the sandbox of sandbox.py.
 """
 
 import re
@@ -25,7 +25,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class ChatFormat(Protocol):
-    """How a conversation is written for a model."""
+    """The form of a conversation that a model was trained on."""
 
     def encode(
         self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
@@ -33,11 +33,12 @@ class ChatFormat(Protocol):
 
 
 class Llama2Chat:
-    """Meta's format of Llama 2 and Code Llama (llama/generation.py, chat_completion): questions in brackets.
+    """Meta's format for Llama 2 and Code Llama (llama/generation.py, chat_completion): questions in brackets.
 
         <s>[INST] <<SYS>>\n system \n<</SYS>>\n\n question [/INST] answer </s><s>[INST] question [/INST]
 
-    The tags are plain text: who types one could speak as another. Meta's program refuses that, so does this.
+    The tags are plain text, so a message with a tag could take another role. Meta's program refuses such
+    messages, and so does this class.
     """
 
     TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -57,8 +58,8 @@ class Llama2Chat:
         wanted = ["system"] * with_system + ["user", "assistant"] * len(roles)
         by_user = roles[-1] == "user" or (roles[-1] == "assistant" and not add_generation_prompt)
         if roles != wanted[: len(roles)] or not by_user:
-            wish = "user and assistant in turn, the last from user, perhaps after one from system"
-            raise ParameterError(f"the roles are {', '.join(roles)}; Llama 2 wants {wish}")
+            rule = "user and assistant in turn, the last from user, perhaps after one from system"
+            raise ParameterError(f"the roles are {', '.join(roles)}; Llama 2 wants {rule}")
         if with_system:
             turns[:2] = [f"<<SYS>>\n{turns[0]}\n<</SYS>>\n\n{turns[1]}"]
 
@@ -75,8 +76,8 @@ class Llama3Chat:
 
         <|begin_of_text|>  <|start_header_id|> role <|end_header_id|> \n\n content <|eot_id|>  ...
 
-    The same in 3, 3.1, 3.2 and 3.3. The templates that come with models from 3.1 on also put dates and
-    instructions for tools into a system message: that is their matter, the models do without.
+    Llama 3, 3.1, 3.2 and 3.3 share it. The templates of models from 3.1 on also write dates and instructions
+    for tools into a system message. The models work without them.
     """
 
     CONTROL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -101,14 +102,14 @@ CHAT_FORMATS: dict[str, ChatFormat] = {"llama2": Llama2Chat(), "llama3": Llama3C
 
 
 def format_for(tokenizer: Tokenizer) -> ChatFormat | None:
-    """How Meta's chat models with such a vocabulary are spoken to: for models that bring no template.
+    """The format of Meta's chat models with this vocabulary: for models that have no template.
 
-    None where a vocabulary points to neither Llama 3 nor Llama 2: ChatML and others come as templates.
+    None if the vocabulary is neither Llama 3's nor Llama 2's: ChatML and others come as templates.
     """
     names = tokenizer.control_tokens.keys()
     if names >= {*Llama3Chat.CONTROL}:
         return CHAT_FORMATS["llama3"]
-    others = {"[INST]", "<|im_start|>"}  # Mistral's, since its v0.3, and ChatML's
+    others = {"[INST]", "<|im_start|>"}  # Mistral's since v0.3, and ChatML's
     if tokenizer.add_space and names >= {"<s>", "</s>"} and not names & others:
         return CHAT_FORMATS["llama2"]
     return None
@@ -116,7 +117,7 @@ def format_for(tokenizer: Tokenizer) -> ChatFormat | None:
 
 def _control_ids(tokenizer: Tokenizer, *names: str) -> list[int]:
     if missing := [name for name in names if name not in tokenizer.control_tokens]:
-        raise MismatchError(f"the chat format needs the control token {missing[0]}, which this model has not")
+        raise MismatchError(f"the chat format needs the control token {missing[0]}, which this model lacks")
     return [tokenizer.control_tokens[name] for name in names]
 
 
@@ -140,7 +141,7 @@ class ChatTemplate:
         try:
             code = self.code
             return Sandbox(MAX_MADE + MADE_PER_CHARACTER * size).run(code, context)
-        except Exception as error:  # a file's code may raise anything, RecursionError and MemoryError too
+        except Exception as error:  # a template may raise anything, RecursionError and MemoryError too
             files = {frame.f_code.co_filename: line for frame, line in walk_tb(error.__traceback__)}
             line = getattr(error, "lineno", files.get("<template>", "unknown"))
             what = escape(str(error) or type(error).__name__)
@@ -149,20 +150,21 @@ class ChatTemplate:
     def encode(
         self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
     ) -> list[int]:
-        """The ids of a conversation. BOS is where the template writes it, as in Hugging Face's; before a
-        template that writes none it is put once, if the tokenizer puts it before a text.
+        """The ids of a conversation.
 
-        In what the template sees, one unused character stands for each control token's name that a message
-        has. So trimming and searching work on real text, and all names in the outcome are the template's: cut
-        there, and with the messages' names put back, the text between is encoded as text.
+        BOS stands where the template writes it, as in Hugging Face's. If the template writes none, and the
+        tokenizer adds BOS to a text, BOS comes first, once.
+
+        Before the template runs, each control token's name in a message is replaced by one unused character.
+        So the template trims and searches real text, and every name in its result is its own. The result is
+        cut at these names, the messages' names are put back, and the text between is encoded as text.
         """
         check_messages(messages)
         control = tokenizer.control_tokens
         names = tokenizer.control_names
         used = set(self.source).union(*control, *(message["content"] for message in messages))
-        unused = (
-            c for c in map(chr, range(0xF0000, 0x110000)) if c not in used
-        )  # for private use, all of them
+        private_use = map(chr, range(0xF0000, 0x110000))
+        unused = (c for c in private_use if c not in used)
         spare = list(islice(unused, len(control) + 1))
         if len(spare) <= len(control):
             raise TextError("the messages leave no private-use character unused")
@@ -174,9 +176,10 @@ class ChatTemplate:
             return names.split(self.render(changed, tokenizer, add_generation_prompt))
 
         found = parts(lambda text: names.sub(lambda match: stand_in[match[0]], text))
-        # A template could still put a name together, or turn <|IM_END|> to lower case. Blanked messages tell.
+        # A template could still join the parts of a name, or turn <|IM_END|> to lower case. Then the names
+        # differ from those of the same messages with blanked text.
         if found[1::2] != parts(lambda text: re.sub(r"\S", blank, text))[1::2]:
-            raise TemplateError("the model's chat template makes control tokens out of what a message says")
+            raise TemplateError("the model's chat template makes control tokens out of the text of a message")
         ids: list[int] = []
         for i, part in enumerate(found):
             ids += [control[part]] if i % 2 else tokenizer.encode(part.translate(original))

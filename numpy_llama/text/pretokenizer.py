@@ -1,7 +1,7 @@
 """Cutting a text into words, within which a byte-level vocabulary merges bytes.
 
-Each vocabulary was made with a pattern of its own. Those of GPT-2, SmolLM2 and Llama 3 have names in GGUF;
-any other comes with its file.
+Each vocabulary was made with a pattern of its own. The patterns of GPT-2, SmolLM2 and Llama 3 have names in
+GGUF. Any other pattern comes with its file.
 """
 
 import re
@@ -14,10 +14,11 @@ import tiktoken
 from ..errors import TokenizerError, UnsupportedError, escape
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Each digit alone, then GPT-2's pattern on what lies between: a digit is to it as the end of the text.
+# Each digit alone, and GPT-2's pattern on the text between. For it, a digit counts as the end of the text.
 _SMOLLM = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 # llama.cpp's "default" cuts four times: at punctuation and ASCII signs, by GPT-2's pattern, at numbers, and
-# ASCII digits in threes. In one pattern: to a space a sign is as the end of the text.
+# into groups of three ASCII digits. This is all in one pattern. After spaces, a sign counts as the end of the
+# text.
 _SIGN = r"\p{P}$+<=>^~|"
 _DEFAULT = (
     rf"[{_SIGN}]+| ?\p{{L}}+|[0-9]{{3}}|\p{{N}}+?(?=[0-9]{{3}}|\P{{N}}|\Z)"
@@ -31,30 +32,31 @@ WORDS = {  # by tokenizer.ggml.pre
     "gpt-2": _GPT2, "default": _DEFAULT, "smollm": _SMOLLM,
     "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3,
 }  # fmt: skip
-CUSTOM = "custom"  # our own name for a pattern that has none; it stands in numpy_llama.tokenizer.pattern
-PATTERN_SECONDS = 10.0  # for a file's own pattern and a million characters: real ones take one
+CUSTOM = "custom"  # our name for a pattern without a name, which is the entry numpy_llama.tokenizer.pattern
+# The limit for a file's own pattern, and again for each million characters. Real patterns take a second.
+PATTERN_SECONDS = 10.0
 
 _BYTES_ALONE = {bytes([byte]): byte for byte in range(256)}
 _LETTER_OR_NUMBER = r"[\p{L}\p{N}]"
-_asked: set[str] = set()
-_newer: dict[int, str] = {}  # character -> a stand-in that is neither letter nor number nor space
+_compared: set[str] = set()  # characters whose class in the two tables has been compared
+_newer: dict[int, str] = {}  # newer letter or number -> U+FFFD, which is no letter, number or space
 
 
 def of_older_unicode(words: Callable[[str], Iterable[str]]) -> Callable[[str], Iterable[str]]:
-    """The same cutting, but a character is a letter or a number only if tiktoken thinks so too.
+    """`words`, but a character is a letter or a number only if it is one in tiktoken's tables.
 
-    Its tables, and those of Hugging Face's tokenizers, are of an older Unicode than regex's. Some 17,000
-    characters have become letters since, and a model was trained on what its tokenizer took them for.
+    The tables of tiktoken and of Hugging Face's tokenizers are of an older Unicode than those of regex. Some
+    17,000 characters have become letters since. A model was trained with the tables of its tokenizer.
     """
-    judge = tiktoken.Encoding("", pat_str=_LETTER_OR_NUMBER, mergeable_ranks=_BYTES_ALONE, special_tokens={})
+    older = tiktoken.Encoding("", pat_str=_LETTER_OR_NUMBER, mergeable_ranks=_BYTES_ALONE, special_tokens={})
 
     def cut(text: str) -> Iterable[str]:
         characters = set(text)
-        if new := characters - _asked:
+        if new := characters - _compared:
             ours = regex.findall(_LETTER_OR_NUMBER, "".join(new))
-            theirs = bytes(judge.encode_ordinary("".join(ours))).decode()
+            theirs = bytes(older.encode_ordinary("".join(ours))).decode()
             _newer.update((ord(c), "\ufffd") for c in set(ours).difference(theirs))
-            _asked.update(new)
+            _compared.update(new)
         if _newer.keys().isdisjoint(map(ord, characters)):
             return words(text)
         ends = accumulate(map(len, words(text.translate(_newer))), initial=0)
@@ -64,9 +66,9 @@ def of_older_unicode(words: Callable[[str], Iterable[str]]) -> Callable[[str], I
 
 
 def custom_words(pattern: str, source: str) -> Callable[[str], Iterable[str]]:
-    """What a file's own pattern, written for Oniguruma, finds, and what lies between."""
+    """A function that cuts a text into the matches of a pattern, written for Oniguruma, and the rest."""
     what = f"{source}: the pattern {escape(pattern)} cannot be used"
-    if found := re.search(r"&&|\[[^\]]*(?<!\\)\[(?!:)", pattern):  # sets within sets
+    if found := re.search(r"&&|\[[^\]]*(?<!\\)\[(?!:)", pattern):  # a set within a set
         raise UnsupportedError(f"{what}: {escape(found[0])} means something else here")
     try:
         compiled = regex.compile(f"(?:{pattern})|(?s:.+?)(?=(?:{pattern})|\\Z)")

@@ -1,8 +1,8 @@
-"""Where a chat template runs: code that came with a file, and may have been written to do harm.
+"""The sandbox of chat templates, which are code that came with a file and may be written to do harm.
 
-What this file promises: it reaches nothing but what it is shown, ends within half a second, and has room for
-so much. Jinja's own sandbox keeps it from Python's insides; the rest is here: allow-lists of filters and
-methods, and a budget for all that its steps make.
+What this file promises: a template reaches only the values that it is given. It ends after half a second of
+CPU time, and the values that it makes stay within a budget. Jinja's own sandbox hides Python's internals.
+This file adds lists of the allowed filters and methods, a deadline, and the budget.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import wraps
 from types import CodeType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -19,16 +19,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE = 1 << 16  # characters of a template,
-MAX_NODES = 1 << 13  # and of its syntax tree: real ones have some hundreds, and this many compile in a second
+MAX_SOURCE = 1 << 16  # characters of a template
+MAX_NODES = 1 << 13  # nodes of its syntax tree: real ones have some hundreds, 8192 compile in a second
 MAX_SECONDS = 0.5  # of CPU time; real templates take milliseconds
-MAX_MADE = 1 << 18  # characters and items that all its steps make together,
-MADE_PER_CHARACTER = 64  # beyond so many for each character of the messages,
-MESSAGE_OVERHEAD = 64  # of which each message counts as having so many more
+MAX_MADE = 1 << 18  # the budget: characters and items that all steps of a template make together
+MADE_PER_CHARACTER = 64  # the budget grows by this for each character of the messages
+MESSAGE_OVERHEAD = 64  # characters that each message counts in addition to its content
 MAX_INT = 1 << 63
-MAX_ARGUMENT = 1 << 10  # characters: 'aa...'.strip('ba...') takes the product of both lengths
+# Characters of an argument: the time of 'aa...'.strip('ba...') grows with the product of both lengths.
+MAX_ARGUMENT = 1 << 10
 
-# What real templates use. Jinja has more: filters and methods that make gigabytes out of a number.
+# The filters and methods that real templates use. Jinja has others, which make gigabytes out of a number.
 FILTERS = {
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float",
     "groupby", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject",
@@ -42,12 +43,14 @@ METHODS = {
     "splitlines", "startswith", "strip", "swapcase", "title", "upper", "values",
 }  # fmt: skip
 
+Value = TypeVar("Value")
+
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with Hugging Face's settings, a deadline, and room for what a template makes.
+    """Jinja's sandbox with Hugging Face's settings, a deadline, and a budget of `room` characters and items.
 
-    Every value that is made goes through `weigh`. Steps that make much out of little are refused or weighed
-    before they are done; all others make little more than they are given.
+    Every value that a template makes goes through `weigh`. A step that makes much out of little is refused,
+    or the size of its result is checked before it runs. Every other step makes little more than its inputs.
     """
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
@@ -74,14 +77,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def run(self, code: CodeType, context: dict[str, Any]) -> str:
         return "".join(jinja2.Template.from_code(self, code, self.make_globals(None)).generate(context))
 
-    def weigh(self, value: Any = None) -> Any:
-        """`value` itself, if there are time and room for it: for its own length, and once for all within.
+    def weigh(self, value: Value) -> Value:
+        """`value` itself, if it is within the deadline and the budget.
 
-        [[x, x], [x, x]] is small, but as a text it has all four: so each is counted where it is seen.
+        The value's own length is taken from the budget. The rest must have room for everything inside it.
+        The list [[x, x], [x, x]] is small, but its text has x four times: so x is counted four times.
         """
         if time.thread_time() > self.deadline:
             self.fail(f"it takes longer than {MAX_SECONDS} s")
-        size, inside = 0, [value]
+        size = 0
+        inside: list[Any] = [value]
         while inside and size <= self.room:
             item = inside.pop()
             size += len(item) if isinstance(item, str) else 1
@@ -95,8 +100,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.room -= len(value) if isinstance(value, str | list | tuple | dict) else 0
         return value
 
-    def weighed(self, function: Any) -> Callable:
-        """A filter or a test, its outcomes weighed: `map` and `select` call one on item after item."""
+    def weighed(self, function: Any) -> Callable[..., Any]:
+        """A filter or a test whose results are weighed: `map` and `select` call one on every item."""
 
         @wraps(function)  # Jinja marks functions that want its context
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +129,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value if owner is self else self.weigh(value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """10**10**9, 'a' * 10**10 and '%1000000000d' % 1 are one step each: no clock would stop them."""
+        """10**10**9, 'a' * 10**10 and '%1000000000d' % 1 are one step each, which no deadline can stop."""
         size = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
         too_much = operator == "*" and size != [left, right] and size[0] * size[1] > self.room
         if too_much or operator == "**" or (operator == "%" and isinstance(left, str)):
@@ -132,7 +137,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.weigh(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> None:
-        """Jinja would lend templates a safe str.format, which pads all the same: not one of METHODS."""
+        """None: Jinja's safe str.format still pads to any width, and `format` is not one of METHODS."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         plain = isinstance(obj, str | int | float | list | tuple | dict | type)
@@ -150,7 +155,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.weigh(str(text).replace(old, new, count))
 
     def tojson(self, value: Any, indent: int | None = None) -> str:
-        """Jinja's own escapes what means something in HTML."""
+        """`value` as JSON, without the escapes for HTML that Jinja's own filter writes."""
         encoder = json.JSONEncoder(ensure_ascii=False, indent=None if indent is None else min(indent, 8))
         return "".join(map(self.weigh, encoder.iterencode(value)))
 
@@ -164,9 +169,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Weighing(NodeTransformer):
-    """Puts calls into a template: wherever Jinja does not ask its environment, something may be made.
+    """Adds calls of `weigh` and `text` to a template where Jinja makes a value without calling `Sandbox`.
 
-    Loops and macros need not make anything to take long, and a loop's condition is no part of its body.
+    A loop or a macro can take long and make nothing, so its body begins with a call. The condition of a loop
+    is not part of its body, so it has a call too.
     """
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
@@ -186,15 +192,15 @@ class _Weighing(NodeTransformer):
         self.generic_visit(node)
         return _call("weigh", node, node) if node.ctx == "load" else node
 
-    def visit_List(self, node: Any) -> nodes.Node:
+    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
         return _call("weigh", node, node)
 
     visit_Dict = visit_List
 
-    def visit_For(self, node: Any) -> nodes.Node:
+    def visit_For(self, node: nodes.For | nodes.Macro) -> nodes.Node:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("weigh", node), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_call("weigh", node, nodes.Const(None)), lineno=node.lineno))
         if isinstance(node, nodes.For) and node.test is not None:
             node.test = _call("weigh", node, node.test)
         return node
@@ -208,7 +214,7 @@ def _call(method: str, at: nodes.Node, *arguments: Any) -> nodes.Call:
 
 
 class _Namespace(Namespace):
-    """Jinja's, without its text: a namespace can hold another, and so any number of them in each other."""
+    """Jinja's namespace with a short text: namespaces can contain each other to any depth."""
 
     def __repr__(self) -> str:
         return "<namespace>"

@@ -1,16 +1,16 @@
 """Text to token ids and back: "Hello world" <-> [19556, 905].
 
-LLaMA has had two families of vocabularies. GGUF calls them by the models that had them first:
+LLaMA has two families of vocabularies. GGUF names each by the model that had it first:
 
     gpt2    byte-level BPE (Llama 3, SmolLM2): a pattern cuts the text into words, and in each word
             neighbouring byte strings are merged, lowest rank first. tiktoken does the merging.
     llama   SentencePiece BPE (LLaMA 1 and 2): the text is one stream in which U+2581 stands for the
-            space; what has no piece is spelt in byte tokens. sentencepiece does all of it.
+            space; a character without a piece is spelt in byte tokens. sentencepiece does all of it.
 
-What this file promises: `encode` takes every text as ordinary text. It never returns a control token,
-whatever the text says; those are placed by number, by code that means them. A vocabulary is checked
-as a whole before any of it is used. Whatever file it comes from, it is first brought into GGUF's form, the
-entries tokenizer.ggml.*, and a `Tokenizer` keeps them: written into a GGUF file they give the same tokenizer.
+What this file promises: `encode` reads every text as ordinary text. No text makes a control token, unless the
+caller asks for `special`; programs place control tokens by their ids. A vocabulary is checked as a whole
+before it is used. The vocabulary of every file is first brought into GGUF's form, the entries
+tokenizer.ggml.*. A `Tokenizer` keeps these entries: written into a GGUF file, they give the same tokenizer.
 """
 
 import codecs
@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import regex
 import sentencepiece
 import tiktoken
@@ -46,20 +47,20 @@ from .pretokenizer import CUSTOM, LLAMA3, WORDS, custom_words, of_older_unicode
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token_type, SentencePiece's numbers
 MAX_TOKENS = 1 << 20
 MAX_TOKEN_TEXT = 65_536  # characters
-PADDING = 1024  # rows: an embedding has fewer without a token, where it was only padded
-MAX_MATCHED = 4096  # tokens that a text is searched for
-# Where a model ends its turn, by the text of the control token. A vocabulary may have several of them.
+PADDING = 1024  # an embedding that was only padded has fewer rows than this without a token
+MAX_MATCHED = 4096  # added tokens that `encode` searches a text for
+# The control tokens with which a model ends its turn, by their text. A vocabulary may have several of them.
 END_TOKENS = {
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>",
     "<|eot|>", "<|eom|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>",
 }  # fmt: skip
 
-RANKS = "numpy_llama.tokenizer.ranks"  # true: no merges, the ids of the normal tokens are tiktoken's ranks
+RANKS = "numpy_llama.tokenizer.ranks"  # true: no merges; the normal tokens are in tiktoken's order
 
 # GPT-2 writes a byte as one printable character: itself if it is printable, else the next from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted({*range(256)} - {*_PRINTABLE})
-# For str.translate. What is Latin-1 but not printable goes where .encode("latin-1") refuses it.
+# For str.translate. A character of Latin-1 that is not printable becomes U+FFFF, which .encode refuses.
 _BYTE_OF_CHAR = (
     dict.fromkeys(_OTHERS, 0xFFFF) | {c: c for c in _PRINTABLE} | {256 + i: b for i, b in enumerate(_OTHERS)}
 )
@@ -69,31 +70,31 @@ _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
-    """One vocabulary, whatever file it came from."""
+    """The vocabulary of one model, from any kind of file."""
 
     tokens: list[str]  # as the file spells them
-    meanings: list[bytes]  # what each adds to a text
-    control_tokens: dict[str, int]  # those that no text can produce: their names and ids
+    meanings: list[bytes]  # the bytes that each adds to a text
+    control_tokens: dict[str, int]  # name -> id; no ordinary text makes one of these
     encode_text: Callable[[str], list[int]]
     bos_id: int | None
-    eos_ids: tuple[int, ...]  # all that end a turn, the file's own EOS first
+    eos_ids: tuple[int, ...]  # the tokens that end a turn, the file's own EOS first
     add_bos: bool  # a prompt begins with BOS
-    add_space: bool  # SentencePiece puts a space before a text, and takes it away again
-    entries: dict[str, Any] = field(default_factory=dict)  # what it was built from
+    add_space: bool  # SentencePiece: `encode` adds a space before a text, `decode` removes it
+    entries: dict[str, Any] = field(default_factory=dict)  # the entries of GGUF that it was built from
     source: str = "the vocabulary"  # the file's name, for messages
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[dict[str, Any], str]]:
         return tokenizer_from_gguf, (self.entries, self.source)
 
-    def __copy__(self) -> "Tokenizer":  # it never changes
+    def __copy__(self) -> "Tokenizer":  # a tokenizer never changes
         return self
 
-    def __deepcopy__(self, memo: dict) -> "Tokenizer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
         return self
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The same in GGUF's form, ranks spelt out as merges: in a file it gives this tokenizer again."""
+        """The entries of a GGUF file that gives this tokenizer again: `entries`, with merges for ranks."""
         if RANKS not in self.entries:
             return self.entries
         normal = zip(self.tokens, self.entries["tokenizer.ggml.token_type"].tolist(), strict=True)
@@ -114,15 +115,15 @@ class Tokenizer:
 
     @property
     def n_used(self) -> int:
-        """How many ids have a meaning: those behind them only fill up the rows of an embedding."""
+        """The number of ids up to the last one in use. Later ids only fill the rows of an embedding."""
         used = np.flatnonzero(self.entries["tokenizer.ggml.token_type"] != UNUSED)
         return int(used[-1]) + 1 if len(used) else 0
 
     def check_rows(self, rows: int) -> None:
-        """MismatchError unless this can be the tokenizer of an embedding of `rows` rows.
+        """MismatchError unless an embedding of `rows` rows fits this tokenizer.
 
-        Every id needs a row. Rows without an id fill the embedding up to a multiple of 1,024 at most, or
-        are 2,400 of 102,400 (DeepSeek LLM). A vocabulary that leaves more than an eighth is another model's.
+        Every id needs a row. An embedding may have unused rows: up to a multiple of 1,024, or 2,400 of
+        102,400 (DeepSeek LLM). With 1,024 unused rows that are an eighth of all, the model is another one.
         """
         unused = rows - self.n_used
         if self.vocab_size > rows or unused >= max(PADDING, rows / 8):
@@ -131,15 +132,15 @@ class Tokenizer:
 
     @cached_property
     def control_names(self) -> re.Pattern[str]:
-        """Finds a control token's name in a text: the leftmost, the longest."""
+        """The pattern of the control tokens' names in a text: the leftmost, and there the longest."""
         names = sorted(self.control_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
-        """The ids of a text, on demand with BOS before and EOS behind. Half a surrogate pair: TextError.
+        """The ids of a text; `bos` and `eos` add BOS before and EOS after. TextError: half a surrogate pair.
 
-        special: a control token's name in the text is that token. For text that a program wrote, never for
-        text from others. A BOS with which such a text begins is not doubled.
+        `special`: a control token's name in the text is that token. Use it for text that a program wrote,
+        never for text from others. A text that begins with BOS does not get a second one.
         """
         bos, eos = check_flag("bos", bos), check_flag("eos", eos)
         before = () if self.bos_id is None else (self.bos_id,)
@@ -156,28 +157,28 @@ class Tokenizer:
         return [*before[:bos], *ids, *self.eos_ids[:eos]]
 
     def decode(self, ids: Iterable[int], start_of_text: bool = True) -> str:
-        """The text of some ids. Control tokens say nothing, bytes that are no UTF-8 become U+FFFD.
+        """The text of some ids. Control tokens add nothing; bytes that are not UTF-8 become U+FFFD.
 
-        `start_of_text=False` where the ids continue a text: a leading space is then a real one.
+        `start_of_text=False`: the ids continue a text, so a leading space is part of it.
         """
         check_iterable("ids", ids, "a list of token ids")
         stream = StreamDecoder(self, check_flag("start_of_text", start_of_text))
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to a text: it may be half a character; of a control token, nothing."""
+        """The bytes that a token adds to a text: perhaps half a character; none for a control token."""
         if isinstance(token_id, (int, np.integer)) and 0 <= token_id < len(self.tokens):
             return self.meanings[token_id]
         raise TokenizerError(f"token id {escape(token_id)} is no whole number in 0..{len(self.tokens) - 1}")
 
     def piece(self, token_id: int) -> str:
-        """A token to look at: a control token by its name, half a character as \\xf0."""
+        """A token in readable form: a control token by its name, half a character as \\xf0."""
         meaning, name = self.token_bytes(token_id), self.tokens[token_id]
         return name if name in self.control_tokens else meaning.decode("utf-8", "backslashreplace")
 
 
 class StreamDecoder:
-    """`decode`, token by token. `push` returns whole characters and keeps back what is none yet."""
+    """`decode`, token by token. `push` returns whole characters and keeps the bytes of incomplete ones."""
 
     def __init__(self, tokenizer: Tokenizer, start_of_text: bool = True):
         self._tokenizer = tokenizer
@@ -191,7 +192,7 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """The end: a character that is still incomplete becomes U+FFFD."""
+        """The end of the text: a character that is still incomplete becomes U+FFFD."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -213,12 +214,12 @@ def is_control_name(text: str) -> bool:
 
 
 def spelled(data: bytes) -> str:
-    """As a byte-level vocabulary spells those bytes."""
+    """`data` in the spelling of byte-level vocabularies, a character for each byte."""
     return data.decode("latin-1").translate(_CHAR_OF_BYTE)
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describe; `source` is the file's name, for messages."""
+    """The tokenizer in a GGUF file's metadata; `source` is the file's name, for messages."""
     read = _Reader(metadata, source)
     model = read.get("model", str)
     if model not in ("gpt2", "llama"):
@@ -229,7 +230,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     else:
         add_bos, add_space, encode_text = _sentencepiece(read, kinds)
     usual = {}
-    if model == "llama":  # as in ggml, LLaMA's own numbers where a file gives none
+    if model == "llama":  # as in ggml, LLaMA's own ids for a file without these entries
         names = {"bos": (1, "<s>"), "eos": (2, "</s>")}
         usual = {key: i for key, (i, name) in names.items() if read.tokens[i] == name and kinds[i] == CONTROL}
     bos, *ends, _ = (read.token_id(name, usual.get(name)) for name in ("bos", "eos", "eot", "eom", "unknown"))
@@ -243,10 +244,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
 
 
 class _Reader:
-    """The entries tokenizer.ggml.* of a file, each checked to be what it must be; `entries` has those used.
+    """The entries tokenizer.ggml.* of a file, each checked when it is read; `entries` collects these.
 
-    What GGUF has no name for is called numpy_llama.tokenizer.*: ranks, pattern, whole_words, space_if_none,
-    end_token_ids.
+    Entries that GGUF has no name for are called numpy_llama.tokenizer.*: ranks, pattern, whole_words,
+    space_if_none, end_token_ids.
     """
 
     def __init__(self, metadata: Mapping[str, Any], source: str):
@@ -276,35 +277,38 @@ class _Reader:
         return value
 
     def own(self, name: str, kind: type, default: Any) -> Any:
-        """An entry that only we write."""
+        """An entry that GGUF has no name for."""
         return self.get(name, kind, default, "numpy_llama.tokenizer")
 
-    def column(self, name: str, kind: type) -> np.ndarray:
+    def column(self, name: str, kind: type[np.generic]) -> npt.NDArray[Any]:
         """An array with one entry for each token."""
-        value, n = self.get(name, kind), len(self.tokens)
+        value: npt.NDArray[Any] = self.get(name, kind)
+        n = len(self.tokens)
         if len(value) != n:
             self.fail(name, f"has {len(value)} entries, the vocabulary has {n} tokens", MismatchError)
         return value
 
     def token_id(self, name: str, default: int | None) -> int | None:
-        token_id, n = self.get(f"{name}_token_id", int, default), len(self.tokens)
+        token_id: int | None = self.get(f"{name}_token_id", int, default)
+        n = len(self.tokens)
         if token_id is not None and not 0 <= token_id < n:
             self.fail(f"{name}_token_id", f"is {token_id}, the vocabulary has {n} tokens", MismatchError)
         return token_id
 
     def end_ids(self) -> list[int]:
-        """The tokens that generation_config.json names as ends of a turn: it may name several."""
-        ids, n = self.own("end_token_ids", np.int32, np.zeros(0, np.int32)).tolist(), len(self.tokens)
+        """The tokens that generation_config.json lists as ends of a turn."""
+        ids: list[int] = self.own("end_token_ids", np.int32, np.zeros(0, np.int32)).tolist()
+        n = len(self.tokens)
         if wrong := [i for i in ids if not 0 <= i < n]:
             raise MismatchError(f"{self.source}: end of turn {wrong[0]}, the vocabulary has {n} tokens")
         return ids
 
     def vocabulary(self, model: str) -> tuple[list[int], list[bytes]]:
-        """Of each token its type and its meaning."""
+        """The type of each token, and the bytes that it adds to a text."""
         tokens, kinds, meanings = self.tokens, self.column("token_type", np.int32).tolist(), []
         ids = {text: i for i, text in enumerate(tokens)}
         for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)):
-            # Old converters called added control tokens USER_DEFINED, and those a text may spell.
+            # Old converters wrote added control tokens as USER_DEFINED, which a text may spell.
             if kind == USER_DEFINED and is_control_name(text):
                 kind = kinds[i] = CONTROL
             try:
@@ -318,12 +322,13 @@ class _Reader:
 
 
 def _meaning(text: str, kind: int, model: str) -> bytes:
+    """The bytes that a token adds to a text. ValueError or KeyError if its type cannot have this text."""
     if not (0 < len(text) <= MAX_TOKEN_TEXT and NORMAL <= kind <= BYTE):
         raise ValueError
     if kind == NORMAL and model == "gpt2":
         return text.translate(_BYTE_OF_CHAR).encode("latin-1")
     if kind in (CONTROL, UNKNOWN):
-        return text.encode()[:0]  # JSON may spell half a surrogate pair
+        return text.encode()[:0]  # UnicodeEncodeError for half a surrogate pair, which JSON can spell
     if kind == BYTE:
         return _BYTE_TOKENS[text]
     return (text.replace("\u2581", " ") if model == "llama" else text).encode()
@@ -339,8 +344,8 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
         read.fail("pre", f"is {escape(pre)}, we know {', '.join(WORDS)}", TokenizerError)
     ids = {text: i for i, text in enumerate(read.tokens) if kinds[i] == NORMAL}
     singles = {meanings[i]: i for i in ids.values() if len(meanings[i]) == 1}
-    # Real vocabularies lack bytes: SmolLM2 has neither 0x04 nor 0xF1. Hugging Face's BPE goes on as if such
-    # a byte were not there, and so do we. A vocabulary without some letter is another matter.
+    # Real vocabularies lack bytes: SmolLM2 has neither 0x04 nor 0xF1. Hugging Face's BPE leaves such a byte
+    # out, and so does this function. A vocabulary without a common ASCII character is an error.
     missing = bytes(b for b in range(256) if bytes([b]) not in singles)
     if lost := bytes(b for b in missing if b in b"\t\n" or 0x20 <= b < 0x7F):
         raise TokenizerError(
@@ -362,14 +367,14 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
     ranks = {meanings[i]: rank for rank, i in enumerate(id_of_rank)}
     merger = tiktoken.Encoding(read.source, pat_str=".", mergeable_ranks=ranks, special_tokens={})
 
-    # We cut the text into words and tiktoken merges: its own cutting aborts on long runs of spaces.
+    # regex cuts the text into words and tiktoken merges. tiktoken's cutting aborts on long runs of spaces.
     if pre == CUSTOM:
         words = custom_words(read.own("pattern", str, ...), read.source)
         whole_words = read.own("whole_words", bool, False)
     else:
         words, whole_words = regex.compile(WORDS[pre]).findall, WORDS[pre] is LLAMA3
     words = of_older_unicode(words)
-    # Llama 3 takes a word that is a token as it is; that matters where no merging makes the token.
+    # In Llama 3, a word that is a token is not merged. This matters for a token that no merging makes.
     whole = {meanings[i]: [i] for i in ids.values() if meanings[i] not in ranks} if whole_words else {}
     lengths = [len(meaning) for meaning in meanings]
 
@@ -387,7 +392,10 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
 
 
 def _between_added(read: _Reader, kinds: list[int], encode_text: Encoder) -> Encoder:
-    """Added tokens that are no control tokens are found before the text is cut: the leftmost, the longest."""
+    """An encoder that finds added tokens before `encode_text` cuts the text between them.
+
+    Control tokens are not among them. The leftmost token is found first, and there the longest.
+    """
     added = {text: i for i, text in enumerate(read.tokens) if kinds[i] == USER_DEFINED}
     if len(added) > MAX_MATCHED:
         what = f"has {len(added)} tokens to be found in texts, at most {MAX_MATCHED} are"
@@ -404,7 +412,10 @@ def _between_added(read: _Reader, kinds: list[int], encode_text: Encoder) -> Enc
 
 
 def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder]:
-    """sentencepiece takes a vocabulary only as its ModelProto: pieces, trainer_spec, normalizer_spec."""
+    """-> add_bos, add_space, encode_text.
+
+    sentencepiece takes a vocabulary only as its ModelProto: pieces, trainer_spec, normalizer_spec.
+    """
     tokens, scores = read.tokens, read.column("scores", np.float32)
     if kinds.count(UNKNOWN) != 1 or kinds.count(BYTE) != 256:
         found = f"{kinds.count(UNKNOWN)} UNKNOWN and {kinds.count(BYTE)} BYTE tokens"
@@ -414,7 +425,7 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder
     columns = zip(tokens, scores.tolist(), kinds, strict=True)
     pieces = ((1, _message((1, text.encode()), (2, score), (3, kind))) for text, score, kind in columns)
     trainer = _message((3, 2), (35, 1), (40, kinds.index(UNKNOWN)))  # model_type BPE, byte_fallback, unk_id
-    # add_dummy_prefix, remove_extra_whitespaces: both are ours to do. escape_whitespaces.
+    # add_dummy_prefix and remove_extra_whitespaces are off: encode_text does both. escape_whitespaces is on.
     normalizer = _message((1, b"identity"), (3, 0), (4, 0), (5, 1))
     model = _message(*pieces, (2, trainer), (3, normalizer))
     try:
@@ -427,7 +438,7 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder
     add_space = read.get("add_space_prefix", bool, True)
     only_if_none = read.own("space_if_none", bool, False)  # Hugging Face's Metaspace: not before a space
     single_spaces = read.get("remove_extra_whitespaces", bool, False)
-    # How many characters of a text a token stands for. Of one spelt in bytes, the first byte stands for all.
+    # The characters of a text for each token. If bytes spell a character, the first byte counts 1.
     is_later_byte = {f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)}.__contains__
     lengths = [
         len(text) if kind != BYTE else int(not is_later_byte(text))
@@ -460,5 +471,5 @@ def _message(*fields: tuple[int, int | float | bytes]) -> bytes:
 
 
 def _varint(n: int) -> bytes:
-    # Seven bits a byte, lowest first; a set top bit says that more follow.
+    # Seven bits a byte, lowest first; the top bit is set if more follow.
     return bytes([n]) if n < 0x80 else bytes([n & 0x7F | 0x80]) + _varint(n >> 7)

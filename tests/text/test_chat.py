@@ -354,7 +354,7 @@ def test_trimming_and_searching_work_on_real_text():
 )
 def test_a_template_that_puts_names_together_is_refused(source, content):
     messages = conversation(content, "end|>")
-    with pytest.raises(TemplateError, match="makes control tokens out of what a message says"):
+    with pytest.raises(TemplateError, match="makes control tokens out of the text of a message"):
         ChatTemplate(source).encode(BYTE_LEVEL, messages)
 
 

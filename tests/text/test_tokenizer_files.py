@@ -1037,7 +1037,7 @@ def test_merges_beyond_the_limits(monkeypatch):
     long = [("a" * n, "a") for n in range(1, 600)]
     with pytest.raises(TokenizerError, match="more than 512 characters"):
         order_of_merging(long, "x")
-    monkeypatch.setattr(merging, "MAX_BY_HAND", 0)
+    monkeypatch.setattr(merging, "MAX_UNPROVEN", 0)
     with pytest.raises(UnsupportedError, match="1 tokens are not what their merges make"):
         order_of_merging([("a", "b"), ("d", "e"), ("b", "c"), ("bc", "de"), ("a", "bcde")], "x")
 

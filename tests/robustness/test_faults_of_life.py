@@ -88,8 +88,8 @@ from helpers.tiny_models import float_weights, stored
 from robustness.hostile.command_line import cpu_seconds, interrupted
 
 import numpy_llama as nl
-from numpy_llama import functional, limits
-from numpy_llama.backend import build, interruptible
+from numpy_llama import functional
+from numpy_llama.backend import build, interruptible, limits
 from numpy_llama.backend import formats as quantize
 from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import memory

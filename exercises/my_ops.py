@@ -128,7 +128,7 @@ def min_p(logits, p):
 
 # Chapter 8: sample. Call u = rng.random() exactly once; the result is the first id whose cumulated
 # probability exceeds u.
-def draw(logits, rng):
+def sample(logits, rng):
     """(V,), numpy.random.Generator -> int. If the largest logit is NaN or infinite, an error."""
     raise NotImplementedError
 

@@ -75,7 +75,7 @@ def min_p(logits: Array, p: float) -> Array:
     return np.where(probs >= p * probs.max(), logits, -np.inf)
 
 
-def draw(logits: Array, rng: np.random.Generator) -> int:
+def sample(logits: Array, rng: np.random.Generator) -> int:
     """One id with probability softmax(logits): the first with a cumulated probability above u ~ U[0, 1)."""
     _require_finite(logits)
     cdf = np.cumsum(softmax(logits.astype(np.float64)))
@@ -103,7 +103,7 @@ _RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 class Sampler:
     """The choice of the next id. Temperature 0 takes the likeliest; None leaves a filter out.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p, draw. A sampler keeps
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p, sample. A sampler keeps
     no state: several threads can use one. The caller owns the `rng`, as it owns the cache.
     """
 
@@ -140,4 +140,4 @@ class Sampler:
             logits = top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = min_p(logits, self.min_p)
-        return draw(logits, rng)
+        return sample(logits, rng)

@@ -32,7 +32,7 @@ OPERATIONS = {
         *("precompute_freqs_cis", "freqs_cis_at", "apply_rotary_emb"),
         *("causal_mask", "repeat_kv"),
     ),
-    sampling: ("greedy", "repetition_penalty", "apply_temperature", "top_k", "top_p", "min_p", "draw"),
+    sampling: ("greedy", "repetition_penalty", "apply_temperature", "top_k", "top_p", "min_p", "sample"),
     quantize: (
         *(f"dequantize_{name}" for name in STORED),
         *(f"quantize_{f.name.lower()}" for f in quantize.FORMATS.values() if f.quantize),
@@ -43,7 +43,7 @@ OPERATIONS = {
 }
 NAMES = [name for names in OPERATIONS.values() for name in names]
 # Operations whose result is an array in the precision of the arguments.
-ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "quantize_activations"} - {"greedy", "draw"}
+ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "quantize_activations"} - {"greedy", "sample"}
 
 
 class Call(NamedTuple):

@@ -27,7 +27,7 @@ def all_logits(draw, distinct=False):
 
 
 class Fixed:
-    """A generator whose next numbers are known: `draw` takes one, by `random()`."""
+    """A generator whose next numbers are known: `sample` takes one, by `random()`."""
 
     def __init__(self, *values):
         self.values = list(values)

@@ -16,7 +16,7 @@ from .logits import EDGE, PROBABILITY, Fixed, all_logits
 fractions = st.floats(0, 1)
 
 
-# Chi-square of a fair draw: with fixed seeds the tests are repeatable, and a fair sampler passes them.
+# Chi-square of a fair choice: with fixed seeds the tests are repeatable, and a fair sampler passes them.
 LEAST_P_VALUE = 1e-6
 # 20,000 in a run of every day, a million in a nightly one.
 DRAWS = min(max(400 * PROFILE.max_examples, 20_000), 1_000_000)
@@ -327,32 +327,32 @@ def test_seen_ids_outside_the_vocabulary_are_refused(ops, bad):
     assert_refused(lambda: ops.repetition_penalty(np.zeros(3, np.float32), [0, bad], 1.1), f"id {bad} of 3")
 
 
-# --- draw -------------------------------------------------------------------------------------------------
+# --- sample --------------------------------------------------------------------------------------------
 
 
-@law("draw", all_logits(), st.floats(0, 1, exclude_max=True))
-def test_draw_inverts_the_cumulated_distribution(ops, logits, u):
+@law("sample", all_logits(), st.floats(0, 1, exclude_max=True))
+def test_sample_inverts_the_cumulated_distribution(ops, logits, u):
     """It takes the first id whose cumulated probability exceeds u, one random number for one id."""
     rng = Fixed(u)
-    drawn, probs = ops.draw(logits, rng), probabilities(logits)
+    chosen, probs = ops.sample(logits, rng), probabilities(logits)
     assert_that(not rng.values, "it took no random number")
-    below, up_to = probs[:drawn].sum(), probs[: drawn + 1].sum()
-    assert_that(below <= u + EDGE and up_to >= u - EDGE, f"u is {u}: id {drawn} is from {below} to {up_to}")
+    below, up_to = probs[:chosen].sum(), probs[: chosen + 1].sum()
+    assert_that(below <= u + EDGE and up_to >= u - EDGE, f"u is {u}: id {chosen} is from {below} to {up_to}")
 
 
-@law("draw", all_logits())
-def test_draw_never_takes_a_filtered_id(ops, logits):
+@law("sample", all_logits())
+def test_sample_never_takes_a_filtered_id(ops, logits):
     """-inf has no share, not even at the ends of [0, 1)."""
     for u in [0.0, 5e-324, 2.0**-53, 0.5, 1 - 2.0**-53]:
-        drawn = ops.draw(logits, Fixed(u))
-        assert_that(logits[drawn] > -np.inf, f"u = {u} drew id {drawn}, which was filtered out")
+        chosen = ops.sample(logits, Fixed(u))
+        assert_that(logits[chosen] > -np.inf, f"u = {u} chose id {chosen}, which was filtered out")
 
 
-@law("draw", all_logits())
-def test_draw_gives_a_plain_int(ops, logits):
+@law("sample", all_logits())
+def test_sample_gives_a_plain_int(ops, logits):
     """As greedy does."""
-    drawn = ops.draw(logits, Fixed(0.5))
-    assert_that(type(drawn) is int, f"an int wanted, {type(drawn)} came")
+    chosen = ops.sample(logits, Fixed(0.5))
+    assert_that(type(chosen) is int, f"it is a {type(chosen)}, an int is wanted")
 
 
 def chi_square_p_value(observed, expected):
@@ -362,29 +362,29 @@ def chi_square_p_value(observed, expected):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@law("draw apply_temperature")
-def test_draws_are_as_likely_as_softmax_says(ops, temperature):
-    """Chi-square of many draws; and the check can tell: those of another temperature do not pass."""
+@law("sample apply_temperature")
+def test_samples_are_as_likely_as_softmax_says(ops, temperature):
+    """Chi-square of many samples. Samples of another temperature do not pass."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=12).astype(np.float32)
     logits[5] = -np.inf
     n, scaled = DRAWS, ops.apply_temperature(logits, temperature)
-    counts = np.bincount([ops.draw(scaled, rng) for _ in range(n)], minlength=12)
+    counts = np.bincount([ops.sample(scaled, rng) for _ in range(n)], minlength=12)
     alive = np.arange(12) != 5
     fair, wrong = (n * softmax(logits[alive] / (temperature * by)) for by in (1, 1.2))
     p, p_wrong = (chi_square_p_value(counts[alive], expected) for expected in (fair, wrong))
     assert_that(counts[5] == 0 and p > LEAST_P_VALUE, f"a fair sampler does so with probability {p}")
-    assert_that(p_wrong < LEAST_P_VALUE, "the draws cannot be told from those of another temperature")
+    assert_that(p_wrong < LEAST_P_VALUE, "samples of another temperature pass too")
 
 
-@law("draw", seeds)
-def test_the_same_seed_draws_the_same_ids(ops, seed):
+@law("sample", seeds)
+def test_the_same_seed_samples_the_same_ids(ops, seed):
     """Chance comes from the generator that is handed in, and from nowhere else."""
     logits = np.random.default_rng(1).normal(size=50).astype(np.float32)
     runs = []
     for _ in "ab":
         rng = np.random.default_rng(seed)
-        runs.append([ops.draw(logits, rng) for _ in range(8)])
+        runs.append([ops.sample(logits, rng) for _ in range(8)])
     assert_same(*runs)
 
 
@@ -396,7 +396,7 @@ def test_greedy_takes_nothing_from_nan_or_infinity(ops, bad):
 
 
 @pytest.mark.parametrize("bad", [[0, math.nan, 1], [math.inf, 0, 0], [-math.inf] * 3, [math.nan] * 3])
-@law("draw")
-def test_draw_takes_nothing_from_nan_or_infinity(ops, bad):
+@law("sample")
+def test_sample_takes_nothing_from_nan_or_infinity(ops, bad):
     """Garbage is an error, not id 0."""
-    assert_refused(lambda: ops.draw(np.float32(bad), Fixed(0.5)), f"a choice among {bad}")
+    assert_refused(lambda: ops.sample(np.float32(bad), Fixed(0.5)), f"a choice among {bad}")

@@ -94,7 +94,7 @@ def test_repetition_penalty_refuses_ids_outside_the_vocabulary(bad):
 @pytest.mark.parametrize("bad", [[0, np.nan, 1], [np.inf, 0, 0], [-np.inf] * 3, [np.nan] * 3, [np.inf] * 3])
 def test_nothing_is_chosen_from_nan_or_infinity(bad, rng):
     logits = np.float32(bad)
-    choices = [sampling.greedy, lambda x: sampling.draw(x, rng)]
+    choices = [sampling.greedy, lambda x: sampling.sample(x, rng)]
     for sampler in [Sampler(), Sampler(1.0), Sampler(1.0, top_k=1, top_p=0.5, min_p=0.1)]:
         choices.append(lambda x, sampler=sampler: sampler(x, [0, 1], rng))
     for choose in choices:
@@ -148,7 +148,7 @@ def test_temperature_0_is_greedy_after_the_penalty(logits, data):
 
 @given(all_logits(), seeds, st.data())
 def test_the_order_is_that_of_transformers(logits, rng, data):
-    """We draw from what the chain of transformers leaves."""
+    """We sample from what the chain of transformers leaves."""
     seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=9))
     sampler = Sampler(0.3, top_k=7, top_p=0.85, min_p=0.02, repetition_penalty=1.7)
     scores = logits
@@ -164,7 +164,7 @@ def test_the_order_is_that_of_transformers(logits, rng, data):
         for u in rng.random(5):
             drawn = sampler(logits, seen, Fixed(u))
             if min(abs(np.cumsum(softmax(scores.astype(np.float64))) - u)) > EDGE:
-                assert drawn == sampling.draw(scores, Fixed(u))
+                assert drawn == sampling.sample(scores, Fixed(u))
 
 
 def test_each_filter_counts(rng):
@@ -318,7 +318,7 @@ def test_the_same_seed_gives_the_same_ids(seed):
 
 
 def test_what_a_seed_draws():
-    """Pinned: another release or another machine must draw the same ids."""
+    """Pinned: another release or another machine must sample the same ids."""
     logits = np.float32([0, 1, 2, 3, 2, 1, 0, -np.inf])
     sampler = Sampler(1.0, top_p=0.95, seed=7)
     rng = sampler.new_rng()

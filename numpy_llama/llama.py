@@ -13,9 +13,10 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from . import checkpoint
 from .backend import Progress, build, check_options
@@ -103,15 +104,17 @@ class Llama:
             )
         return Session(self.model, self.max_context if max_seq_len is None else max_seq_len)
 
-    def generate(self, prompt: str | Sequence[int], **options) -> Completion:
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Completion:
         """Continue a text, or ids. The options are those of `stream`."""
         return finish(self.stream(prompt, **options))
 
-    def chat(self, messages: Sequence[Message], **options) -> Completion:
+    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
         """The assistant's next message in a conversation. The options are those of `stream`."""
         return finish(self.stream_chat(messages, **options))
 
-    def stream(self, prompt: str | Sequence[int], *, special: bool = False, **options) -> Iterator[Piece]:
+    def stream(
+        self, prompt: str | Sequence[int], *, special: bool = False, **options: Any
+    ) -> Iterator[Piece]:
         """Like `generate`, one piece at a time.
 
         special: names of control tokens in the prompt become those tokens, as in `Tokenizer.encode`.
@@ -121,11 +124,11 @@ class Llama:
         """
         return self._stream(self._encode(prompt, special), at_start=False, **options)
 
-    def stream_chat(self, messages: Sequence[Message], **options) -> Iterator[Piece]:
+    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
         """Like `chat`, one piece at a time. The options are those of `stream`."""
         return self._stream(self.encode_chat(messages), at_start=True, **options)
 
-    def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options) -> list[Completion]:
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
         """Continue several texts, or lists of ids, at once: faster than one after another.
 
         The options are those of `stream`, without `session` and `on_prefill`. Each prompt is continued as if
@@ -139,7 +142,7 @@ class Llama:
             raise ParameterError("the prompts are one text, they must be a list of texts or of lists of ids")
         return self._batch(prompts, self._encode, at_start=False, **options)
 
-    def chat_batch(self, conversations: Sequence[Sequence[Message]], **options) -> list[Completion]:
+    def chat_batch(self, conversations: Sequence[Sequence[Message]], **options: Any) -> list[Completion]:
         """The assistant's next message in each of several conversations. See `generate_batch`."""
         check_iterable("conversations", conversations, "a list of lists of messages")
         return self._batch(conversations, self.encode_chat, at_start=True, **options)
@@ -175,7 +178,7 @@ class Llama:
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
         return min(self.max_context, len(prompt) + max(max_tokens, 1))
 
-    def _limits(self, max_tokens: int | None) -> dict:
+    def _limits(self, max_tokens: int | None) -> dict[str, Any]:
         """The options of `Request` that end a generation."""
         tokenizer = self.tokenizer
         return {"max_tokens": max_tokens, "stop_ids": tokenizer.eos_ids, "vocab_size": tokenizer.n_used}
@@ -189,7 +192,7 @@ class Llama:
         stop: Iterable[str] | None = None,
         session: Session | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> Iterator[Piece]:
         on_prefill = _silent if on_prefill is None else on_prefill
         check_callable("on_prefill", on_prefill)
@@ -200,7 +203,14 @@ class Llama:
         return self._pieces(prompt, session, sampler, stop_texts, at_start, max_tokens, on_prefill)
 
     def _pieces(
-        self, prompt, session, sampler, stop_texts, at_start, max_tokens, on_prefill
+        self,
+        prompt: list[int],
+        session: Session,
+        sampler: Sampler,
+        stop_texts: StopTexts,
+        at_start: bool,
+        max_tokens: int | None,
+        on_prefill: Callable[[int, int], None],
     ) -> Iterator[Piece]:
         self.check_unchanged()
         transcript = Transcript(self.tokenizer, stop_texts, at_start)
@@ -218,13 +228,13 @@ class Llama:
 
     def _batch(
         self,
-        prompts: Iterable,
+        prompts: Iterable[Any],
         encode: Callable[..., list[int]],
         *,
         at_start: bool,
         max_tokens: int | None = None,
         stop: Iterable[str] | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> list[Completion]:
         sampler, limits, stop = Sampler(**sampling), self._limits(max_tokens), StopTexts(stop).stop
         encoded, sequences = [], []
@@ -267,8 +277,8 @@ def finish(stream: Iterable[Piece]) -> Completion:
 
 
 def load(
-    model: str | os.PathLike = DEFAULT_MODEL,
-    dtype=None,
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    dtype: DTypeLike | None = None,
     backend: str = "c",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -313,6 +323,6 @@ def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
     return replace(args, max_seq_len=int(max_seq_len))
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Only the tokenizer, from a model, or from a file or folder without weights."""
     return checkpoint.load_tokenizer(locate(path))

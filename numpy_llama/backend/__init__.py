@@ -8,8 +8,10 @@ limits.py          the CPUs and threads that this process may use
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..config import ModelArgs
 from ..errors import ParameterError, UnsupportedError, escape
@@ -18,9 +20,10 @@ from . import interruptible
 from .formats import StoredTensor
 
 Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, bytes in all
+Made = TypeVar("Made")
 
 
-def check_options(dtype, backend: str) -> None:
+def check_options(dtype: DTypeLike | None, backend: str) -> None:
     """ParameterError for options with which no model can be built."""
     try:
         known = dtype is None or np.dtype(dtype) in (np.float32, np.float64)
@@ -35,7 +38,7 @@ def check_options(dtype, backend: str) -> None:
 def build(
     args: ModelArgs,
     weights: Mapping[str, StoredTensor],
-    dtype=None,
+    dtype: DTypeLike | None = None,
     backend: str = "c",
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -66,10 +69,12 @@ def build(
     return fuse(model, kernels)
 
 
-def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progress) -> dict:
+def _each(
+    weights: Mapping[str, StoredTensor], make: Callable[[StoredTensor], Made], progress: Progress
+) -> dict[str, Made]:
     """Apply `make` to every weight, once to a weight with two names: a tied embedding."""
     different = {id(w): w for w in weights.values()}
-    total, done, made = sum(w.nbytes for w in different.values()), 0, {}
+    total, done, made = sum(w.nbytes for w in different.values()), 0, dict[int, Made]()
     for key, w in different.items():
         if not w.in_place:
             progress("loading", done, total)
@@ -78,6 +83,6 @@ def _each(weights: Mapping[str, StoredTensor], make: Callable, progress: Progres
     return {name: made[id(w)] for name, w in weights.items()}
 
 
-def cache_dtype(backend: str, dtype, exact: bool):
+def cache_dtype(backend: str, dtype: DTypeLike | None, exact: bool) -> np.dtype[Any]:
     """The dtype of the KV cache: float16 if only the C kernels read it."""
-    return np.float16 if backend == "c" and dtype is None and not exact else dtype or np.float32
+    return np.dtype(np.float16 if backend == "c" and dtype is None and not exact else dtype or np.float32)

@@ -34,9 +34,9 @@ The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -51,74 +51,74 @@ WEIGHTS_AT_ONCE = 1 << 20  # weights that `dequantize` unpacks at a time
 MAX_F16 = 65504  # if no weight is larger, d and m are finite in every format
 
 
-def dequantize_f32(rows):
+def dequantize_f32(rows: Array) -> Array:
     return rows.view("<f4")
 
 
-def dequantize_f16(rows):
+def dequantize_f16(rows: Array) -> Array:
     return rows.view("<f2").astype(np.float32)
 
 
-def dequantize_bf16(rows):
+def dequantize_bf16(rows: Array) -> Array:
     """bfloat16 is the upper half of a float32."""
     return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-def dequantize_q8_0(rows):
+def dequantize_q8_0(rows: Array) -> Array:
     blocks = rows.reshape(len(rows), -1, 2 + QK)
     d = _float16(blocks[..., :2])
     return (d * blocks[..., 2:].view(np.int8)).reshape(len(rows), -1)
 
 
-def dequantize_q4_0(rows):
+def dequantize_q4_0(rows: Array) -> Array:
     blocks = rows.reshape(len(rows), -1, 2 + QK // 2)
     d = _float16(blocks[..., :2])
     q = _nibbles(blocks[..., 2:])
     return (d * (q.view(np.int8) - 8)).reshape(len(rows), -1)
 
 
-def dequantize_q4_1(rows):
+def dequantize_q4_1(rows: Array) -> Array:
     blocks = rows.reshape(len(rows), -1, 4 + QK // 2)
     d, m = _float16(blocks[..., 0:2]), _float16(blocks[..., 2:4])
     return (d * _nibbles(blocks[..., 4:]) + m).reshape(len(rows), -1)
 
 
-def dequantize_q5_0(rows):
+def dequantize_q5_0(rows: Array) -> Array:
     blocks = rows.reshape(len(rows), -1, 6 + QK // 2)
     d = _float16(blocks[..., :2])
     q = _nibbles(blocks[..., 6:]) | _bits(blocks[..., 2:6]) << 4
     return (d * (q.view(np.int8) - 16)).reshape(len(rows), -1)
 
 
-def dequantize_q5_1(rows):
+def dequantize_q5_1(rows: Array) -> Array:
     blocks = rows.reshape(len(rows), -1, 8 + QK // 2)
     d, m = _float16(blocks[..., 0:2]), _float16(blocks[..., 2:4])
     q = _nibbles(blocks[..., 8:]) | _bits(blocks[..., 4:8]) << 4
     return (d * q + m).reshape(len(rows), -1)
 
 
-def dequantize_q4_k(rows):
+def dequantize_q4_k(rows: Array) -> Array:
     blocks = rows.reshape(-1, 16 + QK_K // 2)
     q = _nibbles(blocks[:, 16:].reshape(-1, 4, 32))
     return _scaled(blocks, q).reshape(len(rows), -1)
 
 
-def dequantize_q5_k(rows):
+def dequantize_q5_k(rows: Array) -> Array:
     blocks = rows.reshape(-1, 16 + QK_K // 8 + QK_K // 2)
     fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # (blocks, 8, 32)
     q = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4
     return _scaled(blocks, q).reshape(len(rows), -1)
 
 
-def dequantize_q6_k(rows):
+def dequantize_q6_k(rows: Array) -> Array:
     blocks = rows.reshape(-1, QK_K // 2 + QK_K // 4 + 16 + 2)
-    upper = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.uint8([[0], [2], [4], [6]]) & 3
+    upper = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
     q = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32) | upper << 4
     d = _float16(blocks[:, 208:]) * blocks[:, 192:208].view(np.int8)
     return (d[..., None] * (q.view(np.int8) - 32).reshape(-1, 16, 16)).reshape(len(rows), -1)
 
 
-def _scaled(blocks, q):
+def _scaled(blocks: Array, q: Array) -> Array:
     """(d * sc) * q - dmin * m: Q4_K or Q5_K blocks and their numbers q -> (blocks, 8, 32)."""
     low, middle, high = np.split(blocks[:, 4:16], 3, axis=-1)
     sc = np.concatenate([low & 63, high & 15 | low >> 6 << 4], axis=-1)
@@ -127,30 +127,30 @@ def _scaled(blocks, q):
     return d[..., None] * q.reshape(-1, 8, 32) - minimum[..., None]
 
 
-def _float16(pair):
+def _float16(pair: Array) -> Array:
     return pair.view("<f2").astype(np.float32)
 
 
-def _nibbles(q):
+def _nibbles(q: Array) -> Array:
     """(..., n) bytes -> (..., 2 n) numbers of 0..15: the low halves, then the high ones."""
     return np.concatenate([q & 0x0F, q >> 4], axis=-1)
 
 
-def _bits(q):
+def _bits(q: Array) -> Array:
     """(..., 4) bytes -> (..., 32) numbers of 0 or 1."""
     return np.unpackbits(q, axis=-1, bitorder="little")
 
 
-def quantize_f32(x):
+def quantize_f32(x: Array) -> Array:
     return np.ascontiguousarray(x, "<f4").view(np.uint8)
 
 
-def quantize_f16(x):
+def quantize_f16(x: Array) -> Array:
     with np.errstate(over="ignore"):  # beyond 65504 a float16 is infinite, as in every converter
         return np.ascontiguousarray(x.astype("<f2")).view(np.uint8)
 
 
-def quantize_bf16(x):
+def quantize_bf16(x: Array) -> Array:
     """Round to nearest, ties to even; a NaN stays a NaN."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -158,7 +158,7 @@ def quantize_bf16(x):
     return np.where(np.isnan(x), quiet_nan, rounded).astype("<u2").view(np.uint8)
 
 
-def quantize_q8_0(x):
+def quantize_q8_0(x: Array) -> Array:
     """d = max|x| / 127; q = x / d, rounded half away from zero."""
     x = x.reshape(len(x), -1, QK)
     d = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
@@ -167,7 +167,7 @@ def quantize_q8_0(x):
     return _blocks([d.astype("<f2"), q])
 
 
-def quantize_q4_0(x):
+def quantize_q4_0(x: Array) -> Array:
     """d = x_max / -8 where |x_max| is largest: that weight becomes q = 0, its exact value."""
     x = x.reshape(len(x), -1, QK)
     extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
@@ -176,7 +176,7 @@ def quantize_q4_0(x):
     return _blocks([d.astype("<f2"), _pairs(q)])
 
 
-def quantize_q4_1(x):
+def quantize_q4_1(x: Array) -> Array:
     """d = (max - min) / 15, m = min."""
     x = x.reshape(len(x), -1, QK)
     m = x.min(axis=-1, keepdims=True)
@@ -185,7 +185,7 @@ def quantize_q4_1(x):
     return _blocks([d.astype("<f2"), m.astype("<f2"), _pairs(q)])
 
 
-def quantize_q5_0(x):
+def quantize_q5_0(x: Array) -> Array:
     """Q4_0 with twice as many steps: d = x_max / -16."""
     x = x.reshape(len(x), -1, QK)
     extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
@@ -194,7 +194,7 @@ def quantize_q5_0(x):
     return _blocks([d.astype("<f2"), _fifth_bits(q), _pairs(q)])
 
 
-def quantize_q5_1(x):
+def quantize_q5_1(x: Array) -> Array:
     """Q4_1 with twice as many steps: d = (max - min) / 31, m = min."""
     x = x.reshape(len(x), -1, QK)
     m = x.min(axis=-1, keepdims=True)
@@ -215,22 +215,22 @@ def quantize_activations(x: Array, block: int) -> Array:
     return (np.rint(blocks * inverse) * (largest / X_MAX)).reshape(x.shape)
 
 
-def _inverse(d):
+def _inverse(d: Array) -> Array:
     """1 / d, or 0 if that is infinite. Such a d is 0 as a float16, and so is every weight."""
     return np.divide(1, d, out=np.zeros_like(d), where=np.abs(d) > 2.0**-128)
 
 
-def _pairs(q):
+def _pairs(q: Array) -> Array:
     """(..., 32) numbers -> (..., 16) bytes: the lower four bits of i and of i + 16."""
     return q[..., :16] & 15 | q[..., 16:] << 4
 
 
-def _fifth_bits(q):
+def _fifth_bits(q: Array) -> Array:
     """(..., 32) numbers -> (..., 4) bytes."""
     return np.packbits(q >> 4, axis=-1, bitorder="little")
 
 
-def _blocks(parts):
+def _blocks(parts: Sequence[Array]) -> Array:
     """The parts of each block, side by side as bytes: -> (rows, bytes a row)."""
     blocks = np.concatenate([np.ascontiguousarray(p).view(np.uint8) for p in parts], axis=-1)
     return blocks.reshape(len(blocks), -1)
@@ -244,8 +244,8 @@ class Format:
     code: int  # ggml's number of the type, in GGUF files and in csrc/kernels.h
     block: int
     block_bytes: int
-    dequantize: Callable  # (rows, bytes a row) uint8 -> (rows, weights a row) float32
-    quantize: Callable | None = None  # the way back; None for a format that is only read
+    dequantize: Callable[[Array], Array]  # (rows, bytes a row) uint8 -> (rows, weights a row) float32
+    quantize: Callable[[Array], Array] | None = None  # the way back; None for a format that is only read
 
     def row_bytes(self, n: int) -> int:
         """Bytes that a row of n weights takes."""
@@ -273,13 +273,13 @@ FORMATS = {
 class InPlace:
     """An object that uses memory of a file or of C in place. Its copy is itself, and a pickle is an error."""
 
-    def __copy__(self):
+    def __copy__(self) -> "InPlace":
         return self
 
-    def __deepcopy__(self, memo: dict):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InPlace":
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
             "a model cannot be pickled, because its weights are used in place, in the mapped file; "
             "load it in each process: they share its memory"

@@ -8,6 +8,7 @@ bits.
 import numpy as np
 
 from .. import functional as F
+from ..config import Array
 
 # Multiply-adds a call: about 50 ms on two cores. With fewer than 32 tokens memory is the limit, and a call
 # takes as long as with 32.
@@ -15,7 +16,7 @@ LINEAR_WORK, LEAST_TOKENS = 1 << 32, 32
 ATTENTION_WORK = 1 << 29  # less, because NumPy multiplies one head at a time, and mask and softmax follow
 
 
-def linear(x, w):
+def linear(x: Array, w: Array) -> Array:
     """F.linear, some rows of w at a time."""
     IN = max(x.shape[-1], 1)
     rows = max(1, LINEAR_WORK // (max(x.size // IN, LEAST_TOKENS) * IN))
@@ -24,7 +25,7 @@ def linear(x, w):
     return np.concatenate([F.linear(x, w[i : i + rows]) for i in range(0, len(w), rows)], axis=-1)
 
 
-def attention(q, k, v):
+def attention(q: Array, k: Array, v: Array) -> Array:
     """F.attention, some key heads at a time, each with the query heads that share it."""
     (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
     heads = max(1, ATTENTION_WORK * K // max(B * T * S * H * Dh, 1))

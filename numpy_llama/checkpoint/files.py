@@ -25,7 +25,7 @@ MISTAKEN = {
 class MappedFile:
     """A file mapped into memory, read only. `map` is all of its bytes; the system reads only those used."""
 
-    def __init__(self, path: str | os.PathLike, wanted: str, least: int = 1):
+    def __init__(self, path: str | os.PathLike[str], wanted: str, least: int = 1):
         """For messages: `wanted` is the kind of file, `least` the bytes that such a file has at least."""
         self.path = Path(path)
         try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..backend import cache_dtype
 from ..backend.formats import QK, StoredTensor
@@ -74,7 +75,11 @@ class MemoryPlan:
 
 
 def memory_plan(
-    args: ModelArgs, weights: Mapping[str, StoredTensor], backend: str, dtype=None, exact: bool = False
+    args: ModelArgs,
+    weights: Mapping[str, StoredTensor],
+    backend: str,
+    dtype: DTypeLike | None = None,
+    exact: bool = False,
 ) -> MemoryPlan:
     """The memory plan of a model on one backend, from the shapes and formats of its weights alone."""
     mapped = made = parameters = 0

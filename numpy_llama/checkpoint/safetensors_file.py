@@ -49,7 +49,7 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell half a surrogate pa
 class SafetensorsFile:
     """A safetensors file, memory-mapped and checked. The weights are views of the map."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.file = MappedFile(self.path, "a safetensors file", LENGTH_BYTES)
         self.file.refuse_mistaken("a safetensors file")

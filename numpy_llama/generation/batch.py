@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from ..cache import KVCache
+from ..config import Array
 from ..errors import NumpyLlamaError
 from ..model import Attention, Function, Transformer, TransformerBlock
 from .generate import Request, check_finite, prefill
@@ -30,7 +31,7 @@ class BatchCache:
     def __init__(self, caches: Sequence[KVCache]):
         self.caches = caches
 
-    def update(self, layer, start_pos, xk, xv):
+    def update(self, layer: int, start_pos: Array, xk: Array, xv: Array) -> Iterator[tuple[Array, ...]]:
         """Store the new keys and values (B, T, K, Dh). -> B keys and B values, each (1, S_b, K, Dh)."""
         rows = zip(self.caches, start_pos.tolist(), xk[:, None], xv[:, None], strict=True)
         return zip(*(cache.update(layer, start, k, v) for cache, start, k, v in rows), strict=True)
@@ -39,7 +40,7 @@ class BatchCache:
 def one_by_one(attention: Function) -> Function:
     """`attention` for sequences of different lengths: q (B, T, H, Dh), B keys and values (1, S_b, K, Dh)."""
 
-    def each(q, keys, values):
+    def each(q: Array, keys: Sequence[Array], values: Sequence[Array]) -> Array:
         return np.concatenate([attention(*one) for one in zip(q[:, None], keys, values, strict=True)])
 
     return each
@@ -56,13 +57,13 @@ def side_by_side(model: Transformer, cache: BatchCache) -> Transformer:
     )
 
 
-def takes_batches(layer: Callable, cache: BatchCache) -> bool:
+def takes_batches(layer: Callable[..., Array], cache: BatchCache) -> bool:
     """Whether a layer reads a `BatchCache` without `one_by_one`, as a fused block does."""
     fuses: Callable[[BatchCache], bool] | None = getattr(layer, "fuses", None)
     return fuses is not None and fuses(cache)
 
 
-def hidden_states(model: Transformer, tokens, start_pos, cache: BatchCache) -> np.ndarray:
+def hidden_states(model: Transformer, tokens: Array, start_pos: Array, cache: BatchCache) -> np.ndarray:
     """`model.hidden` of one new id of each sequence: (B, 1) ids -> (B, 1, D).
 
     An exchanged layer or attention may read only a KVCache. Then the sequences run one after another.

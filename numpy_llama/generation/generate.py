@@ -4,11 +4,14 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from threading import RLock
+from typing import Any
 
 import numpy as np
 
+from ..cache import KVCache
+from ..config import Array
 from ..errors import ContextOverflowError, NumericsError, ParameterError, check_has
-from ..model import Transformer
+from ..model import Function, Transformer, TransformerBlock
 from .sampling import Sampler
 
 PREFILL_CHUNK = 512  # tokens a forward pass: large enough for full speed, small enough to report progress
@@ -27,17 +30,17 @@ class Session:
         self.user: object = None  # the request that uses it now
         self._lock = RLock()  # held during a step
 
-    def __deepcopy__(self, memo: dict) -> "Session":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         """A second session with the same positions, to continue the conversation in two ways."""
         other = copy(self)
         other.cache, other.ids = deepcopy(self.cache, memo), list(self.ids)
         return other
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle: the conversation, without the request that uses it now."""
         return {"cache": self.cache, "ids": self.ids}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, user=None, _lock=RLock())
 
     @contextmanager
@@ -72,7 +75,9 @@ def forward(model: Transformer, ids: Sequence[int], session: Session) -> np.ndar
         return model.logits(h[0, -1])
 
 
-def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_pos: int, cache) -> None:
+def check_finite(
+    h: np.ndarray, model: Transformer, ids: Sequence[int], start_pos: int, cache: KVCache
+) -> None:
     """NumericsError if h, the residual stream of the last of `ids`, is not finite.
 
     The pass then runs a second time with a check after each layer, to name the first layer that fails.
@@ -80,17 +85,17 @@ def check_finite(h: np.ndarray, model: Transformer, ids: Sequence[int], start_po
     if np.isfinite(h).all():
         return
 
-    def look(h, what):
+    def look(h: Array, what: str) -> None:
         finite = np.isfinite(h[0]).all(axis=-1)  # (T,)
         if not finite.all():
             t = int(finite.argmin())
             raise NumericsError(f"position {start_pos + t}, token {ids[t]}: {what} is not finite")
 
-    def checked(i, layer):
-        def run(h, *rest):
+    def checked(i: int, layer: TransformerBlock) -> Function:
+        def run(h: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
             if i == 0:
                 look(h, "its embedding")
-            h = layer(h, *rest)
+            h = layer(h, start_pos, freqs_cis, cache)
             look(h, f"what comes out of layer {i}, the first to go wrong,")
             return h
 
@@ -186,7 +191,7 @@ def generate(
     sampler: Sampler,
     *,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
-    **options,
+    **options: Any,
 ) -> Generator[int, None, str]:
     """Yield the new ids, and return the reason of the end. The options are those of `Request`.
 

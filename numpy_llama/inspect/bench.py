@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,7 +206,9 @@ def filled_cache(model: Transformer, task: Task, rng: np.random.Generator) -> KV
     return cache
 
 
-def once(model: Transformer, ids: np.ndarray, cache: KVCache, task: Task, steps) -> float:
+def once(
+    model: Transformer, ids: np.ndarray, cache: KVCache, task: Task, steps: Iterable[tuple[int, int]]
+) -> float:
     """Seconds for these steps of the task. Positions of the cache after `depth` are overwritten."""
     began = time.perf_counter()
     for begin, end in steps:

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import functional as F
+from ..config import Array
 from ..errors import MismatchError, ParameterError, check_callable, check_kind
 from ..llama import STAND_INS, Llama
-from ..model import Attention, FeedForward, Linear, RMSNorm, Transformer, TransformerBlock
+from ..model import Attention, FeedForward, Function, Linear, RMSNorm, Transformer, TransformerBlock
 
 # Every name in the order of the forward pass, with its shape and its meaning.
 PLACES = {
@@ -235,10 +236,10 @@ def _part(model: Transformer, name: str) -> Any:
     return part
 
 
-def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[str]) -> Callable:
+def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[str]) -> Function:
     """A part of the model with hooks on its argument and its result."""
 
-    def call(call_part: Callable, x: np.ndarray, rest: Sequence) -> np.ndarray:
+    def call(call_part: Function, x: np.ndarray, rest: Sequence[Any]) -> np.ndarray:
         for name in before:
             x = hook(name, x)
         y = call_part(x, *rest)
@@ -252,7 +253,7 @@ def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[st
     class Hooked(type(part)):  # type: ignore[misc]
         """A part of the same class, so that its own parts can be exchanged."""
 
-        def __call__(self, x, *rest):
+        def __call__(self, x: Array, *rest: Any) -> Array:
             return call(super().__call__, x, rest)
 
     hooked: Any = object.__new__(Hooked)
@@ -260,11 +261,11 @@ def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[st
     return hooked
 
 
-def _with_inner_hooks(attend: Callable, at: str, wanted: set[str], hook: Hook) -> Callable:
+def _with_inner_hooks(attend: Function, at: str, wanted: set[str], hook: Hook) -> Function:
     """`attention` with hooks on q, k, v, scores, weights and heads."""
     within = {f"{at}.scores", f"{at}.weights"} & wanted
 
-    def attention(q, k, v):
+    def attention(q: Array, k: Array, v: Array) -> Array:
         q, k, v = hook(f"{at}.q", q), hook(f"{at}.k", k), hook(f"{at}.v", v)
         heads = attend(q, k, v)
         if within:  # the kernel does not store scores and weights

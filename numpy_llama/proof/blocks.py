@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from ..config import Array
+
 ALL_16_BITS = np.arange(2**16, dtype=np.uint16)
 
 
-def packed_scales(sc, m):
+def packed_scales(sc: Array, m: Array) -> Array:
     """(blocks, 8) numbers of 6 bits each -> (blocks, 12) bytes, bit by bit in the layout of formats.py."""
     place = {}  # (array, sub-block, bit): (byte, bit)
     for j in range(4):
@@ -24,7 +26,7 @@ def packed_scales(sc, m):
     return packed
 
 
-def all_pairs_of_scales():
+def all_pairs_of_scales() -> tuple[Array, Array]:
     """Two arrays (4096, 8): at every place of a block, every pair of two 6-bit numbers."""
     pair = (np.arange(4096)[:, None] + 509 * np.arange(8)) % 4096
     return pair // 64, pair % 64

@@ -8,8 +8,12 @@ A result beyond its bound is a `Miss`. It keeps both sides for the report.
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from ..config import Array
 
 U32 = 2.0**-24
 U64 = 2.0**-53
@@ -40,7 +44,7 @@ LAMBDA = 10.0
 USUAL = (np.float64, np.int64, np.complex128, np.bool_)
 
 
-def unit(dtype) -> float:
+def unit(dtype: DTypeLike) -> float:
     """The unit roundoff of a dtype."""
     return float(np.finfo(dtype).eps) / 2
 
@@ -65,25 +69,25 @@ def g_probable(K: int, u: float = U32) -> float:
 class Miss(AssertionError):
     """A result that is beyond its bound."""
 
-    def __init__(self, actual, expected, why: str):
+    def __init__(self, actual: object, expected: object, why: str):
         alike = shown(actual) == shown(expected)  # they differ in later digits only
         self.gave, self.wanted, self.why = shown(actual, alike), shown(expected, alike), why
         super().__init__(f"{why}\n  gave   {self.gave}\n  wanted {self.wanted}")
 
 
-def shown(x, every_digit: bool = False) -> str:
+def shown(x: object, every_digit: bool = False) -> str:
     """A number or an array as text. A large array is cut to its ends."""
     if isinstance(x, dict):
         return f"{len(x)} named arrays"
     if isinstance(x, np.ndarray) and x.size:
-        digits: dict = {"floatmode": "unique"} if every_digit else {"precision": 8}
+        digits: dict[str, Any] = {"floatmode": "unique"} if every_digit else {"precision": 8}
         text = np.array2string(x, **digits, threshold=16, edgeitems=2, max_line_width=88, separator=", ")
         plain = x.size <= 6 and x.ndim < 3 and x.dtype in USUAL
         return text if plain else f"{text}, {x.dtype} of shape {x.shape}"
     return f"an empty array of shape {x.shape}" if isinstance(x, np.ndarray) else repr(x)
 
 
-def assert_same(actual, expected) -> None:
+def assert_same(actual: ArrayLike, expected: ArrayLike) -> None:
     """Equal to the last bit. But -0 equals 0, and any NaN equals any NaN."""
     actual, expected = _alike(actual, expected)
     equal = actual == expected
@@ -93,7 +97,7 @@ def assert_same(actual, expected) -> None:
         raise Miss(actual, expected, f"{_count(equal)} not the same to the last bit")
 
 
-def assert_near(actual, expected, tolerance: float) -> None:
+def assert_near(actual: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
     """|actual - expected| <= tolerance * the largest |expected|. For results that are sums of many terms."""
     actual, expected = _alike(actual, expected)
     error = np.abs(_widen(actual) - expected).max(initial=0)
@@ -102,7 +106,7 @@ def assert_near(actual, expected, tolerance: float) -> None:
         raise Miss(actual, expected, f"off by {error:.3g}, {allowed:.3g} allowed")
 
 
-def assert_within(actual, expected, bound) -> None:
+def assert_within(actual: ArrayLike, expected: ArrayLike, bound: ArrayLike) -> None:
     """|actual - expected| <= bound, element by element. Equal infinities are equal; NaN never passes."""
     actual, expected = _alike(actual, expected)
     with np.errstate(invalid="ignore"):  # inf - inf; the first clause counts them as equal
@@ -117,7 +121,7 @@ def assert_within(actual, expected, bound) -> None:
         )
 
 
-def assert_close_on_average(actual, expected, tolerance: float) -> None:
+def assert_close_on_average(actual: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
     """The error's root mean square <= tolerance * the root mean square of `expected`.
 
     Roundings go up and down, so their mean stays far below a bound for the worst case.
@@ -129,18 +133,18 @@ def assert_close_on_average(actual, expected, tolerance: float) -> None:
         raise Miss(actual, expected, f"off by {error:.3g} on average, {allowed:.3g} allowed")
 
 
-def _count(fine) -> str:
+def _count(fine: Array) -> str:
     """The wrong numbers as the subject of a sentence: "3 of 8 numbers are"; of a single number, "it is"."""
     wrong = np.size(fine) - np.count_nonzero(fine)
     return "it is" if np.size(fine) == 1 else f"{wrong} of {np.size(fine)} numbers are"
 
 
-def _alike(actual, expected):
+def _alike(actual: ArrayLike, expected: ArrayLike) -> tuple[Array, Array]:
     actual, expected = np.asarray(actual), np.asarray(expected)
     if actual.shape != expected.shape:
         raise Miss(actual, expected, f"the shape is {actual.shape}, it should be {expected.shape}")
     return actual, expected
 
 
-def _widen(x):
+def _widen(x: Array) -> Array:
     return x.astype(np.promote_types(x.dtype, np.float64))

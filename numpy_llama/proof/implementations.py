@@ -7,19 +7,24 @@ some: a law runs on every implementation that has all the operations of the law.
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .. import cache, functional, model
 from ..backend import formats as quantize
+from ..config import Array, ModelArgs
 from ..errors import BuildError
 from ..generation import sampling
 from ..text import bpe as merging
+
+if TYPE_CHECKING:
+    from ..backend.kernels import Kernels
 
 STORED = [f.name.lower() for f in quantize.FORMATS.values()]
 
@@ -46,20 +51,23 @@ NAMES = [name for names in OPERATIONS.values() for name in names]
 ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "quantize_activations"} - {"greedy", "sample"}
 
 
+Operation = Callable[..., Any]
+
+
 class Call(NamedTuple):
     """A call: its function, copies of its arguments, its result, and the arguments that it wrote into."""
 
     name: str
-    function: Callable
-    arguments: tuple
-    result: object = None
+    function: Operation
+    arguments: tuple[Any, ...]
+    result: Any = None
     written: tuple[int, ...] = ()
 
 
 class Implementation:
     """Operations as attributes. `calls` has every call of the current example."""
 
-    def __init__(self, name: str, operations: Mapping[str, Callable], dtype=np.float64):
+    def __init__(self, name: str, operations: Mapping[str, Operation], dtype: DTypeLike = np.float64):
         """`dtype`: the finest precision that it computes in."""
         self.name, self.operations, self.dtype = name, operations, np.dtype(dtype)
         self.calls: list[Call] = []
@@ -67,15 +75,15 @@ class Implementation:
     def __repr__(self) -> str:
         return self.name
 
-    def __getattr__(self, name: str) -> Callable:
+    def __getattr__(self, name: str) -> Operation:
         if name not in self.operations:
             raise AttributeError(f"{self.name} has no {name}")
         return self.kept(name, self.operations[name])
 
-    def kept(self, name: str, operation: Callable) -> Callable:
+    def kept(self, name: str, operation: Operation) -> Operation:
         """The operation, with a record of every call. Arrays are copied, because they may change later."""
 
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             given = tuple(copied(x) for x in arguments)
             self.calls.append(Call(name, operation, given))
             result = operation(*arguments)
@@ -92,27 +100,27 @@ class Implementation:
 class Kept:
     """An object of a tested class, a cache or a model, with a record of the calls of its methods."""
 
-    def __init__(self, by: Implementation, name: str, object: object):
+    def __init__(self, by: Implementation, name: str, object: Any):
         self._by, self._name, self._object = by, name, object
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         found = getattr(self._object, name)
         return self._by.kept(f"{self._name}.{name}", found) if inspect.ismethod(found) else found
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Any:
         return self._by.kept(self._name, self._object)(*arguments)
 
 
-def copied(x):
+def copied(x: Any) -> Any:
     return x.copy() if isinstance(x, np.ndarray) else x
 
 
-def is_other(x, was) -> bool:
+def is_other(x: object, was: Any) -> bool:
     """Whether the bits of an array have changed. NaN with the same bits has not."""
     return isinstance(x, np.ndarray) and x.tobytes() != was.tobytes()
 
 
-def check_kind(name: str, arguments: tuple, result) -> None:
+def check_kind(name: str, arguments: tuple[Any, ...], result: Any) -> None:
     """Raise an error that names the operation if its result is no array, or has another precision."""
     if name in ARRAYS and not isinstance(result, np.ndarray | np.generic):
         what = "nothing (is a return missing?)" if result is None else f"a {type(result).__name__}"
@@ -122,7 +130,9 @@ def check_kind(name: str, arguments: tuple, result) -> None:
         raise AssertionError(f"{floats.pop()} went in, {result.dtype} came out")
 
 
-def numpy_implementation(name: str = "numpy", modules: Mapping[ModuleType, tuple] = OPERATIONS):
+def numpy_implementation(
+    name: str = "numpy", modules: Mapping[ModuleType, tuple[str, ...]] = OPERATIONS
+) -> Implementation:
     """The functions of this package, which are the definition."""
     return Implementation(
         name, {one: getattr(module, one) for module, names in modules.items() for one in names}
@@ -141,14 +151,16 @@ def compiled_implementations() -> list[Implementation]:
         from ..backend import kernels
     except BuildError:  # `numpy-llama doctor` reports it
         return []
-    return [compiled(kernels, isa) for isa in kernels.available_isas()]
+    return [compiled(isa) for isa in kernels.available_isas()]
 
 
-def compiled(module: ModuleType, isa: str) -> Implementation:
+def compiled(isa: str) -> Implementation:
+    from ..backend import kernels as module
+
     kernels = module.Kernels(2, exact=True)
 
     @contextmanager
-    def chosen():
+    def chosen() -> Iterator[None]:
         before = module.isa(), module.WORK_FOR_THREADS
         module.use_isa(isa)
         module.WORK_FOR_THREADS = 0  # two threads even for little work
@@ -158,8 +170,8 @@ def compiled(module: ModuleType, isa: str) -> Implementation:
             module.use_isa(before[0])
             module.WORK_FOR_THREADS = before[1]
 
-    def in_c(function: Callable) -> Callable:
-        def run(*arguments):
+    def in_c(function: Operation) -> Operation:
+        def run(*arguments: Any) -> Any:
             with chosen():
                 return function(*arguments)
 
@@ -168,14 +180,14 @@ def compiled(module: ModuleType, isa: str) -> Implementation:
     class Transformer:
         """The model on the C backend: each layer is one call."""
 
-        def __init__(self, args, weights):
+        def __init__(self, args: ModelArgs, weights: Mapping[str, Array]):
             from ..backend import build
 
             stored = {name: quantize.StoredTensor.quantize(w, "F32") for name, w in weights.items()}
             self.built = build(args, stored, threads=1, exact=True)
             self.new_cache = self.built.new_cache
 
-        def __call__(self, *arguments):
+        def __call__(self, *arguments: Any) -> Array:
             with chosen():
                 return self.built(*arguments)
 
@@ -190,18 +202,18 @@ def compiled(module: ModuleType, isa: str) -> Implementation:
     return Implementation(f"c-{isa}", operations, np.float32)
 
 
-def conversions(kernels) -> dict[str, Callable]:
+def conversions(kernels: "Kernels") -> dict[str, Operation]:
     """The C conversions between formats, under the names of backend/formats.py."""
     F32 = quantize.FORMATS["F32"]
 
-    def expand(format):
-        def dequantize(rows):
+    def expand(format: quantize.Format) -> Operation:
+        def dequantize(rows: Array) -> Array:
             n = rows.shape[1] // format.block_bytes * format.block
             return kernels.convert(quantize.StoredTensor(format, (len(rows), n), rows), F32).view(np.float32)
 
         return dequantize
 
-    def shrink(format):
+    def shrink(format: quantize.Format) -> Operation:
         return lambda x: kernels.convert(quantize.StoredTensor.quantize(x, F32), format)
 
     formats = quantize.FORMATS.values()

@@ -15,11 +15,15 @@ both kinds, the report shows whole numbers.
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
+
+from .implementations import Implementation
 
 # The number of examples for each law. HYPOTHESIS_PROFILE chooses, as it does in tests/.
 PROFILES = {
@@ -46,7 +50,8 @@ class Source:
     """Random numbers in the precision of the tested implementation. The same seed gives the same numbers."""
 
     def __init__(self, seed: int, exact: bool):
-        self.seed, self.exact, self.dtype = seed, exact, np.dtype(np.float64)
+        self.seed, self.exact = seed, exact
+        self.dtype: np.dtype[Any] = np.dtype(np.float64)
         self.rng = np.random.default_rng(seed)
 
     def __repr__(self) -> str:
@@ -81,7 +86,7 @@ small_sizes = st.integers(1, 5)
 even_sizes = st.integers(1, 32).map(lambda half: 2 * half)
 
 
-def law(needs: str, *strategies: st.SearchStrategy, share: float = 1) -> Callable[[Law], Law]:
+def law(needs: str, *strategies: st.SearchStrategy[Any], share: float = 1) -> Callable[[Law], Law]:
     """A law about the operations `needs`, by name. Without strategies it runs once, else on many examples.
 
     A name may contain a parameter of the test, "quantize_{format}". `share`: the part of the profile's
@@ -91,7 +96,7 @@ def law(needs: str, *strategies: st.SearchStrategy, share: float = 1) -> Callabl
 
     def decorate(test: Law) -> Law:
         @functools.wraps(test)
-        def example(ops, *drawn, **named):
+        def example(ops: Implementation, *drawn: object, **named: object) -> None:
             ops.calls.clear()
             for source in (*drawn, *named.values()):
                 if isinstance(source, Source):
@@ -107,7 +112,7 @@ def law(needs: str, *strategies: st.SearchStrategy, share: float = 1) -> Callabl
     return decorate
 
 
-def assert_that(holds, failure: str) -> None:
+def assert_that(holds: ArrayLike, failure: str) -> None:
     """A law that is no equation. `failure` describes how it fails."""
     if not np.all(holds):
         raise AssertionError(failure)

@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
+from ..config import Array
 from .laws import seeds
 
 # The error of probabilities of float32 logits: exp magnifies the rounding of x / T, which is about 30 at
@@ -13,7 +14,7 @@ EDGE = 1e-6
 
 
 @st.composite
-def all_logits(draw, distinct=False):
+def all_logits(draw: st.DrawFn, distinct: bool = False) -> Array:
     """(V,) float32, flat or steep. With ties and filtered ids, unless `distinct`."""
     rng, V = np.random.default_rng(draw(seeds)), draw(st.integers(1, 60))
     x = rng.normal(size=V) * draw(st.sampled_from([1, 5, 0.1]))
@@ -29,11 +30,11 @@ def all_logits(draw, distinct=False):
 class Fixed:
     """A generator whose next numbers are known: `sample` takes one, by `random()`."""
 
-    def __init__(self, *values):
+    def __init__(self, *values: float):
         self.values = list(values)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"a generator whose random() is next {self.values}"
 
-    def random(self):
+    def random(self) -> float:
         return self.values.pop(0)

@@ -8,11 +8,13 @@ OpenMP runtimes would share the CPUs, and each would wait for the other's thread
 import multiprocessing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..checkpoint.names import tensor_names
-from ..config import ModelArgs
+from ..config import Array, ModelArgs
+from ..model import Weights
 from ..rope import (
     DynamicScaling,
     ExplicitScaling,
@@ -22,40 +24,43 @@ from ..rope import (
     YarnScaling,
 )
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 
 class Oracle:
-    def __enter__(self):
+    def __enter__(self) -> "Oracle":
         self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.process.shutdown(cancel_futures=True)
 
-    def both(self, args: ModelArgs, weights: dict, tokens: np.ndarray) -> list[np.ndarray]:
+    def both(self, args: ModelArgs, weights: Weights, tokens: Array) -> list[Array]:
         """The logits of torch_llama.py, and those of LlamaForCausalLM with its eager attention."""
         return self.process.submit(_both, args, weights, tokens).result()
 
 
-def _both(args, weights, tokens):
+def _both(args: ModelArgs, weights: Weights, tokens: Array) -> list[Array]:
     try:
         return [_torch(args, weights, tokens), _transformers(args, weights, tokens)]
     except Exception as error:  # some errors of transformers cannot be pickled
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _torch(args, weights, tokens):
+def _torch(args: ModelArgs, weights: Weights, tokens: Array) -> Array:
     from .torch_ops import Transformer
 
     return Transformer(args, weights)(tokens)
 
 
-def half_split(weight: np.ndarray, n_heads: int) -> np.ndarray:
+def half_split(weight: Array, n_heads: int) -> Array:
     """Rows of wq or wk in Hugging Face's order: the two of a pair half a head apart, not side by side."""
     OUT, IN = weight.shape
     return weight.reshape(n_heads, OUT // n_heads // 2, 2, IN).swapaxes(1, 2).reshape(OUT, IN)
 
 
-def _transformers(args, weights, tokens):
+def _transformers(args: ModelArgs, weights: Weights, tokens: Array) -> Array:
     import torch
 
     model = transformers_model(args, weights)
@@ -63,13 +68,13 @@ def _transformers(args, weights, tokens):
         return model(torch.from_numpy(tokens)).logits.numpy()
 
 
-def transformers_model(args: ModelArgs, weights: dict):
+def transformers_model(args: ModelArgs, weights: Weights) -> "LlamaForCausalLM":
     """LlamaForCausalLM holding these weights; the head is tied if the embedding is the output matrix."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)
-    more: dict = {"rope_parameters": rope_parameters(args), "attn_implementation": "eager"}
+    more: dict[str, Any] = {"rope_parameters": rope_parameters(args), "attn_implementation": "eager"}
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -95,7 +100,7 @@ def transformers_model(args: ModelArgs, weights: dict):
     return model
 
 
-def rope_parameters(args: ModelArgs) -> dict:
+def rope_parameters(args: ModelArgs) -> dict[str, Any]:
     """This RoPE as transformers has it, for all texts that fit into the context.
 
     transformers chooses by the length of each text where we choose by the size of the context: it is given

@@ -10,9 +10,14 @@ import inspect
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import pytest
+
+if TYPE_CHECKING:
+    from .implementations import Call, Implementation
 
 ASKED = "NUMPY_LLAMA_PROOF"  # pytest-xdist's processes inherit it, but not the command line
 PRINTED = 10  # the last lines that a user's functions print are shown for each failed law
@@ -42,11 +47,11 @@ def file_of(config: pytest.Config) -> Path | None:
     return Path(file).absolute() if file else None
 
 
-def law_of(item):
-    return item.get_closest_marker("numpy_llama_law")
+def is_law(item: pytest.Item) -> TypeGuard[pytest.Function]:
+    return item.get_closest_marker("numpy_llama_law") is not None
 
 
-def on_trial(config: pytest.Config) -> list:
+def on_trial(config: pytest.Config) -> "list[Implementation]":
     """The user's file, or else all implementations."""
     from . import implementations
 
@@ -56,10 +61,10 @@ def on_trial(config: pytest.Config) -> list:
     return config.stash[TRIAL]
 
 
-TRIAL = pytest.StashKey[list]()
+TRIAL = pytest.StashKey[list["Implementation"]]()
 
 
-def implementation_of(path: Path):
+def implementation_of(path: Path) -> "Implementation":
     from . import implementations
 
     if not path.is_file():
@@ -87,26 +92,32 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if law_of(metafunc.definition):
+    if is_law(metafunc.definition):
         metafunc.parametrize("ops", on_trial(metafunc.config), ids=str)
 
 
-def operations(item) -> list[str]:
+def operations(item: pytest.Function) -> list[str]:
     """The operations of a law, the most important first. "{name}" is a parameter of the test."""
-    return [name.format(**item.callspec.params) for name in law_of(item).args]
+    mark = item.get_closest_marker("numpy_llama_law")
+    return [name.format(**item.callspec.params) for name in mark.args] if mark else []
+
+
+def ops_of(item: pytest.Function) -> "Implementation":
+    """The implementation that a law runs on."""
+    return cast("Implementation", item.callspec.params["ops"])
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """-k selects laws by the names of their operations too."""
-    if law_of(item):
+    if is_law(item):
         item.extra_keyword_matches.update(operations(item))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A law does not run on an implementation that lacks one of its operations."""
 
-    def concerns(item) -> bool:
-        return not law_of(item) or set(operations(item)) <= set(item.callspec.params["ops"].operations)
+    def concerns(item: pytest.Item) -> bool:
+        return not is_law(item) or set(operations(item)) <= set(ops_of(item).operations)
 
     if others := [item for item in items if not concerns(item)]:
         if file_of(config):
@@ -115,27 +126,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if law_of(item) and call.when == "call":
-        report.operation, report.sentence = operations(item)[0], sentence(item.function)
-        if report.failed and (file := file_of(item.config)):
+    if is_law(item) and call.when == "call":
+        vars(report).update(operation=operations(item)[0], sentence=sentence(item.function))
+        if report.failed and call.excinfo and (file := file_of(item.config)):
             report.longrepr = failure_text(item, call.excinfo.value, file)
             report.sections = [(title, _end_of(text)) for title, text in report.sections]
     return report
 
 
-def sentence(law) -> str:
+def sentence(law: Callable[..., object]) -> str:
     """The law as a text: the first paragraph of its docstring."""
     return " ".join((inspect.getdoc(law) or law.__name__).split("\n\n")[0].split())
 
 
-def failure_text(item, error: BaseException, path: Path) -> str:
+def failure_text(item: pytest.Function, error: BaseException, path: Path) -> str:
     """The report of a failed law for the author of the operations."""
     from .bounds import Miss, shown
     from .laws import NotWritten
 
-    ops = item.callspec.params["ops"]
+    ops = ops_of(item)
     if isinstance(error, NotWritten):
         return f"{ops.calls[-1].name} is not written yet"
     lines = [f"{operations(item)[0]} does not keep this law:", f"  {sentence(item.function)}", ""]
@@ -160,7 +173,7 @@ def failure_text(item, error: BaseException, path: Path) -> str:
     return "\n".join(lines)
 
 
-def written_out(call) -> str:
+def written_out(call: "Call") -> str:
     """The call as Python code, with the names of its parameters."""
     from .bounds import shown
 
@@ -175,7 +188,7 @@ def written_out(call) -> str:
     return f"{call.name}(" + "".join(f"\n      {line}," for line in lines) + ")"
 
 
-def signature(function) -> inspect.Signature | None:
+def signature(function: Callable[..., object]) -> inspect.Signature | None:
     """The signature; None for functions without one, as some in C are."""
     try:
         return inspect.signature(function)
@@ -183,13 +196,13 @@ def signature(function) -> inspect.Signature | None:
         return None
 
 
-def parameters(call) -> list[str]:
+def parameters(call: "Call") -> list[str]:
     """A name for each argument; "" where there is none."""
     known = signature(call.function)
     return [*(known.parameters if known else ()), *[""] * len(call.arguments)]
 
 
-def takes(call) -> bool:
+def takes(call: "Call") -> bool:
     """Whether the function's signature accepts these arguments. Without a signature, true."""
     try:
         if known := signature(call.function):
@@ -219,7 +232,7 @@ def _indented(text: str, by: int) -> str:
     return "\n".join(line.rstrip() for line in text.replace("\n", "\n" + " " * by).split("\n"))
 
 
-def _frames(error: BaseException):
+def _frames(error: BaseException) -> Iterator[tuple[str | None, int | None]]:
     """(file, line) of each call on the way to an error, from the outermost."""
     if isinstance(error, SyntaxError):
         yield error.filename, error.lineno
@@ -229,7 +242,7 @@ def _frames(error: BaseException):
         trace = trace.tb_next
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not file_of(config):
         return
     tried: Counter[str] = Counter()

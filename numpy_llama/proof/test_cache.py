@@ -1,5 +1,7 @@
 """The KV cache: what was computed for a position is kept, and found again."""
 
+from functools import partial
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -139,7 +141,7 @@ def test_only_the_positions_before_the_last_update_count(ops, source, B, updates
         start = place % (held + 3)  # the last two are gaps
         if start > held or start + T > ROOM:
             what = f"positions {start}..{start + T - 1} of layer {layer}, which holds {held} of {ROOM}"
-            assert_refused(lambda at=start, new=more, i=layer: cache.update(i, at, *new), what)
+            assert_refused(partial(cache.update, layer, start, *more), what)
             continue
         both = zip(before, more, strict=True)
         stored[layer] = tuple(np.concatenate([old[:, :start], x], axis=1) for old, x in both)

@@ -1,5 +1,7 @@
 """The same again: an operation has no memory, and nothing but its arguments decides what it gives."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from .bounds import assert_same
 from .laws import law, small_sizes, sources
 
 # Arguments of each: arrays of these shapes, and what follows them.
-ARGUMENTS: dict[str, tuple] = {
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "linear": ([(3, 40), (5, 40)],),
     "rms_norm": ([(3, 8), (8,)], 1e-5),
     "softmax": ([(3, 8)],),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from ..config import Array
 from . import tiny, torch_ops
 from .bounds import CHUNKS_32, CHUNKS_64, MODEL_32, MODEL_64, assert_near, assert_same
 from .laws import assert_refused, assert_that, law, seeds
@@ -48,7 +49,7 @@ def test_logits_as_pytorch(ops, args, seed, tied):
     assert_near(logits, torch_ops.Transformer(args, wide)(tokens), tolerance(ops, MODEL_64, MODEL_32))
 
 
-expected_logits: dict = {}  # the same examples come again for the next implementation
+expected_logits: dict[str, list[Array]] = {}  # the same examples come again for the next implementation
 
 
 @law("Transformer", tiny.longer_configurations(), seeds, st.booleans(), share=1 / 5)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from ..backend.formats import FORMATS, MAX_F16, QK, QK_K
+from ..config import Array
 from .blocks import ALL_16_BITS, all_pairs_of_scales, packed_scales
 from .bounds import U16, U32, assert_same, assert_within
 from .laws import assert_that, law, seeds, sources
@@ -194,7 +195,7 @@ def test_what_q4_1_and_q5_1_cost(ops, format, top, x):
 @law("quantize_{format} dequantize_{format}")
 def test_zeros_and_next_to_nothing_become_zeros(ops, format):
     """Where the scale is no float16 any more, all is 0: no NaN of 0 / 0."""
-    tiny = np.float32([0, -0.0, 1e-45, -1e-45, 1e-40, 2e-39, 3e-39, -1e-38, 1e-12])
+    tiny = np.array([0, -0.0, 1e-45, -1e-45, 1e-40, 2e-39, 3e-39, -1e-38, 1e-12], np.float32)
     x = np.repeat(tiny[:, None], QK, axis=1)
     x[:, 1::2] *= -1
     assert_same(round_trip(ops, format, x), 0 * x)
@@ -228,7 +229,7 @@ def test_a_second_round_trip_changes_nothing(ops, format, x):
 @law("quantize_{format} dequantize_{format}")
 def test_the_largest_weights_are_finite(ops, format, sign):
     """Up to 65,504 every scale is a float16."""
-    x = np.float32([[sign * MAX_F16, -sign * MAX_F16] * (QK // 2)])
+    x = np.array([[sign * MAX_F16, -sign * MAX_F16] * (QK // 2)], np.float32)
     assert_that(np.isfinite(round_trip(ops, format, x)), "it came back infinite or NaN")
 
 
@@ -311,7 +312,7 @@ def test_every_scale_times_every_code(ops, format):
         rows[:, :2] = scales.astype("<f2")[:, None].view(np.uint8)
         if format == "q8_0":
             rows[:, 2:] = q
-            value = q.astype(np.uint8).view(np.int8)
+            value: Array = q.astype(np.uint8).view(np.int8)
         else:
             rows[:, -16:] = q[:16] & 15 | (q[16:] & 15) << 4
             if format.startswith("q5"):
@@ -375,7 +376,7 @@ def test_every_scale_of_a_k_block(ops, format, top):
 def q6_k_blocks(d, sc, q):
     q = q.reshape(-1, 2, 4, 32)  # four times 32 weights share the bytes of the upper bits
     low = q[:, :, :2] & 15 | (q[:, :, 2:] & 15) << 4
-    upper = (q >> 4 << np.int64([[0], [2], [4], [6]])).sum(axis=2)
+    upper = (q >> 4 << np.array([[0], [2], [4], [6]], np.int64)).sum(axis=2)
     parts = [low.reshape(-1, 128), upper.reshape(-1, 64), sc, d[:, None].astype("<f2").view(np.uint8)]
     return np.concatenate([part.astype(np.uint8) for part in parts], axis=-1)
 

@@ -136,7 +136,7 @@ def test_the_last_axis_is_the_vector(ops, source, B, T, D):
 @law("rms_norm")
 def test_beyond_the_range_of_a_square(ops, size):
     """Where x^2 is no float32 any more, it gives what PyTorch gives: 0 beyond, x / sqrt(eps) below."""
-    x, weight = np.float32([[size, -size, size / 2]]), np.float32([0.5, 2, 3])
+    x, weight = np.array([[size, -size, size / 2]], np.float32), np.array([0.5, 2, 3], np.float32)
     with np.errstate(over="ignore"):
         y = ops.rms_norm(x, weight, 1e-5)
     assert_within(y, torch_ops.rms_norm(x, weight, 1e-5), 8 * unit(np.float32) * np.abs(y))

@@ -188,7 +188,7 @@ def test_a_larger_p_keeps_no_less(ops, logits, p, q):
 @law("top_p")
 def test_top_p_at_its_limits(ops):
     """At equality one id more stays: Meta drops where cumsum - p_i > p."""
-    logits = np.log(np.float32([0.125, 0.5, 0.25, 0.125]))
+    logits = np.log(np.array([0.125, 0.5, 0.25, 0.125], np.float32))
     for p, expected in [(0, [1]), (0.49, [1]), (0.51, [1, 2]), (0.74, [1, 2]), (0.76, [0, 1, 2])]:
         assert_same(kept(ops.top_p(logits, p)), expected)
     equal = np.zeros(4, np.float32)  # each of exactly 1/4
@@ -219,7 +219,7 @@ def test_min_p_keeps_what_is_likely_against_the_likeliest(ops, logits, p):
 @law("min_p")
 def test_min_p_keeps_the_limit_itself(ops):
     """p = 1 keeps all that are as likely as the likeliest."""
-    assert_same(kept(ops.min_p(np.float32([0, 0, -3]), 1)), [0, 1])
+    assert_same(kept(ops.min_p(np.array([0, 0, -3], np.float32), 1)), [0, 1])
 
 
 @law("min_p", all_logits())
@@ -315,9 +315,9 @@ def test_nothing_seen_changes_nothing(ops, logits, penalty):
 @law("repetition_penalty")
 def test_both_sides_of_0(ops):
     """2 becomes 1, -2 becomes -4, 0 and -inf stay, and who was not seen is left alone."""
-    logits = np.float32([2, -2, 0, 2, -np.inf])
+    logits = np.array([2, -2, 0, 2, -np.inf], np.float32)
     for seen in [[0, 1, 2, 4], np.array([4, 2, 1, 0]), (0, 0, 1, 1, 2, 4)]:
-        assert_same(ops.repetition_penalty(logits, seen, 2.0), np.float32([1, -4, 0, 2, -np.inf]))
+        assert_same(ops.repetition_penalty(logits, seen, 2.0), np.array([1, -4, 0, 2, -np.inf], np.float32))
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])

@@ -129,10 +129,10 @@ def test_the_last_axis_is_summed(ops, source, n, rows):
 def test_large_scores_do_not_overflow(ops):
     """exp(1000) is no number, but softmax([0, 1000, -1000]) is [0, 1, 0]."""
     largest = np.finfo(np.float32).max
-    assert_same(ops.softmax(np.float32([[0, 1000, -1000]])), [[0, 1, 0]])
-    assert_same(ops.softmax(np.float32([[largest, 0, largest]])), [[0.5, 0, 0.5]])
-    assert_same(ops.softmax(np.float32([[-largest, -largest]])), [[0.5, 0.5]])
-    assert_same(ops.softmax(np.float32([[-np.inf, 3, -np.inf, 3]])), [[0, 0.5, 0, 0.5]])
+    assert_same(ops.softmax(np.array([[0, 1000, -1000]], np.float32)), [[0, 1, 0]])
+    assert_same(ops.softmax(np.array([[largest, 0, largest]], np.float32)), [[0.5, 0, 0.5]])
+    assert_same(ops.softmax(np.array([[-largest, -largest]], np.float32)), [[0.5, 0.5]])
+    assert_same(ops.softmax(np.array([[-np.inf, 3, -np.inf, 3]], np.float32)), [[0, 0.5, 0, 0.5]])
 
 
 @law("softmax", sources, sizes)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import DTypeLike
 
-from ..config import ModelArgs, RopeScaling
+from ..config import Array, ModelArgs, RopeScaling
 from ..rope import (
     DynamicScaling,
     ExplicitScaling,
@@ -64,7 +65,7 @@ def every_scaling(head_dim: int, original: int) -> list[RopeScaling]:
 
 
 @st.composite
-def configurations(draw):
+def configurations(draw: st.DrawFn) -> ModelArgs:
     """Small models whose sizes are independent: head_dim * n_heads need not be dim.
 
     Below 16 dimensions the residual stream is sometimes nearly 0, and RMSNorm magnifies its rounding errors.
@@ -86,7 +87,7 @@ def configurations(draw):
 
 
 @st.composite
-def longer_configurations(draw):
+def longer_configurations(draw: st.DrawFn) -> ModelArgs:
     """Heads as wide as real ones, up to four layers, 256 tokens.
 
     dim is a multiple of n_heads, because transformers requires that.
@@ -107,13 +108,15 @@ def longer_configurations(draw):
     )
 
 
-def random_weights(rng, args, dtype=np.float64, tied=False):
+def random_weights(
+    rng: np.random.Generator, args: ModelArgs, dtype: DTypeLike = np.float64, tied: bool = False
+) -> dict[str, Array]:
     """Matrices that nearly keep a vector's length; norm weights that differ from 1, so that each matters."""
 
-    def matrix(OUT, IN):
+    def matrix(OUT: int, IN: int) -> Array:
         return rng.normal(size=(OUT, IN), scale=IN**-0.5)
 
-    def norm():
+    def norm() -> Array:
         return rng.uniform(0.5, 1.5, args.dim)
 
     w = {"tok_embeddings.weight": rng.normal(size=(args.vocab_size, args.dim)), "norm.weight": norm()}
@@ -133,5 +136,5 @@ def random_weights(rng, args, dtype=np.float64, tied=False):
     return {name: x.astype(dtype) for name, x in w.items()}
 
 
-def random_tokens(rng, args, B=2, T=None):
+def random_tokens(rng: np.random.Generator, args: ModelArgs, B: int = 2, T: int | None = None) -> Array:
     return rng.integers(args.vocab_size, size=(B, T or rng.integers(1, CONTEXT + 1)))

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x, freqs_cis):
+    def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), freqs_cis)  # (B, T, H, Dh)
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), freqs_cis)  # (B, T, K, Dh)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
         self.w_up = nn.Linear(args.dim, args.hidden_dim, bias=False)
         self.w_down = nn.Linear(args.hidden_dim, args.dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w_down(silu(self.w_gate(x)) * self.w_up(x))
 
 
@@ -55,7 +55,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x, freqs_cis):
+    def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
         h = x + self.attention(self.attention_norm(x), freqs_cis)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         self.to(dtype)
 
     @torch.no_grad()
-    def forward(self, tokens):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T) -> (B, T, V)."""
         h = self.tok_embeddings(tokens)
         freqs_cis = rotary_table(self.args, tokens.shape[1], h.dtype)

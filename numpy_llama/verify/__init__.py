@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from ..backend import Progress
-from ..checkpoint import Checkpoint
+from ..checkpoint.base import Checkpoint
 from ..errors import TokenizerError
 from .compare import compare
 from .diagnosis import Reading, Sample, published

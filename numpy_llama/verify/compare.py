@@ -5,17 +5,17 @@ one is the other widened, a fault is named to the bit. A difference as small as 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import groupby
 
 import numpy as np
 
 from ..backend.formats import StoredTensor
-from ..checkpoint import Checkpoint
+from ..checkpoint.base import Checkpoint
 from ..config import ModelArgs
 from ..functional import rope_freqs
-from .diagnosis import described, orders
+from .diagnosis import Weights, described, orders
 
 # The largest error of rounding, relative to the root mean square of the weights. 4-bit formats have 0.07 to
 # 0.1, and no usable format has 0.2. 8 bits have 0.01, and so may 16-bit or float32 numbers that were 8 bits
@@ -92,7 +92,7 @@ def compare(
     return faults + list(_faults(differences, opened)), lines + list(_fine(differences, found, wanted))
 
 
-def _forward(names) -> list[str]:
+def _forward(names: Iterable[str]) -> list[str]:
     """The embedding, the layers, the rest."""
     return sorted(names, key=lambda name: (not name.startswith("tok_"), not name.startswith("layers.")))
 
@@ -100,7 +100,13 @@ def _forward(names) -> list[str]:
 class Comparison:
     """One weight of two files."""
 
-    def __init__(self, name: str, found: dict, wanted: dict, args: ModelArgs):
+    def __init__(
+        self,
+        name: str,
+        found: Weights,
+        wanted: Weights,
+        args: ModelArgs,
+    ):
         self.name, self.args, self.wanted_weights = name, args, wanted
         self.found: StoredTensor = found[name].realize()
         self.wanted: StoredTensor = wanted[name].realize()
@@ -134,7 +140,9 @@ class Comparison:
             and all(np.array_equal(a.data[part], b.data[part]) for part in _parts(a))
         )
 
-    def _measure(self, found: StoredTensor, wanted: StoredTensor):
+    def _measure(
+        self, found: StoredTensor, wanted: StoredTensor
+    ) -> tuple[int, list[tuple[int, ...]], float, float, tuple[int, int] | None]:
         """-> (unequal, at, error, cosine, worst): how many numbers are unequal, and the places of the first.
 
         `error` is relative. `worst`: the place of a single number whose error is far above the others, or
@@ -307,7 +315,7 @@ def _faults(differences: list[Difference], opened: Checkpoint) -> Iterator[str]:
             yield f"{names([d.name for d in group])}: {what}"
 
 
-def _fine(differences: list[Difference], found: dict, wanted: dict) -> Iterator[str]:
+def _fine(differences: list[Difference], found: Weights, wanted: Weights) -> Iterator[str]:
     equal = [d for d in differences if d.what == "equal"]
     if equal:
         yield f"{len(equal)} of {len(differences)} weights are equal"

@@ -17,9 +17,10 @@ import numpy as np
 
 from ..backend import Progress, build
 from ..backend.formats import StoredTensor
+from ..cache import KVCache
 from ..checkpoint.names import interleaved_rows
 from ..checkpoint.presets import PRESETS
-from ..config import ModelArgs
+from ..config import Array, ModelArgs
 from ..errors import NumericsError
 from ..inspect.perplexity import losses
 from ..model import Transformer
@@ -122,7 +123,7 @@ class Sample:
             begin = end
         return np.concatenate(parts)
 
-    def _losses(self, model: Transformer, begin: int, end: int, cache) -> np.ndarray:
+    def _losses(self, model: Transformer, begin: int, end: int, cache: KVCache) -> np.ndarray:
         wanted = self.ids[begin + 1 : end + 1]
         try:
             with np.errstate(all="ignore"):
@@ -160,7 +161,7 @@ class Sample:
         return Reading(len(before), self.blind, loss, len(tried), fault, repaired, error)
 
 
-def left_out(x, start_pos, freqs_cis, cache):
+def left_out(x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
     """A layer that adds nothing to the residual stream."""
     return x
 
@@ -198,10 +199,11 @@ def orders(args: ModelArgs) -> Iterator[tuple[str, str, np.ndarray | None, np.nd
     An order is the places of the rows in the file; None leaves a matrix as it is.
     """
     q, k = (interleaved_rows(n, args.head_dim) for n in (args.n_heads, args.n_kv_heads))
-    for fault, make in [
+    faults: list[tuple[str, Callable[[Array], Array]]] = [
         ("are in Hugging Face's order (half-split), not in pairs", lambda rows: rows),
         ("were un-permuted twice", np.argsort),
-    ]:
+    ]
+    for fault, make in faults:
         yield "wq and wk", fault, make(q), make(k)
         yield "wq", fault, make(q), None
         yield "wk", fault, None, make(k)

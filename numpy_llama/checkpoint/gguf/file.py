@@ -85,7 +85,7 @@ RUNNABLE = f"this program runs {', '.join(FORMATS)}"
 class GGUFFile:
     """A GGUF file of version 2 or 3, memory-mapped and checked. The weights are views of the map."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         reader = _Reader(self.path)
         self.version, n_tensors, n_kv = reader.header()
@@ -228,10 +228,10 @@ class _Array:
     start: int
 
 
-class _Metadata(UserDict):
+class _Metadata(UserDict[str, Any]):
     """Keys and values in the order of the file. An array is decoded at its first use."""
 
-    def __init__(self, decode: Callable):
+    def __init__(self, decode: Callable[[Any, str], Any]):
         super().__init__()
         self.decode = decode
 

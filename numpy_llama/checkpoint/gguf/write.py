@@ -15,7 +15,9 @@ ALIGNMENT = 32  # GGUF's default
 TYPE_NUMBER = {code: number for number, (_, code) in enumerate(VALUE_TYPES)}
 
 
-def layout(tensors: Iterable[tuple[str, Format, tuple[int, ...]]], metadata: Mapping[str, Any]):
+def layout(
+    tensors: Iterable[tuple[str, Format, tuple[int, ...]]], metadata: Mapping[str, Any]
+) -> tuple[bytes, list[TensorInfo]]:
     """-> the header, and the place of each tensor in the file that begins with it."""
     infos, records, end = [], [], 0
     for name, format, shape in tensors:

@@ -57,7 +57,7 @@ class TorchTensor(TensorInfo):
 class TorchFile:
     """A file of torch.save, memory-mapped and checked. The weights are views of the map."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.file = MappedFile(path, "a file of torch.save", 22)
         self.file.refuse_mistaken("a file of torch.save")

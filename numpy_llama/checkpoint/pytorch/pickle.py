@@ -229,22 +229,22 @@ class Unpickler:
 
     # Replacements of torch's functions
 
-    def make_dict(self, args: tuple) -> dict:
+    def make_dict(self, args: tuple[Any, ...]) -> dict[Any, Any]:
         if args:
             self.fail(f"an OrderedDict is made of {len(args)} arguments, wanted none")
         return {}
 
-    def make_size(self, args: tuple) -> tuple:
+    def make_size(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if [type(arg) for arg in args] != [tuple]:
             self.fail("a Size is made of something else than a tuple")
         return args[0]
 
-    def make_parameter(self, args: tuple) -> View:
+    def make_parameter(self, args: tuple[Any, ...]) -> View:
         if not args or type(args[0]) is not View:
             self.fail("a Parameter is made of something else than a tensor")
         return args[0]
 
-    def make_view(self, args: tuple) -> View:
+    def make_view(self, args: tuple[Any, ...]) -> View:
         """_rebuild_tensor_v2: (storage, offset, shape, stride, and two or three values for training)."""
         storage, offset, shape, stride, *_ = args if len(args) in (6, 7) else (None,) * 4
         if type(storage) is not Storage or not (_whole((offset,)) and _whole(shape) and _whole(stride)):

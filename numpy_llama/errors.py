@@ -105,7 +105,7 @@ def check_whole(name: str, value: object, least: int, most: int) -> None:
 def check_iterable(name: str, value: object, wanted: str) -> None:
     """ParameterError unless the argument `name` can be iterated over."""
     try:
-        iter(value)  # type: ignore[call-overload]
+        iter(value)  # type: ignore[call-overload]  # the question is whether it is iterable
     except TypeError:  # not by hasattr: an array of no axes has __iter__ too
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}") from None
 

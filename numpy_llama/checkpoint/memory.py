@@ -109,7 +109,7 @@ def memory_plan(
         positions = min(LEAST_CONTEXT, args.max_seq_len)
         step += itemsize * positions * (4 * PREFILL_CHUNK * args.n_heads + 4 * heads)
     scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + table + max(step, table // 2)
-    kv_per_position = 2 * args.n_layers * kv_heads * np.dtype(cache_dtype(backend, dtype, exact)).itemsize
+    kv_per_position = 2 * args.n_layers * kv_heads * cache_dtype(backend, dtype, exact).itemsize
     return MemoryPlan(mapped, made, kv_per_position, scratch, args.max_seq_len, parameters, instead)
 
 

@@ -73,6 +73,7 @@ def hidden_states(model: Transformer, tokens: Array, start_pos: Array, cache: Ba
         or (isinstance(layer, TransformerBlock) and isinstance(layer.attention, Attention))
         for layer in model.layers
     ):
+        # A Function, because the signatures of model.py are those of one KVCache and one start_pos.
         hidden: Function = side_by_side(model, cache).hidden
         return hidden(tokens, start_pos, cache)
     rows = zip(tokens[:, None], start_pos.tolist(), cache.caches, strict=True)

@@ -250,7 +250,7 @@ def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[st
     if not isinstance(part, (Linear, RMSNorm, Attention, FeedForward, TransformerBlock)):
         return lambda x, *rest: call(part, x, rest)
 
-    class Hooked(type(part)):  # type: ignore[misc]
+    class Hooked(type(part)):  # type: ignore[misc]  # a base chosen at run time
         """A part of the same class, so that its own parts can be exchanged."""
 
         def __call__(self, x: Array, *rest: Any) -> Array:

@@ -26,6 +26,7 @@ from ..text import bpe as merging
 if TYPE_CHECKING:
     from ..backend.kernels import Kernels
 
+Operation = Callable[..., Any]
 STORED = [f.name.lower() for f in quantize.FORMATS.values()]
 
 # The operations that have laws, by the module that defines them.
@@ -49,9 +50,6 @@ OPERATIONS = {
 NAMES = [name for names in OPERATIONS.values() for name in names]
 # Operations whose result is an array in the precision of the arguments.
 ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "quantize_activations"} - {"greedy", "sample"}
-
-
-Operation = Callable[..., Any]
 
 
 class Call(NamedTuple):

@@ -242,7 +242,7 @@ def _frames(error: BaseException) -> Iterator[tuple[str | None, int | None]]:
         trace = trace.tb_next
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter", config: pytest.Config) -> None:
     if not file_of(config):
         return
     tried: Counter[str] = Counter()

@@ -6,9 +6,10 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
+from ..config import Array
 from . import torch_ops
 from .bounds import U64, assert_same, assert_within, g, unit
-from .laws import assert_that, even_sizes, law, small_sizes, sources
+from .laws import Source, assert_that, even_sizes, law, small_sizes, sources
 
 
 class Shape:
@@ -31,7 +32,7 @@ def shapes(T=few, older=several, B=st.integers(1, 2)):  # noqa: B008  a strategy
     return st.builds(Shape, B, T, older, st.integers(1, 3), st.integers(1, 3), head_dims)
 
 
-def drawn(source, n: Shape):
+def drawn(source: Source, n: Shape) -> tuple[Array, Array, Array]:
     """q (B, T, H, Dh), k and v (B, S, K, Dh)."""
     q = source.array(n.B, n.T, n.H, n.Dh)
     return q, source.array(n.B, n.S, n.K, n.Dh), source.array(n.B, n.S, n.K, n.Dh)

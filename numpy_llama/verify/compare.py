@@ -100,13 +100,7 @@ def _forward(names: Iterable[str]) -> list[str]:
 class Comparison:
     """One weight of two files."""
 
-    def __init__(
-        self,
-        name: str,
-        found: Weights,
-        wanted: Weights,
-        args: ModelArgs,
-    ):
+    def __init__(self, name: str, found: Weights, wanted: Weights, args: ModelArgs):
         self.name, self.args, self.wanted_weights = name, args, wanted
         self.found: StoredTensor = found[name].realize()
         self.wanted: StoredTensor = wanted[name].realize()

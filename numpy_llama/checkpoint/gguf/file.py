@@ -231,7 +231,7 @@ class _Array:
 class _Metadata(UserDict[str, Any]):
     """Keys and values in the order of the file. An array is decoded at its first use."""
 
-    def __init__(self, decode: Callable[[Any, str], Any]):
+    def __init__(self, decode: Callable[[_Array, str], list[str] | np.ndarray]):
         super().__init__()
         self.decode = decode
 

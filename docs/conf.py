@@ -26,7 +26,9 @@ nb_execution_raise_on_error = True  # and an assert that fails stops it
 nb_execution_timeout = 300
 nb_merge_streams = True
 
-# Signatures name types whose pages are on other sites, and this one is built without a network.
+# A signature has the names and the defaults. The docstring has the shapes and the units.
+autodoc_typehints = "none"
+# Docstrings name types whose pages are on other sites, and this one is built without a network.
 nitpick_ignore_regex = [("py:.*", r"(os|pathlib|collections|numpy|numpy_llama\.text\.chat)\..*")]
 
 html_theme = "furo"

@@ -55,14 +55,19 @@ def doubled(part):
     return lambda *arguments: 2 * part(*arguments)
 
 
+def negated(part):
+    """The same part with its result's sign changed: no norm behind it undoes that."""
+    return lambda *arguments: -part(*arguments)
+
+
 @pytest.mark.parametrize("name", CHILDREN)
 def test_an_exchanged_child_runs(model, name):
     """Its result arrives in the logits; the old model and all other blocks stay as they are."""
     before, part = model(IDS), child(model, name)
-    other = model.with_parts({name: doubled(part)})
+    other = model.with_parts({name: negated(part)})
     moved = np.abs(other(IDS) - before).max() / np.abs(before).max()
     print(f"{name:32} moves the logits by {moved:.3f} of the largest")
-    assert moved > 1e-2 or name == "layers.1"  # whose double the norm behind it undoes
+    assert moved > 1e-2
     np.testing.assert_array_equal(model(IDS), before)
     assert child(model, name) is part and other.layers[0] is model.layers[0]
 
@@ -93,10 +98,6 @@ def test_an_assigned_weight_is_used(model, name):
     finally:
         part.weight = weight
     np.testing.assert_array_equal(model(IDS), before)
-
-
-def negated(part):
-    return lambda *arguments: -part(*arguments)
 
 
 @pytest.mark.parametrize("name", CHILDREN)

@@ -1,6 +1,6 @@
 /* The formats in which weights are stored: a table of the places of their bytes, and `weight`, the value of
- * one weight. Python reads the table through nl_format_at: tests/kernels/test_formats_table.py compares it
- * with numpy_llama/backend/formats.py. The layouts are ggml's. unpack.h has pictures of them. */
+ * one weight. tests/kernels/test_formats_table.py reads the table through nl_format_at and compares it with
+ * numpy_llama/backend/formats.py. The layouts are ggml's. unpack.h has pictures of them. */
 #ifndef NUMPY_LLAMA_FORMATS_H
 #define NUMPY_LLAMA_FORMATS_H
 

@@ -1,6 +1,6 @@
 /* Every C function that Python calls. This file is the C header and also the declaration that cffi reads, so
- * it has prototypes and no directives. Arrays are row-major and float32 unless said otherwise. The letters of
- * the shapes are those of numpy_llama/config.py:
+ * it has declarations and no directive but #pragma once. Arrays are row-major and float32 unless said
+ * otherwise. The letters of the shapes are those of numpy_llama/config.py:
  *
  *   B batch   T new tokens   S all positions   H query heads   K key/value heads   Dh head_dim
  *
@@ -56,8 +56,8 @@ int nl_linear_exact(float *y, const float *x, int64_t T, const nl_matrix *w, int
 
 /* Quantized activations: x rounded to 14 bits in blocks of 32, for K formats of 256. quantized_activations.c
  *   `activations` has room for nl_activations_bytes(T, IN) bytes. Not for F32.
- *   nl_quantizes_activations: 1 where this is the faster way. It is not for F32, nor for few tokens and a
- *   format whose weights are single numbers. */
+ *   nl_quantizes_activations: 1 where this is the faster way. It is not for F32, nor for up to NL_GEMV_TOKENS
+ * tokens and a format whose weights are single numbers. */
 int nl_quantizes_activations(int format, int64_t T);
 int64_t nl_activations_bytes(int64_t T, int64_t IN);
 int nl_quantize_activations(void *activations, const float *x, int format, int64_t T, int64_t IN,
@@ -154,7 +154,7 @@ int64_t nl_convert(void *dst, int dst_format, const void *src, int src_format, i
 /* y = exp(x) for n numbers, 0 below -87. It is the exponential of attention, callable for its tests. */
 void nl_exp(float *y, const float *x, int64_t n);
 
-/* The exclusive or of the 32-bit words of n pieces of memory, at the rate of the memory.      probe.c */
+/* The exclusive or of the 32-bit numbers of n pieces of memory, at the rate of the memory.      probe.c */
 uint32_t nl_read_probe(const void *const *pieces, const int64_t *nbytes, int n, int threads);
 
 /* Compute that many floating-point operations on each thread, in registers only. `operations` is a multiple

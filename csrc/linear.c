@@ -9,7 +9,8 @@
  *
  * There are two ways to multiply. The exact way uses each weight as the float32 of
  * numpy_llama/backend/formats.py. The default way quantizes the activations: x is rounded to 14 bits, and w
- * keeps its stored whole numbers q'.
+ * keeps its stored whole numbers q'. F16 and BF16 weights have none: with more than GEMV_TOKENS tokens they
+ * are rounded to 14 bits too, and with fewer nothing is rounded.
  *
  *     x[t]  =  dx * q,       q in -8191 .. 8191      one dx for 32 numbers, in K formats for 256
  *     w[r]  =  d * q' + m                            a K format's small scales are part of q'

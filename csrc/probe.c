@@ -26,7 +26,8 @@ uint32_t nl_read_probe(const void *const *pieces, const int64_t *nbytes, int n, 
 #pragma omp parallel for num_threads(threads) reduction(^ : sum) schedule(static) if (threads > 1)
     for (int i = 0; i < threads; i++)
         for (int j = 0; j < n; j++) {
-            const int64_t part = (nbytes[j] / threads / 64 + 1) * 64; /* whole cache lines, so whole words */
+            const int64_t part =
+                (nbytes[j] / threads / 64 + 1) * 64; /* whole cache lines, so whole numbers */
             const int64_t begin = i * part, left = nbytes[j] - begin;
             if (left > 0) sum ^= k->read((const uint8_t *)pieces[j] + begin, left < part ? left : part);
         }
@@ -76,9 +77,9 @@ VEC_TARGET uint32_t VEC(read)(const uint8_t *p, int64_t nbytes) {
     int64_t i = 0;
     for (; i + 4 * VEC_BYTES <= nbytes; i += 4 * VEC_BYTES)
         for (int j = 0; j < 4; j++) sum[j] = vec_xor(sum[j], vec_load(p + i + j * VEC_BYTES));
-    float words[LANES];
-    vec_store(words, vec_xor(vec_xor(sum[0], sum[1]), vec_xor(sum[2], sum[3])));
-    return read_scalar((const uint8_t *)words, VEC_BYTES) ^ read_scalar(p + i, nbytes - i);
+    float lanes[LANES];
+    vec_store(lanes, vec_xor(vec_xor(sum[0], sum[1]), vec_xor(sum[2], sum[3])));
+    return read_scalar((const uint8_t *)lanes, VEC_BYTES) ^ read_scalar(p + i, nbytes - i);
 }
 
 VEC_TARGET float VEC(fma)(int64_t operations) {

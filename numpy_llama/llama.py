@@ -133,9 +133,9 @@ class Llama:
 
         The options are those of `stream`, without `session` and `on_prefill`. Each prompt is continued as if
         it were alone, with its own random numbers from the same seed. So equal prompts get equal texts. In
-        exact mode the kernels give each prompt the same bits as alone. The default mode rounds activations to
-        14 bits. That changes the logits a little, and a text may differ where two tokens are nearly as
-        likely.
+        exact mode the kernels give each prompt the same bits as alone. The default mode sums more than four
+        sequences in another order, and rounds F16 and BF16 weights. That changes the logits a little, and a
+        text may differ where two tokens are nearly as likely.
         """
         check_iterable("prompts", prompts, "a list of texts or of lists of ids")
         if isinstance(prompts, str | bytes):

@@ -51,7 +51,7 @@ PANEL_ROWS = lib.NL_PANEL_ROWS  # each thread gets whole panels
 WORK_FOR_THREADS = 1 << 18
 # Weights that `convert` unpacks and quantizes in one call, for each thread.
 WEIGHTS_PER_CALL = 1 << 23
-# csrc/attention.c unpacks keys and values once for a query block of this many rows (queries x the heads that
+# csrc/attention.c packs keys and values once for a query block of this many rows (queries x the heads that
 # share a key). ATTENTION_WORK makes its calls in vector code longer, so that they have whole blocks.
 ATTENTION_ROWS, ATTENTION_WORK = lib.NL_QUERY_ROWS, 16
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # the formats that `convert` writes
@@ -256,10 +256,11 @@ class FusedWeights(InPlace):
 
 
 class Kernels(InPlace):
-    """The two twins, bound to a number of threads. The number never changes a result.
+    """The C functions, bound to a number of threads. The number never changes a result.
 
     `exact` multiplies weights and activations in float32. Otherwise activations are quantized to 14 bits
-    (csrc/quantized_activations.c): linear(x rounded, w).
+    (csrc/linear.c): linear(x rounded, w). F16 and BF16 weights are rounded too, but with up to four tokens
+    nothing is.
     """
 
     def __init__(self, threads: int | None = None, exact: bool = False):

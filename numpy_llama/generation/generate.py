@@ -47,7 +47,7 @@ class Session:
     def alone(self) -> Iterator[None]:
         """Hold the session during one step. Another thread gets a ParameterError meanwhile."""
         if not self._lock.acquire(blocking=False):
-            raise ParameterError("the session is in use by another thread: each at a time needs its own")
+            raise ParameterError("the session is in use by another thread: give each its own session")
         try:
             yield
         finally:
@@ -104,7 +104,10 @@ def check_finite(
     layers = {f"layers.{i}": checked(i, layer) for i, layer in enumerate(model.layers)}
     model.with_parts(layers).hidden(np.array([ids]), start_pos, cache)
     last = start_pos + len(ids) - 1
-    raise NumericsError(f"position {last}, token {ids[-1]}: the last layer's output was not finite, once")
+    raise NumericsError(
+        f"position {last}, token {ids[-1]}: the last layer's output was not finite in the first pass, "
+        "but was in the second"
+    )
 
 
 class Request:
@@ -144,9 +147,7 @@ class Request:
         """Hold the session during one step of this request."""
         with self._session.alone():
             if self._session.user is not self:
-                raise ParameterError(
-                    "the session is in use by a later generation: each at a time needs its own"
-                )
+                raise ParameterError("the session is in use by a later generation: give each its own session")
             yield self._session
 
     def choose(self, logits: np.ndarray) -> int | None:

@@ -173,21 +173,30 @@ def _hooked(
         state = "run"
         return hook(name, array)
 
-    model, stand_ins, hooks = _model_of(llama), STAND_INS.get(), _HOOKS.get({})
-    of_model = [*hooks.get(model, []), Hooks(wanted(model), within_block)]
-    hooked = with_hooks(model, of_model)
-    tokens = STAND_INS.set({**stand_ins, model: hooked}), _HOOKS.set({**hooks, model: of_model})
+    model = _model_of(llama)
+    own = Hooks(wanted(model), within_block)
+    _set_hooks(model, [*_HOOKS.get({}).get(model, []), own])
     try:
-        yield hooked
+        yield STAND_INS.get()[model]
         if state == "not run":
             raise ParameterError(
                 "no forward pass of this block reached a hook: run the Llama in the block's own thread, "
                 "or the block's Transformer (of a trace, `seen.model`)"
             )
     finally:
-        state = "ended"
-        STAND_INS.reset(tokens[0])
-        _HOOKS.reset(tokens[1])
+        state = "ended"  # blocks of generators may end in any order: only this one's hooks go
+        _set_hooks(model, [hooks for hooks in _HOOKS.get({}).get(model, []) if hooks is not own])
+
+
+def _set_hooks(model: Transformer, hooks: list[Hooks]) -> None:
+    """Let this thread's stand-in of the model have these hooks; without hooks there is no stand-in."""
+    stand_ins, all_hooks = dict(STAND_INS.get()), dict(_HOOKS.get({}))
+    stand_ins.pop(model, None)
+    all_hooks.pop(model, None)
+    if hooks:
+        stand_ins[model], all_hooks[model] = with_hooks(model, hooks), hooks
+    STAND_INS.set(stand_ins)
+    _HOOKS.set(all_hooks)
 
 
 def _model_of(llama: Llama | Transformer) -> Transformer:
@@ -270,6 +279,11 @@ def _with_inner_hooks(attend: Function, at: str, wanted: set[str], hook: Hook) -
         heads = attend(q, k, v)
         if within:  # the kernel does not store scores and weights
             scores = F.attention_scores(q, k)
+            expected, near = F.weighted_values(F.softmax(scores), v), 0.01 * np.abs(v).max()
+            if np.isfinite(heads).all() and not np.allclose(heads, expected, rtol=0, atol=near):
+                raise ParameterError(
+                    f"{at}.attention was exchanged and is not softmax(scores) v: it has no scores or weights"
+                )
             weights = F.softmax(new := hook(f"{at}.scores", scores))
             used = hook(f"{at}.weights", weights)
             if new is not scores or used is not weights:

@@ -17,21 +17,21 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import cache, functional, model
-from ..backend import formats as quantize
+from ..backend import formats
 from ..config import Array, ModelArgs
 from ..errors import BuildError
 from ..generation import sampling
-from ..text import bpe as merging
+from ..text import bpe
 
 if TYPE_CHECKING:
     from ..backend.kernels import Kernels
 
 Operation = Callable[..., Any]
-STORED = [f.name.lower() for f in quantize.FORMATS.values()]
+STORED = [f.name.lower() for f in formats.FORMATS.values()]
 
 # The operations that have laws, by the module that defines them.
 OPERATIONS = {
-    merging: ("merge",),
+    bpe: ("merge",),
     functional: (
         *("embedding", "linear", "rms_norm", "softmax", "silu", "swiglu"),
         *("attention", "attention_scores", "weighted_values"),
@@ -39,9 +39,9 @@ OPERATIONS = {
         *("causal_mask", "repeat_kv"),
     ),
     sampling: ("greedy", "repetition_penalty", "apply_temperature", "top_k", "top_p", "min_p", "sample"),
-    quantize: (
+    formats: (
         *(f"dequantize_{name}" for name in STORED),
-        *(f"quantize_{f.name.lower()}" for f in quantize.FORMATS.values() if f.quantize),
+        *(f"quantize_{f.name.lower()}" for f in formats.FORMATS.values() if f.quantize),
         "quantize_activations",
     ),
     cache: ("KVCache",),
@@ -181,7 +181,7 @@ def compiled(isa: str) -> Implementation:
         def __init__(self, args: ModelArgs, weights: Mapping[str, Array]):
             from ..backend import build
 
-            stored = {name: quantize.StoredTensor.quantize(w, "F32") for name, w in weights.items()}
+            stored = {name: formats.StoredTensor.quantize(w, "F32") for name, w in weights.items()}
             self.built = build(args, stored, threads=1, exact=True)
             self.new_cache = self.built.new_cache
 
@@ -202,21 +202,21 @@ def compiled(isa: str) -> Implementation:
 
 def conversions(kernels: "Kernels") -> dict[str, Operation]:
     """The C conversions between formats, under the names of backend/formats.py."""
-    F32 = quantize.FORMATS["F32"]
+    F32 = formats.FORMATS["F32"]
 
-    def expand(format: quantize.Format) -> Operation:
+    def expand(format: formats.Format) -> Operation:
         def dequantize(rows: Array) -> Array:
             n = rows.shape[1] // format.block_bytes * format.block
-            return kernels.convert(quantize.StoredTensor(format, (len(rows), n), rows), F32).view(np.float32)
+            return kernels.convert(formats.StoredTensor(format, (len(rows), n), rows), F32).view(np.float32)
 
         return dequantize
 
-    def shrink(format: quantize.Format) -> Operation:
-        return lambda x: kernels.convert(quantize.StoredTensor.quantize(x, F32), format)
+    def shrink(format: formats.Format) -> Operation:
+        return lambda x: kernels.convert(formats.StoredTensor.quantize(x, F32), format)
 
-    formats = quantize.FORMATS.values()
-    return {f"dequantize_{f.name.lower()}": expand(f) for f in formats} | {
-        f"quantize_{name.lower()}": shrink(quantize.FORMATS[name]) for name in ("F16", "BF16", "Q8_0", "Q4_0")
+    every = formats.FORMATS.values()
+    return {f"dequantize_{f.name.lower()}": expand(f) for f in every} | {
+        f"quantize_{name.lower()}": shrink(formats.FORMATS[name]) for name in ("F16", "BF16", "Q8_0", "Q4_0")
     }
 
 

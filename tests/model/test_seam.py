@@ -208,3 +208,30 @@ def test_a_block_that_records_nothing_is_refused(model):
     assert seen["layers.0"].shape == (1, 8, model.args.dim)
     with nl.edit(model, "layers.0", np.zeros_like) as edited:
         assert np.abs(edited(IDS) - model(IDS)).max() > 0
+
+
+@pytest.mark.parametrize("place", ["scores", "weights"])
+def test_an_exchanged_attention_has_no_scores(model, place):
+    """What would be recorded was not computed, and an edit of it would replace the part."""
+    other = model.with_parts({"layers.1.attention.attention": lambda q, k, v: np.zeros_like(q)})
+    name = f"layers.1.attention.{place}"
+    with pytest.raises(ParameterError, match="was exchanged"), nl.trace(other, name) as seen:
+        seen.model(IDS)
+    with pytest.raises(ParameterError, match="was exchanged"), nl.edit(other, name, np.copy) as edited:
+        edited(IDS)
+    with nl.trace(model, name) as seen:
+        seen.model(IDS)
+    assert seen[name].shape == (1, model.args.n_heads, 8, 8)
+
+
+def test_blocks_may_end_in_any_order(smollm2_path):
+    """Each ends its own hooks; the others go on, and after the last one the model is the model."""
+    llama = nl.load(smollm2_path)
+    model, blocks = llama.model, [nl.trace(llama, "layers.0"), nl.trace(llama, "layers.1")]
+    first, second = (block.__enter__() for block in blocks)
+    llama.model(IDS)
+    blocks[0].__exit__(None, None, None)
+    llama.model(IDS[:, :5])
+    assert first["layers.0"].shape[1] == 8 and second["layers.1"].shape[1] == 5
+    blocks[1].__exit__(None, None, None)
+    assert llama.model is model

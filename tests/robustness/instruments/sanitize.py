@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "tests" / "kernels"
-TESTED = "kernels fixed micro_kernel attention_kernel layer convert_kernels"
-TESTS = [str(KERNELS / f"test_{name}.py") for name in TESTED.split()]
+TESTED = "kernels quantized_activations micro_kernel attention_kernel layer convert_kernels"
+TESTS = [str((KERNELS / f"test_{name}.py").resolve(strict=True)) for name in TESTED.split()]
 # gcc under a sanitizer's library: that would be all that this one tests here.
 NOT_THIS = "tests/kernels/test_kernels.py::test_the_kernels_build_and_agree_without_openmp"
 MISSING = "apt install gcc clang libclang-rt-14-dev libomp-14-dev (or of another version)"

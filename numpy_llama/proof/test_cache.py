@@ -127,6 +127,16 @@ def test_gaps_are_refused(ops, source, there):
     assert_refused(lambda: cache.update(0, there + 1, *keys_values(source, 1, 1)), told)
 
 
+@law("KVCache", sources, st.integers(0, 2))
+def test_a_rewound_cache_holds_no_more(ops, source, start):
+    """An update at `start` ends the cache there: the positions behind it are a gap again."""
+    cache = new(ops, source, 1)
+    cache.update(0, 0, *keys_values(source, 1, 4))
+    cache.update(0, start, *keys_values(source, 1, 1))
+    what = f"position {start + 2} of a cache that was rewound to {start + 1}"
+    assert_refused(lambda: cache.update(0, start + 2, *keys_values(source, 1, 1)), what)
+
+
 # (layer, where to begin, how many), in any order: appended, rewound, or with a gap.
 updates = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 99), st.integers(1, 4)), max_size=20)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import functional as F
 from ..config import Array
-from ..errors import MismatchError, ParameterError, check_callable, check_kind
+from ..errors import MismatchError, NumericsError, ParameterError, check_callable, check_kind
 from ..llama import STAND_INS, Llama
 from ..model import Attention, FeedForward, Function, Linear, RMSNorm, Transformer, TransformerBlock
 
@@ -305,7 +305,7 @@ def attention_weights(
         raise ParameterError(f"head is {head}, the model has 0..{H - 1}")
     with trace(model, name) as seen:
         seen.model.hidden(np.array([ids]))
-    weights = seen[name][0]
+    weights = _finite(name, seen[name][0])
     return weights.mean(axis=0) if head is None else weights[head]
 
 
@@ -317,5 +317,12 @@ def lens(model: Transformer, ids: Sequence[int]) -> np.ndarray:
     """
     with trace(model, "tok_embeddings", "layers.*") as seen:
         seen.model.hidden(np.array([ids]))
-    streams = np.stack([h[0, -1] for h in seen.values()])
+    streams = np.stack([_finite(name, h[0, -1]) for name, h in seen.items()])
     return F.softmax(model.logits(streams))
+
+
+def _finite(name: str, x: Array) -> Array:
+    """x; a NumericsError if NaN or infinity is in it, which no picture could show."""
+    if not np.isfinite(x).all():
+        raise NumericsError(f"{name} has numbers that are not finite: the weights may be damaged")
+    return x

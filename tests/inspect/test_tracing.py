@@ -10,7 +10,7 @@ from helpers.tiny_models import LOOKED_INTO, write_tiny
 import numpy_llama as nl
 from numpy_llama import cli
 from numpy_llama import functional as F
-from numpy_llama.errors import MismatchError, ParameterError
+from numpy_llama.errors import MismatchError, NumericsError, ParameterError
 from numpy_llama.inspect.tracing import PLACES, attention_weights, lens, names
 
 EVERYTHING = ("*", "layers.*", "layers.*.*", "layers.*.*.*")
@@ -258,3 +258,15 @@ def test_lens_has_a_line_for_each_layer(path, capsys):
     assert [line[:9].strip() for line in lines] == ["embedding", "layer 0", "layer 1", "layer 2"]
     told = json.loads(said(capsys, "lens", "-m", path, "abc", "-k", 2, "--json"))
     assert len(told) == 4 and all(row[0]["probability"] >= row[1]["probability"] > 0 for row in told)
+
+
+def test_what_is_not_finite_is_no_picture(llama):
+    """A damaged file: an error that names the place, in place of a picture of zeros or a traceback."""
+    ids = [1, 40, 41, 42]
+    with nl.edit(llama, "layers.0", lambda x: x * np.nan), np.errstate(invalid="ignore"):
+        with pytest.raises(
+            NumericsError, match=r"layers\.1\.attention\.weights has numbers that are not finite"
+        ):
+            attention_weights(llama.model, ids, 1)
+        with pytest.raises(NumericsError, match=r"layers\.0 has numbers that are not finite"):
+            lens(llama.model, ids)

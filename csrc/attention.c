@@ -243,7 +243,7 @@ void exp_scalar(float *y, const float *x, int64_t n) {
  *                     are computed, and the next keys while the output is. Only these prefetches
  *                     assume that positions lie side by side, as in a KVCache.
  *
- * The order of each sum decides its last bits. It never depends on the rows beside it:
+ * The order of each sum decides its last bits. It never depends on the other rows:
  *
  *     s in prefill_block         ascending d
  *     s in decode_block          d = i, i + LANES, ... in lane i, then a tree over the lanes

@@ -19,7 +19,7 @@
  *
  * In the exact way a panel is floats, and its micro-kernel has an FMA in place of two integer products.
  *
- * Compiled once for each instruction set: all of it is vector forms, but for the scalar micro-kernels
+ * Compiled once for each instruction set: the vector forms, and the scalar micro-kernels for their test
  * (README.md). tests/kernels/test_quantized_activations.py and tests/kernels/test_kernels.py compare it with
  * NumPy. tests/kernels/test_micro_kernel.py compares the two micro-kernels with each other. */
 #include "dispatch.h"

@@ -175,7 +175,7 @@ VEC_INLINE void block_sums(const int format, const int64_t T, token_sums *sums, 
 /* Weights k .. k + 4 LANES of a block: bytes 0 .. 15, 31 or 63. */
 VEC_INLINE ints unpack_k_bytes(const int format, const uint8_t *p, int k) {
     const nl_format f = format_of(format);
-    const int s = k / QK; /* sub-block of 32; AVX-512 takes s + 1 beside it */
+    const int s = k / QK; /* sub-block of 32; AVX-512 takes s and s + 1 */
     if (format == Q6_K) {
         const ints low = ints_load(p + f.quants + s / 4 * 64 + s % 2 * 32),
                    upper = repeat_32_bytes(p + f.high + s / 4 * 32);

@@ -1,7 +1,7 @@
 """LLaMA 1, 2 and 3: the whole model, in the order of the forward pass read from the bottom up.
 
 The model keeps no state between calls, and its weights may be of any type. It receives its two inner
-loops, `linear` and `attention`, when it is built. functional.py defines both; the C kernels are faster.
+loops, `linear` and `attention`, when it is built. functional.py defines both.
 config.py explains the letters of the shape comments.
 
     tokens -> tok_embeddings -> n_layers x (attention, feed_forward) -> norm -> output -> logits

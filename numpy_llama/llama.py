@@ -75,15 +75,13 @@ class Llama:
         `check_unchanged` is called before each use, and raises an error if the files of the weights were
         changed.
         """
-        check_has("model", model, "args", "a Transformer")
         check_has("tokenizer", tokenizer, "vocab_size", "a Tokenizer")
         check_callable("check_unchanged", check_unchanged)
         if max_context is not None:
             check_whole("max_context", max_context, 0, sys.maxsize)
-        tokenizer.check_rows(model.args.vocab_size)
         self.check_unchanged = check_unchanged
-        self._model, self.tokenizer, self.chat_format = model, tokenizer, chat_format
-        self.max_context = min(model.args.max_seq_len, max_context or model.args.max_seq_len)
+        self.tokenizer, self.chat_format, self._room_in_memory = tokenizer, chat_format, max_context
+        self.model = model
 
     @property
     def model(self) -> Transformer:
@@ -92,7 +90,10 @@ class Llama:
 
     @model.setter
     def model(self, model: Transformer) -> None:
-        self._model = model
+        check_has("model", model, "args", "a Transformer")
+        self.tokenizer.check_rows(model.args.vocab_size)
+        self._model, most = model, model.args.max_seq_len
+        self.max_context = min(most, self._room_in_memory or most)
 
     def new_session(self, max_seq_len: int | None = None) -> Session:
         """A session for one conversation. Its context is the model's, or as much as fits into memory."""

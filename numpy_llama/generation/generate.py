@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from threading import RLock
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -20,12 +21,13 @@ PREFILL_CHUNK = 512  # tokens a forward pass: large enough for full speed, small
 class Session:
     """A KV cache and the ids whose keys and values it holds: the memory of one conversation.
 
-    A new prompt is computed only from the first id that differs.
+    A new prompt is computed only from the first id that differs. Another model computes all of it.
     """
 
     def __init__(self, model: Transformer, max_seq_len: int | None = None):
         check_has("model", model, "new_cache", "a Transformer")
         self.cache = model.new_cache(batch=1, max_seq_len=max_seq_len)
+        self._model: ref[Transformer] | None = ref(model)  # whose keys these are; None after a pickle
         self.ids: list[int] = []
         self.user: object = None  # the request that uses it now
         self._lock = RLock()  # held during a step
@@ -33,7 +35,7 @@ class Session:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         """A second session with the same positions, to continue the conversation in two ways."""
         other = copy(self)
-        other.cache, other.ids = deepcopy(self.cache, memo), list(self.ids)
+        other.cache, other.ids, other._model = deepcopy(self.cache, memo), list(self.ids), self._model
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,7 +43,7 @@ class Session:
         return {"cache": self.cache, "ids": self.ids}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, user=None, _lock=RLock())
+        vars(self).update(state, user=None, _lock=RLock(), _model=None)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -53,11 +55,20 @@ class Session:
         finally:
             self._lock.release()
 
-    def keep_prefix_of(self, prompt: Sequence[int]) -> int:
-        """Keep the ids that `prompt` begins with, and return their number.
+    def keep_prefix_of(self, prompt: Sequence[int], model: Transformer) -> int:
+        """Keep the ids that `prompt` begins with, if this model computed them. Return their number.
 
         The last id of `prompt` is never kept, because the next pass computes its logits.
         """
+        if self._model is None or self._model() is not model:
+            args, (layers, _, heads, _, dim) = model.args, self.cache.k.shape
+            found, wanted = (layers, heads, dim), (args.n_layers, args.n_kv_heads, args.head_dim)
+            if found != wanted:
+                sizes = f"has (n_layers, n_kv_heads, head_dim) = {found}, the model has {wanted}"
+                raise ParameterError(f"the session {sizes}: begin one with `new_session`")
+        if self._model is not None and self._model() is not model:
+            self.ids.clear()
+        self._model = ref(model)
         same = 0
         while same < min(len(self.ids), len(prompt) - 1) and self.ids[same] == prompt[same]:
             same += 1
@@ -178,7 +189,7 @@ def prefill(
     """Compute the prompt, without the prefix that its session holds; -> logits (V,) of the next token."""
     prompt = request.ids
     with request.step() as session:
-        for begin in range(session.keep_prefix_of(prompt), len(prompt), PREFILL_CHUNK):
+        for begin in range(session.keep_prefix_of(prompt, model), len(prompt), PREFILL_CHUNK):
             on_prefill(begin, len(prompt))
             logits = forward(model, prompt[begin : begin + PREFILL_CHUNK], session)
     on_prefill(len(prompt), len(prompt))

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,14 @@ from numpy_llama import errors
 from numpy_llama.checkpoint import download
 from numpy_llama.checkpoint.huggingface import model_args
 from numpy_llama.checkpoint.json_file import JsonFile
-from numpy_llama.errors import ConfigError, DownloadError, NumpyLlamaError, UnsupportedError
+from numpy_llama.errors import (
+    ConfigError,
+    DownloadError,
+    MismatchError,
+    NumpyLlamaError,
+    ParameterError,
+    UnsupportedError,
+)
 from numpy_llama.rope import Llama3Scaling
 from numpy_llama.text.chat import CHAT_FORMATS
 
@@ -222,6 +230,22 @@ def test_what_is_only_data_is_copied(way, llama):
     for name, error in inspect.getmembers(errors, inspect.isclass):
         if issubclass(error, NumpyLlamaError):
             assert repr(way(error("a message"))) == f"{name}('a message')"
+
+
+def test_another_model_is_checked_like_the_first(llama):
+    """Its vocabulary must fit the tokenizer, and the context is its own or what memory has room for."""
+    own = nl.Llama(llama.model, llama.tokenizer, max_context=95)
+    longer = nl.Transformer(replace(ARGS, max_seq_len=100), float_weights(ARGS))
+    for model, context in ((llama.model, 64), (longer, 95)):
+        own.model = model
+        assert own.model is model and own.max_context == own.new_session().cache.max_seq_len == context
+    for wrong in (None, 3, "model"):
+        with pytest.raises(ParameterError, match=f"model is {wrong!r}, it must be a Transformer"):
+            own.model = wrong
+    few = replace(ARGS, vocab_size=5)
+    with pytest.raises(MismatchError, match="rows"):
+        own.model = nl.Transformer(few, float_weights(few))
+    assert own.model is longer
 
 
 @pytest.mark.parametrize("way", ["copy", "deepcopy"])

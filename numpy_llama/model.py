@@ -7,8 +7,8 @@ config.py explains the letters of the shape comments.
     tokens -> tok_embeddings -> n_layers x (attention, feed_forward) -> norm -> output -> logits
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from . import functional as F
 from .cache import KVCache
 from .config import Array, ModelArgs
-from .errors import ParameterError
+from .parts import with_parts
 
 Function = Callable[..., Array]
 Weights = Mapping[str, Any]  # an array or a KernelWeight by name
@@ -144,30 +144,11 @@ class Transformer:
     def with_parts(self, parts: Mapping[str, Any]) -> "Transformer":
         """The same model with other parts: {"layers.*.attention.wq": part}, `*` means every layer.
 
-        A name is a path of attributes. This model is unchanged, and both models use the same weights.
+        This model is unchanged, and both use the same weights. Each layer stores into the cache by its place.
         """
-        model = self
-        for name, part in parts.items():
-            try:
-                model = _with_part(model, name.split("."), part)
-            except (LookupError, TypeError, ValueError):
-                found = f"no part {name!r} that {type(part).__name__} could replace"
-                wanted = 'a path of attributes as "layers.0.attention.wq", and a part that can be called'
-                raise ParameterError(f"the model has {found}; wanted {wanted}") from None
-        return model
-
-
-def _with_part(whole: Any, path: Sequence[str], part: Any) -> Any:
-    """A copy of `whole` with another part at the path; it shares everything beside the path."""
-    if not path:
-        if callable(whole) and not callable(part):
-            raise TypeError
-        return part
-    new, (first, *rest) = copy(whole), path
-    if isinstance(whole, list):
-        names = [str(i) for i in range(len(whole))]
-        for i in range(len(whole)) if first == "*" else [names.index(first)]:
-            new[i] = _with_part(whole[i], rest, part)
-    else:
-        vars(new)[first] = _with_part(vars(whole)[first], rest, part)
-    return new
+        model = with_parts(self, parts)
+        attentions = [getattr(layer, "attention", None) for layer in model.layers]
+        own = {
+            f"layers.{i}.attention.layer": i for i, a in enumerate(attentions) if getattr(a, "layer", i) != i
+        }
+        return with_parts(model, {**own, "args": replace(model.args, n_layers=len(model.layers))})

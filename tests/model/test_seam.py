@@ -1,6 +1,7 @@
 """What is exchanged in a model is what runs: on every backend, in every way to run a model."""
 
 import threading
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -140,24 +141,97 @@ def test_parts_that_compute_the_same_give_the_same_logits(model):
     np.testing.assert_array_equal(model.with_parts(own)(IDS), expected)
 
 
-def test_layers_can_be_put_into_another_order(model):
-    first, second = model.layers
-    swapped = model.with_parts({"layers": [second, first]})  # each still stores into its own layer's cache
-    assert np.abs(swapped(IDS) - model(IDS)).max() > 1e-2 * np.abs(model(IDS)).max()
+def decoded(model, ids):
+    """Logits of the last of `ids`, each computed alone after the ones before it."""
+    cache = model.new_cache(1, len(ids))
+    return [model(np.array([[i]]), at, cache)[0, -1] for at, i in enumerate(ids)][-1]
 
 
-NAMES = ["", "layer.0", "layers.2", "layers.-1", "layers.x", "layers.0.attention.wx", "output.x", "norm.*"]
+ORDERS = [(1, 0), (0, 0), (1,), (0, 1, 0, 1)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_layer_has_its_own_row_of_the_cache(model, order):
+    """Layers in another order, twice, or left out: decoding gives the logits of one pass."""
+    other = model.with_parts({"layers": [model.layers[i] for i in order]})
+    assert other.args.n_layers == len(order) and model.args.n_layers == 2
+    expected = other(IDS)[0, -1]
+    assert np.abs(decoded(other, IDS[0]) - expected).max() < 4e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.attention"])
+def test_a_part_of_another_layer_has_its_own_row_of_the_cache(model, name):
+    other = model.with_parts({name: child(model, name.replace("1", "0"))})
+    expected = other(IDS)[0, -1]
+    assert np.abs(decoded(other, IDS[0]) - expected).max() < 4e-3 * np.abs(expected).max()
+    assert [layer.attention.layer for layer in (*model.layers, *other.layers)] == [0, 1, 0, 1]
+
+
+NO_PARTS = {
+    "": r"no part '' in the model; there are args, tok_embeddings, layers, norm, ",
+    "layer.0": r"no part 'layer' in the model; is it \"layers\"\?",
+    "layers.2": r"no part '2' in 'layers'; there are 0, 1$",
+    "layers.-1": r"no part '-1' in 'layers'; is it \"layers.1\"",
+    "layers.x": r"no part 'x' in 'layers'",
+    "layers.0.attention.wx": r"no part 'wx' in 'layers.0.attention'; is it \"layers.0.attention.w.\"",
+    "layers.*.attention.wx": r"no part 'wx' in 'layers.\*.attention'",
+    "output.x": r"no part 'x' in 'output'",
+    "norm.*": r"no part '\*' in 'norm'",
+    "args.dim.x": r"no part 'x' in 'args.dim'; it has no parts$",
+}
+
+
+@pytest.mark.parametrize("name", NO_PARTS)
 def test_a_name_that_is_none_is_refused(model, name):
-    with pytest.raises(ParameterError, match="the model has no part"):
+    with pytest.raises(ParameterError, match=NO_PARTS[name]):
         model.with_parts({name: lambda x: x})
 
 
-def test_a_part_must_be_callable(model):
-    with pytest.raises(ParameterError, match="NoneType could replace"):
-        model.with_parts({"layers.0.attention.wq": None})
+@pytest.mark.parametrize("parts", [None, [], "output", 3, [("output", np.copy)], {1: np.copy}, {None: 1}])
+def test_parts_are_a_dict_by_name(model, parts):
+    with pytest.raises(ParameterError, match=r"must be a (dict|text) such as"):
+        model.with_parts(parts)
+
+
+@pytest.mark.parametrize(
+    "name, part", [("layers.0.attention.wq", None), ("output", "x"), ("norm", np.ones(3))]
+)
+def test_a_part_must_be_callable(model, name, part):
+    with pytest.raises(ParameterError, match=f"^{name} is .*, it must be a part that can be called"):
+        model.with_parts({name: part})
+
+
+@pytest.mark.parametrize("layers", [None, 3, np.copy])
+def test_the_layers_are_a_list(model, layers):
+    with pytest.raises(ParameterError, match=r"layers is .*, it must be a list of parts"):
+        model.with_parts({"layers": layers})
+
+
+def test_a_session_reuses_only_keys_of_its_model(model):
+    """Another model computes the whole prompt: the keys of the first one are not its own."""
+    other = model.with_parts({"layers.0.feed_forward": negated(model.layers[0].feed_forward)})
+    prompt = IDS[0].tolist()
+
+    def ids(model, session):
+        return [*generate(model, prompt, session, Sampler(), max_tokens=6)]
+
+    session = Session(model)
+    first = ids(model, session)
+    twice = deepcopy(session)
+    expected = ids(other, Session(other))
+    assert ids(other, session) == ids(other, twice) == expected != first
+    assert ids(model, session) == first
+    computed = []
+    [*generate(model, prompt, session, Sampler(), max_tokens=1, on_prefill=lambda at, _: computed.append(at))]
+    assert computed == [7, 8]  # the prefix of the same model is kept
+
+
+def test_a_session_of_another_size_is_refused(model):
+    shorter = model.with_parts({"layers": model.layers[:1]})
+    with pytest.raises(
+        ParameterError, match=r"the session has .* = \(2, .*, the model has \(1, .*new_session"
+    ):
+        next(generate(shorter, [1, 2], Session(model), Sampler()))
 
 
 def test_a_part_of_another_shape_is_an_error(model):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..errors import FormatError, escape
 from ..text.tokenizer import Tokenizer
+from . import not_models
 from .base import Checkpoint
 from .files import MappedFile
-from .gguf.file import HEADER_BYTES
+from .gguf.file import HEADER_BYTES, MAGICS
 from .gguf.model import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint
 from .llama2c import Llama2cCheckpoint, looks_like_llama2c
@@ -23,19 +24,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return MetaCheckpoint(path) if is_meta(path) else HuggingFaceCheckpoint(path)
     file = MappedFile(path, "a model", HEADER_BYTES)
-    head, size = bytes(file.map[:256]), file.size
+    head, size = bytes(file.map[: not_models.HEAD_BYTES]), file.size
+    file.refuse_mistaken(not_models.WANTED)
     del file  # the reader maps it again, and address space may be scarce (ulimit -v)
-    if looks_like_llama2c(head, size):
+    if head[:4] in MAGICS or b"GGUF".startswith(head):
+        return GGUFCheckpoint(path)
+    if looks_like_llama2c(head[:256], size):
         return Llama2cCheckpoint(path)
-    for looks_so, what in [
-        (head.startswith(b"PK\x03\x04") or head.startswith(b"\x80\x02"), "PyTorch's weights"),
-        (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size, "safetensors"),
-        (head.startswith(b"{"), "JSON"),
-    ]:
-        if looks_so:
-            wanted = "name its folder, with params.json (Meta) or config.json (Hugging Face) in it"
-            raise FormatError(f"{path} holds {what}: {wanted}")
-    return GGUFCheckpoint(path)
+    if known := not_models.described(head):
+        raise FormatError(f"{path} holds {known}")
+    if looks_like_llama2c(head[:256], None):
+        return Llama2cCheckpoint(path)  # it raises an error with both sizes
+    raise FormatError(f"{path} begins with {escape(head[:16])}, as no model does; {not_models.OTHER}")
 
 
 def is_meta(folder: Path, must_be_model: bool = True) -> bool:
@@ -45,6 +45,8 @@ def is_meta(folder: Path, must_be_model: bool = True) -> bool:
     except OSError as error:
         raise FormatError(f"{folder} cannot be read: {error.strerror}") from None
     if must_be_model and not names & {"params.json", "config.json"}:
+        if "adapter_config.json" in names:
+            raise FormatError(f"{folder} holds an adapter (LoRA): {not_models.ADAPTER}")
         found = ", ".join(escape(name, 40) for name in sorted(names)[:5]) or "nothing"
         wanted = "a folder with params.json (Meta) or config.json (Hugging Face)"
         raise FormatError(f"{folder} is a folder that holds {found}; wanted {wanted}, or a file's name")

@@ -118,10 +118,11 @@ class Layout:
         return TensorInfo(name, "Q8", shape, at, n + 4 * (n // self.group))
 
 
-def looks_like_llama2c(head: bytes, size: int) -> bool:
+def looks_like_llama2c(head: bytes, size: int | None) -> bool:
     """Whether a file of `size` bytes that begins with `head` (256 bytes, or the whole file) is llama2.c's.
 
-    Version 0 has no magic. A file is version 0 if its 7 numbers are possible and give exactly its size.
+    Version 0 has no magic. A file is version 0 if its 7 numbers are possible and give exactly its size, or
+    any size for None.
     """
     if head.startswith(MAGIC):
         return True
@@ -129,7 +130,7 @@ def looks_like_llama2c(head: bytes, size: int) -> bool:
         *_, last = Layout.read(head).tensors()
     except NumpyLlamaError:
         return False
-    return last.offset + last.nbytes == size
+    return size is None or last.offset + last.nbytes == size
 
 
 class Llama2cCheckpoint(Checkpoint):

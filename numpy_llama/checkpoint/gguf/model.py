@@ -14,6 +14,7 @@ from ...config import ModelArgs
 from ...errors import ConfigError, MismatchError, UnsupportedError, escape
 from ...text.chat import CHAT_FORMATS, ChatFormat
 from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
+from .. import not_models
 from ..base import Checkpoint, size
 from ..names import matched_names
 from ..rope_scalings import TENSORS, gguf_scaling
@@ -63,6 +64,8 @@ class GGUFCheckpoint(Checkpoint):
 
 def model_args(file: GGUFFile) -> ModelArgs:
     """The hyperparameters from the llama.* keys. An absent key takes ggml's default, or is an error."""
+    if file.metadata.get("general.type") == "adapter":
+        raise UnsupportedError(f"{file.path} holds an adapter (LoRA): {not_models.ADAPTER}")
     architecture = file.require("general.architecture", str)
     if architecture != "llama":
         raise UnsupportedError(f"{file.path}: the architecture is {escape(architecture)}, not 'llama'")

@@ -97,9 +97,8 @@ def check_has(name: str, value: object, attribute: str, wanted: str) -> None:
 def check_whole(name: str, value: object, least: int, most: int) -> None:
     """ParameterError unless the argument `name` is a whole number, of Python or NumPy, in that range."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
-        raise ParameterError(
-            f"{name} is {escape(value, 60)}, it must be a whole number from {least} to {most}"
-        )
+        wanted = f"a whole number from {least} to {most}" if least < most else str(most)
+        raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
 
 
 def check_iterable(name: str, value: object, wanted: str) -> None:
@@ -118,10 +117,10 @@ def check_flag(name: str, value: object) -> bool:
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be True or False") from None
 
 
-def check_callable(name: str, value: object) -> None:
-    """ParameterError unless the argument `name` can be called."""
+def check_callable(name: str, value: object, wanted: str = "a function, or be left out") -> None:
+    """ParameterError unless the argument `name` can be called. `wanted` is for one without a default."""
     if not callable(value):
-        raise ParameterError(f"{name} is {escape(value, 60)}, it must be a function, or be left out")
+        raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 import codecs
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -178,9 +179,17 @@ def text_ids(llama: Llama, text: str) -> list[int]:
     """The ids of a text for one pass that records intermediates. ParameterError: no ids, or too many."""
     note_names(llama.tokenizer, text)
     ids = llama.tokenizer.encode(without_mark(text, "the text"), bos=llama.tokenizer.add_bos)
-    most = min(MOST_TOKENS, llama.max_context)
-    if not 0 < len(ids) <= most:
-        raise ParameterError(f"the text has {len(ids)} tokens, wanted 1 to {most}")
+    if not ids:
+        raise ParameterError("the text has no tokens, wanted 1 or more: give a text that is not empty")
+    if len(ids) > llama.max_context:
+        raise ParameterError(
+            f"the text has {len(ids)} tokens, the context has room for {llama.max_context}: "
+            "give a shorter text, or a larger --max-seq-len if model and memory allow it"
+        )
+    if len(ids) > MOST_TOKENS:
+        raise ParameterError(
+            f"the text has {len(ids)} tokens, at most {MOST_TOKENS} are recorded: give a shorter text"
+        )
     return ids
 
 
@@ -312,6 +321,19 @@ def run_stream(stream: Iterable[Piece], as_json: bool) -> None:
         print(completion_json(finish(stream)))
     else:
         show(stream)
+
+
+def results_json(results: Any) -> str:
+    """Results as JSON. JSON has no NaN and no infinity: null takes their place."""
+    return json.dumps(_finite(results), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def completion_json(completion: Completion) -> str:

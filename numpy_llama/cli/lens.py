@@ -5,7 +5,6 @@ prints the likeliest next tokens after TEXT, with their probabilities.
 """
 
 import argparse
-import json
 
 import numpy as np
 
@@ -30,7 +29,9 @@ def run(args: argparse.Namespace) -> None:
         best = np.argsort(-row, kind="stable")[: args.k]
         likeliest.append([(llama.tokenizer.piece(int(i)), float(row[i])) for i in best])
     if args.json:
-        print(json.dumps([[{"text": text, "probability": p} for text, p in row] for row in likeliest]))
+        print(
+            common.results_json([[{"text": text, "probability": p} for text, p in row] for row in likeliest])
+        )
         return
     for layer, row in enumerate(likeliest):
         shown = "".join(f"{p:>7.1%} {text!r:<14.14}" for text, p in row)

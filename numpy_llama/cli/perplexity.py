@@ -6,7 +6,6 @@ error. A lower perplexity is a better prediction.
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 
@@ -35,9 +34,8 @@ def run(args: argparse.Namespace) -> None:
     llama = common.load_model(args)
     if args.ctx > llama.max_context:
         most = llama.model.args.max_seq_len
-        raise ContextOverflowError(
-            f"--ctx is {args.ctx}, the model's context {most}, and memory has room for {llama.max_context}"
-        )
+        memory = "" if llama.max_context == most else f", and memory has room for {llama.max_context}"
+        raise ContextOverflowError(f"--ctx is {args.ctx}, the context has {most} tokens{memory}: give less")
     tokenizer = llama.tokenizer
     common.note_names(tokenizer, text)
     ids = tokenizer.encode(text, bos=tokenizer.add_bos)
@@ -53,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
             llama.check_unchanged()
     if args.json:
         seconds = round(time.perf_counter() - began, 6)
-        print(json.dumps({**asdict(now), "ctx": args.ctx, "seconds": seconds}))
+        print(common.results_json({**asdict(now), "ctx": args.ctx, "seconds": seconds}))
     else:
         counts = f"{now.windows} windows of {args.ctx} tokens, {now.tokens} scored"
         print(f"perplexity {now.perplexity:.4f} +/- {now.standard_error:.4f} ({counts})")

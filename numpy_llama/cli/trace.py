@@ -2,11 +2,12 @@
 
 PATTERN is a name that `numpy-llama ops` lists. A * stands for one part of a name, so
 "layers.*.attention.scores" means the scores of all layers. The command prints the shape of each intermediate
-and the mean, standard deviation, least and largest of its numbers.
+and the mean, standard deviation, least and largest of its finite numbers. Then it counts the numbers that are
+NaN or infinite: a score of a later position is -inf.
 """
 
 import argparse
-import json
+import math
 from typing import Any
 
 import numpy as np
@@ -32,26 +33,27 @@ def run(args: argparse.Namespace) -> None:
         raise ParameterError(f"--out is {str(args.out)!r}, it must end in .npz")
     llama = common.load_model(args)
     tokens = np.array([common.text_ids(llama, args.text)])
-    with trace(llama, *args.patterns) as seen:
+    with trace(llama, *args.patterns) as seen, np.errstate(all="ignore"):  # the table has what overflows
         llama.model(tokens)
     rows = {name: summary(array) for name, array in seen.items()}
     if args.out is not None:
         with common.new_file(args.out) as file:
             np.savez(file, allow_pickle=False, **seen)
     if args.json:
-        print(json.dumps(rows))
+        print(common.results_json(rows))
         return
     width = max(map(len, rows))
-    print(f"{'':<{width}}  {'shape':<18}{'mean':>10}{'sd':>10}{'least':>10}{'most':>10}")
+    print(f"{'':<{width}}  {'shape':<18}{'mean':>10}{'sd':>10}{'least':>10}{'most':>10}{'nan':>8}{'inf':>8}")
     for name, row in rows.items():
         shape = " x ".join(map(str, row["shape"]))
         numbers = "".join(f"{row[key]:>10.3g}" for key in ("mean", "sd", "least", "most"))
-        print(f"{name:<{width}}  {shape:<18}{numbers}")
+        print(f"{name:<{width}}  {shape:<18}{numbers}{row['nan']:>8}{row['inf']:>8}")
 
 
 def summary(array: npt.NDArray[Any]) -> dict[str, Any]:
-    """The shape, and statistics of the finite numbers: a masked score is -inf."""
+    """The shape, statistics of the finite numbers (NaN if there are none), and counts of the others."""
     x = array[np.isfinite(array)].astype(np.float64)
-    least, most = (float(x.min()), float(x.max())) if x.size else (0.0, 0.0)
-    mean, sd = (float(x.mean()), float(x.std())) if x.size else (0.0, 0.0)
-    return {"shape": array.shape, "mean": mean, "sd": sd, "least": least, "most": most}
+    numbers = (x.mean(), x.std(), x.min(), x.max()) if x.size else [math.nan] * 4
+    statistics = dict(zip(("mean", "sd", "least", "most"), map(float, numbers), strict=True))
+    counts = {"nan": int(np.isnan(array).sum()), "inf": int(np.isinf(array).sum())}
+    return {"shape": array.shape, **statistics, **counts}

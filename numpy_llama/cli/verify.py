@@ -9,7 +9,6 @@ verdict. The exit code is 3 if something is wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         one.check_unchanged()
     seconds = time.perf_counter() - began
     if args.json:
-        print(json.dumps(values(report, seconds)))
+        print(common.results_json(values(report, seconds)))
     else:
         print(f"{printable(opened.path.name)}: {opened.format}, {opened.args.n_layers} layers")
         for line in lines(report):

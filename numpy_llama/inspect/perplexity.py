@@ -69,7 +69,8 @@ def losses(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     """log sum exp - logits[id], row by row: (n, V), n ids -> (n,) float64. The sum is kept in float64."""
     highest = logits.max(axis=-1, keepdims=True)
     if not np.isfinite(highest).all():
-        raise NumericsError(f"the largest logit is {highest.min()}, it must be a finite number")
+        found = highest[~np.isfinite(highest)][0]
+        raise NumericsError(f"the largest logit is {found}, it must be a finite number")
     shifted = logits - highest
     chosen = shifted[np.arange(len(ids)), ids]
     return np.log(np.exp(shifted, out=shifted).sum(axis=-1, dtype=np.float64)) - chosen

@@ -8,8 +8,9 @@
         llama.generate("The Eiffel Tower is in")
 
 model.py has no code for this. `Transformer.with_parts` makes a model with hooks around the named parts.
-Within the `with` block, and only in its thread, `llama.model` is that model. Other threads run the model
-without hooks. A transformer block stays one C call as long as no part in it has a hook.
+Within the `with` block, and only in its thread or asyncio task, `llama.model` is that model. Other threads
+and tasks run the model without hooks. A transformer block stays one C call as long as no part in it has a
+hook.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,15 @@ import numpy as np
 
 from .. import functional as F
 from ..config import Array
-from ..errors import MismatchError, NumericsError, ParameterError, check_callable, check_kind
+from ..errors import (
+    MismatchError,
+    NumericsError,
+    ParameterError,
+    check_callable,
+    check_kind,
+    check_whole,
+    escape,
+)
 from ..llama import STAND_INS, Llama
 from ..model import Attention, FeedForward, Function, Linear, RMSNorm, Transformer, TransformerBlock
 
@@ -51,6 +60,8 @@ PLACES = {
     "norm": ("... D", "the normalized stream, the input of the output matrix"),
     "output": ("... V", "logits"),
 }
+LISTED = "`numpy-llama ops` lists the names"
+EXAMPLES = f'for example "output", "layers.0" or "layers.*.attention.weights" ({LISTED})'
 Hook = Callable[[str, np.ndarray], np.ndarray]  # (name, array) -> the array that takes its place
 
 
@@ -80,7 +91,8 @@ def trace(llama: Llama | Transformer, *patterns: str) -> Iterator[Trace]:
 
     A Llama records every pass in this thread, a Transformer only those of `seen.model`. A block without any
     pass is a ParameterError. The kernel does not store scores and weights, so they are computed again from q
-    and k. Blocks can be nested: an inner `trace` records the arrays that an outer `edit` put in.
+    and k. Blocks can be nested: an inner `trace` records the arrays that an outer `edit` put in. A generator
+    that yields within the block shares the hooks with its caller until the block ends.
     """
     seen = Trace()
     with _hooked(llama, lambda model: {*names(model, *patterns)}, seen.note) as seen.model:
@@ -95,9 +107,9 @@ def edit(
 
     -> the Transformer with the hooks; a Llama uses it in this thread. Another shape is a MismatchError. A
     change of `attention.k` or `.v` acts on that pass only; a change of `wk` or `wv` goes into the cache.
+    A generator shares its hooks as in `trace`.
     """
-
-    check_callable("change", change)
+    check_callable("change", change, "a function from an array to the array that takes its place")
 
     def wanted(model: Transformer) -> set[str]:
         found = names(model, pattern)
@@ -109,7 +121,10 @@ def edit(
         return {*found}
 
     def replaced(name: str, array: np.ndarray) -> np.ndarray:
-        new = np.asarray(change(array.copy()))
+        new = np.asarray(found := change(array.copy()))
+        if new.dtype.kind not in "biuf":  # None, if `change` has no return
+            wanted = f"it must return an array of {array.shape}"
+            raise MismatchError(f"{name}: `change` has returned {escape(found, 60)}, {wanted}")
         if new.shape != array.shape:
             raise MismatchError(f"{name} is {array.shape}, what should replace it {new.shape}")
         return new.astype(array.dtype)
@@ -121,15 +136,16 @@ def edit(
 def names(model: Transformer, *patterns: str) -> list[str]:
     """The names in this model that match a pattern, in the order of the forward pass."""
     everything = list(_names(model.args.n_layers))
+    if not patterns:
+        raise ParameterError(f"no intermediate is named; name one or more, {EXAMPLES}")
     for pattern in patterns:
-        check_kind("the name of a place", pattern, str, "a text")
+        check_kind("the name of an intermediate", pattern, str, 'a text such as "layers.*.attention.weights"')
         if not any(_matches(pattern, name) for name in everything):
-            close = get_close_matches(pattern, [*PLACES, *everything], 1)
-            hint = f"; is it {close[0]}?" if close else ""
-            raise ParameterError(
-                f"nothing in this model of {model.args.n_layers} layers is called {pattern!r}{hint}"
-                " (`numpy-llama ops` lists the names)"
-            )
+            same_end = [place for place in PLACES if place.split(".")[-1] == pattern.split(".")[-1]]
+            close = same_end or get_close_matches(pattern, [*PLACES, *everything], 1)
+            hint = f"is it {close[0]}? ({LISTED})" if close else f"names are {EXAMPLES}"
+            where = f"this model of {model.args.n_layers} layers"
+            raise ParameterError(f"nothing in {where} is called {escape(pattern, 60)}; {hint}")
     return [name for name in everything if any(_matches(pattern, name) for pattern in patterns)]
 
 
@@ -300,10 +316,11 @@ def attention_weights(
     model: Transformer, ids: Sequence[int], layer: int, head: int | None = None
 ) -> np.ndarray:
     """The attention weights of a text in one head, or the mean over a layer's heads: -> (T, T)."""
-    name, H = f"layers.{layer}.attention.weights", model.args.n_heads
-    if head is not None and not 0 <= head < H:
-        raise ParameterError(f"head is {head}, the model has 0..{H - 1}")
-    with trace(model, name) as seen:
+    check_whole("layer", layer, 0, model.args.n_layers - 1)
+    if head is not None:
+        check_whole("head", head, 0, model.args.n_heads - 1)
+    name = f"layers.{layer}.attention.weights"
+    with trace(model, name) as seen, np.errstate(all="ignore"):  # `_finite` checks the result
         seen.model.hidden(np.array([ids]))
     weights = _finite(name, seen[name][0])
     return weights.mean(axis=0) if head is None else weights[head]
@@ -315,10 +332,11 @@ def lens(model: Transformer, ids: Sequence[int]) -> np.ndarray:
     The last position's stream, before the first layer and after each, goes through norm, output and softmax:
     -> (n_layers + 1, V).
     """
-    with trace(model, "tok_embeddings", "layers.*") as seen:
-        seen.model.hidden(np.array([ids]))
-    streams = np.stack([_finite(name, h[0, -1]) for name, h in seen.items()])
-    return F.softmax(model.logits(streams))
+    with np.errstate(all="ignore"):  # `_finite` checks the results
+        with trace(model, "tok_embeddings", "layers.*") as seen:
+            seen.model.hidden(np.array([ids]))
+        streams = np.stack([_finite(name, h[0, -1]) for name, h in seen.items()])
+        return F.softmax(_finite("output", model.logits(streams)))
 
 
 def _finite(name: str, x: Array) -> Array:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints where, its exit codes, and never a traceback."""
 
 import json
+import math
 import os
 import pty
 import select
@@ -13,6 +14,7 @@ from helpers import generations
 from helpers.command_line import PROGRAM, assert_refused, run
 
 import numpy_llama as nl
+from numpy_llama.cli import common
 
 
 def test_chat_answers(smollm2_path):
@@ -54,6 +56,18 @@ def test_generate_is_the_python_face_and_json_tells_all(smollm2_path):
     assert told["prompt_tokens"] == expected.prompt_tokens
     assert told["finish_reason"] == "length"
     assert all(value > 0 for value in told["timings"].values())
+
+
+def test_results_in_json_have_no_nan():
+    results = {
+        "a": [1.5, math.nan, (math.inf, -math.inf)],
+        "b": {"c": math.nan},
+        "d": "NaN",
+        "e": True,
+        "f": 3,
+    }
+    expected = {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN", "e": True, "f": 3}
+    assert json.loads(common.results_json(results)) == expected
 
 
 def test_the_same_seed_gives_the_same_text_on_any_number_of_threads(smollm2_path):

@@ -133,7 +133,7 @@ def test_logits_that_are_no_numbers_stop_it(model, monkeypatch, bad):
         return out
 
     monkeypatch.setattr(model, "logits", spoiled)
-    with pytest.raises(NumericsError, match="the largest logit is"):
+    with pytest.raises(NumericsError, match=f"the largest logit is {bad}, it must be a finite number"):
         nll(model, [1, 2, 3], 1)
 
 
@@ -190,7 +190,8 @@ def test_the_numpy_path_says_the_same(text, smollm2_path):
         (b"", [], 2, ["has 0 tokens"]),
         (b"ab\xff", [], 2, ["text.txt is not UTF-8", "0xff", "offset 2"]),
         (b"a\0b", [], 2, ["text.txt", "0x00", "offset 1"]),
-        (b"a", ["--ctx", "9000"], 1, ["--ctx is 9000", "8192"]),
+        (b"a", ["--ctx", "9000"], 1, ["--ctx is 9000, the context has 8192 tokens: give less"]),
+        (b"a", ["--max-seq-len", "99"], 1, ["--ctx is 512, the context has 99 tokens: give less"]),
         (b"a", ["--ctx", "7"], 2, ["--ctx", "8 or above"]),
         (b"a", ["--windows", "0"], 2, ["--windows", "1 or above"]),
     ],

@@ -1,6 +1,9 @@
 """`trace` and `edit`: what they see is what the formulas say, and the model knows nothing of it."""
 
+import asyncio
+import contextvars
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,8 @@ from helpers.tiny_models import LOOKED_INTO, write_tiny
 import numpy_llama as nl
 from numpy_llama import cli
 from numpy_llama import functional as F
-from numpy_llama.errors import MismatchError, NumericsError, ParameterError
-from numpy_llama.inspect.tracing import PLACES, attention_weights, lens, names
+from numpy_llama.errors import MismatchError, NumericsError, ParameterError, check_whole
+from numpy_llama.inspect.tracing import EXAMPLES, PLACES, Trace, attention_weights, lens, names
 
 EVERYTHING = ("*", "layers.*", "layers.*.*", "layers.*.*.*")
 IDS = np.array([[1, 40, 41, 42, 43, 44, 45], [1, 90, 80, 70, 60, 50, 40]])
@@ -155,7 +158,12 @@ def test_wrong_names_and_shapes_are_refused(llama):
     for wrong, hint in [
         ("layers.*.atention.scores", r"is it layers\.\*\.attention\.scores\?"),
         ("layers.3", "this model of 3 layers"),
-        ("", "called ''"),
+        ("layers.9.attention.wq", r"is it layers\.\*\.attention\.wq\?"),
+        ("scores", r"is it layers\.\*\.attention\.scores\?"),
+        ("", r"called ''; names are for example \"output\", \"layers\.0\" or"),
+        ("q_proj", "names are for example"),
+        (None, r"intermediate is None, it must be a text such as \"layers"),
+        (["output"], r"is \['output'\], it must be a text such as"),
     ]:
         with pytest.raises(ParameterError, match=hint), nl.trace(llama, wrong):
             pass
@@ -166,9 +174,101 @@ def test_wrong_names_and_shapes_are_refused(llama):
         nl.edit(llama, "layers.0.*", lambda x: x),
     ):
         pass
-    wrong = pytest.raises(MismatchError, match=r"norm is \(2, 7, 64\), what should replace it \(64,\)")
-    with wrong, nl.edit(llama, "norm", lambda x: x[0, 0]):
+    for change, message in [
+        (lambda x: x[0, 0], r"norm is \(2, 7, 64\), what should replace it \(64,\)"),
+        (lambda x: None, r"norm: `change` has returned None, it must return an array of \(2, 7, 64\)"),
+        (lambda x: x + 1j, r"norm: `change` has returned array.*, it must return"),
+        (lambda x: "zero", "norm: `change` has returned 'zero'"),
+    ]:
+        with pytest.raises(MismatchError, match=message), nl.edit(llama, "norm", change):
+            llama.model(IDS)
+    with pytest.raises(ParameterError, match="change is None, it must be a function from an array"):
+        nl.edit(llama, "norm", None).__enter__()
+
+
+def test_a_trace_of_nothing_says_what_to_name(llama):
+    message = r"no intermediate is named; name one or more, for example \"output\", \"layers\.0\" or \"layers"
+    with pytest.raises(ParameterError, match=message), nl.trace(llama):
+        pass
+    for name in ("output", "layers.0", "layers.*.attention.weights"):  # the examples of the message
+        assert name in EXAMPLES and names(llama.model, name)
+
+
+# --- generators and tasks ---------------------------------------------------------------------------------
+
+
+def traced(llama, found: list):
+    """A generator that yields within its block."""
+    with nl.trace(llama, "layers.0") as seen:
+        while True:
+            llama.model(IDS)
+            found.append(len(seen.passes))
+            yield seen
+
+
+def test_a_suspended_generator_shares_its_hooks_until_its_block_ends(llama):
+    """Python has no variable of a generator's own: the caller's model has the hooks, and then has none."""
+    plain, expected = llama.model, llama.model(IDS)
+    first, second = (traced(llama, []) for _ in range(2))
+    seen, other = next(first), next(second)
+    np.testing.assert_allclose(llama.model(IDS), expected, rtol=NEAR, atol=NEAR)
+    assert (len(seen.passes), len(other.passes)) == (3, 2)  # also the pass of the caller
+    first.close()  # not the last that began
+    llama.model(IDS)
+    assert (len(seen.passes), len(other.passes)) == (3, 3)
+    del second  # as a loop ends that is left by break
+    assert llama.model is plain and np.array_equal(llama.model(IDS), expected)
+
+
+def test_a_generator_that_another_thread_ends_records_nothing_more(llama):
+    """Its hooks stay in the thread where it began, and change no number."""
+    expected = llama.model(IDS)
+
+    def begin_and_end():
+        generator = traced(llama, [])
+        seen = next(generator)
+        closer = threading.Thread(target=generator.close)
+        closer.start()
+        closer.join()
+        np.testing.assert_allclose(llama.model(IDS), expected, rtol=NEAR, atol=NEAR)
+        return len(seen.passes)
+
+    assert contextvars.copy_context().run(begin_and_end) == 1
+    assert np.array_equal(llama.model(IDS), expected)
+
+
+def test_tasks_do_not_see_each_others_hooks(llama):
+    """Two tasks take turns within their blocks; a third has no block, and a child has its parent's hooks."""
+    plain, expected = llama.model, llama.model(IDS)
+
+    async def task(name: str, turns: int) -> Trace:
+        with nl.trace(llama, name) as seen:
+            for _ in range(turns):
+                llama.model(IDS)
+                await asyncio.sleep(0)
+                assert llama.model is not plain
+        assert llama.model is plain
+        return seen
+
+    async def without() -> None:
+        for _ in range(3):
+            assert llama.model is plain and np.array_equal(llama.model(IDS), expected)
+            await asyncio.sleep(0)
+
+    async def child() -> None:
         llama.model(IDS)
+
+    async def everything():
+        one, two, _ = await asyncio.gather(task("layers.0", 3), task("output", 2), without())
+        with nl.trace(llama, "norm") as seen:
+            await asyncio.create_task(child())
+        return one, two, seen
+
+    one, two, seen = asyncio.run(everything())
+    assert [*one] == ["layers.0"] and len(one.passes) == 3
+    assert [*two] == ["output"] and len(two.passes) == 2
+    assert [*seen] == ["norm"] and len(seen.passes) == 1
+    assert llama.model is plain
 
 
 def test_a_batch_can_be_edited(llama):
@@ -188,8 +288,16 @@ def test_attention_weights_are_shares_of_what_was_seen(llama):
     np.testing.assert_allclose(heads.sum(-1), 1, rtol=1e-6)
     assert not np.triu(heads, 1).any()
     np.testing.assert_allclose(attention_weights(llama.model, ids, 1), heads.mean(0), rtol=1e-6)
-    with pytest.raises(ParameterError, match=r"head is 4, the model has 0\.\.3"):
-        attention_weights(llama.model, ids, 1, 4)
+    with pytest.raises(ParameterError, match=r"head is 1, it must be 0$"):  # not: from 0 to 0
+        check_whole("head", 1, 0, 0)
+    for layer, head, message in [
+        (1, 4, "head is 4, it must be a whole number from 0 to 3"),
+        (1, "2", "head is '2', it must be a whole number from 0 to 3"),
+        (3, None, "layer is 3, it must be a whole number from 0 to 2"),
+        ("*", None, r"layer is '\*', it must be"),
+    ]:
+        with pytest.raises(ParameterError, match=message):
+            attention_weights(llama.model, ids, layer, head)
 
 
 def test_the_lens_ends_in_what_the_model_says(llama):
@@ -228,7 +336,30 @@ def test_trace_prints_and_keeps(path, tmp_path, capsys):
         np.testing.assert_allclose(row["mean"], x[np.isfinite(x)].mean(), rtol=1e-5)
     assert "must end in .npz" in said(capsys, *given, "--out", "x.txt", code=2)
     assert "x.npz cannot be written" in said(capsys, *given, "--out", tmp_path / "no" / "x.npz", code=1)
-    assert "the text has 0 tokens, wanted 1 to 512" in said(capsys, "trace", "-m", path, "", "norm", code=2)
+
+
+@pytest.mark.parametrize(
+    "text, most, message",
+    [
+        ("", 512, "the text has no tokens, wanted 1 or more: give a text that is not empty"),
+        (
+            "abc",
+            1,
+            "the text has 3 tokens, the context has room for 1: give a shorter text, or a larger --max",
+        ),
+        ("a" * 513, 512, "the text has 513 tokens, the context has room for 512: give a shorter text, or"),
+    ],
+)
+@pytest.mark.parametrize("verb", [["trace", "norm"], ["lens"], ["attention"]], ids=lambda verb: verb[0])
+def test_the_length_of_a_text_is_refused_with_a_way_out(verb, text, most, message, path, capsys):
+    command, *names = verb
+    assert message in said(capsys, command, "-m", path, text, *names, "--max-seq-len", most, code=2)
+
+
+def test_a_text_is_too_long_for_a_record(path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.common, "MOST_TOKENS", 2)
+    message = "the text has 3 tokens, at most 2 are recorded: give a shorter text"
+    assert message in said(capsys, "trace", "-m", path, "abc", "norm", code=2)
 
 
 def test_attention_is_a_triangle(path, capsys):
@@ -237,7 +368,7 @@ def test_attention_is_a_triangle(path, capsys):
     for i, row in enumerate(rows):
         assert len(row.rstrip()) <= len(rows[0].rstrip()) + 2 * i + 20
     assert rows[0].rstrip().endswith("@@")  # the first can only look at itself
-    assert "nothing in this model of 3 layers" in said(
+    assert "layer is 9, it must be a whole number from 0 to 2" in said(
         capsys, "attention", "-m", path, "abc", "--layer", 9, code=2
     )
     assert "must end in .svg, .png, .pdf" in said(
@@ -251,6 +382,67 @@ def test_attention_is_drawn(kind, begins, path, tmp_path, capsys):
     out = tmp_path / f"seen.{kind}"
     assert said(capsys, "attention", "-m", path, "abcdef", "--out", out) == ""
     assert out.read_bytes().startswith(begins) and [*tmp_path.iterdir()] == [out]
+
+
+def spoilt(folder: Path, name: str, value: float = np.nan) -> Path:
+    """A file with one weight whose numbers are all `value`."""
+
+    def spoil(weights):
+        weights[name][...] = value
+
+    return write_tiny(folder / "spoilt.gguf", "F32", spoil)
+
+
+def strict_json(text: str):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_trace_counts_what_is_not_finite(tmp_path, capsys):
+    """NaN is printed as it is, as null in JSON; a masked score counts as infinite, and is no fault."""
+    model = spoilt(tmp_path, "layers.1.attention.wq.weight")
+    given = ("trace", "-m", model, "abc", "layers.*.attention.scores", "layers.0", "layers.1")
+    title, *lines = (line.split() for line in said(capsys, *given).splitlines())
+    assert title == ["shape", "mean", "sd", "least", "most", "nan", "inf"]
+    rows = {line[0]: line[-6:] for line in lines}
+    assert rows["layers.0.attention.scores"][-2:] == ["0", "12"]  # 4 heads, 3 later positions
+    assert rows["layers.0"][-2:] == ["0", "0"] and "nan" not in rows["layers.0"]
+    assert rows["layers.1.attention.scores"] == ["nan"] * 4 + ["36", "0"]
+    assert rows["layers.1"] == ["nan"] * 4 + ["192", "0"]
+    told = strict_json(said(capsys, *given, "--json"))
+    none = dict.fromkeys(("mean", "sd", "least", "most"))
+    assert told["layers.1"] == {"shape": [1, 3, 64], **none, "nan": 192, "inf": 0}
+    assert told["layers.0"]["nan"] == 0 and told["layers.0"]["sd"] > 0
+
+
+def test_statistics_are_those_of_the_finite_numbers():
+    x = np.array([1, np.nan, 3, np.inf, -np.inf], np.float32)
+    row = {"shape": (5,), "mean": 2.0, "sd": 1.0, "least": 1.0, "most": 3.0, "nan": 1, "inf": 2}
+    assert cli.trace.summary(x) == row
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.parametrize(
+    "weight, value, verbs, place",
+    [
+        ("layers.1.attention.wq.weight", np.nan, ["attention"], "layers.1.attention.weights"),
+        ("layers.1.attention.wq.weight", np.nan, ["lens", "lens --json"], "layers.1"),
+        ("norm.weight", np.nan, ["lens", "lens --json"], "output"),
+        ("output.weight", np.nan, ["lens", "lens --json"], "output"),
+        ("output.weight", 3e38, ["lens"], "output"),
+    ],
+)
+def test_a_picture_of_nan_is_one_line_on_stderr(
+    weight, value, verbs, place, backend, tmp_path, recwarn, capsys
+):
+    model = spoilt(tmp_path, weight, value)
+    for verb in verbs:
+        name, *options = verb.split()
+        err = said(capsys, name, "-m", model, "abc", "--backend", backend, *options, code=1)
+        assert err == f"numpy-llama: {place} has numbers that are not finite: the weights may be damaged\n"
+    assert not recwarn.list
 
 
 def test_lens_has_a_line_for_each_layer(path, capsys):

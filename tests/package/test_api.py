@@ -146,6 +146,9 @@ def test_an_argument_works_or_is_refused_in_our_words(function, name, call):
             call(function, name, value)
         except NumpyLlamaError as error:
             assert str(error), label
+            parameter = inspect.signature(function).parameters.get(name)
+            if parameter is not None and parameter.default is parameter.empty:
+                assert "left out" not in str(error), label  # it cannot be
         except Exception as error:
             pytest.fail(f"{label}: {type(error).__name__}: {error}")
 

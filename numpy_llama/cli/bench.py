@@ -8,7 +8,6 @@ of the whole program so far, with the mapped pages of the model's file.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from ..checkpoint.download import locate
 from ..checkpoint.memory import available_memory, gib, memory_plan, peak_memory
 from ..errors import ParameterError, printable
 from ..inspect.bench import Machine, Result, Task, formats, measure
+from ..llama import _with_context
 from . import common
 
 # The columns after the model's name, and their widths.
@@ -60,20 +60,24 @@ def run(args: argparse.Namespace) -> None:
     tasks = list(tests(args))
     if not tasks:
         raise ParameterError("nothing to measure: -p and -n are 0")
+    machines = [(threads, Machine(threads)) for threads in args.threads or [None]]
     with common.transfer_bar() as progress:
         path = locate(args.model, progress)
     opened = open_checkpoint(path)
-    plan = memory_plan(opened.args, opened.weights(), args.backend, exact=args.exact)
+    model_args = opened.args
+    if args.max_seq_len is not None:
+        model_args = _with_context(model_args, args.max_seq_len, path)
+    plan = memory_plan(model_args, opened.weights(), args.backend, exact=args.exact)
     available = available_memory(plan.mapped)
     for task in tasks:
         task.check(plan, available, path)
     name, kernels = printable(path.name), args.backend == "c"
-    if not args.json:
-        titles = "".join(f"{title:>{width}}" for title, width in COLUMNS.items())
-        print(f"{'model':<{len(name)}}{titles}", flush=True)
-    for threads in args.threads or [None]:
+    titles = "".join(f"{title:>{width}}" for title, width in COLUMNS.items())
+    for i, (threads, machine) in enumerate(machines):
         args.threads = threads
-        model, machine = common.load_model(args).model, Machine(args.threads)
+        model = common.load_model(args).model
+        if i == 0 and not args.json:  # not before the model is loaded: an error stands alone
+            print(f"{'model':<{len(name)}}{titles}", flush=True)
         about = {
             "model": name,
             "size": plan.mapped + plan.made,
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
             with common.run_bar(str(task)) as on_run:
                 result = measure(model, task, machine, args.repeat, on_run)
             values = about | numbers(result)
-            print(json.dumps(values) if args.json else row(values), flush=True)
+            print(common.results_json(values) if args.json else row(values), flush=True)
         if not args.json and machine.isa is not None:
             limits = f"read {result.read_bandwidth / 1e9:.1f} GB/s, FMA {result.fma_peak / 1e9:.0f} Gop/s"
             print(f"at best, {machine.threads} threads, {machine.isa}: {limits}", flush=True)

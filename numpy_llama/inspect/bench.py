@@ -150,7 +150,7 @@ class Machine:
             self.kernels, self.isa, self.threads = None, None, threads or available_cpus()
         else:
             self.kernels, self.isa = kernels, kernels.isa()
-            self.threads = threads or available_cpus()
+            self.threads = kernels.Kernels(threads).threads  # an impossible number is its ParameterError
 
     def read_bandwidth(self, pieces: Sequence[np.ndarray]) -> float:
         """Bytes a second."""

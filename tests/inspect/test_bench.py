@@ -285,6 +285,9 @@ def test_the_table_has_a_line_for_each_test(path):
         (["-t", "1,0"], 2, ["-t", "'0' is not a whole number, 1 or above"]),
         (["-b", "0"], 2, ["-b", "'0'"]),
         (["-r", "0"], 2, ["-r", "'0'"]),
+        (["-t", "1,1025"], 2, ["threads is 1025, it must be a whole number from 1 to 1024"]),
+        (["-p", "9", "--max-seq-len", "2049"], 2, ["max_seq_len is 2049, ", "from 1 to 2048"]),
+        (["-p", "9", "-n", "0", "--max-seq-len", "8"], 1, ["pp9 takes 9 positions", "tiny.gguf has 8"]),
         (["-p", "2049"], 1, ["pp2049 takes 2049 positions", "tiny.gguf has 2048"]),
         (["-p", "1", "-n", "13", "-d", "2036"], 1, ["tg13 @ d2036 takes 2049 positions", "has 2048"]),
         (

@@ -14,13 +14,7 @@ from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
 
 every_source = pytest.mark.parametrize("source", FORMATS)
 every_target = pytest.mark.parametrize("target", CONVERTIBLE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads_even_for_little_work():
-    before, kernels.WORK_FOR_THREADS = kernels.WORK_FOR_THREADS, 0
-    yield
-    kernels.WORK_FOR_THREADS = before
+pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
 
 def assert_same(got: np.ndarray, tensor: StoredTensor, format, rows=slice(None)) -> None:

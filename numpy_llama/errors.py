@@ -6,6 +6,7 @@ A message names the file, the offset or key, the value found and the value wante
 
 import re
 from numbers import Integral
+from typing import TypeGuard
 
 
 class NumpyLlamaError(Exception):
@@ -94,9 +95,14 @@ def check_has(name: str, value: object, attribute: str, wanted: str) -> None:
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, of Python or NumPy. True is none, although Python's bool is an int."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_whole(name: str, value: object, least: int, most: int) -> None:
-    """ParameterError unless the argument `name` is a whole number, of Python or NumPy, in that range."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+    """ParameterError unless the argument `name` is a whole number in that range."""
+    if not is_whole(value) or not least <= value <= most:
         wanted = f"a whole number from {least} to {most}" if least < most else str(most)
         raise ParameterError(f"{name} is {escape(value, 60)}, it must be {wanted}")
 

@@ -34,6 +34,7 @@ from .errors import (
     check_kind,
     check_whole,
     escape,
+    is_whole,
 )
 from .generation.batch import generate_batch, naming
 from .generation.generate import Request, Session, generate
@@ -162,7 +163,7 @@ class Llama:
             raise ParameterError(f"the prompt is {found}, it must be a text or a list of token ids")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, special=special)
-        if isinstance(prompt, bytes) or not all(map(_is_whole, prompt)):
+        if isinstance(prompt, bytes) or not all(map(is_whole, prompt)):
             raise ParameterError("the prompt must be a text or a list of token ids")
         if wrong := [i for i in prompt if not 0 <= i < self.model.args.vocab_size]:
             last = self.model.args.vocab_size - 1
@@ -173,7 +174,7 @@ class Llama:
         """The positions for this prompt and its answer."""
         if max_tokens is None:
             return self.max_context
-        if not _is_whole(max_tokens):
+        if not is_whole(max_tokens):
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be a whole number")
         if max_tokens < 0:
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
@@ -267,10 +268,6 @@ class Llama:
             )
 
 
-def _is_whole(number: object) -> bool:
-    return type(number) is int or isinstance(number, np.integer)  # not True, which is an instance of int
-
-
 def finish(stream: Iterable[Piece]) -> Completion:
     """Run a stream to its end."""
     *_, last = stream
@@ -318,7 +315,7 @@ def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
     most, scaling = args.max_seq_len, args.rope_scaling
     if isinstance(scaling, DynamicScaling) and most >= scaling.original_max_seq_len:
         most = LIMITS["max_seq_len"]
-    if not _is_whole(max_seq_len) or not 0 < max_seq_len <= most:
+    if not is_whole(max_seq_len) or not 0 < max_seq_len <= most:
         found = escape(max_seq_len, 60)
         raise ParameterError(f"max_seq_len is {found}, {source} allows a whole number from 1 to {most}")
     return replace(args, max_seq_len=int(max_seq_len))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Array
-from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError
+from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError, check_whole
 from .formats import FORMATS, MAX_F16, QK, Format, InPlace, StoredTensor
 from .limits import available_cpus as available_cpus
 from .limits import stack_bytes, too_many_threads, too_small_stack
@@ -266,9 +266,7 @@ class Kernels(InPlace):
     def __init__(self, threads: int | None = None, exact: bool = False):
         if threads is None:
             threads = available_cpus()
-        whole = type(threads) is int or isinstance(threads, np.integer)
-        if not whole or not 1 <= threads <= 1024:
-            raise ParameterError(f"threads is {threads!r}, it must be a whole number from 1 to 1024")
+        check_whole("threads", threads, 1, 1024)
         self.threads, self.exact = int(threads), exact
         self._share(WORK_FOR_THREADS)  # an impossible number fails before any weight is loaded
         self._scratch: list[Any] = []  # of `layer`: one for each call that ran at the same time

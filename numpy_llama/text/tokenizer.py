@@ -40,6 +40,7 @@ from ..errors import (
     check_iterable,
     check_kind,
     escape,
+    is_whole,
 )
 from .bpe import in_chunks, order_of_merging
 from .pretokenizer import CUSTOM, LLAMA3, WORDS, custom_words, of_older_unicode
@@ -167,7 +168,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text: perhaps half a character; none for a control token."""
-        if isinstance(token_id, (int, np.integer)) and 0 <= token_id < len(self.tokens):
+        if is_whole(token_id) and 0 <= token_id < len(self.tokens):
             return self.meanings[token_id]
         raise TokenizerError(f"token id {escape(token_id)} is no whole number in 0..{len(self.tokens) - 1}")
 

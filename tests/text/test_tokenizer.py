@@ -152,7 +152,7 @@ def test_half_a_character_at_the_end_is_replaced():
 
 
 @BOTH
-@pytest.mark.parametrize("token_id", [-1, 10**6, 2**31, 1.0, "1", None, np.int64(-1), np.float32(1)])
+@pytest.mark.parametrize("token_id", [-1, 10**6, 2**31, 1.0, True, "1", None, np.int64(-1), np.float32(1)])
 def test_ids_outside_the_vocabulary(build, token_id):
     tokenizer = build()
     for use in (tokenizer.token_bytes, tokenizer.piece, lambda i: tokenizer.decode([i])):

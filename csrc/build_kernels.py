@@ -27,8 +27,9 @@ COMPILE = [
     "-Wall",
     "-Wextra",
 ]
-# Left out on purpose: -ffast-math and -Ofast also switch the loading thread to flush-to-zero.
-# -march=native is not needed: dispatch.c chooses the instruction set when the module is loaded.
+# Some flags are left out on purpose. The flags -ffast-math and -Ofast also switch the loading thread to
+# flush-to-zero. The flag -march=native is not needed: dispatch.c chooses the instruction set when the module
+# is loaded.
 
 
 def openmp_flags() -> list[str]:

@@ -146,8 +146,8 @@ int nl_layer(const nl_layer_args *a, int first, int last, int64_t part, int64_t 
 /* dst = quantize(dequantize(src))      quantize.c
  *   src, dst: `rows` rows of IN weights as stored, IN a multiple of both formats' blocks.
  *   src is in any format, dst in F32, F16, BF16, Q8_0 or Q4_0.
- *   Returns 0 or NL_UNKNOWN_FORMAT; or the first row, counted from 1, that dst's format cannot store because
- *   it has a NaN or a number beyond 65504. */
+ *   Returns 0, NL_UNKNOWN_FORMAT, or the first row that dst's format cannot store, counted from 1. Such a row
+ *   has a NaN or a number beyond 65504. */
 int64_t nl_convert(void *dst, int dst_format, const void *src, int src_format, int64_t rows, int64_t IN,
                    int threads);
 

@@ -127,8 +127,8 @@ VEC_INLINE vec_scales load_f16_of_4_rows(const uint8_t *const w[4], int64_t at, 
     return scales_from_f16(halves);
 }
 
-/* The sums of a token with four rows: of products, in lanes; and of m * dx * (sum of q), in BLOCKS_PER_STEP
- * lanes for each row, or in a K format in four (`sub_minima`). */
+/* The sums of a token with four rows. `rows` sums products, in lanes. `minima` sums m * dx * (sum of q), in
+ * BLOCKS_PER_STEP lanes for each row. In a K format `sub_minima` does, in four lanes for each row. */
 typedef struct {
     vec rows[4], sub_minima[16 / LANES];
     vec_scales minima;
@@ -190,8 +190,8 @@ VEC_INLINE ints unpack_k_bytes(const int format, const uint8_t *p, int k) {
                : q;
 }
 
-/* `head` has the first 16 bytes of a block of Q4_K or Q5_K, for LANES / 4 rows: see unpack_k_scales in
- * unpack.h.
+/* The scales of a block of Q4_K or Q5_K: see unpack_k_scales in unpack.h. `head` has the first 16 bytes of
+ * it, for LANES / 4 rows.
  * -> eight scales, eight minima: a byte each. */
 VEC_INLINE ints k_scales(ints head) {
     const ints low = ints_right_each(ints_order(head, 1, 3, 2, 3), ints_fours(0, 0, 0, 4));

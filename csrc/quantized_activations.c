@@ -70,8 +70,8 @@ VEC_INLINE int32_t sum_of(const int16_t *q, int n) {
 /* ---------------------------------------------------------------- for GEMV
  *
  * The tokens lie one after the other, each in the order of the weights' bytes. Byte i of Q4_0 holds weights i
- * and i + 16; so a step has the first sixteen numbers of each of its BLOCKS_PER_STEP blocks, then the second
- * sixteen.
+ * and i + 16. So a step has the first sixteen numbers of each of its BLOCKS_PER_STEP blocks, and then the
+ * second sixteen.
  *
  *     q          int16[IN]
  *     dx, sums   for each step float[4][BLOCKS_PER_STEP], four times the same: one for each of four rows

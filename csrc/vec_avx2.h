@@ -182,8 +182,8 @@ VEC_INLINE ints repeat_32_bytes(const uint8_t *p) { return ints_load(p); }
 VEC_INLINE ints repeated_left(ints a, int n, int m) {
     return (void)m, n < 0 ? ints_right(a, -n) : ints_left(a, n);
 }
-/* From byte i of 16 repeated ones on: one byte for each 32 weights (u8), or for each 16 (i8), as a short for
- * each pair of weights. */
+/* A short for each pair of weights, from the bytes at i of 16 repeated ones. A byte is for 32 weights (u8),
+ * or for 16 (i8). */
 VEC_INLINE ints shorts_repeat_u8(ints runs, int i) {
     return _mm256_shuffle_epi8(runs, shorts_all(0x8000 | i));
 }

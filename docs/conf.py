@@ -40,18 +40,18 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def plain(app, what, name, obj, options, lines) -> None:
-    """Docstrings are plain text: `names` are code, asterisks are products, what is set in stays as it is."""
-    told: list[str] = []
+    """Docstrings are plain text: `names` are code, asterisks are products, indented lines stay unchanged."""
+    marked_up: list[str] = []
     for line in lines:
         if line.startswith(" "):
-            if told and not told[-1].strip():
-                told += ["::", ""]
-            told.append(line)
+            if marked_up and not marked_up[-1].strip():
+                marked_up += ["::", ""]
+            marked_up.append(line)
         else:
-            if told and told[-1].startswith(" ") and line:
-                told.append("")
-            told.append(re.sub(r"`([^`]+)`", r"``\1``", line.replace("*", r"\*").replace("|", r"\|")))
-    lines[:] = told
+            if marked_up and marked_up[-1].startswith(" ") and line:
+                marked_up.append("")
+            marked_up.append(re.sub(r"`([^`]+)`", r"``\1``", line.replace("*", r"\*").replace("|", r"\|")))
+    lines[:] = marked_up
 
 
 def setup(app) -> None:

@@ -60,7 +60,7 @@ class RopeScaling(ABC):
 class ModelArgs:
     """Hyperparameters, under the names of Meta's params.json.
 
-    `norm_eps` and `rope_theta` have no default, for the generations differ: LLaMA 1 has 1e-6 and 1e4,
+    `norm_eps` and `rope_theta` have no default, for the generations differ. LLaMA 1 has 1e-6 and 1e4,
     Llama 2 has 1e-5 and 1e4, Llama 3 has 1e-5 and 5e5. `rope_theta` is the base; theta_j is an angle.
     """
 

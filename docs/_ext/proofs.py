@@ -17,9 +17,9 @@ class Laws(Directive):
 
 
 def chapter(name, module):
-    told = name.removeprefix("test_").removesuffix(".py").replace("_", " ")
-    section = nodes.section(ids=[f"laws-of-{told.replace(' ', '-')}"], names=[f"laws of {told}"])
-    section += nodes.title("", told)
+    operation = name.removeprefix("test_").removesuffix(".py").replace("_", " ")
+    section = nodes.section(ids=[f"laws-of-{operation.replace(' ', '-')}"], names=[f"laws of {operation}"])
+    section += nodes.title("", operation)
     section += nodes.paragraph("", ast.get_docstring(module).partition("\n\n")[0])
     laws = nodes.bullet_list()
     for function in module.body:

@@ -22,9 +22,9 @@ float16 scales, `d` and `dmin` (in Q6_K only `d`). A sub-block has small whole n
     Q6_K     128 bytes (low 4 bits), 64 bytes (upper 2), 16 sc, d      d * sc * (q - 32)
 
     Q4_K, Q5_K   32 bytes hold 64 weights: byte i weight i in its low half, weight i + 32 in its high half;
-                 of the 32 bytes of fifth bits, byte i holds those of weights i, i + 32, ... i + 224
+                 byte i of the 32 bytes of fifth bits holds those of weights i, i + 32, ... i + 224
     Q6_K         64 bytes hold 128 weights: byte i weight i in its low half, weight i + 64 in its high half;
-                 of the upper bits, 32 bytes a 128 weights, byte i holds those of i, i + 32, i + 64, i + 96
+                 byte i of their 32 bytes of upper bits holds those of weights i, i + 32, i + 64, i + 96
     sc and m     sub-blocks 0..3 take 6 bits of a byte each, and the other 2 belong to sub-blocks 4..7:
                      byte j          sc[j + 4] bits 54, sc[j] bits 543210          j = 0..3
                      byte j + 4       m[j + 4] bits 54,  m[j] bits 543210

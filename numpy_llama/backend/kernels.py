@@ -25,10 +25,10 @@ from .limits import available_cpus as available_cpus
 from .limits import stack_bytes, too_many_threads, too_small_stack
 
 # Between two steps of a layer GNU OpenMP's threads spin, by default for about 10 ms, and then sleep. A busy
-# machine takes the CPU from a spinning thread first, and the next step waits for that thread: two busy
-# neighbours made decoding 7 times slower than with 3,000 turns (0.1 ms). 20,000 turns cost no more beside
-# such neighbours. They cover the wait for the slower of two threads: without neighbours, decoding is 7%
-# faster than with 3,000. OpenMP reads the number when it is loaded; child processes do not inherit it.
+# machine takes the CPU from a spinning thread first, and the next step waits for that thread. Beside two busy
+# programs decoding was 7 times slower than with 3,000 turns (0.1 ms). There 20,000 turns cost no more than
+# 3,000. They cover the wait for the slower of two threads: on an idle machine decoding is 7% faster than with
+# 3,000. OpenMP reads the number when it is loaded; child processes do not inherit it.
 STACK = stack_bytes(os.environ)  # of OpenMP's threads: also read when the library is loaded
 _spin_count_is_ours = "GOMP_SPINCOUNT" not in os.environ
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")

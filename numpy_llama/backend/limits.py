@@ -102,7 +102,7 @@ def too_small_stack(whose: str, room: int, wanted: int) -> ResourceLimitError:
     """The error for a stack that is too small for the C kernels."""
     return ResourceLimitError(
         f"the stack of {whose} has room for {max(room, 0)} bytes, the C kernels need {wanted}; "
-        "OMP_STACKSIZE=1M gives more, or `ulimit -s 1024`, or threading.stack_size to a thread of Python"
+        "OMP_STACKSIZE=1M gives more, or `ulimit -s 1024`, or threading.stack_size in Python"
     )
 
 

@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json, the weights in one file or in shards, and the files of a tokenizer.
 
 What this file promises: each key of config.json that changes the mathematics is computed, or refused with its
-name. Weights are used in place: the rows of q_proj and k_proj stay in the order of the file, and the tensor
+name. Weights are used in place. So the rows of q_proj and k_proj stay in the order of the file. The tensor
 keeps the model's order beside them.
 """
 

@@ -134,7 +134,7 @@ def assert_close_on_average(actual: ArrayLike, expected: ArrayLike, tolerance: f
 
 
 def _count(fine: Array) -> str:
-    """The wrong numbers as the subject of a sentence: "3 of 8 numbers are"; of a single number, "it is"."""
+    """The subject of a sentence on the wrong numbers: "3 of 8 numbers are", for a single number "it is"."""
     wrong = np.size(fine) - np.count_nonzero(fine)
     return "it is" if np.size(fine) == 1 else f"{wrong} of {np.size(fine)} numbers are"
 

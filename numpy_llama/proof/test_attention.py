@@ -1,5 +1,7 @@
-"""Attention: softmax(q k^T / sqrt(Dh) + mask) v for each head (Vaswani et al. 2017, equation 1), causal, with
-key/value heads that serve several query heads (Ainslie et al. 2023). The T queries are the last T of S."""
+"""Causal attention: softmax(q k^T / sqrt(Dh) + mask) v for each head (Vaswani et al. 2017, equation 1).
+
+A key/value head serves several query heads (Ainslie et al. 2023). The T queries are the last T of S.
+"""
 
 import math
 

@@ -123,8 +123,8 @@ def test_gaps_are_refused(ops, source, there):
     cache = new(ops, source, 1)
     if there:
         cache.update(0, 0, *keys_values(source, 1, there))
-    told = f"position {there + 1} of a cache that holds {there}"
-    assert_refused(lambda: cache.update(0, there + 1, *keys_values(source, 1, 1)), told)
+    message = f"position {there + 1} of a cache that holds {there}"
+    assert_refused(lambda: cache.update(0, there + 1, *keys_values(source, 1, 1)), message)
 
 
 @law("KVCache", sources, st.integers(0, 2))

@@ -41,14 +41,14 @@ def test_nothing_is_left_to_merge(ops, word, seed):
 
 @law("merge")
 def test_the_lowest_rank_goes_first(ops):
-    """Of "abc" with the tokens bc (256), ab (257): bc is merged, wherever it stands."""
+    """The lowest rank is merged first: "abc" with the tokens bc (256), ab (257) gives a bc."""
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"bc": 256, b"ab": 257}
     assert_that(ops.merge(b"abc", ranks) == [b"a", b"bc"], "ab was merged before bc, whose rank is lower")
 
 
 @law("merge")
 def test_the_leftmost_of_equals_goes_first(ops):
-    """Of "aaa" with the token aa: aa a, not a aa."""
+    """Equal pairs merge from the left: "aaa" with the token aa gives aa a, not a aa."""
     assert_that(ops.merge(b"aaa", {b"a": 0, b"aa": 256}) == [b"aa", b"a"], "the right pair was merged first")
 
 

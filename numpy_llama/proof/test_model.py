@@ -152,13 +152,13 @@ def test_rows_of_a_batch_are_independent(ops, args, seed):
 
 @whole("Transformer", configurations(), seeds)
 def test_the_order_of_words_matters(ops, args, seed):
-    """Two tokens exchanged: without RoPE the last position could not tell."""
+    """Two tokens exchanged: without RoPE the last position would compute the same."""
     args = replace(args, n_layers=1)
     model, tokens = model_and_tokens(ops, args, seed, 1, 5)
     tokens[0] = [0, 1, 2, 3, 4]
     exchanged = tokens[:, [1, 0, 2, 3, 4]]
     one, other = model(tokens)[:, -1], model(exchanged)[:, -1]
-    assert_that(np.abs(one - other).max() > 1e-5 * np.abs(one).max(), "the last position cannot tell")
+    assert_that(np.abs(one - other).max() > 1e-5 * np.abs(one).max(), "the last position computes the same")
 
 
 @whole("Transformer", configurations(), seeds)

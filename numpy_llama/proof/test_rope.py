@@ -311,8 +311,8 @@ def test_sequences_may_start_at_their_own_positions(ops, source, T):
 @law("freqs_cis_at")
 def test_positions_beyond_the_table_are_refused(ops, start, T):
     """A position below 0 or beyond the context is an error, and never counts from the end."""
-    told = f"{T} positions from {start} on, of 5,"
-    assert_refused(lambda: ops.freqs_cis_at(np.ones((5, 2), complex), np.array(start), T), told)
+    message = f"{T} positions from {start} on, of 5,"
+    assert_refused(lambda: ops.freqs_cis_at(np.ones((5, 2), complex), np.array(start), T), message)
 
 
 # --- the turn ---------------------------------------------------------------------------------------------

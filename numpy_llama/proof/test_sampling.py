@@ -173,7 +173,7 @@ def test_top_p_leaves_no_more_than_it_must(ops, logits, p):
 
 @law("top_p", all_logits(), fractions)
 def test_top_p_prefers_low_ids(ops, logits, p):
-    """Of equally likely ids the lower stays: the kept ids are the beginning of the ranking."""
+    """The lower of equally likely ids stays: the kept ids are the beginning of the ranking."""
     left = kept(ops.top_p(logits, p))
     assert_same(left, np.sort(by_rank(logits)[: len(left)]))
 

@@ -43,7 +43,7 @@ def order_of_merging(
         if not proven:
             return False
         while a >= 0 or b >= 0:
-            if b >= a:  # the right piece was made last; of equal pairs, the left one merges first
+            if b >= a:  # the right piece was made last; the left one of equal pairs merges first
                 right, right_goes = parts[right][0], b
                 b = rank.get(right, -1)
             else:

@@ -205,7 +205,7 @@ def test_what_fails_after_the_rename_says_that_the_new_file_is_there(
     assert open_checkpoint(old_out).weights()
 
 
-def test_a_part_that_cannot_be_removed_is_told_of(source, old_out, monkeypatch):
+def test_a_part_that_cannot_be_removed_is_named(source, old_out, monkeypatch):
     """The old file is there, and beside it what was written."""
 
     def no_space(*arguments):

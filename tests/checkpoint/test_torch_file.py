@@ -214,7 +214,7 @@ def test_records_of_an_old_or_a_repacked_file():
 
 
 def test_more_records_than_an_old_zip_can_count(tmp_path):
-    """Beyond 65,535 only the zip64 numbers tell."""
+    """Beyond 65,535 only the zip64 numbers count."""
     path, n = tmp_path / "many.pth", 65_600
     body = pickled(state_dict({"x": tensor(storage("7", 4), (4,), (1,))}))
     writer = torch._C.PyTorchFileWriter(str(path))

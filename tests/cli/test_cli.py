@@ -39,7 +39,7 @@ def test_a_system_message_changes_the_answer(smollm2_path):
     assert done.stdout.decode().removesuffix("\n") == expected
 
 
-def test_generate_is_the_python_face_and_json_tells_all(smollm2_path):
+def test_generate_is_the_python_face_and_json_has_everything(smollm2_path):
     llama = nl.load(smollm2_path)
     expected = llama.generate("Once upon a time", max_tokens=16)
     arguments = ["generate", "-m", str(smollm2_path), "-n", "16"]
@@ -50,12 +50,12 @@ def test_generate_is_the_python_face_and_json_tells_all(smollm2_path):
 
     lines = run(*arguments, "--json", "Once upon a time").stdout.decode().splitlines()
     assert len(lines) == 1
-    told = json.loads(lines[0])
-    assert told["text"] == expected.text
-    assert told["tokens"] == expected.tokens
-    assert told["prompt_tokens"] == expected.prompt_tokens
-    assert told["finish_reason"] == "length"
-    assert all(value > 0 for value in told["timings"].values())
+    result = json.loads(lines[0])
+    assert result["text"] == expected.text
+    assert result["tokens"] == expected.tokens
+    assert result["prompt_tokens"] == expected.prompt_tokens
+    assert result["finish_reason"] == "length"
+    assert all(value > 0 for value in result["timings"].values())
 
 
 def test_results_in_json_have_no_nan():
@@ -79,8 +79,8 @@ def test_the_same_seed_gives_the_same_text_on_any_number_of_threads(smollm2_path
 
 def test_stop_text_ends_the_output(smollm2_path):
     done = run("generate", "-m", str(smollm2_path), "--stop", " time,", "-n", "20", "--json", "Once upon a")
-    told = json.loads(done.stdout)
-    assert (told["text"], told["finish_reason"]) == ("", "stop")
+    result = json.loads(done.stdout)
+    assert (result["text"], result["finish_reason"]) == ("", "stop")
 
 
 def test_the_numpy_path_says_the_same(smollm2_path):
@@ -88,7 +88,7 @@ def test_the_numpy_path_says_the_same(smollm2_path):
     assert done.stdout == b"The capital of France is Paris.\n"
 
 
-def test_info_tells_what_is_in_the_file_and_what_it_takes(smollm2_path):
+def test_info_shows_what_is_in_the_file_and_what_it_takes(smollm2_path):
     done = run("info", str(smollm2_path))
     first, kinds = done.stdout.decode().split("\n\n")
     lines = dict(line.split(maxsplit=1) for line in first.splitlines())
@@ -252,7 +252,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(smollm2_path):
     assert_refused(done, 1, "the prompt has 82", "the context 8192")
 
 
-def test_a_full_disk_is_told(smollm2_path):
+def test_a_full_disk_is_an_error(smollm2_path):
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [PROGRAM, "chat", "-m", smollm2_path, "What is the capital of France?"],

@@ -90,8 +90,8 @@ def on_terminal(*arguments: str, code: int = 0) -> str:
 def test_what_a_model_says_is_shown_and_not_obeyed(verb, model):
     assert on_terminal(verb, "-m", str(model), "a") == SHOWN + "\n"
     assert run(verb, "-m", str(model), "a").stdout == (SAID + "\n").encode()
-    told = on_terminal(verb, "-m", str(model), "--json", "a")
-    assert json.loads(told)["text"] == SAID and not any(command in told for command in COMMANDS)
+    shown = on_terminal(verb, "-m", str(model), "--json", "a")
+    assert json.loads(shown)["text"] == SAID and not any(command in shown for command in COMMANDS)
     assert json.loads(run(verb, "-m", str(model), "--json", "a").stdout)["text"] == SAID
 
 
@@ -132,8 +132,8 @@ def test_what_is_typed_in_a_conversation_is_answered_so(model):
 def test_no_command_lets_a_file_command_the_terminal(arguments, model, tmp_path):
     places = {"MODEL": str(model), "OUT": str(tmp_path / EVIL)}
     arguments = [places.get(word, word) for word in arguments] + [str(model)] * (arguments == ["info"])
-    told = on_terminal(*arguments, code=3 if arguments[0] == "verify" else 0)  # a layer of zeros is odd
-    assert not any(command in told for command in COMMANDS)
+    shown = on_terminal(*arguments, code=3 if arguments[0] == "verify" else 0)  # a layer of zeros is odd
+    assert not any(command in shown for command in COMMANDS)
 
 
 @given(st.text(st.characters() | st.sampled_from("\x1b\x9b\r\u202e\u200d\u3000\xa0")))

@@ -31,13 +31,13 @@ def test_each_word_is_explained_once_in_its_place():
 def test_a_chapter_has_its_parts(path):
     text = path.read_text()
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    assert [part for part in PARTS if not any(told.startswith(part) for told in headings)] == []
+    assert [part for part in PARTS if not any(heading.startswith(part) for heading in headings)] == []
     assert re.search(r"^\*\*.+\?\*\*$", text, re.MULTILINE)  # the question
     assert "```{bug} " in text and ("$$" in text or path.stem.startswith(("09", "14")))
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_every_experiment_can_fail_and_every_figure_is_told(path):
+def test_every_experiment_can_fail_and_every_figure_is_described(path):
     for cell in CELLS.findall(path.read_text()):
         if "remove-input" in cell:
             assert re.search(r":    alt: \w.{40,}", cell), cell
@@ -47,7 +47,7 @@ def test_every_experiment_can_fail_and_every_figure_is_told(path):
 
 @pytest.fixture(scope="module")
 def held():
-    """What the grader says of the exercises as a student finds them: {operation: (laws held, of so many)}."""
+    """The grader's counts for the exercises as a student finds them: {operation: (laws held, all laws)}."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "--pyargs"]
     done = subprocess.run(
         [*command, "numpy_llama.proof", "--ops", "exercises/my_ops.py"],
@@ -70,8 +70,8 @@ def test_what_is_not_written_keeps_no_law(held):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_every_grader_finds_laws(path, held):
-    told = path.read_text()
-    graders = re.findall(r"--ops my_ops\.py(?: -k (?:\"([^\"]+)\"|(\w+)))?$", told, re.MULTILINE)
+    text = path.read_text()
+    graders = re.findall(r"--ops my_ops\.py(?: -k (?:\"([^\"]+)\"|(\w+)))?$", text, re.MULTILINE)
     assert graders
     for quoted, word in graders:
         for name in {*re.findall(r"\w+", quoted or word)} - {"and", "or", "not"}:

@@ -87,8 +87,8 @@ def test_every_room_is_on_the_map():
 
 @pytest.mark.parametrize("code, output", programs())
 def test_the_python_runs(code, output, smollm2_path):
-    told = run([sys.executable, "-c", code])
-    assert told if output is None else told == output
+    printed = run([sys.executable, "-c", code])
+    assert printed if output is None else printed == output
 
 
 @pytest.mark.parametrize("line", commands(), ids=lambda line: line.partition("#")[0].strip())
@@ -98,20 +98,20 @@ def test_the_commands_run(line, smollm2_path, tmp_path):
         (tmp_path / name).symlink_to(smollm2_path)
     shutil.copy(ROOT / "docs" / "course" / "wikitext.txt", tmp_path / "wiki.test.raw")
     less = " -p 16 -n 2 -r 1" if line.startswith("numpy-llama bench") else ""
-    told = run(["sh", "-c", line.partition("#")[0] + less], tmp_path, silent=" convert " not in line)
-    assert told or (tmp_path / "llama-3-8b-q8.gguf").exists()
+    printed = run(["sh", "-c", line.partition("#")[0] + less], tmp_path, silent=" convert " not in line)
+    assert printed or (tmp_path / "llama-3-8b-q8.gguf").exists()
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_benchmarks():
     page = (ROOT / "docs" / "reference" / "benchmarks.md").read_text()
-    told = " ".join(README.split())
-    decode = re.search(r"decode at ([\d.]+) tokens a second, llama.cpp decodes at (\d+\.\d+)", told)
-    prefill = re.search(r"Prefill: (\d+) against (\d+)", told)
+    text = " ".join(README.split())
+    decode = re.search(r"decode at ([\d.]+) tokens a second, llama.cpp decodes at (\d+\.\d+)", text)
+    prefill = re.search(r"Prefill: (\d+) against (\d+)", text)
     (row,) = re.findall(r"^\| Q4_0 \|.*$", page, re.MULTILINE)
     cells = [cell.strip() for cell in row.split("|")]
     assert decode and (cells[2], cells[3]) == decode.groups()
     assert prefill and (cells[6], cells[7]) == prefill.groups()
-    (perplexity,) = re.findall(r"perplexity on WikiText is ([\d.]+)", told)
+    (perplexity,) = re.findall(r"perplexity on WikiText is ([\d.]+)", text)
     assert f"| Q4_1, its own | {perplexity} | {perplexity} |" in page
 
 
@@ -145,5 +145,5 @@ def test_the_examples_run_and_are_listed(example, smollm2_path):
 
 
 def test_the_benchmark_runs(smollm2_path):
-    told = run([sys.executable, "benchmarks/c_against_numpy.py", "-p", "8", "-n", "2", "-r", "1"])
-    assert re.search(r"^C +[\d.]+ +[\d.]+$", told, re.MULTILINE)
+    printed = run([sys.executable, "benchmarks/c_against_numpy.py", "-p", "8", "-n", "2", "-r", "1"])
+    assert re.search(r"^C +[\d.]+ +[\d.]+$", printed, re.MULTILINE)

@@ -89,9 +89,9 @@ def test_each_gets_what_it_gets_alone(model, B, seed, sampler, n):
 
 def test_a_full_context_and_a_prompt_in_chunks_beside_short_ones(model):
     prompts = [[1] * (ARGS.max_seq_len - 3), [2, 7], [5]]
-    told = together(model, prompts, Sampler(), max_tokens=6)
-    assert told == [alone(model, prompt, Sampler(), max_tokens=6) for prompt in prompts]
-    assert [len(ids) for ids, _ in told] == [3, 6, 6]
+    batched = together(model, prompts, Sampler(), max_tokens=6)
+    assert batched == [alone(model, prompt, Sampler(), max_tokens=6) for prompt in prompts]
+    assert [len(ids) for ids, _ in batched] == [3, 6, 6]
 
 
 @given(seed=st.integers(0, 99))
@@ -99,8 +99,8 @@ def test_the_order_of_the_prompts_does_not_matter(model, seed):
     rng = np.random.default_rng(seed)
     prompts, sampler = ragged_prompts(rng, 4), Sampler(temperature=1.0, seed=seed)
     order = rng.permutation(4)
-    told = together(model, prompts, sampler, max_tokens=6)
-    assert together(model, [prompts[i] for i in order], sampler, max_tokens=6) == [told[i] for i in order]
+    batched = together(model, prompts, sampler, max_tokens=6)
+    assert together(model, [prompts[i] for i in order], sampler, max_tokens=6) == [batched[i] for i in order]
 
 
 def decode_step(model, prompts, tokens, rooms, spoil=None):
@@ -192,7 +192,7 @@ def test_who_has_ended_takes_no_more_work(model, monkeypatch):
     assert rows == [()] * 4 + [(3,), (2,), (1,)]
 
 
-def test_a_context_serves_one_sequence(model):
+def test_a_session_serves_one_sequence(model):
     session = Session(model)
     sequences = [Request([1, 2], session, Sampler()), Request([3], session, Sampler())]
     with pytest.raises(ParameterError, match=r"prompts\[0\]: the session is in use by a later generation"):
@@ -243,10 +243,10 @@ def gist(completion):
 def test_texts_are_those_of_each_alone(llama, sampling):
     options = {"max_tokens": 24, "stop": [" little", "\n\n", "\n    if"], **sampling}
     expected = [gist(llama.generate(text, **options)) for text in TEXTS]
-    told = llama.generate_batch(TEXTS, **options)
-    assert [gist(one) for one in told] == expected
-    assert {one.finish_reason for one in told} == {"stop", "length"}
-    assert all(one.prefill_seconds > 0 and one.decode_seconds >= 0 for one in told)
+    completions = llama.generate_batch(TEXTS, **options)
+    assert [gist(one) for one in completions] == expected
+    assert {one.finish_reason for one in completions} == {"stop", "length"}
+    assert all(one.prefill_seconds > 0 and one.decode_seconds >= 0 for one in completions)
 
 
 def test_texts_and_ids_may_be_mixed(llama):
@@ -273,18 +273,18 @@ def test_a_stop_text_that_was_only_begun_is_part_of_the_text(llama):
 
 def test_an_answer_begins_a_text_and_a_continuation_does_not(llama, monkeypatch):
     """Where words begin with a space, that of the first is dropped from an answer only."""
-    told = []
+    at_starts = []
 
     class Spy(llama_module.Transcript):
         def __init__(self, tokenizer, stop_texts, at_start):
-            told.append(at_start)
+            at_starts.append(at_start)
             super().__init__(tokenizer, stop_texts, at_start)
 
     monkeypatch.setattr(llama_module, "Transcript", Spy)
     messages = [{"role": "user", "content": "hi"}]
     llama.generate("hi", max_tokens=1), llama.chat(messages, max_tokens=1)
     llama.generate_batch(["hi"], max_tokens=1), llama.chat_batch([messages], max_tokens=1)
-    assert told == [False, True, False, True]
+    assert at_starts == [False, True, False, True]
 
 
 def test_none_and_one(llama):

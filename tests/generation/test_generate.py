@@ -99,29 +99,29 @@ def test_ids_outside_the_vocabulary_are_refused(model):
             run(model, [1, bad])
 
 
-def test_progress_is_told(model):
-    told = []
-    run(model, [1] * (PREFILL_CHUNK + 7), max_tokens=1, on_prefill=lambda *news: told.append(news))
+def test_progress_is_reported(model):
+    progress = []
+    run(model, [1] * (PREFILL_CHUNK + 7), max_tokens=1, on_prefill=lambda *news: progress.append(news))
     total = PREFILL_CHUNK + 7
-    assert told == [(0, total), (PREFILL_CHUNK, total), (total, total)]
+    assert progress == [(0, total), (PREFILL_CHUNK, total), (total, total)]
 
 
 @given(
     old=st.lists(st.integers(0, 3), min_size=1, max_size=30),
     new=st.lists(st.integers(0, 3), min_size=1, max_size=30),
 )
-def test_a_context_is_reused_as_far_as_the_prompts_agree(model, old, new):
+def test_a_session_is_reused_as_far_as_the_prompts_agree(model, old, new):
     """A second prompt in a used session gives what it gives in a fresh one; only its new end is computed."""
     session = Session(model)
     run(model, old, session, max_tokens=3)
     held = list(session.ids)
-    told = []
-    again = run(model, new, session, max_tokens=5, on_prefill=lambda done, total: told.append(done))
+    progress = []
+    again = run(model, new, session, max_tokens=5, on_prefill=lambda done, total: progress.append(done))
     assert again == run(model, new, max_tokens=5)
     same = next(
         (i for i, (a, b) in enumerate(zip(held, new, strict=False)) if a != b), min(len(held), len(new))
     )
-    assert told[0] == min(same, len(new) - 1)
+    assert progress[0] == min(same, len(new) - 1)
 
 
 turns = st.tuples(
@@ -131,7 +131,7 @@ turns = st.tuples(
 
 
 @given(st.lists(turns, min_size=1, max_size=5))
-def test_a_context_holds_whatever_was_said_in_it(model, turns):
+def test_a_session_holds_whatever_was_said_in_it(model, turns):
     """Prompts that agree in part, some of them interrupted, one after another in one session.
 
     Each gives what it gives in a fresh session, and the cache counts no position behind the ids.
@@ -160,7 +160,7 @@ def interrupted(part, after: int):
     return run
 
 
-def test_an_interrupted_context_can_be_used_again(model, monkeypatch):
+def test_an_interrupted_session_can_be_used_again(model, monkeypatch):
     session, prompt = Session(model), [1, 2, 3, 4]
     steps = generate(model, prompt, session, Sampler())
     first = [next(steps) for _ in range(3)]
@@ -175,7 +175,7 @@ def test_an_interrupted_context_can_be_used_again(model, monkeypatch):
     assert run(model, prompt, session, max_tokens=3)[0] == first
 
 
-def test_two_generations_in_one_context_are_refused(model):
+def test_two_generations_in_one_session_are_refused(model):
     session = Session(model)
     first = generate(model, [1, 2], session, Sampler())
     next(first)
@@ -186,14 +186,14 @@ def test_two_generations_in_one_context_are_refused(model):
     assert [next(second) for _ in range(2)]
 
 
-def test_a_copied_context_goes_on_by_itself(model):
+def test_a_copied_session_goes_on_by_itself(model):
     """Another text in the copy leaves what the first one holds as it was."""
     session = Session(model)
     made, _ = run(model, [1, 2, 3], session, max_tokens=6)
     longer = [1, 2, 3, *made[:5], 7]
     wanted, _ = run(model, longer, max_tokens=5)
-    twin = deepcopy(session)
-    run(model, [9, 8, 7, 6, 5, 4, 3, 2, 1], twin, max_tokens=5)
+    copied = deepcopy(session)
+    run(model, [9, 8, 7, 6, 5, 4, 3, 2, 1], copied, max_tokens=5)
     assert session.ids[:8] == longer[:8]
     assert run(model, longer, session, max_tokens=5)[0] == wanted
 

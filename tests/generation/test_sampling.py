@@ -270,8 +270,8 @@ def test_the_sampler_is_the_chain(logits, data, settings):
 
 
 # Where the order shows: settings, probabilities, ids seen, and what is left. In the first two the numbers
-# are logits: temperature takes the maximum away, after which the penalty sees no number above 0; and a
-# temperature that makes all equal leaves top-k the lowest id.
+# are logits. In the first, temperature takes the maximum away, and then the penalty finds no number above 0.
+# In the second, temperature makes all equal, and then top-k keeps the lowest id.
 FOUR, THREE = np.log([0.4, 0.3, 0.2, 0.1]), np.log([0.6, 0.3, 0.1])
 ORDER_SHOWS = [
     ({"repetition_penalty": 4.0, "temperature": 0.01}, [2, 1], [0], {1}),

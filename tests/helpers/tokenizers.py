@@ -26,8 +26,8 @@ CORPUS = [
     "   def f(x):\n        return x ** 2  # naïve café Ελληνικά русский 日本語 한국어\r\n\r\n\t\tif x: pass",
     "<|im_start|>user\n<|im_end|> </s> [INST] https://example.org/?a=1&b=22 🦙🦙 \u200d\u200d \u0301\u0301",
 ] * 3
-# Text that finds the seams: words, digits of several scripts, all sorts of space, joined emoji, the bytes
-# SmolLM2 lacks, control tokens whole and in part.
+# Text that finds the seams: words, digits of several scripts, all sorts of space, joined emoji. It also has
+# the bytes that SmolLM2 lacks, and control tokens whole and in part.
 FRAGMENTS = st.sampled_from(
     [
         *" \t\n\r\u00a0\u3000\u2028\x0b\x1c\x85", "  ", "\r\n", "\n\n ", *"0159٣½Ⅷ²",

@@ -234,15 +234,15 @@ KEYS = [
 # fmt: on
 
 
-def told(path, *arguments):
+def lines_of(path, *arguments):
     done = run("bench", "-m", str(path), *arguments)
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout.decode().splitlines()
 
 
-def test_json_tells_all(path):
+def test_json_has_everything(path):
     options = ["-p", "6", "-n", "4", "-d", "0,5", "-b", "1,3", "-t", "1,2", "-r", "2"]
-    lines = [json.loads(line) for line in told(path, *options, "--json")]
+    lines = [json.loads(line) for line in lines_of(path, *options, "--json")]
     tests = ["pp6", "tg4", "tg4 b3", "pp6 @ d5", "tg4 @ d5", "tg4 b3 @ d5"]
     assert [(line["threads"], line["test"]) for line in lines] == [
         (t, test) for t in (1, 2) for test in tests
@@ -263,14 +263,14 @@ def test_json_tells_all(path):
 
 
 def test_the_numpy_path_can_be_measured_too(path):
-    (line,) = (json.loads(line) for line in told(path, "-p0", "-n3", "-r1", "--backend", "numpy", "--json"))
+    (line,) = map(json.loads, lines_of(path, "-p0", "-n3", "-r1", "--backend", "numpy", "--json"))
     assert (line["test"], line["format"], line["threads"], line["isa"]) == ("tg3", "F32", None, None)
     assert line["size"] == 4 * n_parameters(ARGS)
     assert line["sd"] == 0 and line["bytes_per_second"] > 0
 
 
 def test_the_table_has_a_line_for_each_test(path):
-    title, prefill, decode, limits = told(path, "-p", "6", "-n", "4", "-t", "2", "-r", "2")
+    title, prefill, decode, limits = lines_of(path, "-p", "6", "-n", "4", "-t", "2", "-r", "2")
     assert len({len(title), len(prefill), len(decode)}) == 1
     assert title.split()[:4] == ["model", "size", "parameters", "format"]
     assert "pp6" in prefill and prefill.split().count("-") == 2
@@ -353,11 +353,11 @@ def against(tmp_path, *arguments):
 def test_both_are_asked_for_the_same(path, tmp_path):
     done = against(tmp_path, path, "-n", "5", "-d", "20", "-t", "1", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["file"], told["depth"], told["threads"]) == ("tiny.gguf", 20, 1)
-    assert told["about"] == [f"numpy_llama, {ISA}", "llama-cpp-python 0, CPU : X = 1"]
+    results = json.loads(done.stdout)
+    assert (results["file"], results["depth"], results["threads"]) == ("tiny.gguf", 20, 1)
+    assert results["about"] == [f"numpy_llama, {ISA}", "llama-cpp-python 0, CPU : X = 1"]
     for test, length in (("tg5", 5), ("pp8", 8)):
-        it = told[test]
+        it = results[test]
         assert it["flash_attention"] and 0 < it["llama_cpp"] <= 1000
         assert len(it["runs"]["ours"]) == 3 and it["ours"] == statistics.median(it["runs"]["ours"])
         assert it["llama_cpp"] == statistics.median(it["runs"]["theirs"])
@@ -369,7 +369,7 @@ def test_both_are_asked_for_the_same(path, tmp_path):
             ("share_of_read_bandwidth", cost.nbytes, "read_bandwidth"),
             ("share_of_fma_peak", cost.operations, "fma_peak"),
         ):
-            assert it[share] == pytest.approx(of / length * it["ours"] / told[limit])
+            assert it[share] == pytest.approx(of / length * it["ours"] / results[limit])
 
 
 def test_the_comparison_is_a_table(path, tmp_path):

@@ -65,11 +65,11 @@ def by_definition(model, ids, ctx, bos_id):
 )
 def test_it_is_the_definition(model, ctx, length, bos_id, seed):
     ids = np.random.default_rng(seed).integers(0, V, length).tolist()
-    told = list(perplexity(model, ids, ctx, bos_id))
+    results = list(perplexity(model, ids, ctx, bos_id))
     expected = list(by_definition(model, list(ids), ctx, bos_id))
-    assert [one.windows for one in told] == list(range(1, length // ctx + 1))
-    assert [one.tokens for one in told] == [n for _, _, n in expected]
-    for one, (value, error, _) in zip(told, expected, strict=True):
+    assert [one.windows for one in results] == list(range(1, length // ctx + 1))
+    assert [one.tokens for one in results] == [n for _, _, n in expected]
+    for one, (value, error, _) in zip(results, expected, strict=True):
         assert one.perplexity == pytest.approx(value, rel=VALUE_32)
         assert one.nll == pytest.approx(math.log(value), rel=VALUE_32)
         assert one.standard_error == pytest.approx(error, rel=1e-3)
@@ -99,10 +99,10 @@ def test_it_stops_after_so_many_windows(model):
     assert list(perplexity(model, ids[:39], 10)) == list(perplexity(model, ids, 10))[:3]
 
 
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model, monkeypatch):
+def test_equal_logits_have_the_perplexity_of_the_vocabulary(model, monkeypatch):
     monkeypatch.setattr(model, "logits", lambda h: np.full((*h.shape[:-1], V), 3.0, np.float32))
-    (told,) = perplexity(model, [7] * 30, 30)
-    assert told.perplexity == pytest.approx(V) and told.standard_error == 0
+    (result,) = perplexity(model, [7] * 30, 30)
+    assert result.perplexity == pytest.approx(V) and result.standard_error == 0
 
 
 def test_windows():
@@ -137,12 +137,12 @@ def test_logits_that_are_no_numbers_stop_it(model, monkeypatch, bad):
         nll(model, [1, 2, 3], 1)
 
 
-def test_what_is_never_foretold_is_infinite(model, monkeypatch):
+def test_a_token_that_is_never_predicted_is_infinite(model, monkeypatch):
     logits = np.full((3, V), -800.0, np.float32)
     logits[:, 0] = 0
     monkeypatch.setattr(model, "logits", lambda h: logits[-len(h) :])
-    (told,) = perplexity(model, [7] * 8, 8)
-    assert (told.nll, told.perplexity) == (800, math.inf)
+    (result,) = perplexity(model, [7] * 8, 8)
+    assert (result.nll, result.perplexity) == (800, math.inf)
 
 
 # ---------------------------------------------------------------- the command
@@ -169,9 +169,9 @@ def test_the_command(text, smollm2_path):
     assert found and done.stderr == b""  # no bar without a terminal
     assert found[1] == f"{expected.perplexity:.4f}" and found[2] == f"{expected.standard_error:.4f}"
     assert (int(found[3]), int(found[4])) == (expected.windows, expected.tokens)
-    told = json.loads(run(*arguments, "--json", "--windows", "1").stdout)
+    result = json.loads(run(*arguments, "--json", "--windows", "1").stdout)
     first = next(perplexity(llama.model, ids, 48))
-    assert told.pop("seconds") > 0 and told == {**vars(first), "ctx": 48}
+    assert result.pop("seconds") > 0 and result == {**vars(first), "ctx": 48}
 
 
 @pytest.mark.slow

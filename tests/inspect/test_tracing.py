@@ -327,9 +327,9 @@ def test_trace_prints_and_keeps(path, tmp_path, capsys):
     assert [line.split()[0] for line in lines[1:]] == [f"layers.{i}.attention.scores" for i in range(3)] + [
         "norm"
     ]
-    told, kept = json.loads(said(capsys, *given, "--json")), np.load(out)
-    assert [*told] == [*kept] and [*tmp_path.iterdir()] == [out]
-    for name, row in told.items():
+    printed, kept = json.loads(said(capsys, *given, "--json")), np.load(out)
+    assert [*printed] == [*kept] and [*tmp_path.iterdir()] == [out]
+    for name, row in printed.items():
         x = kept[name]
         assert tuple(row["shape"]) == x.shape
         np.testing.assert_allclose(row["most"], x.max())
@@ -448,8 +448,8 @@ def test_a_picture_of_nan_is_one_line_on_stderr(
 def test_lens_has_a_line_for_each_layer(path, capsys):
     lines = said(capsys, "lens", "-m", path, "abc", "-k", 2).splitlines()
     assert [line[:9].strip() for line in lines] == ["embedding", "layer 0", "layer 1", "layer 2"]
-    told = json.loads(said(capsys, "lens", "-m", path, "abc", "-k", 2, "--json"))
-    assert len(told) == 4 and all(row[0]["probability"] >= row[1]["probability"] > 0 for row in told)
+    printed = json.loads(said(capsys, "lens", "-m", path, "abc", "-k", 2, "--json"))
+    assert len(printed) == 4 and all(row[0]["probability"] >= row[1]["probability"] > 0 for row in printed)
 
 
 def test_what_is_not_finite_is_no_picture(llama):

@@ -1,5 +1,6 @@
-"""The C attention against its NumPy twin, on every instruction set that this machine has: within the rounding
-of its sums, and with the same bits however queries, positions and threads are cut.
+"""The C attention against the NumPy function, on every instruction set that this machine has.
+
+They agree within the rounding of the sums. Cuts of queries, positions or threads change no bit.
 """
 
 import mmap
@@ -56,8 +57,8 @@ older = st.one_of(st.integers(0, 10), st.integers(55, 75), st.integers(120, 135)
 def attention_bound(q, k, v) -> np.ndarray:
     """How far one output may err: the error of a score moves its probability, and the sums are rounded.
 
-    A score errs by delta <= (g(Dh) + 3 u) |q| . |k| / sqrt(Dh), so exp(score - max) by 2 delta and the
-    exp's own 4 u + |score - max| u; numerator and denominator are sums of S terms, rescaled once a block.
+    A score errs by delta <= (g(Dh) + 3 u) |q| . |k| / sqrt(Dh). So exp(score - max) errs by 2 delta, and by
+    the exp's own 4 u + |score - max| u. Numerator and denominator are sums of S terms, rescaled once a block.
     """
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
     H, K, Dh, S = q.shape[2], k.shape[2], q.shape[3], k.shape[1]
@@ -102,12 +103,12 @@ def test_attention_finds_the_one_position_exactly(isa, shape, older, seed):
         np.testing.assert_array_equal(got[:, t], np.repeat(expected, shape["n_rep"], axis=1))
 
 
-FEW = lib.NL_GEMV_TOKENS
+GEMV_TOKENS = lib.NL_GEMV_TOKENS
 
 
 def beside_it(dtype) -> int:
     """How many tokens must be computed with one, for it to be summed as it is among many."""
-    return FEW if dtype == np.float16 else 0
+    return GEMV_TOKENS if dtype == np.float16 else 0
 
 
 @given(
@@ -120,7 +121,7 @@ def beside_it(dtype) -> int:
 @example(shape={"B": 2, "T": 4, "K": 2, "n_rep": 3, "Dh": 64}, older=67, cut=1, dtype=np.float16, seed=0)
 @example(shape={"B": 1, "T": 12, "K": 1, "n_rep": 1, "Dh": 64}, older=3, cut=6, dtype=np.float16, seed=0)
 def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cut, dtype, seed):
-    """In float16 few tokens among few, and many in pieces of many."""
+    """In float16 the whole and its pieces all have up to GEMV_TOKENS tokens, or all more."""
     rng = np.random.default_rng(seed)
     T, S = shape["T"], shape["T"] + older
     q, k, v = draw_attention(rng, S=S, dtype=dtype, **shape)
@@ -131,13 +132,13 @@ def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cu
         bits(Kernels(2).attention(q, in_cache_layout(k), in_cache_layout(v))), bits(whole)
     )
     ends = [min(cut, T), T]
-    if T <= FEW or min(ends[0], T - ends[0]) > beside_it(dtype):
+    if T <= GEMV_TOKENS or min(ends[0], T - ends[0]) > beside_it(dtype):
         parts = [
             Kernels(2).attention(q[:, begin:end], k[:, : older + end], v[:, : older + end])
             for begin, end in zip([0, ends[0]], ends, strict=True)
         ]
         np.testing.assert_array_equal(bits(np.concatenate(parts, axis=1)), bits(whole))
-    if T > FEW and beside_it(dtype):
+    if T > GEMV_TOKENS and beside_it(dtype):
         return
     one_by_one = [
         Kernels(1).attention(
@@ -192,8 +193,8 @@ def test_spans_of_positions_merge_to_the_same_bits(isa, shape, spans, beside, dt
     assert_within(whole, F.attention(*(a.astype(np.float64) for a in (q, k, v))), attention_bound(q, k, v))
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).attention(q, k, v)), bits(whole))
-    for t in range(0 if T <= FEW else beside_it(dtype), T):
-        first = t if T <= FEW else t - beside_it(dtype)
+    for t in range(0 if T <= GEMV_TOKENS else beside_it(dtype), T):
+        first = t if T <= GEMV_TOKENS else t - beside_it(dtype)
         some = Kernels(2).attention(q[:, first : t + 1], k[:, : older + t + 1], v[:, : older + t + 1])
         np.testing.assert_array_equal(bits(some[:, -1]), bits(whole[:, t]))
 
@@ -276,7 +277,7 @@ def test_attention_gives_the_same_bits_in_short_calls(isa, rng, monkeypatch):
     q, k, v = draw_attention(rng, B=2, T=23, S=70, K=2, n_rep=3, Dh=16)
     whole = Kernels(2).attention(q, k, v)
     monkeypatch.setattr(kernels, "ATTENTION_WORK", 1)
-    for rows in (3, 15, 240):  # of which calls take whole numbers, where they are long enough
+    for rows in (3, 15, 240):  # a call takes whole blocks of them, if it is long enough
         monkeypatch.setattr(kernels, "ATTENTION_ROWS", rows)
         for work in (1, 2 * 70 * 6 * 16 * 4):  # so short that a call computes 1 or 4 queries a thread
             monkeypatch.setattr(kernels, "WORK_PER_CALL", work)
@@ -284,7 +285,7 @@ def test_attention_gives_the_same_bits_in_short_calls(isa, rng, monkeypatch):
 
 
 def test_heads_2_to_the_31_numbers_apart_are_found(isa, rng):
-    """Strides are 64 bits wide: of a cache that is nearly all hole."""
+    """Strides are 64 bits wide. The cache is nearly all hole."""
     apart, S, Dh = (1 << 31) + 64, 9, 32
     q, k, v = draw_attention(rng, 1, 5, S, 2, 2, Dh, np.float16)
     area = np.frombuffer(mmap.mmap(-1, 2 * (apart + 2 * S * Dh)), np.float16)
@@ -330,11 +331,11 @@ def test_attention_takes_any_array(isa, rng):
         lambda q, k, v: (q[:, :, :1], k, v),
     ],
 )
-@pytest.mark.parametrize("twin", [F.attention, Kernels(1).attention], ids=["numpy", "c"])
-def test_attention_refuses_what_does_not_fit(rng, twin, change):
+@pytest.mark.parametrize("attention", [F.attention, Kernels(1).attention], ids=["numpy", "c"])
+def test_attention_refuses_what_does_not_fit(rng, attention, change):
     q, k, v = draw_attention(rng, B=2, T=4, S=9, K=2, n_rep=2, Dh=8)
     with pytest.raises(MismatchError):
-        twin(*change(q, k, v))
+        attention(*change(q, k, v))
 
 
 def test_keys_and_values_may_differ_in_precision(isa, rng):
@@ -413,7 +414,7 @@ def test_exp_touches_nothing_beside_its_arrays(isa, at_end, rng):
 # ---------------------------------------------------------------- a cache of float16
 
 
-@pytest.mark.parametrize("T", [1, FEW + 1])
+@pytest.mark.parametrize("T", [1, GEMV_TOKENS + 1])
 def test_every_half_is_read_rightly(isa, T):
     """The first query sees one position, whose value it gets; all 65,536 of them, in heads of 256."""
     v = np.repeat(np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, 1, 256, 256), T, axis=1)
@@ -448,8 +449,8 @@ def test_what_float16_cannot_hold_is_refused(rng, which, large):
     KVCache(TINY, 1, 7, np.float32).update(1, 0, *new)
 
 
-def test_a_model_is_told_what_its_cache_is_made_of(rng):
-    """The C twin reads the same rounded numbers as NumPy; and they are other numbers than float32's."""
+def test_a_model_gets_the_dtype_of_its_cache(rng):
+    """The C twin reads the same rounded numbers as NumPy, and they are not those of float32."""
     weights, tokens = random_weights(rng, TINY, np.float32), random_tokens(rng, TINY, 2, 9)
     assert Transformer(TINY, weights).new_cache().k.dtype == np.float32
     small = [

@@ -52,8 +52,10 @@ def test_any_rows_of_any_format(source, target, rows, n, threads, by, reordered,
 
 
 def difficult_blocks(rng) -> np.ndarray:
-    """Blocks in float32 that are hard to round: ties, zeros of both signs, equal and opposite extremes, tiny
-    and subnormal numbers, and all magnitudes up to the largest that a block may hold."""
+    """Blocks in float32 that are hard to round: ties, zeros of both signs, equal and opposite extremes.
+
+    They also have tiny and subnormal numbers, and all magnitudes up to the largest that a block may hold.
+    """
     x = rng.normal(size=(400, QK)).astype(np.float32)
     x[:100] = rng.integers(-254, 255, (100, QK)) / 2  # with a largest of 127 a half is a tie of Q8_0
     x[:100, 7] = 127

@@ -1,4 +1,4 @@
-"""The C kernels against their NumPy twins: exact data bit for bit, real data within the rounding of the sums.
+"""The C kernels against NumPy: exact data bit for bit, real data within the rounding of the sums.
 
 Every test that computes runs on every instruction set that this machine has.
 """
@@ -167,8 +167,8 @@ def test_every_half_is_read_rightly(isa):
         rows[:, 0] = np.arange(1 << 16)
         w = StoredTensor(FORMATS[name], rows.shape, rows.view(np.uint8))
         one = np.eye(1, QK, dtype=np.float32)
-        for twin in (exact_kernels(2), Kernels(2)):
-            np.testing.assert_array_equal(twin.linear(one, w)[0], w.dequantize()[:, 0])
+        for chosen in (exact_kernels(2), Kernels(2)):
+            np.testing.assert_array_equal(chosen.linear(one, w)[0], w.dequantize()[:, 0])
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -274,7 +274,7 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
 
 @pytest.mark.parametrize("name", ["F32", "F16", "Q8_0", "Q4_K"])
 def test_rows_beyond_4_gib_are_found(isa, name, rng):
-    """Offsets are 64 bits wide: of a weight that is nearly all hole, the last rows are asked for."""
+    """Offsets are 64 bits wide. The weight is nearly all hole, and its last rows are multiplied."""
     format, IN = FORMATS[name], 1 << 16
     row_bytes, T, some = format.row_bytes(IN), 1, 5
     OUT = (1 << 32) // row_bytes + 100

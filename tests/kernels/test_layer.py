@@ -1,7 +1,7 @@
 """One C call for a layer (csrc/layer.c) against the layer of model.py, on every instruction set.
 
-In exact mode both round alike but for the order of a few sums. In fixed point a number of x that lies between
-two steps may go either way: one step is 1 / 8191 of the largest of its block.
+In exact mode both round alike, except for the order of a few sums. A quantized activation between two steps
+may be rounded either way. A step is 1 / 8191 of the largest number of its block.
 """
 
 import threading
@@ -61,10 +61,10 @@ def mixed_weights(rng, args: ModelArgs, half_split: bool = False) -> dict[str, S
 def two_models(args: ModelArgs, weights, threads: int, exact: bool) -> tuple[Transformer, Transformer]:
     """The same model, computed layer by layer and by the ordinary layers."""
     packed = {key: w.dequantize() if len(w.shape) == 1 else KernelWeight(w) for key, w in weights.items()}
-    twin = Kernels(threads, exact)
+    chosen = Kernels(threads, exact)
     return (
-        fuse(Transformer(args, packed, twin.linear, twin.attention), twin),
-        Transformer(args, packed, twin.linear, twin.attention),
+        fuse(Transformer(args, packed, chosen.linear, chosen.attention), chosen),
+        Transformer(args, packed, chosen.linear, chosen.attention),
     )
 
 
@@ -182,7 +182,7 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
     for T, start, head_dim, half_split in [(1, 0, 32, False), (3, 5, 40, True), (6, 2, 16, False)]:
         args = replace(SMALL, n_heads=4, head_dim=head_dim)
         weights = mixed_weights(rng, args, half_split)
-        guarded, twin = Guarded(), Kernels(2, exact)
+        guarded, chosen = Guarded(), Kernels(2, exact)
 
         def guard(w, guarded=guarded):
             data = guarded.copy(w.data, at_end)
@@ -190,14 +190,14 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
 
         weights = {key: guard(w) for key, w in weights.items()}
         model = Transformer(args, {k: KernelWeight(w) if isinstance(w, StoredTensor) else w
-                                   for k, w in weights.items()}, twin.linear, twin.attention)  # fmt: skip
-        layer = fused_weights(model.layers[0], twin)
+                                   for k, w in weights.items()}, chosen.linear, chosen.attention)  # fmt: skip
+        layer = fused_weights(model.layers[0], chosen)
         norms = [guarded.copy(norm, at_end) for norm in layer.kept[1]]
         layer.struct.attention_norm, layer.struct.ffn_norm = (ffi.from_buffer("float[]", n) for n in norms)
         x = rng.standard_normal((1, T, args.dim), dtype=np.float32)
         caches = [rng.standard_normal((2, start + T, head_dim)).astype(dtype) for _ in "kv"]
         angles = model.freqs_cis[start : start + T]
-        expected = twin.layer(layer, x, [start], angles, *([cache.copy()] for cache in caches))
+        expected = chosen.layer(layer, x, [start], angles, *([cache.copy()] for cache in caches))
         arrays = np.full_like(x, np.nan), x, np.ascontiguousarray(angles, np.complex64), *caches
         scratch = np.zeros(lib.nl_layer_bytes(layer.struct, T), np.uint8)
         y, x, angles, k, v, scratch = (guarded.copy(a, at_end) for a in (*arrays, scratch))

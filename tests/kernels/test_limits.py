@@ -174,24 +174,24 @@ attempt()
     [(1000, 1024, {}), (8, 2048, {"OMP_STACKSIZE": "1G"}), (8, 2048, {"GOMP_STACKSIZE": "1048576"})],
 )
 def test_threads_that_cannot_be_made_are_an_error(threads, more, environment):
-    told = limited(TOO_MANY.format(threads=threads, more=more), **environment)
-    assert f"ResourceLimitError {threads} threads were asked for, the system makes " in told
-    assert "`ulimit -v` is " in told and "threads=1, on the command line -t 1" in told
-    assert told.endswith("\nfinally\n")
+    output = limited(TOO_MANY.format(threads=threads, more=more), **environment)
+    assert f"ResourceLimitError {threads} threads were asked for, the system makes " in output
+    assert "`ulimit -v` is " in output and "threads=1, on the command line -t 1" in output
+    assert output.endswith("\nfinally\n")
 
 
 def test_where_openmp_asks_for_fewer_fewer_are_enough():
-    told = limited(TOO_MANY.format(threads=1000, more=1024), OMP_THREAD_LIMIT="2")
-    assert told == f"{float(64 * 256 * 4096)}\nfinally\n"
+    output = limited(TOO_MANY.format(threads=1000, more=1024), OMP_THREAD_LIMIT="2")
+    assert output == f"{float(64 * 256 * 4096)}\nfinally\n"
 
 
 def test_one_thread_needs_no_other():
-    told = limited(TOO_MANY.format(threads=1, more=256), OMP_STACKSIZE="1G")
-    assert told == f"{float(64 * 256 * 4096)}\nfinally\n"
+    output = limited(TOO_MANY.format(threads=1, more=256), OMP_STACKSIZE="1G")
+    assert output == f"{float(64 * 256 * 4096)}\nfinally\n"
 
 
 def test_each_thread_that_calls_has_a_team_of_its_own():
-    told = limited(
+    output = limited(
         """
 k = kernels.Kernels(threads=4)
 print(product(k))
@@ -204,14 +204,14 @@ print(product(k))
 """,
         OMP_STACKSIZE="1G",
     )
-    first, error, finally_, last = told.splitlines()
+    first, error, finally_, last = output.splitlines()
     assert first == last == str(float(64 * 256 * 4096))
     assert error.startswith("ResourceLimitError 4 threads were asked for, the system makes ")
     assert finally_ == "finally"
 
 
 def test_a_team_grows_again_only_where_it_can():
-    told = limited(
+    output = limited(
         """
 print(product(kernels.Kernels(threads=4)), product(kernels.Kernels(threads=2)))
 def work():
@@ -221,19 +221,19 @@ attempt()
 """,
         OMP_STACKSIZE="1G",
     )
-    assert "ResourceLimitError 16 threads were asked for" in told
+    assert "ResourceLimitError 16 threads were asked for" in output
 
 
 @pytest.mark.parametrize("size", ["16k", "64K", "100000B"])
 def test_stacks_of_the_team_that_are_too_small_are_an_error(size):
-    told = limited(TOO_MANY.format(threads=2, more=4096), OMP_STACKSIZE=size)
-    assert "ResourceLimitError the stack of OpenMP's threads has room for " in told
-    assert "the C kernels need 196608; OMP_STACKSIZE=1M" in told
+    output = limited(TOO_MANY.format(threads=2, more=4096), OMP_STACKSIZE=size)
+    assert "ResourceLimitError the stack of OpenMP's threads has room for " in output
+    assert "the C kernels need 196608; OMP_STACKSIZE=1M" in output
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_stack_of_the_caller_that_is_too_small_is_an_error(threads):
-    told = limited(f"""
+    output = limited(f"""
 k = kernels.Kernels(threads={threads})
 work = lambda: product(k)
 threading.stack_size(128 << 10)
@@ -241,8 +241,8 @@ thread = threading.Thread(target=attempt)
 thread.start()
 thread.join()
 """)
-    assert "ResourceLimitError the stack of the calling thread has room for " in told
-    assert "threading.stack_size" in told
+    assert "ResourceLimitError the stack of the calling thread has room for " in output
+    assert "threading.stack_size" in output
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_the_size_of_the_teams_stacks(environment, nbytes):
 
 def test_the_limits_that_there_are_are_named(system):
     system({"cgroup/a.slice/pids.max": "20", "cgroup/pids.max": "max", "proc/cgroup": OWN})
-    told = str(limits.too_many_threads(8, 5, 1 << 20))
-    assert told.startswith(
+    message = str(limits.too_many_threads(8, 5, 1 << 20))
+    assert message.startswith(
         "8 threads were asked for, the system makes 5 (each takes a stack of 1048576 bytes"
     )
-    assert "the control group allows 20 processes (pids.max)" in told
+    assert "the control group allows 20 processes (pids.max)" in message

@@ -1,5 +1,6 @@
-"""linear with quantized activations: x rounded as NumPy rounds it, and y = linear(x rounded, w) within the
-rounding of its float32 sums, on every instruction set that this machine has.
+"""linear with quantized activations, on every instruction set that this machine has.
+
+x is rounded as NumPy rounds it. y = linear(x rounded, w) within the rounding of its float32 sums.
 """
 
 import numpy as np
@@ -25,7 +26,7 @@ from numpy_llama.backend.formats import FORMATS, QK, X_MAX, StoredTensor, quanti
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.proof.bounds import U32, assert_within
 
-FEW = lib.NL_GEMV_TOKENS
+GEMV_TOKENS = lib.NL_GEMV_TOKENS
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
 
@@ -39,8 +40,8 @@ def x_block(format) -> int:
 
 
 def rounded(x, format):
-    """What is multiplied. For a few tokens and weights that are single numbers x is left as it is."""
-    return x if format.block == 1 and len(x) <= FEW else quantize_activations(x, x_block(format))
+    """What is multiplied. A GEMV leaves x as it is if the weights are single numbers."""
+    return x if format.block == 1 and len(x) <= GEMV_TOKENS else quantize_activations(x, x_block(format))
 
 
 def expected_and_bound(x, w: StoredTensor, isa):
@@ -57,7 +58,7 @@ def expected_and_bound(x, w: StoredTensor, isa):
     single = format.block == 1
     terms = x.shape[-1] if single or isa == "scalar" else 4 * x.shape[-1] / QK
     bound = (terms + 16) * U32 * 3 * size
-    if single and len(x) > FEW:
+    if single and len(x) > GEMV_TOKENS:
         bound += size / (2 * float(X_MAX)) * 1.01
     return x @ dense.T, bound
 
@@ -137,7 +138,7 @@ def test_the_largest_sums_do_not_overflow(isa, format, sign):
 
 @for_each
 @given(
-    T=st.integers(FEW + 1, 40),
+    T=st.integers(GEMV_TOKENS + 1, 40),
     OUT=st.integers(1, 70),
     blocks=st.integers(1, 40),
     cut=st.integers(1, 38),
@@ -149,15 +150,15 @@ def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, see
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
     w, x = KernelWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
-    whole, few = Kernels(1).linear(x, w), Kernels(1).linear(x[:FEW], w)
+    whole, few = Kernels(1).linear(x, w), Kernels(1).linear(x[:GEMV_TOKENS], w)
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
-        np.testing.assert_array_equal(bits(Kernels(threads).linear(x[:FEW], w)), bits(few))
-    if FEW < cut < T - FEW:
+        np.testing.assert_array_equal(bits(Kernels(threads).linear(x[:GEMV_TOKENS], w)), bits(few))
+    if GEMV_TOKENS < cut < T - GEMV_TOKENS:
         parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
-    if cut < FEW:
-        parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:FEW])]
+    if cut < GEMV_TOKENS:
+        parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:GEMV_TOKENS])]
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(few))
 
 
@@ -198,7 +199,7 @@ def test_a_weight_that_is_not_finite_stays_with_its_row(isa, format, T, rng):
 
 @pytest.mark.parametrize("T", [1, 5])
 def test_next_to_nothing_is_nothing(isa, format, T, rng):
-    if format.block == 1 and T <= FEW:
+    if format.block == 1 and T <= GEMV_TOKENS:
         return  # not rounded
     w = real_weight(rng, format, 4, 512)
     assert not Kernels(1).linear(np.full((T, 512), 9e-31, np.float32), w).any()
@@ -208,7 +209,7 @@ def test_next_to_nothing_is_nothing(isa, format, T, rng):
 @pytest.mark.parametrize("at_end", [True, False])
 def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
     for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (4, 17, 1), (7, 33, 33), (5, 4, 2)]:
-        if format.block == 1 and T <= FEW:
+        if format.block == 1 and T <= GEMV_TOKENS:
             continue  # nl_linear's
         guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
         w = exact_weight(rng, format, OUT, IN)

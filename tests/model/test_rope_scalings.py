@@ -1,7 +1,7 @@
 """Every kind of RoPE scaling: read as published, computed as transformers does, converted without loss.
 
 `pytest -s` prints the largest errors. transformers chooses LongRoPE's list and dynamic NTK's theta by the
-length of a text, we by the size of the context: here both lie on the same side of the original context.
+length of a text, we by the size of the context. Here both lie on the same side of the original context.
 """
 
 import base64
@@ -223,11 +223,11 @@ BAD = (0, -1, 2.5, "32", True)
 
 
 def test_info_says_which_angles_a_model_has(tmp_path, capsys):
-    for kind, told in [
+    for kind, line in [
         ("longrope", "longrope, its long factors, because the context of 96 is above 32"),
         ("dynamic", "dynamic, factor 2, as trained, because the context of 96 is not above 96"),
         ("yarn", "yarn, factor 4, original context 32"),
     ]:
         written(hugging_face(KINDS[kind][0], LONGER), tmp_path)
         assert cli.main(["info", str(tmp_path)]) == 0
-        assert f"rope_scaling     {told}\n" in capsys.readouterr().out
+        assert f"rope_scaling     {line}\n" in capsys.readouterr().out

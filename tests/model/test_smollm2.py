@@ -77,7 +77,7 @@ def c_model(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def fixed_model(checkpoint):
+def default_model(checkpoint):
     """As it is loaded by default."""
     return build(checkpoint.args, checkpoint.weights())
 
@@ -131,27 +131,27 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(size, tokens, numpy_model, c_m
 
 
 @pytest.mark.parametrize("i", range(len(PROMPTS)))
-def test_by_default_logits_are_almost_those_of_numpy(i, tokens, numpy_logits, fixed_model):
-    error = difference(fixed_model(tokens[i]), numpy_logits[i])
+def test_by_default_logits_are_almost_those_of_numpy(i, tokens, numpy_logits, default_model):
+    error = difference(default_model(tokens[i]), numpy_logits[i])
     print(f"prompt {i}: by default - NumPy {error:.1e}")
     assert error < LOGITS_FIXED
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_by_default_chunks_change_no_bit_but_of_few_tokens(size, tokens, fixed_model):
+def test_by_default_chunks_change_no_bit_except_in_a_gemv(size, tokens, default_model):
     """One to four tokens give the same among each other."""
     some = tokens[0][:, : tokens[0].shape[1] // 14 * 14]
-    chunked, whole = in_chunks(fixed_model, some, size), fixed_model(some)
+    chunked, whole = in_chunks(default_model, some, size), default_model(some)
     if size <= lib.NL_GEMV_TOKENS:
         assert difference(chunked, whole) < LOGITS_FIXED
-        np.testing.assert_array_equal(chunked, in_chunks(fixed_model, some, 1))
+        np.testing.assert_array_equal(chunked, in_chunks(default_model, some, 1))
     else:
         np.testing.assert_array_equal(chunked, whole)
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_threads_change_no_bit(exact, checkpoint, tokens, c_model, fixed_model):
-    expected = (c_model if exact else fixed_model)(tokens[1])
+def test_threads_change_no_bit(exact, checkpoint, tokens, c_model, default_model):
+    expected = (c_model if exact else default_model)(tokens[1])
     for threads in (1, 2, 3):
         model = build(checkpoint.args, checkpoint.weights(), threads=threads, exact=exact)
         np.testing.assert_array_equal(model(tokens[1]), expected)

@@ -197,11 +197,11 @@ EVERY_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @EVERY_WAY
 def test_a_tokenizer_is_copied(way, llama):
     for tokenizer in (llama.tokenizer, sentence_piece()):
-        twin = way(tokenizer)
+        copied = way(tokenizer)
         for text in ("Hello world", "", "  ä🦙<|user|>"):
-            assert twin.encode(text, special=True) == tokenizer.encode(text, special=True)
-            assert twin.decode(twin.encode(text)) == tokenizer.decode(tokenizer.encode(text))
-        assert (twin.eos_ids, twin.bos_id, twin.source) == (
+            assert copied.encode(text, special=True) == tokenizer.encode(text, special=True)
+            assert copied.decode(copied.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+        assert (copied.eos_ids, copied.bos_id, copied.source) == (
             tokenizer.eos_ids,
             tokenizer.bos_id,
             tokenizer.source,
@@ -212,10 +212,10 @@ def test_a_tokenizer_is_copied(way, llama):
 def test_a_conversation_is_copied(way, llama):
     session = llama.new_session(32)
     llama.generate("hi", max_tokens=4, session=session)
-    twin = way(session)
-    assert twin.ids == session.ids and twin.user is None
+    copied = way(session)
+    assert copied.ids == session.ids and copied.user is None
     before = copy.deepcopy(session).cache.k
-    answers = [llama.generate("hi you", max_tokens=4, session=one).tokens for one in (twin, session)]
+    answers = [llama.generate("hi you", max_tokens=4, session=one).tokens for one in (copied, session)]
     assert answers[0] == answers[1]
     if way is not copy.copy:
         np.testing.assert_array_equal(before[:, :, :, :2], session.cache.k[:, :, :, :2])

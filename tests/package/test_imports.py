@@ -94,8 +94,8 @@ def test_ctrl_c_is_ignored_by_those_who_were_started_so():
         for _ in range(10):
             process.send_signal(signal.SIGINT)
             time.sleep(0.03)
-        _, told = process.communicate(timeout=60)
-        assert process.returncode == 2 and b"Traceback" not in told  # there was nothing to read
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2 and b"Traceback" not in stderr  # there was nothing to read
 
 
 def test_ctrl_c_is_a_keyboard_interrupt_again_when_all_is_imported():

@@ -14,7 +14,7 @@ Ctrl-C while a model of 8B's shapes loads, reads its prompt or writes: the end w
 Ctrl-C while it writes: what was written stays, and its line is ended.
     test_ctrl_c_ends_it_at_once, test_cli.py::test_ctrl_c_while_it_writes_keeps_what_was_written
 Ctrl-C in a program that uses the library: KeyboardInterrupt; model and session can be used again.
-    hostile U03, test_generate.py::test_an_interrupted_context_can_be_used_again
+    hostile U03, test_generate.py::test_an_interrupted_session_can_be_used_again
 A second Ctrl-C: the end, at once, whatever was still being tidied up.
     test_a_second_ctrl_c_kills, test_cli.py::test_ctrl_c_in_a_conversation_cuts_the_answer_and_then_ends_it
 NaN or infinity on the way: it stops with position, token and first bad layer; the text so far is kept.
@@ -31,15 +31,15 @@ File cut under the mapping: one line that names it, exit code 1, no core dump.
     hostile F02, test_kernels.py::test_a_file_that_is_cut_under_the_kernels_is_named
 File replaced, written to or removed under the mapping: FileChangedError at the next use.
     hostile F03, test_convert.py::test_a_source_that_changes_meanwhile_is_noticed
-EIO. Of a mapped file it is the signal of one that was cut. Of a terminal that is gone: one line, exit code 1.
-    hostile F02, test_a_terminal_that_is_gone_is_told
+EIO: a mapped file gives the signal of one that was cut. A terminal that is gone gives one line, exit code 1.
+    hostile F02, test_a_terminal_that_is_gone_is_an_error
 A path that is no file: one line, no waiting.
     hostile F01
 Wrong tokenizer: refused on loading, if it has more ids than the embedding rows, or control ids that it lacks.
     test_a_tokenizer_of_another_model_is_refused, hostile G26, hostile G27,
     test_generate.py::test_a_tokenizer_larger_than_the_embedding_is_refused
 Too little memory, of the machine, the container or `ulimit -v`: refused with the numbers and what would fit.
-    test_a_container_that_is_too_small_is_told_before_loading, hostile U06,
+    test_a_container_that_is_too_small_is_an_error_before_loading, hostile U06,
     test_memory.py::test_loading_beyond_a_limit_is_refused_in_one_line,
     test_memory.py::test_a_container_has_a_limit_and_gives_back_what_only_caches
 A CPU that lacks AVX-512 or AVX2: the next best kernels, in the end the scalar ones; never SIGILL.
@@ -48,13 +48,13 @@ A CPU that lacks AVX-512 or AVX2: the next best kernels, in the end the scalar o
 Two threads with one model: each gets what it gets alone.
     test_two_threads_share_a_model, test_layer.py::test_two_python_threads_may_use_one_model
 Two threads, or two generations, in one session: refused, and nobody's answer is spoilt.
-    test_a_context_at_work_is_refused_to_another_thread,
-    test_generate.py::test_two_generations_in_one_context_are_refused
+    test_a_session_at_work_is_refused_to_another_thread,
+    test_generate.py::test_two_generations_in_one_session_are_refused
 A fork after use: the child computes the same, and does not hang.
     test_a_forked_child_says_the_same,
     test_kernels.py::test_a_forked_child_computes_the_same_and_does_not_hang
 Disk full: one line, exit code 1; of `convert` the old file is whole and nothing else is left.
-    test_cli.py::test_a_full_disk_is_told, test_convert.py::test_a_full_disk_leaves_the_old_file,
+    test_cli.py::test_a_full_disk_is_an_error, test_convert.py::test_a_full_disk_leaves_the_old_file,
     test_convert.py::test_a_disk_without_room_is_seen_beforehand, hostile U08
 Ctrl-C, SIGTERM or SIGKILL during `convert`: the old file is whole.
     test_convert.py::test_a_signal_leaves_the_old_file
@@ -89,8 +89,7 @@ from robustness.hostile.command_line import cpu_seconds, interrupted
 
 import numpy_llama as nl
 from numpy_llama import functional
-from numpy_llama.backend import build, interruptible, limits
-from numpy_llama.backend import formats as quantize
+from numpy_llama.backend import build, formats, interruptible, limits
 from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import memory
 from numpy_llama.checkpoint.convert import model_metadata
@@ -165,26 +164,26 @@ def llama_3_8b(tmp_path_factory):
         path.unlink()
 
 
-# The program, but that it says "." when it begins a forward pass, and "!" when it begins to tidy up.
-TOLD = """
+# The program, except that it prints "." when it begins a forward pass, and "!" when it begins to tidy up.
+SIGNALLING = """
 import os, sys, time
 from numpy_llama import __main__, cli
 from numpy_llama.generation import generate
-def telling(function, sign, seconds):
-    def told(*arguments):
+def signalling(function, sign, seconds):
+    def called(*arguments):
         os.write(1, sign)
         time.sleep(seconds)
         return function(*arguments)
-    return told
-generate.forward = telling(generate.forward, b".", 0)
-cli._quietly = telling(cli._quietly, b"!", float(os.environ.get("TIDY_UP_SECONDS", "0")))
+    return called
+generate.forward = signalling(generate.forward, b".", 0)
+cli._quietly = signalling(cli._quietly, b"!", float(os.environ.get("TIDY_UP_SECONDS", "0")))
 sys.exit(__main__.main())
 """
 LONG_PROMPT = ",".join(["1"] + ["100"] * 3000)
 
 
-def told(model: Path, backend: str, prompt: str) -> list[str]:
-    command = [sys.executable, "-c", TOLD, "generate", "--backend", backend, "-n", "4000"]
+def generating(model: Path, backend: str, prompt: str) -> list[str]:
+    command = [sys.executable, "-c", SIGNALLING, "generate", "--backend", backend, "-n", "4000"]
     return [*command, "-m", str(model), "--prompt-ids", prompt]
 
 
@@ -207,12 +206,12 @@ def test_ctrl_c_ends_it_at_once(phase, backend, llama_3_8b):
         return seen
 
     kept = {"load": b"", "prefill": b".", "decode": b".a.a"}[phase]
-    interrupted(told(model, backend, LONG_PROMPT if phase == "prefill" else "1,100"), ready, kept=kept)
+    interrupted(generating(model, backend, LONG_PROMPT if phase == "prefill" else "1,100"), ready, kept=kept)
 
 
 def test_a_second_ctrl_c_kills(llama_3_8b):
     """Though all that is left to do would take a minute."""
-    command = told(llama_3_8b["c"], "c", LONG_PROMPT)
+    command = generating(llama_3_8b["c"], "c", LONG_PROMPT)
     for pause in (0.0, 0.05):
         process = subprocess.Popen(
             command,
@@ -230,7 +229,7 @@ def test_a_second_ctrl_c_kills(llama_3_8b):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         took = min(time.monotonic() - began, cpu_seconds(process) - used + 0.1)
         _, err = process.communicate()
-        assert (process.returncode, err) == (-signal.SIGINT, b"")  # which a shell tells as 130
+        assert (process.returncode, err) == (-signal.SIGINT, b"")  # which a shell shows as 130
         assert took < 0.25
 
 
@@ -251,7 +250,7 @@ def test_numpy_is_called_for_short_times_only(T, S, monkeypatch, rng):
     k, v = rng.standard_normal((2, 1, S, 4, 16), dtype=np.float32)
     x, w = rng.standard_normal((1, T, 64), dtype=np.float32), rng.standard_normal((777, 64), dtype=np.float32)
     wanted = functional.linear(x, w), functional.attention(q, k, v)
-    assert np.array_equal(interruptible.linear(x, w), wanted[0])  # what is small goes as it is
+    assert np.array_equal(interruptible.linear(x, w), wanted[0])  # small arguments are not cut
     assert np.array_equal(interruptible.attention(q, k, v), wanted[1])
     monkeypatch.setattr(functional, "linear", counted(functional.linear))
     monkeypatch.setattr(functional, "attention", counted(functional.attention))
@@ -277,7 +276,7 @@ def test_weights_are_expanded_some_rows_at_a_time(monkeypatch, rng):
         return FORMATS["Q8_0"].dequantize(rows)
 
     tensor.format = replace(tensor.format, dequantize=dequantize)
-    monkeypatch.setattr(quantize, "WEIGHTS_AT_ONCE", 20 * 64)
+    monkeypatch.setattr(formats, "WEIGHTS_AT_ONCE", 20 * 64)
     tensor.row_order = order = rng.permutation(70)
     np.testing.assert_array_equal(tensor.dequantize(np.float64), wanted[order])
     assert sizes == [20, 20, 20, 10]
@@ -285,8 +284,8 @@ def test_weights_are_expanded_some_rows_at_a_time(monkeypatch, rng):
 
 # ---------------------------------------------------------------- numbers that are none
 
-# It spells the alphabet: the embedding of a letter is 1 in a place of its own, the output matrix leads from
-# there to the next letter, and the layers add nothing. But a "c" overflows in the middle one.
+# It spells the alphabet. The embedding of a letter is 1 in a place of its own, and the output matrix leads
+# from there to the next letter. The layers add nothing, but a "c" overflows in the middle one.
 ALPHABET = replace(TINY_BLOCKS, n_layers=3, vocab_size=320, max_seq_len=2048)
 
 
@@ -339,7 +338,7 @@ def test_the_first_of_many_bad_positions_is_named(tmp_path):
 
 
 def test_half_an_8b_model_is_refused_at_once(llama_3_8b, tmp_path):
-    """Of its weights not one is read; of 1 s only what we compute ourselves is counted."""
+    """None of its weights is read, and the refusal takes less than 1 s of CPU time."""
     whole = llama_3_8b["c"].stat().st_size
     half = tmp_path / "half.gguf"
     with llama_3_8b["c"].open("rb") as file:
@@ -353,7 +352,7 @@ def test_half_an_8b_model_is_refused_at_once(llama_3_8b, tmp_path):
     assert memory.peak_memory() - before < 100 << 20
 
 
-def test_a_terminal_that_is_gone_is_told(smollm2_path):
+def test_a_terminal_that_is_gone_is_an_error(smollm2_path):
     """To write to it is an EIO. (Nobody hangs up on a program that was started with nohup.)"""
     master, slave = pty.openpty()
     command = [PROGRAM, "generate", "-m", str(smollm2_path), "-n", "4000", "Once upon a time"]
@@ -377,7 +376,7 @@ def mkdir(folder: Path) -> Path:
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    """One with more ids than there are rows. Of one with no more nothing tells that it is wrong."""
+    """It has more ids than there are rows. If it has no more, nothing shows that it is wrong."""
     folder = write_source("Llama 3", "HF, sharded", mkdir(tmp_path / "m"))
     nl.load(folder)
     lines = (folder / "tokenizer.model").read_text()
@@ -387,7 +386,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     assert_refused(run("generate", "-m", str(folder), "hi"), 1, "the tokenizer has", "the embedding 576 rows")
 
 
-def test_a_container_that_is_too_small_is_told_before_loading(llama_3_8b, tmp_path, monkeypatch):
+def test_a_container_that_is_too_small_is_an_error_before_loading(llama_3_8b, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{700 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{100 << 20}\n")
     monkeypatch.setattr(limits, "CGROUP", tmp_path)
@@ -425,7 +424,7 @@ def test_the_kernels_are_those_that_the_cpu_has(tmp_path):
     (tmp_path / "cpu.c").write_text(DISPATCH)
     csrc = Path(nl.__file__).parents[1] / "csrc"
     command = [os.environ.get("CC", "cc"), "-no-pie", f"-I{csrc}", "cpu.c", "-o", "cpu"]
-    # Of the kernels themselves only the names are wanted.
+    # The kernels themselves are not linked: only their names are wanted.
     subprocess.run([*command, "-Wl,--unresolved-symbols=ignore-all"], cwd=tmp_path, check=True)
     x86 = platform.machine() in ("x86_64", "AMD64")
     for features, wanted in {
@@ -500,7 +499,7 @@ def in_the_midst(model, do) -> list:
     return came
 
 
-def test_a_context_at_work_is_refused_to_another_thread(model):
+def test_a_session_at_work_is_refused_to_another_thread(model):
     """Who is at work goes on, and gets what it gets alone."""
     session = Session(model)
 
@@ -567,8 +566,8 @@ def test_a_name_does_not_reach_the_terminal_as_it_is(tmp_path):
     done = [missing, *(run(*command) for command in commands)]
     assert [one.returncode for one in done] == [1, 0, 0, 0, 2, 2, 2, 2, 2]
     for one in done:
-        told = (one.stdout + one.stderr).decode()
-        assert "\x1b" not in told and "\x07" not in told and "\u202e" not in told
+        output = (one.stdout + one.stderr).decode()
+        assert "\x1b" not in output and "\x07" not in output and "\u202e" not in output
         assert one.stderr.count(b"\n") == (one.returncode != 0)
 
 

@@ -59,10 +59,10 @@ def test_a_prompt_with_names_is_read_as_asked(path):
 @pytest.mark.parametrize("verb", ["generate -n 1", "tokenize", "attention", "lens"])
 def test_a_name_in_a_text_is_remarked_on(verb, path, capsys, main):
     assert main([*verb.split(), "-m", str(path), "a<|user|>b<|user|>"]) == 0
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "'<|user|>', a control token's name" in told and "`chat`" in told
-    assert ("--special" in told) == (verb in ("generate -n 1", "tokenize"))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "'<|user|>', a control token's name" in message and "`chat`" in message
+    assert ("--special" in message) == (verb in ("generate -n 1", "tokenize"))
 
 
 @pytest.mark.parametrize("text", ["a<user>b", "<|nobody|>", "<| user |>", ""])
@@ -84,8 +84,8 @@ def test_special_on_the_command_line(path, capsys, main):
 def test_help_says_how_names_are_read(capsys, main):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "The names of control tokens in a text are plain text, unless --special is given" in told
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert "The names of control tokens in a text are plain text, unless --special is given" in help_text
 
 
 @pytest.fixture
@@ -122,12 +122,12 @@ def test_a_file_may_begin_with_a_mark(path, tmp_path, capsys, main):
     files = [tmp_path / "plain.txt", tmp_path / "marked.txt"]
     files[0].write_text(text, "utf-8")
     files[1].write_text(text, "utf-8-sig")
-    told = []
+    outputs = []
     for file in files:
         assert main(["perplexity", "-m", str(path), "--ctx", "32", str(file)]) == 0
-        told.append(capsys.readouterr())
-    assert told[0].out == told[1].out
-    assert told[0].err == "" and "marked.txt begins with a byte order mark" in told[1].err
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out == outputs[1].out
+    assert outputs[0].err == "" and "marked.txt begins with a byte order mark" in outputs[1].err
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])

@@ -305,8 +305,8 @@ def test_what_cannot_be_said_does_not_end_a_conversation(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
     chat_command.converse(Speaker(), [], {})
     assert heard == [["say [INST]"], ["hello"]]
-    told = capsys.readouterr()
-    assert "has the tag [INST]" in told.err and told.out.startswith("yes\n")
+    output = capsys.readouterr()
+    assert "has the tag [INST]" in output.err and output.out.startswith("yes\n")
 
 
 @CASES

@@ -207,8 +207,8 @@ def test_defaults_are_those_of_ggml():
     assert sentence_piece().add_bos
     assert byte_level("llama-bpe").add_bos
     assert not byte_level("smollm").add_bos
-    told = tokenizer_from_gguf(sentencepiece_metadata() | {"tokenizer.ggml.add_bos_token": False}, "x")
-    assert not told.add_bos
+    tokenizer = tokenizer_from_gguf(sentencepiece_metadata() | {"tokenizer.ggml.add_bos_token": False}, "x")
+    assert not tokenizer.add_bos
 
 
 def test_every_end_token_counts():

@@ -36,8 +36,7 @@ from numpy_llama.errors import (
     UnsupportedError,
 )
 from numpy_llama.generation.transcript import StopTexts, Transcript
-from numpy_llama.text import bpe as merging
-from numpy_llama.text import pretokenizer as words
+from numpy_llama.text import bpe, pretokenizer
 from numpy_llama.text.tokenizer import (
     BYTE,
     RANKS,
@@ -575,7 +574,7 @@ def test_metaspace_that_splits_is_refused(folder):
 
 
 def test_a_pattern_without_end_is_stopped(folder, monkeypatch):
-    monkeypatch.setattr(words, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(pretokenizer, "PATTERN_SECONDS", 0.05)
     value = json.loads(byte_level_json("one digit"))
     value["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"(?:(?:a?){25}a{25}|(?:a|aa)+)+!"}
     tokenizer = open_tokenizer(write_json(folder, value))
@@ -952,7 +951,7 @@ def test_every_special_id_is_a_token(tmp_path, file, key, known):
 
 
 def random_merges(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Of letters a, b, c: each merge takes two tokens that are there, their union may be there too."""
+    """Merges of the letters a, b, c. A merge takes two tokens that exist; their union may exist too."""
     tokens, merges = ["a", "b", "c"], []
     for _ in range(rng.integers(1, 14)):
         pair = tuple(rng.choice(tokens, 2).tolist())
@@ -1037,7 +1036,7 @@ def test_merges_beyond_the_limits(monkeypatch):
     long = [("a" * n, "a") for n in range(1, 600)]
     with pytest.raises(TokenizerError, match="more than 512 characters"):
         order_of_merging(long, "x")
-    monkeypatch.setattr(merging, "MAX_UNPROVEN", 0)
+    monkeypatch.setattr(bpe, "MAX_UNPROVEN", 0)
     with pytest.raises(UnsupportedError, match="1 tokens are not what their merges make"):
         order_of_merging([("a", "b"), ("d", "e"), ("b", "c"), ("bc", "de"), ("a", "bcde")], "x")
 
@@ -1068,7 +1067,7 @@ def test_a_word_may_be_encoded_in_parts(folder, monkeypatch):
         for name, tokenizer in tokenizers_.items():
             expected = tokenizer.encode(text)
             with monkeypatch.context() as patch:
-                patch.setattr(merging, "CHUNK", chunk)
+                patch.setattr(bpe, "CHUNK", chunk)
                 assert tokenizer.encode(text) == expected, name
 
     compare()
@@ -1085,20 +1084,20 @@ def test_what_follows_may_change_what_came_long_before(folder, monkeypatch, chun
     expected = {n: tokenizer.encode(letters[:n] + letters) for n in range(27)}
     assert tokenizer.piece(tokenizer.encode(letters)[0]) == "ab"
     assert tokenizer.piece(tokenizer.encode(letters[:-1])[0]) == "a"
-    monkeypatch.setattr(merging, "CHUNK", chunk)
+    monkeypatch.setattr(bpe, "CHUNK", chunk)
     assert {n: tokenizer.encode(letters[:n] + letters) for n in range(27)} == expected
 
 
 def test_no_call_is_long(monkeypatch):
     """Ctrl-C is heard between two calls: none may have more than a chunk and what is done again."""
-    monkeypatch.setattr(merging, "CHUNK", 1000)
+    monkeypatch.setattr(bpe, "CHUNK", 1000)
     sizes = []
 
     def in_threes(data: bytes) -> list[int]:
         sizes.append(len(data))
         return [3] * (len(data) // 3) + [len(data) % 3] * (len(data) % 3 > 0)
 
-    assert merging.in_chunks(in_threes, b"a" * 9001, [0, 1, 2, 3]) == [3] * 3000 + [1]
+    assert bpe.in_chunks(in_threes, b"a" * 9001, [0, 1, 2, 3]) == [3] * 3000 + [1]
     assert len(sizes) == 10 and max(sizes) <= 1000 + 2 * 3 + 2
 
 

@@ -1,4 +1,4 @@
-"""The proof as a user meets it: a file of operations held to the laws, and told what is wrong."""
+"""The proof as a user meets it: a file of operations is held to the laws, and its faults are named."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def silu(x):
     return x / (1 + math.exp(-x))
 """
 
-TOLD = """\
+REPORT = """\
 repeat_kv does not keep this law:
   Query head h gets key head h // n_rep: a a b b, not a b a b.
 
@@ -68,17 +68,17 @@ def test_a_right_file_keeps_all_laws(tmp_path):
     assert all(held == whole and int(held) > 5 for _, held, _, whole in rows)
 
 
-def test_what_is_wrong_is_told_in_plain_words(tmp_path):
+def test_what_is_wrong_is_said_in_plain_words(tmp_path):
     done = hold(tmp_path, WRONG)
     assert done.returncode == 1
-    assert TOLD in done.stdout
-    assert TOLD.rpartition("  2 of")[0] in (README.parent / "docs" / "guide" / "proof.md").read_text()
+    assert REPORT in done.stdout
+    assert REPORT.rpartition("  2 of")[0] in (README.parent / "docs" / "guide" / "proof.md").read_text()
     assert "For x near 0 the norm is x / sqrt(eps), not x / eps." in done.stdout
     assert "raised NameError: name 'math' is not defined\n  in my_ops.py, line 11" in done.stdout
     assert "Traceback" not in done.stdout and "numpy_llama/proof/laws.py" not in done.stdout
-    told = done.stdout.split("laws that hold")[1]
-    assert re.search(r"^repeat_kv +\d of \d+   <--$", told, re.MULTILINE)
-    assert re.search(r"^rms_norm +1\d of \d+   <--$", told, re.MULTILINE)
+    table = done.stdout.split("laws that hold")[1]
+    assert re.search(r"^repeat_kv +\d of \d+   <--$", table, re.MULTILINE)
+    assert re.search(r"^rms_norm +1\d of \d+   <--$", table, re.MULTILINE)
 
 
 def test_a_chapter_may_be_chosen(tmp_path):
@@ -87,7 +87,7 @@ def test_a_chapter_may_be_chosen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ops, told",
+    "ops, message",
     [
         (None, "--ops: my_ops.py does not exist; wanted a Python file"),
         ("def f(:", "--ops: my_ops.py, line 1: SyntaxError: invalid syntax (my_ops.py, line 1)"),
@@ -96,11 +96,11 @@ def test_a_chapter_may_be_chosen(tmp_path):
         ("x = 1", "--ops: my_ops.py defines no operation that there is a law about: merge, embedding,"),
     ],
 )
-def test_a_file_that_cannot_be_tried_is_refused_in_one_line(tmp_path, ops, told):
+def test_a_file_that_cannot_be_tried_is_refused_in_one_line(tmp_path, ops, message):
     done = hold(tmp_path, ops)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert done.stdout == "" and done.stderr.strip().count("\n") == 0
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 def test_other_projects_are_left_alone(tmp_path):
@@ -155,10 +155,10 @@ REPORTED = {
 
 @pytest.mark.parametrize("fault", REPORTED)
 def test_what_is_shown_is_what_was_given(tmp_path, fault):
-    ops, told = REPORTED[fault]
+    ops, messages = REPORTED[fault]
     done = hold(tmp_path, ops, "-k", "formula or as_pytorch or comes_back or overflow")
     assert done.returncode == 1
-    for words in told:
+    for words in messages:
         assert words in done.stdout
 
 

@@ -145,10 +145,10 @@ def verdict(capsys, code: int, *arguments: object) -> str:
 
 def test_a_healthy_model_passes(smollm2_path):
     done = run("verify", "-m", str(smollm2_path))
-    told = done.stdout.decode()
+    report = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b"")
-    lines = told.splitlines()
-    assert lines[-1] == "verdict: nothing wrong found" and "wrong  " not in told and "!" not in lines[4]
+    lines = report.splitlines()
+    assert lines[-1] == "verdict: nothing wrong found" and "wrong  " not in report and "!" not in lines[4]
     assert max(map(len, lines)) <= 110
     for name in ("C, exact", "C, default", "PyTorch", "sample text 2.5"):
         assert sum(line.startswith(name) for line in lines) == 1
@@ -228,24 +228,24 @@ def write_shards(opened: Checkpoint, folder: Path, n: int, shuffled: range = ran
 
 @pytest.mark.slow
 def test_a_last_shard_of_another_model_is_named(smollm2, only_look, tmp_path, capsys):
-    """Without the last layers there is no text that could tell; but they know other channels."""
+    """Without the last layers the model writes no text to test; but those layers use other channels."""
     folder = tmp_path / "model"
     write_shards(smollm2, folder, 4, range(23, 30))
-    told = verdict(capsys, 3, "-m", folder)
-    assert_found(r"model-00004-of-00004.safetensors \(layers 23..29\) are unlike the others", told)
+    report = verdict(capsys, 3, "-m", folder)
+    assert_found(r"model-00004-of-00004.safetensors \(layers 23..29\) are unlike the others", report)
 
 
 @pytest.mark.slow
 def test_a_shard_of_another_model_is_named(smollm2, only_look, tmp_path, capsys):
     folder = tmp_path / "model"
     write_shards(smollm2, folder, 4, range(15, 23))  # the third shard
-    told = verdict(capsys, 3, "-m", folder)
+    report = verdict(capsys, 3, "-m", folder)
     assert_found(
-        r"weights of model-00003-of-00004.safetensors \(layers 15..22\) do not belong to this model", told
+        r"weights of model-00003-of-00004.safetensors \(layers 15..22\) do not belong to this model", report
     )
-    told = verdict(capsys, 3, "-m", folder, "--against", smollm2.path)
+    report = verdict(capsys, 3, "-m", folder, "--against", smollm2.path)
     assert_found(
-        "model-00003-of-00004.safetensors belongs to another model: all weights of layers 15..22", told
+        "model-00003-of-00004.safetensors belongs to another model: all weights of layers 15..22", report
     )
 
 
@@ -280,9 +280,10 @@ def test_a_wrong_product_is_named_by_layer_and_operation(operation, exact, tiny,
         return y
 
     monkeypatch.setattr(kernels.Kernels, "linear", linear)
-    told = verdict(capsys, 3, "-m", tiny)
+    report = verdict(capsys, 3, "-m", tiny)
     who = "C, exact" if exact else "C, default"
-    assert f"the error starts in layer 1, at {operation} ({who} against NumPy" in told and "1 places" in told
+    assert f"the error starts in layer 1, at {operation} ({who} against NumPy" in report
+    assert "1 places" in report
 
 
 def test_a_wrong_attention_and_a_wrong_layer_are_named(tiny, monkeypatch, capsys):
@@ -307,8 +308,8 @@ def test_pytorch_sees_what_numpy_does_wrong(function, tiny, monkeypatch, capsys)
     right = getattr(operations.F, function)
     monkeypatch.setattr(operations.F, function, lambda *given: right(*given) * np.float32(1 + 1e-3))
     places = {"rms_norm": "attention_norm", "apply_rotary_emb": "rope", "silu": "swiglu", "linear": "wq"}
-    told = verdict(capsys, 3, "-m", tiny)
-    assert f"starts in layer 0, at {places.get(function, function)} (" in told and "PyTorch" in told
+    report = verdict(capsys, 3, "-m", tiny)
+    assert f"starts in layer 0, at {places.get(function, function)} (" in report and "PyTorch" in report
 
 
 def test_a_wrong_end_is_named(tiny, monkeypatch, capsys):
@@ -330,16 +331,16 @@ def test_without_pytorch_it_says_so(tiny, monkeypatch, capsys):
     assert sum(line.startswith("PyTorch     is not installed") for line in out.splitlines()) == 1
 
 
-def test_json_tells_all(tiny, capsys):
+def test_json_has_everything(tiny, capsys):
     assert cli.main(["verify", "-m", str(tiny), "-t", "1", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["verdict"] == "nothing wrong found" and told["faults"] == []
-    places = {(e["layer"], e["operation"], e["implementation"]) for e in told["errors"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "nothing wrong found" and report["faults"] == []
+    places = {(e["layer"], e["operation"], e["implementation"]) for e in report["errors"]}
     assert (
         len(places) == LOOKED_INTO.n_layers * (7 * 3 + 3 + 2 + 2 + 1 + 1) + 3 + 1
     )  # matrices, attention, layer, norms, rope, swiglu
-    assert all(0 <= e["share"] < 1 for e in told["errors"])
-    assert told["sample"]["tokens"] > 100 and told["seconds"] > 0
+    assert all(0 <= e["share"] < 1 for e in report["errors"])
+    assert report["sample"]["tokens"] > 100 and report["seconds"] > 0
 
 
 @pytest.mark.parametrize("format", [name for name, f in FORMATS.items() if f.quantize])
@@ -353,7 +354,7 @@ def test_every_format_passes(format, scaling, tmp_path, monkeypatch):
     assert max(e.share for e in errors) < 1
 
 
-# --- what weights and arguments tell by themselves --------------------------------------------------------
+# --- what weights and arguments show by themselves --------------------------------------------------------
 
 
 def findings(stored: dict[str, StoredTensor]) -> list[str]:
@@ -388,7 +389,7 @@ def flip(stored: dict[str, StoredTensor], name: str, at: tuple[int, ...], number
 
 @pytest.mark.parametrize("number", [31, 30, 28, 27, *range(16)])
 def test_a_flipped_bit_of_a_norm(number, trained):
-    """A lower bit of the exponent, and bits that bfloat16 has too, cannot be told without another copy."""
+    """A lower bit of the exponent, and bits that bfloat16 has too, cannot be found without another copy."""
     assert findings(trained) == []
     flip(trained, "layers.2.ffn_norm.weight", (77,), number)
     (found,) = findings(trained)
@@ -410,10 +411,10 @@ def test_rows_that_are_huge_or_were_never_written(trained):
     huge, hole = w.copy(), w.copy()
     huge[9] *= np.float32(1e4)
     hole[20:50] = 0
-    for spoilt, told in ((huge, "row 9 is "), (hole, "30 of 64 rows are zero")):
+    for spoilt, message in ((huge, "row 9 is "), (hole, "30 of 64 rows are zero")):
         trained[name] = StoredTensor.quantize(spoilt, "F32")
         (found,) = findings(trained)
-        assert found.startswith(f"{name}: {told}")
+        assert found.startswith(f"{name}: {message}")
 
 
 def test_layers_of_another_model_are_unlike_the_others(trained, rng):
@@ -425,12 +426,12 @@ def test_layers_of_another_model_are_unlike_the_others(trained, rng):
         assert census.runs() == ([] if order is None else [range(0, 1), range(1, 2)])
 
 
-def test_of_published_models_the_factor_and_eps_are_known():
+def test_the_factor_and_eps_of_published_models_are_checked():
     assert all(published(preset.args) is None for preset in PRESETS.values())
     llama = PRESETS["llama-3.2-1b"].args
-    told = published(replace(llama, rope_scaling=Llama3Scaling(8.0)))
-    assert told is not None and "factor 8, llama-3.2-1b, which has this shape, was published with" in told
-    assert "factor 32" in told and "none" in str(published(replace(llama, rope_scaling=None)))
+    found = published(replace(llama, rope_scaling=Llama3Scaling(8.0)))
+    assert found is not None and "factor 8, llama-3.2-1b, which has this shape, was published with" in found
+    assert "factor 32" in found and "none" in str(published(replace(llama, rope_scaling=None)))
     assert "norm_eps is 1e-06" in str(published(replace(llama, norm_eps=1e-6)))
     for harmless in ({"max_seq_len": 4096}, {"rope_theta": 1e7}):
         assert published(replace(llama, **harmless)) is None
@@ -527,11 +528,11 @@ def test_weights_in_the_wrong_place_are_named(format, tmp_path):
     ]
 
 
-def test_arguments_that_differ_are_told():
+def test_arguments_that_differ_are_listed():
     wanted = replace(LOOKED_INTO, norm_eps=1e-6, rope_scaling=Llama3Scaling(8.0), max_seq_len=256)
-    told = dict(arguments(replace(LOOKED_INTO, rope_theta=5e5), wanted))
-    assert list(told) == ["norm_eps", "rope_theta", "max_seq_len", "rope_scaling"]
-    assert told["rope_scaling"] == "rope_scaling is none, the reference has llama3, factor 8"
+    differences = dict(arguments(replace(LOOKED_INTO, rope_theta=5e5), wanted))
+    assert list(differences) == ["norm_eps", "rope_theta", "max_seq_len", "rope_scaling"]
+    assert differences["rope_scaling"] == "rope_scaling is none, the reference has llama3, factor 8"
     near = replace(wanted, norm_eps=1e-6 * (1 + 1e-8))
     assert list(arguments(near, wanted)) == []
 

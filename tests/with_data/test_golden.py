@@ -58,11 +58,11 @@ def test_stories260k(backend):
 
 
 @pytest.mark.parametrize("model", ["stories260K.gguf", "stories260K.bin", "hf_stories260K"])
-def test_the_published_story_is_told_word_for_word(model):
+def test_the_published_story_comes_word_for_word(model):
     llama = nl.load(DATA / "models" / model)
-    told = llama.generate([llama.tokenizer.bos_id], max_tokens=200)
+    completion = llama.generate([llama.tokenizer.bos_id], max_tokens=200)
     expected = (GOLDEN / "stories260K_expected_stdout_200.txt").read_text()
-    assert told.text.strip() == expected.strip()
+    assert completion.text.strip() == expected.strip()
 
 
 GOLDEN_QUANTS = json.loads((GOLDEN / "quants_golden.json").read_text())

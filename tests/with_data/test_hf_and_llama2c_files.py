@@ -85,12 +85,12 @@ def test_logits(name, backend, gguf):
 
 
 @pytest.mark.parametrize("name", ["stories260K.bin", "hf_stories260K"])
-def test_the_published_story_is_told_word_for_word(name):
+def test_the_published_story_comes_word_for_word(name):
     checkpoint = READERS[name](MODELS / name)
     llama = Llama(build(checkpoint.args, checkpoint.weights()), checkpoint.tokenizer())
-    told = llama.generate([llama.tokenizer.bos_id], max_tokens=200)
+    completion = llama.generate([llama.tokenizer.bos_id], max_tokens=200)
     expected = (DATA / "golden" / "stories260K_expected_stdout_200.txt").read_text()
-    assert told.text.strip() == expected.strip()
+    assert completion.text.strip() == expected.strip()
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -18,7 +18,7 @@ INTEGERS = 1e-2
 def test_smollm2(options, tolerance, smollm2_path):
     llama = nl.load(smollm2_path, **options)
     text = (DATA / "text" / "wiki.test.raw").read_bytes()[:10_000].decode()
-    *_, told = perplexity(llama.model, llama.tokenizer.encode(text), 512, most=2)
-    print(f"{options}: {told.perplexity:.4f} +/- {told.standard_error:.4f}")
-    assert (told.windows, told.tokens) == (2, 510)
-    assert abs(told.perplexity - LLAMA_CPP) < tolerance
+    *_, result = perplexity(llama.model, llama.tokenizer.encode(text), 512, most=2)
+    print(f"{options}: {result.perplexity:.4f} +/- {result.standard_error:.4f}")
+    assert (result.windows, result.tokens) == (2, 510)
+    assert abs(result.perplexity - LLAMA_CPP) < tolerance

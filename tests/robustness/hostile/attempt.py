@@ -92,7 +92,7 @@ def memory(line: str) -> int:
 
 
 def attempt(function, argument, patience: float) -> dict:
-    """function(argument) -> dict, in a child process; whatever becomes of the child is told too."""
+    """function(argument) -> dict, in a child process; what becomes of the child is in the dict."""
     reading, writing = os.pipe()
     began = time.monotonic()
     with tempfile.TemporaryFile() as printed:

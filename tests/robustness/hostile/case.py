@@ -36,7 +36,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
-# Files that are in order, built by the same functions: what is refused elsewhere is not refused here.
+# Sound files that the same functions build: none of them is refused.
 CONTROLS: dict[str, Case] = {}
 
 

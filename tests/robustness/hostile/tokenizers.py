@@ -95,7 +95,7 @@ def piece_count(folder: Path) -> Iterator[Variant]:
 def bad_pieces(folder: Path) -> Iterator[Variant]:
     good = sentencepieces()
     for name, changed in [
-        ("twins", [*good, good[-1]]),
+        ("one twice", [*good, good[-1]]),
         ("an empty one", [*good, ("", -99.0, NORMAL)]),
         ("no UNKNOWN", good[1:]),
         ("two UNKNOWN", [*good, ("<unk2>", 0.0, UNKNOWN)]),

@@ -1,6 +1,9 @@
 """The files beside the package agree with it and with each other: version, tools, Pythons, citation."""
 
 import re
+import shutil
+import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,17 @@ def test_the_citation_can_be_read():
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["cff-version"] == "1.2.0" and citation["title"] == "numpy_llama"
     assert f'license = "{citation["license"]}"' in PYPROJECT
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="git lists the files")
+def test_a_source_distribution_has_every_file():
+    command = ["git", "-c", "safe.directory=*", "ls-files"]  # the checkout may be another user's
+    tracked = subprocess.check_output(command, cwd=ROOT, text=True).split()
+    found_by_setuptools = ["LICENSE", "MANIFEST.in", "numpy_llama", "pyproject.toml", "setup.py"]
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    patterns = [p for verb, *words in lines if verb in ("include", "graft") for p in words]
+    names = {name.partition("/")[0] for name in tracked}.difference(found_by_setuptools)
+    assert [name for name in sorted(names) if not any(fnmatch(name, p) for p in patterns)] == []
 
 
 @pytest.fixture(scope="module")

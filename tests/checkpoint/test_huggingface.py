@@ -22,7 +22,7 @@ from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.checkpoint.rope_scalings import as_float32
 from numpy_llama.config import LIMITS, ModelArgs
-from numpy_llama.proof import torch_llama
+from numpy_llama.proof import tiny, torch_llama
 from numpy_llama.proof.bounds import MODEL_32, MODEL_64, assert_near
 from numpy_llama.proof.oracle import half_split
 from numpy_llama.rope import (
@@ -258,7 +258,7 @@ def args_of(**changes) -> ModelArgs:
 
 
 def test_what_a_config_leaves_out():
-    wanted = ModelArgs(24, 2, 4, 2, 6, 40, 53, 1e-5, 1e4, 32)
+    wanted = replace(tiny.TINY, max_seq_len=32)
     assert args_of() == wanted
     assert (
         args_of(num_key_value_heads=REMOVED)

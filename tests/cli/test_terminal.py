@@ -7,6 +7,7 @@ import subprocess
 import threading
 import unicodedata
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from helpers.tiny_models import float_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numpy_llama.config import ModelArgs
 from numpy_llama.errors import visible
+from numpy_llama.proof.tiny import TINY_BLOCKS
 from numpy_llama.text.tokenizer import CONTROL, NORMAL, spelled
 
 # Each is a token: sequences whole, cut into several tokens, and in the one character that C1 has for ESC [.
@@ -39,8 +40,7 @@ def model(tmp_path_factory) -> Path:
     said = [spelled(piece.encode()) for piece in PIECES]
     tokens = [*dict.fromkeys([*(spelled(bytes([b])) for b in range(256)), *said, END])]
     chain = [tokens.index(text) for text in ("a", *said, END)]
-    V = len(tokens)
-    args = ModelArgs(64, 1, 2, 2, 32, 64, V, 1e-5, 1e4, 64)
+    args = replace(TINY_BLOCKS, n_layers=1, vocab_size=len(tokens), max_seq_len=64)
     weights = float_weights(args)
     weights["norm.weight"] = np.ones(64, np.float32)
     for name in ("attention.wo", "feed_forward.w_down"):

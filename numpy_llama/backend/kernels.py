@@ -259,8 +259,8 @@ class Kernels(InPlace):
     """The C functions, bound to a number of threads. The number never changes a result.
 
     `exact` multiplies weights and activations in float32. Otherwise activations are quantized to 14 bits
-    (csrc/linear.c): linear(x rounded, w). F16 and BF16 weights are rounded too, but with up to four tokens
-    nothing is.
+    (csrc/linear.c): linear(x rounded, w). F16 and BF16 weights are rounded too. With F32 weights, and with
+    up to four tokens and F16 or BF16 weights, nothing is rounded.
     """
 
     def __init__(self, threads: int | None = None, exact: bool = False):

@@ -94,7 +94,7 @@ def test_which_formats_are_chosen():
     assert convert.target_format("layers.0.attention.wq.weight", (64, 72), "q4") is FORMATS["F32"]
 
 
-def test_a_real_model_from_q4_1_to_q8_still_knows(smollm2_path, tmp_path):
+def test_a_real_model_from_q4_1_to_q8_answers_rightly(smollm2_path, tmp_path):
     out = tmp_path / "smollm2-q8.gguf"
     done = run("convert", str(smollm2_path), str(out), "--dtype", "q8")
     assert (done.returncode, done.stdout) == (0, b"")

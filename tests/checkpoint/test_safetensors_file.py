@@ -81,7 +81,7 @@ def test_other_dtypes_are_described_and_named_when_used():
         entries[dtype] = entry(dtype, (4, 2), (offsets, offsets + bits))
         offsets += bits
     data = file_of(entries, bytes(offsets))
-    safetensors.deserialize(data)  # the reference knows these sizes too
+    safetensors.deserialize(data)  # the reference checks these sizes too
     file = opened(data)
     for dtype, bits in BITS.items():
         info = file.tensors[dtype]

@@ -1,4 +1,4 @@
-"""`trace` and `edit`: what they see is what the formulas say, and the model knows nothing of it."""
+"""`trace` and `edit`: they see what the formulas say, and the model has no code for them."""
 
 import asyncio
 import contextvars

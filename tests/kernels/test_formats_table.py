@@ -1,5 +1,5 @@
 """The weight formats that C computes with (csrc/formats.h) against numpy_llama/backend/formats.py: the same
-formats, and each part of a block in the same bytes. A format that C does not know is an error.
+formats, and each part of a block in the same bytes. A format that C lacks is an error.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def test_d_m_and_zero_mean_what_python_says(name):
     assert expected in FORMATS[name].dequantize(block)
 
 
-# ---------------------------------------------------------------- a format that C does not know
+# ---------------------------------------------------------------- a format that C lacks
 
 
 UNKNOWN = dataclasses.replace(FORMATS["Q8_0"], name="Q9_9", code=99)

@@ -219,7 +219,7 @@ def test_llama2_wants_turns(roles):
     st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), ORDINARY), min_size=1, max_size=4)
 )
 def test_llama3_as_meta_writes_it(turns):
-    """As one text, of which the reference knows the control tokens."""
+    """The text as a whole; the reference reads its control tokens."""
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
     text = "".join(header(role) + content.strip() + "<|eot_id|>" for role, content in turns)
     metadata = byte_level_metadata() | {"tokenizer.ggml.tokens": LLAMA3_VOCABULARY.tokens}

@@ -174,8 +174,8 @@ def assert_found(pattern: str, text: str) -> None:
 
 
 def write_shards(opened: Checkpoint, folder: Path, n: int, shuffled: range = range(0)) -> None:
-    """A Hugging Face folder in float16. Layers of `shuffled` are another model's: the channels of the
-    residual stream, as they know them, in another order."""
+    """A Hugging Face folder in float16. Layers of `shuffled` are another model's: they use the channels of
+    the residual stream in another order."""
     folder.mkdir()
     args, names = opened.args, tensor_names(opened.args, "hf")
     del names["output.weight"]

@@ -298,7 +298,7 @@ def load(
     opened = checkpoint.open_checkpoint(locate(model, progress))
     args, weights = opened.args, opened.weights()
     if max_seq_len is not None:
-        args = _with_context(args, max_seq_len, opened.path)
+        args = with_context(args, max_seq_len, opened.path)
     plan = memory_plan(args, weights, backend, dtype, exact)
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
@@ -310,7 +310,7 @@ def load(
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
 
 
-def _with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
+def with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
     """The same model with a smaller context, or with any context if its RoPE scaling is dynamic."""
     most, scaling = args.max_seq_len, args.rope_scaling
     if isinstance(scaling, DynamicScaling) and most >= scaling.original_max_seq_len:

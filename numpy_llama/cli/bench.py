@@ -17,7 +17,7 @@ from ..checkpoint.download import locate
 from ..checkpoint.memory import available_memory, gib, memory_plan, peak_memory
 from ..errors import ParameterError, printable
 from ..inspect.bench import Machine, Result, Task, formats, measure
-from ..llama import _with_context
+from ..llama import with_context
 from . import common
 
 # The columns after the model's name, and their widths.
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     opened = open_checkpoint(path)
     model_args = opened.args
     if args.max_seq_len is not None:
-        model_args = _with_context(model_args, args.max_seq_len, path)
+        model_args = with_context(model_args, args.max_seq_len, path)
     plan = memory_plan(model_args, opened.weights(), args.backend, exact=args.exact)
     available = available_memory(plan.mapped)
     for task in tasks:

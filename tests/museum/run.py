@@ -64,7 +64,7 @@ class Copy:
 
     def judge(self, bug: Bug) -> Verdict:
         """Put the bug in, run its tests, and take it out again."""
-        path = self.folder / bug.file
+        path, numpy_alone = self.folder / bug.file, not bug.file.startswith("csrc/")
         text = path.read_text()
         if text.count(bug.before) != 1:
             raise SystemExit(f"{bug.name}: {bug.file} holds {bug.before!r} {text.count(bug.before)} times")
@@ -72,15 +72,18 @@ class Copy:
             path.write_text(text.replace(bug.before, bug.after))
             if bug.file.startswith("csrc/"):
                 self.compile()
-            killed_by, law = forked(self.folder, bug.tests.split(), not bug.file.startswith("csrc/"))
+            killed_by, law = forked(self.folder, bug.tests.split(), numpy_alone)
         finally:
             path.write_text(text)
             if bug.file.startswith("csrc/"):
                 self.kernels.unlink()
                 self.kernels.write_bytes(self.built)
-        if "::" in (killed_by or "") and forked(self.folder, [killed_by])[0]:
-            log = (self.folder / "log.txt").read_text()[-2000:]
-            raise SystemExit(f"{killed_by} fails without the bug too\n{log}")
+        if killed_by:
+            one = killed_by.removesuffix(UNIMPORTABLE)  # a test or a file; else pytest, a signal or the clock
+            alone = [one] if "::" in one or one.endswith(".py") else bug.tests.split()
+            if forked(self.folder, alone, numpy_alone)[0]:
+                log = (self.folder / "log.txt").read_text()[-2000:]
+                raise SystemExit(f"{killed_by}: this fails without the bug too\n{log}")
         return Verdict(killed_by, law)
 
     def compile(self) -> None:
@@ -104,6 +107,7 @@ class Copy:
 
 
 EMIT = "import sys, build_kernels; build_kernels.make_ffi().emit_c_code(sys.argv[1])"
+UNIMPORTABLE = " (it cannot even be imported)"
 WHERE = "import importlib.util as u; print(u.find_spec('numpy_llama.backend._kernels').origin)"
 
 
@@ -125,7 +129,7 @@ class Witness:
 
     def pytest_collectreport(self, report):
         if report.failed and self.killed_by is None:
-            self.killed_by = f"{report.nodeid} (it cannot even be imported)"
+            self.killed_by = report.nodeid + UNIMPORTABLE
 
 
 def implementation(item):

@@ -46,3 +46,21 @@ def test_what_changes_nothing_survives(tmp_path):
     )
     assert (done.returncode, done.stdout.split()[-3:]) == (1, ["of", "1", "killed"])
     assert "SURVIVED" in done.stdout
+
+
+@pytest.mark.parametrize("tests", ["tests/broken.py", "tests/nowhere.py"])
+def test_what_fails_without_the_bug_is_no_judge(tests):
+    """A file that cannot be imported, or does not exist, kills no bug: the museum stops with an error."""
+    code = f"""
+import run, bugs
+class Copy(run.Copy):
+    def __init__(self, folder):
+        super().__init__(folder)
+        (folder / "tests/broken.py").write_text("import nowhere")
+run.Copy = Copy
+run.BUGS[:] = [bugs.Bug("a space", "", bugs.F, "x * x", "x  *  x", {tests!r})]
+raise SystemExit(run.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=RUN.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "this fails without the bug too" in done.stderr

@@ -2,8 +2,9 @@
  *
  *     exhaustive exp|silu|f16|bf16
  *
- * exp and silu on every instruction set against libm in float64, in units in the last place of the float32
- * nearest to the true value; the two conversions against rounding by arithmetic, number by number. */
+ * exp and silu on every instruction set are compared with libm in float64. An error counts units in the last
+ * place of the float32 nearest to the true value. The two conversions are compared with rounding by
+ * arithmetic, number by number. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>

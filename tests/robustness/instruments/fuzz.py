@@ -2,11 +2,11 @@
 
     python tests/robustness/instruments/fuzz.py TARGET ... [--minutes 10] [--keep]   `all` is every target
 
-A reader runs under atheris, with readers.py; a C function under libFuzzer with AddressSanitizer and
-UndefinedBehaviorSanitizer, with fuzz_kernels.c; each for so many minutes of CPU time. It begins with
-corpus/TARGET.zip, the inputs of earlier runs, and with small files in order. What it finds wrong stays in
-build/fuzz/TARGET, and the exit code is not 0. `--keep` puts what reached something new, the smallest first
-and 16 KB in all, into that zip.
+A reader runs under atheris, with readers.py. A C function runs under libFuzzer with AddressSanitizer and
+UndefinedBehaviorSanitizer, with fuzz_kernels.c. `--minutes` is CPU time for each target. A run starts with
+corpus/TARGET.zip, the inputs of earlier runs, and with small valid files. An input that fails is written to
+build/fuzz/TARGET, and the exit code is 1. `--keep` writes the inputs that reached a new branch into that zip,
+the smallest first, 16 KB at most.
 """
 
 import argparse
@@ -31,12 +31,12 @@ FILES = ("gguf", "safetensors", "torch", "pickle", "llama2c", "params", "config"
 FILES += ("sentencepiece", "tiktoken", "template")
 KERNELS = ("linear", "linear_exact", "linear_quantized", "attention", "layer", "convert", "exp")
 SANITIZE = "-fsanitize=address,undefined"
-# Without OpenMP: races are sanitize.py's.
+# Without OpenMP: sanitize.py looks for races.
 COMPILE = ["clang", "-std=c11", "-O1", "-g", "-ffp-contract=off", "-fno-sanitize-recover=all"]
 COMPILE += ["-Wno-unknown-pragmas"]
 LIMITS = ["-timeout=20"]
-MEMORY = 300  # MB for a reader, of which Python and NumPy take 80: a small file may take 64 MiB more
-MOST_KEPT = 16 << 10  # bytes of a corpus, packed
+MEMORY = 300  # MB for a reader: Python and NumPy take 80, and a small file may take 64 MiB more
+MOST_KEPT = 16 << 10  # bytes of a compressed corpus
 
 
 def fuzz(target: str, minutes: float, keeping: bool) -> bool:
@@ -48,12 +48,12 @@ def fuzz(target: str, minutes: float, keeping: bool) -> bool:
             command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: limit_cpu(60 * minutes)
         )
     said = log.read_text(errors="replace")
-    runs = int((re.findall(r"^#(\d+)\t", said, re.MULTILINE) or ["0"])[-1])  # when it last said something
+    runs = int((re.findall(r"^#(\d+)\t", said, re.MULTILINE) or ["0"])[-1])  # at its last line
     reached = (re.findall(r"cov: (\d+)", said) or ["0"])[-1]
     print(f"{target:15}{runs:>12,} runs{reached:>7} reached", flush=True)
     good = done.returncode in (0, -signal.SIGXCPU)
     if not good:
-        print(said[-6000:], f"\nfound; {log} says more", sep="")
+        print(said[-6000:], f"\na failure: {log} has the whole log", sep="")
     if keeping:
         inputs = [path.read_bytes() for path in work.iterdir()]
         keep(target, inputs if target in KERNELS else least_of(target, inputs))
@@ -61,7 +61,7 @@ def fuzz(target: str, minutes: float, keeping: bool) -> bool:
 
 
 def limit_cpu(seconds: float) -> None:
-    """In the child. libFuzzer can only be told by the clock, of which a busy machine gives it a part."""
+    """Runs in the child. libFuzzer itself can only limit elapsed time, which other programs share."""
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
 
 
@@ -87,7 +87,7 @@ def keep(target: str, inputs: list[bytes]) -> None:
     with zipfile.ZipFile(CORPUS / f"{target}.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         size = 0
         for i, data in enumerate(sorted(inputs, key=lambda data: (len(data), data))):
-            info = zipfile.ZipInfo(f"{i:03}")  # always of 1980: the same inputs make the same file
+            info = zipfile.ZipInfo(f"{i:03}")  # dated 1980, so the same inputs make the same file
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, data)
             size += archive.getinfo(info.filename).compress_size + 100  # of the directory
@@ -100,15 +100,15 @@ def keep(target: str, inputs: list[bytes]) -> None:
 
 def kernel_command(target: str) -> list:
     program, folder = compiled(target), BUILD / target
-    # What an input has beyond 200 bytes only fills arrays; where it ends a generator goes on.
+    # The bytes after the first 200 only fill arrays, and a generator makes those too.
     command = [program, *LIMITS, f"-artifact_prefix={folder}/", "-max_len=200", "-len_control=0"]
     return [*command, folder / "inputs"]
 
 
 def compiled(target: str) -> Path:
-    """The fuzzer of a C entry point. The kernels are compiled once: under sanitizers that takes minutes."""
+    """The fuzzer of a C function. The kernels are compiled once, because that takes minutes."""
     if not shutil.which("clang"):
-        sys.exit("clang is not there: apt install clang libclang-rt-14-dev (or of another version)")
+        sys.exit("clang is missing: apt install clang libclang-rt-14-dev (or of another version)")
     BUILD.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
     newest = max(path.stat().st_mtime for path in csrc.glob("*.[ch]"))
@@ -135,7 +135,7 @@ def compiled(target: str) -> Path:
 
 
 def reader_command(target: str) -> list:
-    """This file again, as a child: atheris never comes back."""
+    """This file again, as a child, because atheris does not return."""
     return [sys.executable, __file__, target, "--child"]
 
 
@@ -143,7 +143,7 @@ def fuzz_reader(target: str) -> None:
     try:
         import atheris
     except ImportError:
-        sys.exit("atheris is not there: pip install atheris==3.0.0")
+        sys.exit("atheris is missing: pip install atheris==3.0.0")
     sys.path.insert(0, str(HERE))
     with atheris.instrument_imports(include=["numpy_llama", "jinja2"]):
         from readers import READERS, attempt
@@ -151,7 +151,7 @@ def fuzz_reader(target: str) -> None:
     seeds = list(reader.seeds())
     for i, seed in enumerate(seeds):
         (folder / "inputs" / f"seed-{i}").write_bytes(seed)
-        attempt(reader, seed)  # what is imported late is imported now
+        attempt(reader, seed)  # so that late imports happen now
     words = folder / "words"
     words.write_text("\n".join(map(quoted, words_of(seeds, reader.words))))
     arguments = [*LIMITS, f"-dict={words}", f"-artifact_prefix={folder}/", f"-rss_limit_mb={MEMORY}"]
@@ -161,7 +161,7 @@ def fuzz_reader(target: str) -> None:
 
 
 def words_of(seeds: list[bytes], more: str) -> list[bytes]:
-    """What such files are made of: names, numbers, and what else is given."""
+    """Words for the fuzzer to insert: the names in the seeds, some numbers, and `more`."""
     found = {word for seed in seeds for word in re.findall(rb"[A-Za-z_][\w.]{3,40}", seed)}
     found |= {b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b"18446744073709551616"}
     return sorted(found)[:400] + [word.encode("latin-1") for word in more.split(" ") if word]
@@ -172,7 +172,7 @@ def quoted(word: bytes) -> str:
 
 
 def least_of(target: str, inputs: list[bytes]) -> list[bytes]:
-    """Of many inputs, smallest first, those that take a step from line to line that none before took."""
+    """The inputs that run a new pair of consecutive lines, the smallest input first."""
     sys.path.insert(0, str(HERE))
     from readers import READERS, attempt
 
@@ -198,7 +198,7 @@ def least_of(target: str, inputs: list[bytes]) -> list[bytes]:
         try:
             attempt(READERS[target], data)
         except Exception:
-            continue  # a finding, kept by itself
+            continue  # a failure, which atheris has written to a file
         finally:
             sys.settrace(None)
         if len(steps) > before:

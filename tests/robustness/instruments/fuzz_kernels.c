@@ -1,11 +1,10 @@
-/* libFuzzer's way into each C entry point of csrc/kernels.h; fuzz.py compiles it with the sources, under
- * AddressSanitizer and UndefinedBehaviorSanitizer, once for each: -DTARGET=fuzz_linear.
+/* libFuzzer calls each C function of csrc/kernels.h through this file. fuzz.py compiles it with the sources,
+ * under AddressSanitizer and UndefinedBehaviorSanitizer, once for each function: -DTARGET=fuzz_linear.
  *
  *     input bytes  --->  instruction set, format, sizes, kind of numbers  --->  arrays of exactly that size
  *
- * What is read or written beside an array is seen by the sanitizers. What is computed is held against the
- * plain loop in float64, or against what the result must be, within the rounding of its sums: an infinity or
- * a NaN among the operands must be one in the result. */
+ * The sanitizers find each access beside an array. A result is compared with the plain loop in float64,
+ * within the rounding of its sums. If an operand is an infinity or a NaN, the result must be one too. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>

@@ -1,6 +1,6 @@
-"""What is fuzzed of the readers: files in order to begin with, and what is done with what becomes of them.
+"""The readers that are fuzzed: valid files to start with, and the calls that read a changed file.
 
-Whatever the bytes are, only a NumpyLlamaError may come out, soon, with a message that can be printed:
+For any bytes, a reader may raise only a NumpyLlamaError, in limited time and with a printable message:
 
     attempt(READERS["gguf"], data)
 """
@@ -34,26 +34,26 @@ from numpy_llama.errors import NumpyLlamaError
 from numpy_llama.proof.tiny import TINY_BLOCKS
 from numpy_llama.text.chat import ChatTemplate
 
-MAX_MESSAGE = 800  # characters: ours, and up to three texts of 200 from a file
-SECONDS = 4.0  # of CPU time for one file: two are allowed, and two for what counts the branches
+MAX_MESSAGE = 800  # characters: our own, and up to three texts of 200 from a file
+SECONDS = 4.0  # of CPU time for one file: two for the reader, and two because the fuzzer counts branches
 SIZES = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 32, "vocab_size": 8}
 TINY = replace(TINY_BLOCKS, **SIZES, max_seq_len=16)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """`seeds` are inputs that are in order; `file` is how the file is called; `use` does what a user does."""
+    """`seeds` are valid inputs, `file` is the name of the file, and `use` reads it as a user does."""
 
     seeds: Callable[[], Iterator[bytes]]
     file: str
     use: Callable[[Path], None]
     wrap: Callable[[bytes], bytes] = lambda data: data  # from the input to the file's bytes
-    beside: Callable[[Path], None] = lambda folder: None  # writes what else the folder holds
-    words: str = ""  # what such files are made of
+    beside: Callable[[Path], None] = lambda folder: None  # writes the other files of the folder
+    words: str = ""  # that such files consist of
 
 
 def attempt(reader: Reader, data: bytes) -> None:
-    """Read it and use it; an error that is no NumpyLlamaError is a finding, and so is one that takes long."""
+    """Read and use a file. Another error than a NumpyLlamaError is a failure; so is more than SECONDS."""
     path = _folder(reader) / reader.file
     path.write_bytes(reader.wrap(data))
     began = time.process_time()
@@ -80,14 +80,14 @@ def _folder(reader: Reader) -> Path:
 
 
 def _new_folder() -> Path:
-    """In memory where there is such a place, for each input is written there."""
+    """In memory if possible, because every input is written to it."""
     folder = tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 def _use_model(path: Path) -> None:
-    """Each thing that can be asked of a model, whatever came of the others."""
+    """Read each part of a model, also after another part was refused."""
     checkpoint = open_checkpoint(path)
     _allow_refusal(lambda: checkpoint.args)
     _allow_refusal(lambda: _read_all(checkpoint.weights().values()))
@@ -170,7 +170,7 @@ def _safetensors() -> Iterator[bytes]:
 
 
 def _with_length(data: bytes) -> bytes:
-    """A whole file; or a header alone, whose length is put before it, and behind a zero byte the data."""
+    """Put the header's length before an input `header, zero byte, data`. Another input is a whole file."""
     if not data.startswith(b"{"):
         return data
     header, _, body = data.partition(b"\0")

@@ -115,7 +115,8 @@ def test_top_k_keeps_exactly_k(ops, logits, k):
     assert_same(kept(ops.top_k(logits, k)), np.array(expected, int))
 
 
-@law("top_k", seeds, st.integers(2, 12), st.integers(1, 12))
+# NumPy sorts a short array completely where it is asked only for the k-th number, so some are long.
+@law("top_k", seeds, st.integers(2, 12) | st.just(1000), st.integers(1, 12))
 def test_top_k_among_equals(ops, seed, V, k):
     """However many are equal to the k-th, k stay: of three different logits there are many such."""
     logits = np.random.default_rng(seed).integers(3, size=V).astype(np.float32)

@@ -27,6 +27,10 @@ from numpy_llama.errors import MismatchError, ParameterError, TemplateError, Tex
 from numpy_llama.text.chat import CHAT_FORMATS, ChatTemplate, Llama2Chat, Llama3Chat, format_for
 from numpy_llama.text.tokenizer import tokenizer_from_gguf
 
+# On a busy machine even the CPU time of a small template can pass the limit.
+WITHOUT_A_CLOCK = mock.patch("numpy_llama.text.sandbox.MAX_SECONDS", 600.0)
+
+
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
@@ -313,14 +317,16 @@ def test_what_cannot_be_said_does_not_end_a_conversation(monkeypatch, capsys):
 @given(data=st.data(), n=st.integers(1, 4))
 def test_no_message_makes_a_control_token(tokenizer, source, data, n):
     contents = data.draw(st.lists(HOSTILE, min_size=n, max_size=n))
-    ids = template(source).encode(tokenizer, conversation(*contents))
-    harmless = template(source).encode(tokenizer, conversation(*["x"] * n))
+    with WITHOUT_A_CLOCK:
+        ids = template(source).encode(tokenizer, conversation(*contents))
+        harmless = template(source).encode(tokenizer, conversation(*["x"] * n))
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, harmless)
 
 
 @given(contents=st.lists(HOSTILE, min_size=1, max_size=4))
 def test_messages_arrive_unchanged(contents):
-    ids = template(CHATML).encode(BYTE_LEVEL, conversation(*contents))
+    with WITHOUT_A_CLOCK:
+        ids = template(CHATML).encode(BYTE_LEVEL, conversation(*contents))
     parts, names = [[]], BYTE_LEVEL.control_tokens
     for i in ids:
         if i in names.values():
@@ -381,10 +387,6 @@ WITH_BOS = {
     "by its name": "<|begin_of_text|>" + CHATML,
     "twice": "{{ bos_token }}" + LLAMA3,
 }
-
-
-# On a busy machine even the CPU time of a small template can pass the limit.
-WITHOUT_A_CLOCK = mock.patch("numpy_llama.text.sandbox.MAX_SECONDS", 600.0)
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -673,7 +675,8 @@ PLAIN = """
 def test_what_real_templates_do_is_done(contents):
     messages = conversation(*contents)
     expected = as_hugging_face_renders(PLAIN, messages, "", "")
-    assert template(PLAIN).render(messages, BYTE_LEVEL) == expected
+    with WITHOUT_A_CLOCK:
+        assert template(PLAIN).render(messages, BYTE_LEVEL) == expected
 
 
 # What a file may hold that means harm, by the names that it has among the hostile cases.

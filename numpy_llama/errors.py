@@ -97,7 +97,7 @@ def check_has(name: str, value: object, attribute: str, wanted: str) -> None:
 
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is a whole number, of Python or NumPy. True is none, although Python's bool is an int."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_whole(name: str, value: object, least: int, most: int) -> None:

@@ -48,17 +48,17 @@ def test_what_changes_nothing_survives(tmp_path):
     assert "SURVIVED" in done.stdout
 
 
-@pytest.mark.parametrize("tests", ["tests/broken.py", "tests/nowhere.py"])
-def test_what_fails_without_the_bug_is_no_judge(tests):
+@pytest.mark.parametrize("name", ["broken.py", "nowhere.py"])
+def test_what_fails_without_the_bug_is_no_judge(name):
     """A file that cannot be imported, or does not exist, kills no bug: the museum stops with an error."""
     code = f"""
 import run, bugs
 class Copy(run.Copy):
     def __init__(self, folder):
         super().__init__(folder)
-        (folder / "tests/broken.py").write_text("import nowhere")
+        (folder / "tests" / "broken.py").write_text("import nowhere")
 run.Copy = Copy
-run.BUGS[:] = [bugs.Bug("a space", "", bugs.F, "x * x", "x  *  x", {tests!r})]
+run.BUGS[:] = [bugs.Bug("a space", "", bugs.F, "x * x", "x  *  x", "tests/" + {name!r})]
 raise SystemExit(run.main())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=RUN.parent, capture_output=True, text=True)

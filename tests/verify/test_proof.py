@@ -1,4 +1,4 @@
-"""The proof as a user meets it: a file of operations is held to the laws, and its faults are named."""
+"""The proof as its users run it: it tests a file of operations, and its message names each fault."""
 
 import os
 import re

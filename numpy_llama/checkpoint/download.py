@@ -178,12 +178,14 @@ def _pip_failure(source: Source, log: str) -> str:
 
 
 def _bytes_below(folder: Path) -> int:
+    """The bytes of all files below a folder; pip adds, moves and removes files and folders meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # pip moved it
-            continue
+    for where, _, names in os.walk(folder):  # it passes over a folder that is gone; rglob raises
+        for name in names:
+            try:
+                total += os.stat(os.path.join(where, name)).st_size
+            except OSError:
+                continue
     return total
 
 

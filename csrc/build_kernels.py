@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["linear.c", "quantized_activations.c", "attention.c", "layer.c", "probe.c"]
+SOURCES = ["pack.c", "linear.c", "quantized_activations.c", "attention.c", "layer.c", "probe.c"]
 SOURCES += ["avx2.c", "avx512.c", "dispatch.c"]  # their vector forms, and the choice among them
 SOURCES += ["formats.c", "quantize.c", "watch.c", "team.c"]
 
@@ -24,6 +24,8 @@ COMPILE = [
     # Vectors are written by hand. With this pass gcc replaces integer arithmetic and stores beside them by
     # shuffles, and a CPU has one unit for those.
     "-fno-tree-slp-vectorize",
+    # Debug information, which Python asks for, takes 40% of the compile time.
+    "-g0",
     "-Wall",
     "-Wextra",
 ]

@@ -19,20 +19,22 @@ typedef struct {
     int scalar_micro_kernel; /* for its test: see linear_gemm.c */
 } linear_args;
 
-/* Quantized activations: the largest whole number, and the most tokens of a GEMV. For GEMM TOKEN_GROUP tokens
- * lie side by side, in panels of KC weights of a row. */
-enum { X_MAX = 8191, GEMV_TOKENS = NL_GEMV_TOKENS, TOKEN_GROUP = 8, KC = 256 };
+/* Quantized activations: the largest whole number of a pair, and of a first and a second byte together. The
+ * most tokens of a GEMV. For GEMM TOKEN_GROUP tokens lie side by side, in panels of KC weights of a row. */
+enum { X_MAX = 8191, X_MAX_BYTES = 127 * 128, GEMV_TOKENS = NL_GEMV_TOKENS, TOKEN_GROUP = 12, KC = 256 };
 
-/* One call of `quantize_activations` makes one token group: one token for GEMV, TOKEN_GROUP for GEMM. */
-static inline int64_t group_tokens(int64_t T) { return T <= GEMV_TOKENS ? 1 : TOKEN_GROUP; }
+/* One call of `quantize_activations` makes one token group: 1, 2, 4 or 8 tokens for GEMV, TOKEN_GROUP for
+ * GEMM. The tokens behind the last one are zeros. */
+static inline int64_t group_tokens(int64_t T) {
+    return T > GEMV_TOKENS ? TOKEN_GROUP : T > 4 ? 8 : T > 2 ? 4 : T;
+}
 static inline int64_t activation_groups(int64_t T) { return (T + group_tokens(T) - 1) / group_tokens(T); }
 
-/* Room for a token in the layout of any instruction set: 4 bytes a number, and one block more where a step
- * takes two blocks. */
-static inline int64_t token_bytes(int64_t IN) { return (IN + 32) * 4; }
+/* Room for a token in any layout: float32 is the largest. */
+static inline int64_t token_bytes(int64_t IN) { return IN * 4 + 64; }
 
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
-typedef void quantize_group(void *activations, const float *x, int format, int64_t T, int64_t IN,
+typedef void quantize_group(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
                             int64_t group);
 /* memory = the softmax state of the index-th query block over the KV span that begins at span_begin. */
 typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t span_begin, float *memory,

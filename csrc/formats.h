@@ -64,6 +64,24 @@ INLINE int is_single(int format) { return format_of(format).weights == 1; }
 INLINE int is_k(int format) { return format_of(format).weights == QK_K; }
 INLINE int has_minima(int format) { return format_of(format).m != NONE; }
 
+/* The largest q of a format that is multiplied in bytes; 0 of the others. Q8_0: the largest |q|. */
+INLINE int largest_q(int format) {
+    switch (format) {
+    case Q8_0: return 128;
+    case Q4_0:
+    case Q4_1:
+    case Q4_K: return 15;
+    case Q5_0:
+    case Q5_1:
+    case Q5_K: return 31;
+    case Q6_K: return 63;
+    }
+    return 0;
+}
+
+/* Weights with one scale: a sub-block of a K format, a block of the others. */
+INLINE int unit_of(int format) { return format == Q6_K ? 16 : QK; }
+
 /* The kernels' step along a row: a block, or 32 single numbers. */
 INLINE int64_t block_weights(int format) { return is_single(format) ? QK : format_of(format).weights; }
 INLINE int64_t block_bytes(int format) { return format_of(format).bytes * (is_single(format) ? QK : 1); }
@@ -134,6 +152,29 @@ INLINE int is_cached(int format) { return format == F32 || format == F16; }
 INLINE int64_t element_bytes(const int format) { return format == F16 ? 2 : 4; }
 INLINE float load_element(const int format, const uint8_t *p, int64_t i) {
     return format == F16 ? load_f16(p + 2 * i) : load_f32(p + 4 * i);
+}
+
+/* ---------------------------------------------------------------- packed rows
+ *
+ * Blocks lie in memory PACKED_ROWS rows side by side, because a vector has one row in each lane. The parts of
+ * a block keep their order. A part is cut into units, d and m into 2 bytes and the others into 4, and each
+ * unit of the first row is followed by the same unit of the other rows:
+ *
+ *     Q4_0, stored      d d | q q q q | q q q q | q q q q | q q q q          18 bytes a block
+ *     Q4_0, packed      d d of 16 rows | q q q q of 16 rows | ...            16 times as many
+ *
+ * The unit at byte i of row r's block is at byte PACKED_ROWS * i + r * (bytes of the unit). */
+enum { PACKED_ROWS = NL_PACKED_ROWS };
+
+INLINE int is_packed(int format) { return !is_single(format); }
+INLINE int unit_bytes(int format, int at) {
+    return at == format_of(format).d || at == format_of(format).m ? 2 : 4;
+}
+
+/* The block of row r as it was stored, out of the packed block at p. */
+INLINE void stored_block(const int format, uint8_t *to, const uint8_t *p, int64_t r) {
+    for (int at = 0; at < format_of(format).bytes; at += unit_bytes(format, at))
+        memcpy(to + at, p + PACKED_ROWS * at + r * unit_bytes(format, at), (size_t)unit_bytes(format, at));
 }
 
 /* ---------------------------------------------------------------- one weight */

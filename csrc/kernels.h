@@ -29,16 +29,22 @@ typedef struct {
 /* The index-th format; NULL past the last. */
 const nl_format *nl_format_at(int index);
 
-/* A matrix of weights as stored: OUT rows of IN weights. IN is a multiple of 32, in K formats of 256. */
+/* A matrix of weights: OUT rows of IN weights. IN is a multiple of 32, in K formats of 256. Rows of F32, F16
+ * and BF16 are as stored; those of a block format are packed by nl_pack. */
 typedef struct {
     const void *data;
     int format;
     int64_t OUT, IN;
 } nl_matrix;
 
-/* GEMV (linear_gemv.c) takes up to this many tokens. GEMM (linear_gemm.c) takes more, and sums them in
- * another order. nl_attention has the same limit where keys and values are float16. */
-enum { NL_GEMV_TOKENS = 4 };
+/* dst = src's rows in packed groups of NL_PACKED_ROWS; the last row is repeated to fill one.      pack.c
+ *   src has `rows` rows of a block format as stored, dst (rows rounded up to whole groups) as many bytes
+ * each. Returns 0 or NL_UNKNOWN_FORMAT. */
+enum { NL_PACKED_ROWS = 16 };
+int nl_pack(void *dst, const void *src, int format, int64_t rows, int64_t IN, int threads);
+
+/* GEMV (linear_gemv.c) takes up to this many tokens, GEMM (linear_gemm.c) takes more. */
+enum { NL_GEMV_TOKENS = 8 };
 /* A panel of GEMM has at most this many rows; a call should have a multiple of it for each thread. */
 enum { NL_PANEL_ROWS = 32 };
 /* The largest Dh. A query block of attention.c has at most NL_QUERY_ROWS rows; a call should have whole ones.
@@ -46,7 +52,7 @@ enum { NL_PANEL_ROWS = 32 };
 enum { NL_MAX_DH = 256, NL_QUERY_ROWS = 240 };
 
 /* y[:, begin:end] = x @ w[begin:end].T      linear.c
- *   x (T, IN)   y (T, OUT).   Returns 0 or NL_UNKNOWN_FORMAT. */
+ *   x (T, IN)   y (T, OUT).   begin is a multiple of NL_PACKED_ROWS.   Returns 0 or NL_UNKNOWN_FORMAT. */
 int nl_linear(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t begin, int64_t end,
               int threads);
 
@@ -54,13 +60,14 @@ int nl_linear(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t b
 int nl_linear_exact(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t begin, int64_t end,
                     int threads);
 
-/* Quantized activations: x rounded to 14 bits in blocks of 32, for K formats of 256. quantized_activations.c
+/* Quantized activations: x rounded to 8 or 15 bits in blocks of 32.      quantized_activations.c
+ *   bits = 8: but 15 for the blocks of a token whose numbers are the largest. F16 and BF16: always 14 bits.
  *   `activations` has room for nl_activations_bytes(T, IN) bytes. Not for F32.
  *   nl_quantizes_activations: 1 where this is the faster way. It is not for F32, nor for up to NL_GEMV_TOKENS
  * tokens and a format whose weights are single numbers. */
 int nl_quantizes_activations(int format, int64_t T);
 int64_t nl_activations_bytes(int64_t T, int64_t IN);
-int nl_quantize_activations(void *activations, const float *x, int format, int64_t T, int64_t IN,
+int nl_quantize_activations(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
                             int threads);
 
 /* The same as nl_linear, with the activations that nl_quantize_activations has made for w's format. */
@@ -93,7 +100,7 @@ typedef struct {
     const float *attention_norm; /* (D,) */
     const float *ffn_norm;       /* (D,) */
     float eps;                   /* of both norms */
-    int exact;                   /* 1: x is never rounded */
+    int activation_bits;         /* 8 or 15: x is rounded; 32: it is not */
     nl_matrix weight[7];         /* wq wk wv wo w_gate w_up w_down */
     const int64_t *q_order;      /* (H * Dh,) output i of wq is its row q_order[i]; NULL: row i */
     const int64_t *k_order;      /* (K * Dh,) the same for wk */

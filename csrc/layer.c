@@ -105,7 +105,7 @@ int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
 
 /* Whether that weight is multiplied with quantized activations. */
 static int takes_quantized(const layer_call *c, int weight) {
-    return !c->w->exact && nl_quantizes_activations(c->w->weight[weight].format, c->tokens);
+    return c->w->activation_bits < 32 && nl_quantizes_activations(c->w->weight[weight].format, c->tokens);
 }
 
 /* wq, wk and wv multiply the same activations, and so do w_gate and w_up: the first such weight of each. */
@@ -131,7 +131,7 @@ static void quantize(const layer_call *c, range tokens, const float *x, int64_t 
         if (takes_quantized(c, weight) && first_in_same_format(c, weight) == weight)
             for (int64_t t = tokens.begin; t < tokens.end; t += group)
                 c->kernel->quantize_activations(quantized_for(c, weight), x, c->w->weight[weight].format,
-                                                c->tokens, IN, t / group);
+                                                c->w->activation_bits, c->tokens, IN, t / group);
 }
 
 /* ---------------------------------------------------------------- the steps */
@@ -152,7 +152,7 @@ static void multiply(const layer_call *c, range rows, float *y, const float *x, 
                            .x = quantized ? (const void *)quantized_for(c, weight) : x,
                            .T = c->tokens,
                            .w = c->w->weight[weight]};
-    linear_rows *const linear = c->w->exact ? c->kernel->linear_exact : c->kernel->linear;
+    linear_rows *const linear = c->w->activation_bits == 32 ? c->kernel->linear_exact : c->kernel->linear;
     if (rows.begin < rows.end) (quantized ? c->kernel->linear_quantized : linear)(&a, rows.begin, rows.end);
 }
 

@@ -8,21 +8,22 @@
  *                                 +-----------+
  *
  * There are two ways to multiply. The exact way uses each weight as the float32 of
- * numpy_llama/backend/formats.py. The default way quantizes the activations: x is rounded to 14 bits, and w
- * keeps its stored whole numbers q'. F16 and BF16 weights have none: with more than GEMV_TOKENS tokens they
- * are rounded to 14 bits too, and with fewer nothing is rounded.
+ * numpy_llama/backend/formats.py. The default way quantizes the activations, and a block format keeps its
+ * stored whole numbers q:
  *
- *     x[t]  =  dx * q,       q in -8191 .. 8191      one dx for 32 numbers, in K formats for 256
- *     w[r]  =  d * q' + m                            a K format's small scales are part of q'
- *     y     =  sum over blocks of  d * dx * (sum of q' * q)  +  m * dx * (sum of q)
- *                                   `---- exact: int32 ---'
+ *     x[t]  =  dx * q_x                         whole numbers of 8 or 15 bits, one dx for 32 of them
+ *     w[r]  =  d * (q - zero) + m               in a K format d and m are those of a sub-block
+ *     y     =  sum over blocks of  d * dx * (sum of (q - zero) * q_x)  +  m * dx * (sum of q_x)
+ *                                           `------ exact: int32 -----'
  *
- * Pairs of 16-bit integers (vpmaddwd, vpdpwssd) multiply twice as fast as floats. x keeps 80 dB, more than
- * bfloat16 or the weights of any block format. The result is linear(x rounded, w) within the
- * rounding of float32 sums: tests/kernels/test_quantized_activations.py compares it with NumPy.
+ * A CPU multiplies four bytes in the time of one float (vpdpbusd, vpmaddubsw). F16 and BF16 weights have no
+ * whole numbers: with more than GEMV_TOKENS tokens both sides are rounded to 14 bits, and pairs of 16-bit
+ * integers are multiplied; with fewer tokens nothing is rounded. The result is linear(x rounded, w) within
+ * the rounding of float32 sums: tests/kernels/test_quantized_activations.py compares it with NumPy.
  *
- * Threads share out the rows of w. The vector forms are in linear_gemv.c, for one to four tokens, and in
- * linear_gemm.c, for more.
+ * Rows of a block format are packed (formats.h). Threads share out the rows of w. The vector forms are in
+ * linear_gemv.c, for one to eight tokens, and in linear_gemm.c, for more. Both add in the same order, so a
+ * token of a block format has the same bits in any number of tokens.
  *
  * Compiled once as it stands: the loop over threads and the scalar forms. Compiled once more for each
  * instruction set: the part under VECTOR_FORMS (README.md). */
@@ -86,12 +87,24 @@ int nl_linear_scalar_micro_kernel(float *y, const void *x, int64_t T, const nl_m
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
+/* The block of row r that begins with weight b, as stored: `room` holds a block of packed rows. */
+INLINE const uint8_t *block_of(const int format, uint8_t *room, const nl_matrix *w, int64_t r, int64_t b) {
+    const int64_t bytes = block_bytes(format), place = b / block_weights(format);
+    const int64_t row_bytes = w->IN / block_weights(format) * bytes;
+    if (!is_packed(format)) return (const uint8_t *)w->data + r * row_bytes + place * bytes;
+    const int64_t row = r % PACKED_ROWS;
+    stored_block(format, room, (const uint8_t *)w->data + (r - row) * row_bytes + place * bytes * PACKED_ROWS,
+                 row);
+    return room;
+}
+
 INLINE void rows_scalar(const int format, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t OUT = a->w.OUT, IN = a->w.IN, weights = block_weights(format);
-    const uint8_t *block = (const uint8_t *)a->w.data + begin * (IN / weights) * block_bytes(format);
     for (int64_t r = begin; r < end; r++) {
         for (int64_t t = 0; t < a->T; t++) a->y[t * OUT + r] = 0;
-        for (int64_t b = 0; b < IN; b += weights, block += block_bytes(format)) {
+        for (int64_t b = 0; b < IN; b += weights) {
+            uint8_t room[QK_K];
+            const uint8_t *block = block_of(format, room, &a->w, r, b);
             float w[QK_K];
             for (int i = 0; i < weights; i++) w[i] = weight(format, block, i / 16, i % 16);
             for (int64_t t = 0; t < a->T; t++) {
@@ -149,7 +162,10 @@ VEC_TARGET void VEC(linear_quantized)(const linear_args *a, int64_t begin, int64
     switch (a->w.format) {
 #define CASE(FORMAT, ...)                                                                                    \
     case FORMAT:                                                                                             \
-        a->T > GEMV_TOKENS ? gemm(FORMAT, 0, a, begin, end) : gemv_quantized(FORMAT, a, begin, end);         \
+        if (a->T > GEMV_TOKENS || !largest_q(FORMAT))                                                        \
+            gemm(FORMAT, 0, a, begin, end);                                                                  \
+        else                                                                                                 \
+            gemv_bytes(FORMAT, a, begin, end);                                                               \
         break;
         EACH_FORMAT(CASE)
 #undef CASE

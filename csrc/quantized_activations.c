@@ -1,6 +1,18 @@
-/* quantized_activations: x as whole numbers of -8191 .. 8191, times one scale dx for 32 of them, or in K
- * formats for 256. They are computed once for all rows of w, and lie in the order in which the loops over w
- * read them. The rounding is that of `quantize_activations` in numpy_llama/backend/formats.py.
+/* quantized_activations: x as whole numbers, times one scale for 32 of them. They are computed once for all
+ * rows of w, and lie in the order in which the loops over w read them.
+ *
+ * Block formats multiply bytes. Each 32 numbers of a token are rounded to q in -16256 .. 16256 and cut:
+ *
+ *     x  =  dx * q,    q = 128 first + second,    first in -127 .. 127,  second in -64 .. 63
+ *
+ * With 15 bits both are used. With 8 bits the second byte is used where the largest number of the block is
+ * more than BLOCKS_ABOVE times the mean of those of the token's blocks: a few channels of a LLaMA have
+ * numbers that are much larger than all others, and the error of the rounding is in their blocks. Each token
+ * chooses its own blocks, so its bits do not depend on the other tokens.
+ *
+ * F16 and BF16 weights multiply pairs of 16-bit integers, q in -8191 .. 8191.
+ *
+ * The rounding is that of `quantize_activations` in numpy_llama/backend/formats.py.
  *
  * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
  * instruction set: the part under VECTOR_FORMS (README.md). */
@@ -18,182 +30,214 @@ int nl_quantizes_activations(int format, int64_t T) {
     return is_known(format) && format != F32 && (T > GEMV_TOKENS || !is_single(format));
 }
 
-int nl_quantize_activations(void *activations, const float *x, int format, int64_t T, int64_t IN,
+int nl_quantize_activations(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
                             int threads) {
     const kernels *k = chosen_kernels();
-    if (!is_known(format) || format == F32) return NL_UNKNOWN_FORMAT;
+    if (!nl_quantizes_activations(format, T)) return NL_UNKNOWN_FORMAT;
     (void)threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t g = 0; g < activation_groups(T); g++)
-        k->quantize_activations(activations, x, format, T, IN, g);
+        k->quantize_activations(activations, x, format, bits, T, IN, g);
     return 0;
 }
+#endif
 
+/* The largest number of a block that needs no second byte: of the token's blocks, in their order. */
+INLINE float first_byte_limit(int bits, const float *largest, int64_t stride, int64_t blocks) {
+    enum { BLOCKS_ABOVE = 3 };
+    float sum = 0;
+    for (int64_t b = 0; b < blocks; b++) sum += largest[b * stride];
+    return bits == 8 ? sum * BLOCKS_ABOVE / (float)blocks : -1;
+}
+
+/* The numbers of a block are multiplied by this and rounded. Below 1e-30 all become 0. */
+INLINE float inverse_scale(float max, float largest_q) { return max < 1e-30f ? 0 : largest_q / max; }
+
+#ifndef VECTOR_FORMS
 /* ---------------------------------------------------------------- scalar: x rounded, as float32 */
 
-void quantize_activations_scalar(void *activations, const float *x, int format, int64_t T, int64_t IN,
-                                 int64_t group) {
-    const int64_t block = block_weights(format), first = group * group_tokens(T);
-    for (int64_t t = first; t < T && t < first + group_tokens(T); t++)
-        for (int64_t b = 0; b < IN; b += block) {
-            const float *from = x + t * IN + b;
-            float *to = (float *)activations + t * IN + b, largest = 0;
-            for (int64_t i = 0; i < block; i++)
-                largest = fabsf(from[i]) <= largest ? largest : fabsf(from[i]);
-            const float d = largest / X_MAX, inverse = largest < 1e-30f ? 0 : X_MAX / largest;
-            for (int64_t i = 0; i < block; i++) to[i] = rintf(from[i] * inverse) * d;
+static float largest_of(const float *x) {
+    float largest = 0;
+    for (int64_t i = 0; i < QK; i++) largest = fabsf(x[i]) <= largest ? largest : fabsf(x[i]);
+    return largest;
+}
+
+void quantize_activations_scalar(void *activations, const float *x, int format, int bits, int64_t T,
+                                 int64_t IN, int64_t group) {
+    const int64_t first = group * group_tokens(T), blocks = IN / QK;
+    for (int64_t t = first; t < T && t < first + group_tokens(T); t++) {
+        float *to = (float *)activations + t * IN;
+        for (int64_t b = 0; b < blocks; b++) to[b * QK] = largest_of(x + t * IN + b * QK);
+        const float limit = first_byte_limit(bits, to, QK, blocks);
+        const float largest_q = is_single(format) ? X_MAX : X_MAX_BYTES;
+        for (int64_t b = 0; b < blocks; b++, to += QK) {
+            const float max = *to, inverse = inverse_scale(max, largest_q), dx = max / largest_q;
+            const int one_byte = largest_q == X_MAX_BYTES && !(max > limit);
+            for (int64_t i = 0; i < QK; i++) {
+                const float q = rintf(x[t * IN + b * QK + i] * inverse);
+                to[i] = one_byte ? floorf((q + 64) / 128) * (128 * dx) : q * dx;
+            }
         }
+    }
 }
 
 #else
 /* ---------------------------------------------------------------- vectors */
 
-/* q = round(x / dx) for a block of n numbers, 32 or 256; -> dx. A NaN or infinity makes dx NaN or infinite,
- * and so every output of its token. */
-VEC_INLINE float quantize_block(int16_t *q, const float *x, int64_t n) {
+/* The largest |x| of 32. NaN and infinity are larger than all numbers: then dx is NaN or infinite, and so is
+ * every output of the token. */
+VEC_INLINE float largest_of_block(const float *x) {
     ints largest = ints_zero();
-    for (int64_t i = 0; i < n; i += LANES)
+    for (int i = 0; i < QK; i += LANES)
         largest = ints_max(largest, ints_and(bits_of_vec(vec_load(x + i)), ints_all(0x7fffffff)));
-    const float max = float_of_bits((uint32_t)ints_largest(largest));
-    const vec inverse = vec_all(max < 1e-30f ? 0 : X_MAX / max);
-    for (int64_t i = 0; i < n; i += LANES)
+    return float_of_bits((uint32_t)ints_largest(largest));
+}
+
+/* q = round(x / dx) for 32 numbers; -> dx. */
+VEC_INLINE float quantize_block(int16_t *q, const float *x, float max, float largest_q) {
+    const vec inverse = vec_all(inverse_scale(max, largest_q));
+    for (int i = 0; i < QK; i += LANES)
         shorts_store_ints(q + i, ints_from_vec(vec_mul(vec_load(x + i), inverse)));
-    return max < 1e-30f ? 0 : max / X_MAX;
+    return max < 1e-30f ? 0 : max / largest_q;
 }
 
-VEC_INLINE int32_t sum_of(const int16_t *q, int n) {
-    int32_t sum = 0;
-    for (int i = 0; i < n; i++) sum += q[i];
-    return sum;
+/* ---------------------------------------------------------------- bytes
+ *
+ * G tokens of a group lie side by side: T of a GEMV, TOKEN_GROUP of a GEMM. A block of x is 32 numbers of
+ * each of them, in 4-byte units:
+ *
+ *     fours      int8[8][G][4]       numbers 4 k .. 4 k + 3 of a token are the four bytes k
+ *     dx         float[G]            of the first bytes 128 dx
+ *     sums       float[G]            dx * (sum of the bytes), for the minima of weights
+ *     start      int32[2][G]         where a sum of products begins: -zero * (sum of the bytes). Q6_K: of the
+ *                                    first 16 and of the last 16; all others: start[0] of all 32
+ *
+ *     first      block[IN / KC][groups][kc / 32]
+ *     place      for each group      int32[IN / 32], which of `second` belongs to a block; -1: none
+ *     second     for each group      block[IN / 32], and fewer are used */
+INLINE int64_t x_block_size(int64_t G) { return 12 * G; }
+INLINE const float *x_dx(const int32_t *block, int64_t G) { return (const float *)(block + 8 * G); }
+INLINE const float *x_sums(const int32_t *block, int64_t G) { return (const float *)(block + 9 * G); }
+INLINE const int32_t *x_start(const int32_t *block, int64_t G, int unit) { return block + (10 + unit) * G; }
+
+/* The first bytes of a group from number pc on. A panel begins there. */
+INLINE const int32_t *first_bytes_of(const void *activations, int64_t G, int64_t groups, int64_t IN,
+                                     int64_t group, int64_t pc) {
+    const int64_t kc = pc + KC < IN ? KC : IN - pc;
+    return (const int32_t *)activations + (pc * groups + group * kc) / QK * x_block_size(G);
 }
 
-/* ---------------------------------------------------------------- for GEMV
- *
- * The tokens lie one after the other, each in the order of the weights' bytes. Byte i of Q4_0 holds weights i
- * and i + 16. So a step has the first sixteen numbers of each of its BLOCKS_PER_STEP blocks, and then the
- * second sixteen.
- *
- *     q          int16[IN]
- *     dx, sums   for each step float[4][BLOCKS_PER_STEP], four times the same: one for each of four rows
- *                sums: dx * (sum of q) in formats with minima, -zero * (sum of q) in formats with a zero
- *
- * A K format reads bytes, q = 128 hi + lo, and its sums in the same two parts:
- *
- *     bytes      int8[IN / 256][hi, lo][256]
- *     dx         float[IN / 256]
- *     k_sums     int16[IN / 256][hi, lo][16]     Q4_K, Q5_K: minus the sum of 32 numbers, eight of them
- *                                                Q6_K: minus 32 times the sum of 16; 32 is its zero point
- */
+/* The second bytes of a group. */
 typedef struct {
-    int16_t *q;
-    int8_t *bytes;
-    float *dx, *sums;
-    int16_t *k_sums;
-} gemv_activations;
+    int32_t *place, *blocks;
+} second_bytes;
 
-VEC_INLINE gemv_activations gemv_activations_of(const void *activations, const int format, int64_t IN,
-                                                int64_t token) {
-    const int64_t steps = (IN / QK + BLOCKS_PER_STEP - 1) / BLOCKS_PER_STEP;
-    const int64_t n = is_k(format) ? IN : steps * BLOCKS_PER_STEP * QK;
-    int16_t *q = (int16_t *)((uint8_t *)activations + token * token_bytes(IN));
-    float *dx = (float *)(void *)(q + n);
-    float *sums = dx + (is_k(format) ? IN / QK_K : steps * 4 * BLOCKS_PER_STEP);
-    return (gemv_activations){q, (int8_t *)q, dx, sums, (int16_t *)sums};
+INLINE second_bytes second_bytes_of(const void *activations, int64_t G, int64_t groups, int64_t IN,
+                                    int64_t group) {
+    const int64_t blocks = IN / QK;
+    int32_t *place = (int32_t *)activations + groups * blocks * x_block_size(G);
+    int32_t *second = place + groups * blocks;
+    return (second_bytes){place + group * blocks, second + group * blocks * x_block_size(G)};
+}
+/* Those of block b, or NULL. */
+INLINE const int32_t *second_block(const second_bytes *s, int64_t b, int64_t G) {
+    return s->place[b] < 0 ? NULL : s->blocks + s->place[b] * x_block_size(G);
 }
 
-VEC_INLINE void quantize_k_block(const gemv_activations *to, const float *x, const int format, int64_t b) {
-    int16_t q[QK_K];
-    int8_t *hi = to->bytes + 2 * QK_K * b, *lo = hi + QK_K;
-    int16_t *sums_hi = to->k_sums + 32 * b, *sums_lo = sums_hi + 16;
-    to->dx[b] = quantize_block(q, x + b * QK_K, QK_K);
-    for (int i = 0; i < QK_K; i++) hi[i] = (int8_t)(q[i] >> 7), lo[i] = q[i] & 127;
-    const int run = format == Q6_K ? 16 : QK, times = format == Q6_K ? -32 : -1;
-    for (int i = 0; i < QK_K / run; i++) {
-        const int32_t sum = times * sum_of(q + run * i, run);
-        sums_hi[i] = (int16_t)(sum >> 7), sums_lo[i] = (int16_t)(sum & 127); /* 32 * 16 * 8191 / 128 < 2^15 */
+/* Token t of a block. */
+VEC_INLINE void store_bytes(int32_t *block, int64_t G, int64_t t, const int8_t q[QK], float dx,
+                            const int format) {
+    int32_t sum[2] = {0, 0};
+    for (int i = 0; i < QK; i++) sum[i / 16] += q[i];
+    for (int k = 0; k < 8; k++) memcpy(block + k * G + t, q + 4 * k, 4);
+    float *d = (float *)(block + 8 * G) + t;
+    d[0] = dx, d[G] = dx * (float)(sum[0] + sum[1]);
+    int32_t *start = block + 10 * G + t;
+    start[0] = -byte_zero(format) * (format == Q6_K ? sum[0] : sum[0] + sum[1]);
+    start[G] = -byte_zero(format) * sum[1];
+}
+
+VEC_INLINE void quantize_to_bytes(void *activations, const float *x, const int format, int bits, int64_t T,
+                                  int64_t IN, int64_t group) {
+    const int64_t G = group_tokens(T), groups = activation_groups(T), blocks = IN / QK, first = group * G;
+    const int64_t tokens = T - first < G ? T - first : G;
+    const second_bytes second = second_bytes_of(activations, G, groups, IN, group);
+    int32_t *more = second.blocks, seconds = 0;
+    float limit[TOKEN_GROUP];
+    for (int64_t t = 0; t < tokens; t++) {
+        float *largest = (float *)more; /* for now */
+        for (int64_t b = 0; b < blocks; b++) largest[b] = largest_of_block(x + (first + t) * IN + b * QK);
+        limit[t] = first_byte_limit(bits, largest, 1, blocks);
     }
-}
-
-VEC_INLINE void quantize_for_gemv(void *activations, const float *x, const int format, int64_t IN,
-                                  int64_t token) {
-    const gemv_activations to = gemv_activations_of(activations, format, IN, token);
-    const int64_t blocks = IN / QK, steps = (blocks + BLOCKS_PER_STEP - 1) / BLOCKS_PER_STEP;
-    x += token * IN;
-    for (int64_t b = 0; b < (is_k(format) ? IN / QK_K : 0); b++) quantize_k_block(&to, x, format, b);
-    for (int64_t b = 0; b < (is_k(format) ? 0 : steps * BLOCKS_PER_STEP); b++) {
-        int16_t q[QK] = {0};
-        const float dx = b < blocks ? quantize_block(q, x + b * QK, QK) : 0;
-        const int32_t sum = sum_of(q, QK);
-        const int64_t step = b / BLOCKS_PER_STEP, place = b % BLOCKS_PER_STEP;
-        int16_t *halves = to.q + step * BLOCKS_PER_STEP * QK + place * 16;
-        memcpy(halves, q, 32);
-        memcpy(halves + BLOCKS_PER_STEP * 16, q + 16, 32);
-        for (int i = 0; i < 4; i++) {
-            const int64_t at = (step * 4 + i) * BLOCKS_PER_STEP + place;
-            to.dx[at] = dx;
-            to.sums[at] = has_minima(format) ? dx * (float)sum : (float)(-format_of(format).zero * sum);
+    for (int64_t b = 0; b < blocks; b++) {
+        int32_t *to = (int32_t *)first_bytes_of(activations, G, groups, IN, group, b * QK / KC * KC) +
+                      b % (KC / QK) * x_block_size(G);
+        memset(to, 0, (size_t)x_block_size(G) * sizeof *to);
+        memset(more, 0, (size_t)x_block_size(G) * sizeof *more);
+        int any = 0;
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *from = x + (first + t) * IN + b * QK, max = largest_of_block(from);
+            int16_t q[QK];
+            int8_t one[QK], two[QK];
+            const float dx = quantize_block(q, from, max, X_MAX_BYTES);
+            for (int i = 0; i < QK; i++) one[i] = (int8_t)((q[i] + 64) >> 7);
+            store_bytes(to, G, t, one, 128 * dx, format);
+            if (max > limit[t]) {
+                for (int i = 0; i < QK; i++) two[i] = (int8_t)(q[i] - 128 * one[i]);
+                store_bytes(more, G, t, two, dx, format);
+                any = 1;
+            }
         }
+        second.place[b] = any ? seconds++ : -1;
+        if (any) more += x_block_size(G);
     }
 }
 
-/* ---------------------------------------------------------------- for GEMM
+/* ---------------------------------------------------------------- pairs, for GEMM with F16 and BF16
  *
  * The tokens lie in token groups of TOKEN_GROUP, side by side; kc is KC, and less in the last panel of a row.
  *
- *     pairs      int32[IN / KC][groups][kc / 2][TOKEN_GROUP]       numbers k and k + 2: see unpack.h
- *     dx, sums   float[IN / KC][groups][kc / 32][TOKEN_GROUP]      sums: dx * (sum of q)
+ *     pairs      int32[IN / KC][groups][kc / 2][TOKEN_GROUP]       numbers 2 k and 2 k + 1
+ *     dx         float[IN / KC][groups][kc / 32][TOKEN_GROUP]
  */
 typedef struct {
     int32_t *pairs;
-    float *dx, *sums;
-} gemm_activations;
+    float *dx;
+} pair_activations;
 
 /* The activations of one token from number pc on. A panel begins there. */
-VEC_INLINE gemm_activations gemm_activations_of(const void *activations, int64_t T, int64_t IN, int64_t token,
-                                                int64_t pc) {
+INLINE pair_activations pair_activations_of(const void *activations, int64_t T, int64_t IN, int64_t token,
+                                            int64_t pc) {
     const int64_t groups = activation_groups(T), kc = pc + KC < IN ? KC : IN - pc;
     const int64_t before = (pc * groups + token / TOKEN_GROUP * kc) * TOKEN_GROUP; /* numbers */
     int32_t *pairs = (int32_t *)activations;
     float *dx = (float *)(void *)(pairs + groups * TOKEN_GROUP * IN / 2);
-    float *sums = dx + groups * TOKEN_GROUP * IN / QK;
     const int64_t t = token % TOKEN_GROUP;
-    return (gemm_activations){pairs + before / 2 + t, dx + before / QK + t, sums + before / QK + t};
+    return (pair_activations){pairs + before / 2 + t, dx + before / QK + t};
 }
 
-VEC_INLINE void quantize_for_gemm(void *activations, const float *x, const int format, int64_t T, int64_t IN,
-                                  int64_t group) {
-    const int64_t block = block_weights(format), first = group * TOKEN_GROUP;
+VEC_INLINE void quantize_to_pairs(void *activations, const float *x, int64_t T, int64_t IN, int64_t group) {
+    const int64_t first = group * TOKEN_GROUP;
     for (int64_t t = first; t < first + TOKEN_GROUP && t < T; t++)
-        for (int64_t pc = 0; pc < IN; pc += KC) {
-            const gemm_activations to = gemm_activations_of(activations, T, IN, t, pc);
-            uint32_t *pairs = (uint32_t *)to.pairs;
-            for (int64_t k = 0; k < KC && pc + k < IN; k += block) {
-                int16_t q[QK_K];
-                const float dx = quantize_block(q, x + t * IN + pc + k, block);
-                for (int64_t i = 0; i < block; i += QK) {
-                    to.dx[(k + i) / QK * TOKEN_GROUP] = dx;
-                    if (has_minima(format))
-                        to.sums[(k + i) / QK * TOKEN_GROUP] = dx * (float)sum_of(q + i, QK);
-                }
-                for (int64_t i = 0; i < block; i += 4, pairs += 2 * TOKEN_GROUP) {
-                    uint64_t four;
-                    memcpy(&four, q + i, sizeof four);
-                    pairs[0] = (uint32_t)(four & 0xffff) | (uint32_t)(four >> 16 & 0xffff0000);
-                    pairs[TOKEN_GROUP] =
-                        (uint32_t)(four >> 16 & 0xffff) | (uint32_t)(four >> 32 & 0xffff0000);
-                }
-            }
+        for (int64_t b = 0; b < IN / QK; b++) {
+            const pair_activations to = pair_activations_of(activations, T, IN, t, b * QK / KC * KC);
+            const float *from = x + t * IN + b * QK;
+            const int64_t k = b % (KC / QK) * QK;
+            int16_t q[QK];
+            to.dx[k / QK * TOKEN_GROUP] = quantize_block(q, from, largest_of_block(from), X_MAX);
+            for (int i = 0; i < QK; i += 2) memcpy(to.pairs + (k + i) / 2 * TOKEN_GROUP, q + i, 4);
         }
 }
 
-VEC_TARGET void VEC(quantize_activations)(void *activations, const float *x, int format, int64_t T,
+VEC_TARGET void VEC(quantize_activations)(void *activations, const float *x, int format, int bits, int64_t T,
                                           int64_t IN, int64_t group) {
+    if (is_single(format)) {
+        quantize_to_pairs(activations, x, T, IN, group);
+        return;
+    }
     switch (format) {
 #define CASE(FORMAT, ...)                                                                                    \
-    case FORMAT:                                                                                             \
-        T > GEMV_TOKENS ? quantize_for_gemm(activations, x, FORMAT, T, IN, group)                            \
-                        : quantize_for_gemv(activations, x, FORMAT, IN, group);                              \
-        break;
+    case FORMAT: quantize_to_bytes(activations, x, FORMAT, bits, T, IN, group); break;
         EACH_FORMAT(CASE)
 #undef CASE
     }

@@ -6,9 +6,13 @@
 
 #define VEC(name) name##_avx2
 #define LANES 8
-#define MR 4              /* linear_gemm.c: tokens x 2 registers of sums, 8 of the 16 */
-#define BLOCKS_PER_STEP 1 /* linear_gemv.c: blocks of 32 whose first halves fill a register of shorts */
-#define TILE_ROWS 6       /* attention.c: rows x 2 registers of sums, 12 of the 16 */
+#define MR 4        /* linear_gemm.c: tokens x 2 registers of sums, 8 of the 16 */
+#define TILE_ROWS 6 /* attention.c: rows x 2 registers of sums, 12 of the 16 */
+
+/* The products of bytes are summed in 16 bits over BYTE_RUN fours, without an overflow (byte_dot has the
+ * table). SIGNED_BYTES: the bytes of Q8_0 keep their sign. */
+#define BYTE_RUN(q) ((q) <= 15 ? 8 : (q) <= 31 ? 4 : (q) <= 63 ? 2 : 1)
+#define SIGNED_BYTES 1
 
 /* Each function names its instruction set. A compiler flag would also change the rest of the module. */
 #define VEC_TARGET __attribute__((target("avx2,fma,f16c")))
@@ -123,11 +127,6 @@ VEC_INLINE vec vec_from_low_f16(ints a) {
 }
 
 VEC_INLINE ints shorts_all(int a) { return _mm256_set1_epi16((int16_t)a); }
-VEC_INLINE ints shorts_add(ints a, ints b) { return _mm256_add_epi16(a, b); }
-VEC_INLINE ints shorts_mul(ints a, ints b) { return _mm256_mullo_epi16(a, b); }
-VEC_INLINE ints shorts_left(ints a, int n) { return _mm256_slli_epi16(a, n); }
-VEC_INLINE ints shorts_right(ints a, int n) { return _mm256_srli_epi16(a, n); }
-VEC_INLINE ints shorts_signed_right(ints a, int n) { return _mm256_srai_epi16(a, n); }
 /* sum + a0 * b0 + a1 * b1, for the pair of shorts in each 32 bits. */
 VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
     ints products;
@@ -136,74 +135,39 @@ VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
 }
 VEC_INLINE void shorts_store_ints(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_shorts(a)); }
 
-/* Sixteen numbers of each block of a step; the blocks lie `next` bytes apart (here there is one). Bytes and
- * bits become shorts. Each block has one float, which fills that block's lanes. */
-VEC_INLINE ints sixteens_from_u8(const uint8_t *p, int64_t next) {
-    return (void)next, _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
-}
-VEC_INLINE ints sixteens_from_i8(const uint8_t *p, int64_t next) {
-    return (void)next, _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
-}
-VEC_INLINE ints sixteens_from_bits(const uint8_t *p, int64_t next) {
-    const ints own = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
-                                       (int16_t)32768);
-    (void)next;
-    return _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(shorts_all(load_u16(p)), own), own), 15);
-}
-VEC_INLINE vec sixteens_from_floats(const float *p) { return _mm256_broadcast_ss(p); }
-/* Four floats for each block of a step, and their arithmetic. */
-typedef __m128 vec_scales;
-VEC_INLINE vec_scales scales_zero(void) { return _mm_setzero_ps(); }
-VEC_INLINE vec_scales scales_all(float a) { return _mm_set1_ps(a); }
-VEC_INLINE vec_scales scales_load(const float *p) { return _mm_loadu_ps(p); }
-VEC_INLINE void scales_store(float *p, vec_scales a) { _mm_storeu_ps(p, a); }
-VEC_INLINE vec_scales scales_mul(vec_scales a, vec_scales b) { return _mm_mul_ps(a, b); }
-VEC_INLINE vec_scales scales_fma(vec_scales a, vec_scales b, vec_scales c) { return _mm_fmadd_ps(a, b, c); }
-VEC_INLINE vec_scales scales_from_f16(const uint64_t halves[2]) {
-    return _mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)halves[0]));
-}
-
-/* Bytes, for K formats. dot_bytes: a0 * b0 + a1 * b1 for the pair of bytes in each short; a has no sign.
- * ints_or_and: a | (b & mask). ints_fours, ints_order: four integers, or their order, in each 128 bits. */
+/* a | (b & mask). */
 VEC_INLINE ints bytes_all(int a) { return _mm256_set1_epi8((int8_t)a); }
-VEC_INLINE ints dot_bytes(ints a, ints b) { return _mm256_maddubs_epi16(a, b); }
+VEC_INLINE ints ints_add(ints a, ints b) { return _mm256_add_epi32(a, b); }
+VEC_INLINE ints ints_xor(ints a, ints b) { return _mm256_xor_si256(a, b); }
 VEC_INLINE ints ints_or_and(ints a, ints b, ints mask) { return ints_or(a, ints_and(b, mask)); }
-VEC_INLINE ints ints_fours(int a, int b, int c, int d) { return _mm256_setr_epi32(a, b, c, d, a, b, c, d); }
-#define ints_order(v, a, b, c, d) _mm256_shuffle_epi32(v, (a) | (b) << 2 | (c) << 4 | (d) << 6)
-VEC_INLINE ints ints_right_each(ints a, ints n) { return _mm256_srlv_epi32(a, n); }
-/* Bytes 8 .. 15 of each 128 bits as shorts. Then: sixteen bytes, or shorts, with zeros behind them. */
-VEC_INLINE ints shorts_from_upper_u8(ints a) { return _mm256_unpackhi_epi8(a, ints_zero()); }
-VEC_INLINE ints shorts_from_16_i8(const uint8_t *p) { return sixteens_from_i8(p, 0); }
-VEC_INLINE ints shorts_load_16(const int16_t *p) { return ints_load(p); }
-/* The same 16 bytes, or 32, repeated until the register is full. repeated_left shifts 32 bytes left by n, and
- * their second copy by m; a negative number shifts right. Only bits that stay in their byte are right. */
-VEC_INLINE ints repeat_16_bytes(const void *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(p)); }
-VEC_INLINE ints repeat_32_bytes(const uint8_t *p) { return ints_load(p); }
-VEC_INLINE ints repeated_left(ints a, int n, int m) {
-    return (void)m, n < 0 ? ints_right(a, -n) : ints_left(a, n);
+
+/* Sums of products of bytes: `some` begins as byte_dots_begin(sum), takes BYTE_RUN products, and
+ * byte_dots_end gives sum + those. vpmaddubsw multiplies bytes without a sign by bytes with one, and adds
+ * two products in 16 bits; vpmaddwd adds two such sums in 32 bits. In 16 bits, below 2^15 = 32,768:
+ *
+ *     |q| at most     2 products of 127     BYTE_RUN     the largest sum
+ *     15              3,810                 8            30,480
+ *     31              7,874                 4            31,496
+ *     63              16,002                2            32,004
+ *     128 (signed)    32,512                1            32,512 */
+VEC_INLINE ints byte_dots_begin(ints sum) { return (void)sum, ints_zero(); }
+VEC_INLINE ints byte_dots_end(ints some, ints sum) {
+    return ints_add(sum, _mm256_madd_epi16(some, shorts_all(1)));
 }
-/* A short for each pair of weights, from the bytes at i of 16 repeated ones. A byte is for 32 weights (u8),
- * or for 16 (i8). */
-VEC_INLINE ints shorts_repeat_u8(ints runs, int i) {
-    return _mm256_shuffle_epi8(runs, shorts_all(0x8000 | i));
+/* In assembly, because gcc would multiply first and add later, and spill the products. */
+VEC_INLINE ints byte_dot_lanes(const int is_signed, ints some, ints a, ints b) {
+    ints products;
+    if (is_signed) /* BYTE_RUN is 1, so `some` is 0 */
+        return _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(some), "=&x"(products) : "x"(a), "xm"(b));
+    return some;
 }
-VEC_INLINE ints shorts_repeat_i8(ints runs, int i) {
-    const ints upper = _mm256_set_m128i(_mm_set1_epi16((int16_t)((i + 1) << 8 | 0x80)),
-                                        _mm_set1_epi16((int16_t)(i << 8 | 0x80)));
-    return shorts_signed_right(_mm256_shuffle_epi8(runs, upper), 8);
-}
-/* 16 bytes of each of LANES / 4 rows; and a float of each, four times. */
-VEC_INLINE ints rows_of_16(const uint8_t *const w[2], int64_t at) {
-    return _mm256_loadu2_m128i((const void *)(w[1] + at), (const void *)(w[0] + at));
-}
-VEC_INLINE vec fours_from_floats(const float *p) {
-    return _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p));
+/* b in memory goes into all lanes. */
+VEC_INLINE ints byte_dot(const int is_signed, ints some, ints a, const int32_t *b) {
+    return byte_dot_lanes(is_signed, some, a, ints_all(*b));
 }
 
-/* Each lane reads 32 bits of its own row, or 128 bits in four registers. */
-VEC_INLINE ints rows_u32(const uint8_t *p, ints offsets) {
-    return _mm256_i32gather_epi32((const void *)p, offsets, 1);
-}
+/* Each lane reads 128 bits of its own row, in four registers. */
 VEC_INLINE void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {
     ints r[4]; /* row i, and row i + 4 in the upper half */
     for (int i = 0; i < 4; i++)

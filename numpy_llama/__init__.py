@@ -3,7 +3,7 @@
 import numpy_llama as nl
 
 llama = nl.load("smollm2-135m-instruct")
-print(llama.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
+print(llama.chat([{"role": "user", "content": "Name the capital of France."}]).text)
 """
 
 from importlib import import_module

@@ -134,10 +134,10 @@ class Llama:
         """Continue several texts, or lists of ids, at once: faster than one after another.
 
         The options are those of `stream`, without `session` and `on_prefill`. Each prompt is continued as if
-        it were alone, with its own random numbers from the same seed. So equal prompts get equal texts. In
-        exact mode the kernels give each prompt the same bits as alone. The default mode sums more than four
-        sequences in another order, and rounds F16 and BF16 weights. That changes the logits a little, and a
-        text may differ where two tokens are nearly as likely.
+        it were alone, with its own random numbers from the same seed. So equal prompts get equal texts. The
+        kernels give each prompt the same bits as alone, but not with F16 and BF16 weights: more than eight
+        tokens at once round them. That changes the logits a little, and a text may differ where two tokens
+        are nearly as likely.
         """
         check_iterable("prompts", prompts, "a list of texts or of lists of ids")
         if isinstance(prompts, str | bytes):
@@ -282,16 +282,18 @@ def load(
     progress: Progress | None = None,
     exact: bool = False,
     max_seq_len: int | None = None,
+    activation_bits: int = 8,
 ) -> Llama:
     """Load a model from a file, a folder, or by a name of `pull`, which is fetched on first use.
 
     dtype: None keeps the weights as they are stored. numpy.float32, or numpy.float64 with backend "numpy",
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
-    exact: the C kernels use unrounded float32 activations and a float32 cache, for reference work. The
-    default quantizes activations to 14 bits, which is faster. The NumPy backend is always exact. max_seq_len:
-    a context smaller than the file's; with a dynamic RoPE scaling it may be larger. Its size chooses between
-    LongRoPE's two sets of angles (`numpy-llama info` prints which). progress(what, done, total): called with
-    counts of bytes. A model that does not fit into memory is a ResourceLimitError before loading begins.
+    activation_bits: the C kernels multiply block formats with activations of 8 bits, or of 15, which is more
+    accurate and slower. exact: they use unrounded float32 activations and a float32 cache, for reference
+    work. The NumPy backend is always exact. max_seq_len: a context smaller than the file's; with a dynamic
+    RoPE scaling it may be larger. Its size chooses between LongRoPE's two sets of angles (`numpy-llama info`
+    prints which). progress(what, done, total): called with counts of bytes. A model that does not fit into
+    memory is a ResourceLimitError before loading begins.
     """
     check_options(dtype, backend)
     progress = checked_progress(progress)
@@ -305,7 +307,7 @@ def load(
     tokenizer = opened.tokenizer()
     with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
         opened.watch()
-    transformer = build(args, weights, dtype, backend, threads, progress, exact)
+    transformer = build(args, weights, dtype, backend, threads, progress, exact, activation_bits)
     room = plan.context_within(available)
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
 

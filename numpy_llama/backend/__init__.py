@@ -43,11 +43,12 @@ def build(
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
     exact: bool = False,
+    activation_bits: int = 8,
 ) -> Transformer:
     """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
 
-    Weights are used in place, in the mapped file, if the backend can do so. `progress` counts the bytes of
-    the others.
+    Weights are used in place, in the mapped file, if the backend can do so. The kernels pack the rows of
+    block formats. `progress` counts the bytes of all others.
     """
     check_options(dtype, backend)
     if backend == "numpy":
@@ -59,13 +60,17 @@ def build(
     from .fused import fuse  # imported here, because the NumPy backend runs without the C extension
     from .kernels import Kernels, KernelWeight
 
-    def pack(w: StoredTensor) -> np.ndarray | KernelWeight:
+    kernels, kept = Kernels(threads, exact, activation_bits), cache_dtype(backend, dtype, exact)
+    table = weights["tok_embeddings.weight"]  # only its rows are used, unless it is the output's weight too
+    only_rows = table is not weights["output.weight"]
+
+    def prepare(w: StoredTensor) -> np.ndarray | StoredTensor | KernelWeight:
         if len(w.shape) == 1:
             return w.dequantize()
-        return KernelWeight(w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32"))
+        stored = w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32")
+        return stored.realize() if w is table and only_rows else KernelWeight(stored, kernels.threads)
 
-    kernels, kept = Kernels(threads, exact), cache_dtype(backend, dtype, exact)
-    model = Transformer(args, _each(weights, pack, progress), kernels.linear, kernels.attention, kept)
+    model = Transformer(args, _each(weights, prepare, progress), kernels.linear, kernels.attention, kept)
     return fuse(model, kernels)
 
 
@@ -76,7 +81,7 @@ def _each(
     different = {id(w): w for w in weights.values()}
     total, done, made = sum(w.nbytes for w in different.values()), 0, dict[int, Made]()
     for key, w in different.items():
-        if not w.in_place:
+        if not w.in_place or w.format.block > 1:  # the others are used as they lie in the file
             progress("loading", done, total)
         made[key] = make(w)
         done += w.nbytes

@@ -34,6 +34,7 @@ The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used i
 """
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -46,7 +47,9 @@ from ..errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
 QK_K = 256  # weights in a block of a K format
-X_MAX = np.float32(8191)  # the largest quantized activation, a whole number of 14 bits
+PACKED_ROWS = 16  # rows that lie side by side for the kernels
+X_MAX = {8: np.float32(127 * 128), 14: np.float32(8191), 15: np.float32(127 * 128)}  # quantized activations
+BLOCKS_ABOVE = 3  # times the mean of a token's blocks: from there on 8 bits are too few
 WEIGHTS_AT_ONCE = 1 << 20  # weights that `dequantize` unpacks at a time
 MAX_F16 = 65504  # if no weight is larger, d and m are finite in every format
 
@@ -203,16 +206,37 @@ def quantize_q5_1(x: Array) -> Array:
     return _blocks([d.astype("<f2"), m.astype("<f2"), _fifth_bits(q), _pairs(q)])
 
 
-def quantize_activations(x: Array, block: int) -> Array:
-    """x rounded to 14 bits: whole numbers of -8191..8191, with one scale for each `block` of a row.
+def quantize_activations(x: Array, bits: int) -> Array:
+    """x rounded to 8, 14 or 15 bits: whole numbers q, with one scale for each 32 of a row.
 
-    csrc/quantized_activations.c rounds activations in this way: in blocks of 32, for K formats of 256.
+    csrc/quantized_activations.c rounds in this way: 15 bits are q = 128 first + second, two bytes. 8 bits are
+    the first byte, but both in the few blocks whose largest number is beyond BLOCKS_ABOVE times the mean of
+    those of the row. 14 bits are one whole number.
     """
     x = np.asarray(x, np.float32)
-    blocks = x.reshape(*x.shape[:-1], -1, block)
+    blocks = x.reshape(*x.shape[:-1], -1, QK)
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
-    inverse = np.divide(X_MAX, largest, out=np.zeros_like(largest), where=~(largest < np.float32(1e-30)))
-    return (np.rint(blocks * inverse) * (largest / X_MAX)).reshape(x.shape)
+    nothing = largest < np.float32(1e-30)
+    inverse = np.divide(X_MAX[bits], largest, out=np.zeros_like(largest), where=~nothing)
+    q = np.rint(blocks * inverse)
+    if bits == 8:
+        sums = largest.cumsum(axis=-2)[..., -1:, :]  # one after the other, as in C
+        limit = sums * np.float32(BLOCKS_ABOVE) / np.float32(largest.shape[-2])
+        q = np.where(largest > limit, q, np.floor((q + 64) / 128) * 128)
+    return (q * (largest / X_MAX[bits])).reshape(x.shape)
+
+
+def pack_rows(data: Array, format: "Format") -> Array:
+    """Rows of blocks, (OUT, bytes a row), as the kernels read them: PACKED_ROWS of them side by side.
+
+    A block is cut into units: 2 bytes of `d` and `m`, 4 bytes elsewhere. Each unit of the first row is
+    followed by the same unit of the other rows. The last row is repeated until the groups are whole.
+    """
+    rows = np.pad(data, ((0, -len(data) % PACKED_ROWS), (0, 0)), "edge")
+    blocks = rows.reshape(-1, PACKED_ROWS, rows.shape[-1] // format.block_bytes, format.block_bytes)
+    units = np.split(blocks, np.cumsum(format.units)[:-1], axis=-1)
+    packed = [unit.transpose(0, 2, 1, 3).reshape(len(blocks), blocks.shape[2], -1) for unit in units]
+    return np.concatenate(packed, axis=-1).reshape(rows.shape)
 
 
 def _inverse(d: Array) -> Array:
@@ -236,6 +260,9 @@ def _blocks(parts: Sequence[Array]) -> Array:
     return blocks.reshape(len(blocks), -1)
 
 
+WITH_MINIMA = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")  # two float16 numbers in a block
+
+
 @dataclass(frozen=True)
 class Format:
     """The storage of a row of weights: `block_bytes` bytes hold `block` weights."""
@@ -246,6 +273,13 @@ class Format:
     block_bytes: int
     dequantize: Callable[[Array], Array]  # (rows, bytes a row) uint8 -> (rows, weights a row) float32
     quantize: Callable[[Array], Array] | None = None  # the way back; None for a format that is only read
+
+    @property
+    def units(self) -> list[int]:
+        """The bytes of each unit of a block, for `pack_rows`: a float16 has 2, all others 4."""
+        halves = [2] * (self.block_bytes // 2 % 2) if self.name not in WITH_MINIMA else [2, 2]
+        fours = [4] * ((self.block_bytes - sum(halves)) // 4)
+        return fours + halves if self.name == "Q6_K" else halves + fours
 
     def row_bytes(self, n: int) -> int:
         """Bytes that a row of n weights takes."""
@@ -282,8 +316,16 @@ class InPlace:
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
             "a model cannot be pickled, because its weights are used in place, in the mapped file; "
-            "load it in each process: they share its memory"
+            "load it in each process"
         )
+
+
+def forget_pages(file_map: mmap.mmap, start: int, nbytes: int) -> None:
+    """Release pages of a mapped file, so that they no longer count as memory of this process."""
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        file_map.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 class StoredTensor(InPlace):
@@ -322,6 +364,15 @@ class StoredTensor(InPlace):
     def in_place(self) -> bool:
         """Whether the bytes exist already, in a mapped file or an array. Their use needs no more memory."""
         return not callable(self._data)
+
+    def forget(self) -> None:
+        """Release the pages of a mapped file, whose content was copied. A later use reads them again."""
+        owner: Any = self._data
+        while isinstance(owner, np.ndarray | memoryview):
+            owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+        if isinstance(owner, mmap.mmap) and isinstance(self._data, np.ndarray):
+            begin = np.frombuffer(owner, np.uint8, 1).ctypes.data
+            forget_pages(owner, self._data.ctypes.data - begin, self._data.nbytes)
 
     def realize(self) -> "StoredTensor":
         """The same tensor with its bytes in memory: itself, if it is in place."""

@@ -84,4 +84,4 @@ def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | N
     whole = all(w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights))
     if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
         return None
-    return FusedWeights(weights, norms, block.attention_norm.eps, a.head_dim, kernels.exact)
+    return FusedWeights(weights, norms, block.attention_norm.eps, a.head_dim, kernels.activation_bits)

@@ -19,8 +19,16 @@ from typing import Any
 import numpy as np
 
 from ..config import Array
-from ..errors import BuildError, MismatchError, ParameterError, UnsupportedError, check_whole
-from .formats import FORMATS, MAX_F16, QK, Format, InPlace, StoredTensor
+from ..errors import (
+    BuildError,
+    MismatchError,
+    ParameterError,
+    UnsupportedError,
+    check_whole,
+    escape,
+    is_whole,
+)
+from .formats import FORMATS, MAX_F16, PACKED_ROWS, QK, Format, InPlace, StoredTensor, quantize_activations
 from .limits import available_cpus as available_cpus
 from .limits import stack_bytes, too_many_threads, too_small_stack
 
@@ -54,8 +62,10 @@ WEIGHTS_PER_CALL = 1 << 23
 # csrc/attention.c packs keys and values once for a query block of this many rows (queries x the heads that
 # share a key). ATTENTION_WORK makes its calls in vector code longer, so that they have whole blocks.
 ATTENTION_ROWS, ATTENTION_WORK = lib.NL_QUERY_ROWS, 16
+ACTIVATION_BITS = 8, 15  # the fast way, and the way of more accuracy
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # the formats that `convert` writes
 MAX_HEAD_DIM = lib.NL_MAX_DH
+CACHE_LINE = 64
 # Bytes that the kernels need of a thread's stack; the panels of a GEMM take 120 KiB.
 STACK_OF_KERNELS = 192 << 10
 ATTENTION_STEP = lib.NL_ATTENTION
@@ -151,8 +161,17 @@ def _check(status: int, *formats: Format) -> None:
 
 
 def quantizes_activations(format: Format, T: int) -> bool:
-    """Whether `linear` rounds T tokens to 14 bits before it multiplies them with weights of that format."""
+    """Whether `linear` rounds T tokens before it multiplies them with weights of that format."""
     return bool(lib.nl_quantizes_activations(format.code, T))
+
+
+def rounded_activations(x: Array, format: Format, bits: int) -> Array:
+    """x (..., IN) as `linear` multiplies it with weights of that format. 32 bits: as it is."""
+    IN = x.shape[-1]
+    if bits == 32 or not quantizes_activations(format, x.size // max(IN, 1)):
+        return x
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -IN % QK)])  # as KernelWeight pads its rows
+    return quantize_activations(padded, 14 if format.block == 1 else bits)[..., :IN]
 
 
 def read_probe(arrays: Sequence[Array], threads: int) -> int:
@@ -183,13 +202,14 @@ def watch(file_map: mmap.mmap, name: str) -> None:
 
 
 class KernelWeight(InPlace):
-    """A StoredTensor (OUT, IN) in the form that the kernels take: dense bytes, IN a multiple of 32.
+    """A StoredTensor (OUT, IN) in the form that the kernels take: IN is a multiple of 32.
 
-    The bytes are copied only if IN is not such a multiple: each row then gets zeros at its end. Rows keep the
-    order of the file; if the model's order is another one, `linear` reorders its outputs.
+    Rows of a block format are packed (`pack_rows`). Others are used in place, unless IN is not such a
+    multiple: each row then gets zeros at its end. Rows keep the order of the file; if the model's order is
+    another one, `linear` reorders its outputs.
     """
 
-    def __init__(self, tensor: StoredTensor):
+    def __init__(self, tensor: StoredTensor, threads: int = 1):
         if len(tensor.shape) != 2:
             raise MismatchError(f"a weight has 2 axes, this one has shape {tensor.shape}")
         tensor = tensor.realize()
@@ -197,8 +217,10 @@ class KernelWeight(InPlace):
         self.row_order = tensor.row_order
         pad = -tensor.shape[1] % QK
         rows = np.pad(tensor.data, ((0, 0), (0, self.format.row_bytes(pad)))) if pad else tensor.data
-        self.width = tensor.shape[1] + pad
-        self.rows = np.ascontiguousarray(rows)
+        self.width, self.rows = tensor.shape[1] + pad, np.ascontiguousarray(rows)
+        if packs(self.format):
+            self.rows = _packed(self.rows, self.format, threads)
+            tensor.forget()
         self.pointer = ffi.from_buffer(self.rows)
         self.matrix = ffi.new("nl_matrix *", (self.pointer, self.format.code, self.shape[0], self.width))
 
@@ -210,6 +232,24 @@ class KernelWeight(InPlace):
         return self.tensor[index]
 
 
+def packs(format: Format) -> bool:
+    """Whether the kernels take rows of this format packed."""
+    return format.block > 1
+
+
+def _packed(rows: Array, format: Format, threads: int) -> Array:
+    """= pack_rows(rows, format), at the rate of the memory. It begins on a cache line."""
+    OUT, row_bytes = rows.shape
+    room = np.empty(-(-OUT // PACKED_ROWS) * PACKED_ROWS * row_bytes + CACHE_LINE, np.uint8)
+    packed = room[-room.ctypes.data % CACHE_LINE :][: len(room) - CACHE_LINE].reshape(-1, row_bytes)
+    if packed.size:
+        to = ffi.from_buffer(packed, require_writable=True)
+        IN = row_bytes // format.block_bytes * format.block
+        threads = team(1 if _forked or packed.size < WORK_FOR_THREADS else threads)
+        _check(lib.nl_pack(to, ffi.from_buffer(rows), format.code, OUT, IN, threads), format)
+    return packed
+
+
 class FusedWeights(InPlace):
     """A TransformerBlock's sizes and weights in the struct that nl_layer takes, made once."""
 
@@ -219,7 +259,7 @@ class FusedWeights(InPlace):
         norms: Sequence[Array],
         eps: float,
         head_dim: int,
-        exact: bool,
+        activation_bits: int,
     ):
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
@@ -230,7 +270,7 @@ class FusedWeights(InPlace):
         self.struct = ffi.new("nl_layer_weights *")
         self.struct.D, self.struct.F, self.struct.Dh = D, F, head_dim
         self.struct.H, self.struct.K = H_Dh // head_dim, K_Dh // head_dim
-        self.struct.eps, self.struct.exact = eps, exact
+        self.struct.eps, self.struct.activation_bits = eps, activation_bits
         self.struct.weight = [w.matrix[0] for w in weights]
         self.struct.attention_norm, self.struct.ffn_norm = (
             ffi.from_buffer("float[]", norm) for norm in norms
@@ -258,16 +298,22 @@ class FusedWeights(InPlace):
 class Kernels(InPlace):
     """The C functions, bound to a number of threads. The number never changes a result.
 
-    `exact` multiplies weights and activations in float32. Otherwise activations are quantized to 14 bits
-    (csrc/linear.c): linear(x rounded, w). F16 and BF16 weights are rounded too. With F32 weights, and with
-    up to four tokens and F16 or BF16 weights, nothing is rounded.
+    `exact` multiplies weights and activations in float32. Otherwise activations are quantized to 8 bits, or
+    to 15 (csrc/linear.c): linear(x rounded, w). With F16 and BF16 weights and more than eight tokens, both
+    are rounded to 14 bits. With fewer, and with F32 weights, nothing is rounded.
     """
 
-    def __init__(self, threads: int | None = None, exact: bool = False):
+    def __init__(
+        self, threads: int | None = None, exact: bool = False, activation_bits: int = ACTIVATION_BITS[0]
+    ):
         if threads is None:
             threads = available_cpus()
         check_whole("threads", threads, 1, 1024)
+        if not is_whole(activation_bits) or activation_bits not in ACTIVATION_BITS:
+            found, wanted = escape(activation_bits, 60), " or ".join(map(str, ACTIVATION_BITS))
+            raise ParameterError(f"activation_bits is {found}, it must be {wanted}")
         self.threads, self.exact = int(threads), exact
+        self.activation_bits = 32 if exact else int(activation_bits)
         self._share(WORK_FOR_THREADS)  # an impossible number fails before any weight is loaded
         self._scratch: list[Any] = []  # of `layer`: one for each call that ran at the same time
 
@@ -304,12 +350,12 @@ class Kernels(InPlace):
             _check(multiply(y_pointer, operand, T, w.matrix, begin, end, threads), w.format)
         return y if w.row_order is None else y.take(w.row_order, axis=-1)  # contiguous, for RoPE
 
-    @staticmethod
-    def _quantize_activations(x: Any, w: KernelWeight, T: int, threads: int) -> Any:
-        """x quantized to 14 bits, in the layout that the loops over this weight's format read."""
+    def _quantize_activations(self, x: Any, w: KernelWeight, T: int, threads: int) -> Any:
+        """x quantized, in the layout that the loops over this weight's format read."""
         buffer = np.empty(lib.nl_activations_bytes(T, w.width), np.uint8)
         activations = ffi.from_buffer(buffer, require_writable=True)
-        _check(lib.nl_quantize_activations(activations, x, w.format.code, T, w.width, threads), w.format)
+        code, bits = w.format.code, self.activation_bits
+        _check(lib.nl_quantize_activations(activations, x, code, bits, T, w.width, threads), w.format)
         return activations
 
     def attention(self, q: Array, k: Array, v: Array) -> Array:

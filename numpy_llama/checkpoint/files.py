@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..backend.formats import forget_pages
 from ..errors import FileChangedError, FormatError, ResourceLimitError, TruncatedError
 
 # Other files that a failed download may leave under the wanted name, by their first bytes.
@@ -66,10 +67,7 @@ class MappedFile:
 
     def forget(self, start: int, nbytes: int) -> None:
         """Release pages whose content was copied, so that they no longer count as memory of this process."""
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED, first, length)
+        forget_pages(self.map, start, nbytes)
 
     def check_unchanged(self) -> None:
         """FileChangedError if the path is another file by now, or if the mapped file was written to."""

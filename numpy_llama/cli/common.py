@@ -55,6 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         help="the size of the context in tokens [the model's own]",
     )
     group.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=[8, 15],
+        default=8,
+        help="the bits of activations where weights are whole numbers; 15 are more accurate, slower [8]",
+    )
+    group.add_argument(
         "--exact",
         action="store_true",
         help="keep activations, keys and values in float32; slower, for reference work",
@@ -167,7 +174,8 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
-        options = {name: getattr(args, name) for name in ("backend", "threads", "exact", "max_seq_len")}
+        names = ("backend", "threads", "exact", "max_seq_len", "activation_bits")
+        options = {name: getattr(args, name) for name in names}
         llama = load(args.model, progress=progress, **options)
     ids, rows = llama.tokenizer.n_used, llama.model.args.vocab_size
     if rows - ids >= PADDING:

@@ -82,7 +82,7 @@ def memory(plan: MemoryPlan, available: int) -> Iterator[tuple[str, str]]:
     if plan.mapped:
         yield "weights", f"{gib(plan.mapped)}, used where they lie in the file"
     if plan.made:
-        yield "weights made", f"{gib(plan.made)}, joined or expanded on loading"
+        yield "weights made", f"{gib(plan.made)}, joined, expanded or packed on loading"
     yield "KV cache", f"{gib(1024 * plan.kv_per_position)} for 1,024 tokens"
     yield "scratch", f"{gib(plan.scratch)}, with Python and the tokenizer"
     fits = plan.context_within(available)

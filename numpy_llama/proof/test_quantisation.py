@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from ..backend.formats import FORMATS, MAX_F16, QK, QK_K
@@ -405,33 +406,62 @@ def test_every_scale_of_a_q6_k_block(ops):
 
 # --- quantized activations --------------------------------------------------------------------------------
 
-ACTIVATION_BITS = 2.0**-14  # of the largest of a block: half a step of 1 / 8191
+STEPS = {8: 127, 14: 8191, 15: 16256}  # from 0 to the largest number of a block
+each_number_of_bits = pytest.mark.parametrize("bits", STEPS)
 
 
-@pytest.mark.parametrize("block", [QK, QK_K])
-@law("quantize_activations", sources, st.integers(1, 3), st.integers(1, 3))
-def test_what_quantized_activations_cost(ops, block, source, rows, blocks):
-    """Half a step of max|x| / 8191 in each block."""
-    x = source.normal(rows, blocks * block).astype(np.float32)
-    largest = np.abs(x).reshape(rows, blocks, block).max(-1).repeat(block, axis=1)
-    assert_within(ops.quantize_activations(x, block), x, ACTIVATION_BITS * 1.01 * largest)
+@each_number_of_bits
+@law("quantize_activations", sources, st.integers(1, 3), st.integers(1, 12))
+def test_what_quantized_activations_cost(ops, bits, source, rows, blocks):
+    """At most half a step of the largest of its block."""
+    x = source.normal(rows, blocks * QK).astype(np.float32)
+    half_step = block_maxima(x) / (2 * STEPS[bits])
+    assert_within(ops.quantize_activations(x, bits), x, half_step.repeat(QK, axis=1) * 1.01)
 
 
-@pytest.mark.parametrize("block", [QK, QK_K])
+@law("quantize_activations", sources, st.integers(1, 12), st.integers(0, 11), st.integers(1, 1000))
+def test_large_blocks_have_15_bits(ops, source, blocks, large, times):
+    """With 8 bits, a block whose largest is more than 3 times the mean of the row's blocks keeps 15."""
+    x = source.normal(1, blocks * QK).astype(np.float32)
+    x[:, large * QK : (large + 1) * QK] *= times
+    maxima = block_maxima(x)
+    above = maxima / maxima.mean(axis=1, dtype=np.float64, keepdims=True)
+    assume(not np.any(np.abs(above - 3) < 1e-5))
+    eight, fifteen = (ops.quantize_activations(x, bits) for bits in (8, 15))
+    fine = (above > 3).repeat(QK, axis=1)
+    assert_same(eight[fine], fifteen[fine])
+    steps = eight / np.maximum(maxima, 1e-30).repeat(QK, axis=1) * 127
+    assert_within(steps[~fine], np.round(steps[~fine]), 1e-4)
+
+
+@each_number_of_bits
+@law("quantize_activations", sources, st.integers(2, 4), st.integers(1, 12))
+def test_each_token_is_quantized_by_itself(ops, bits, source, rows, blocks):
+    x = source.normal(rows, blocks * QK).astype(np.float32) * 10.0 ** np.arange(rows)[:, None]
+    x = x.astype(np.float32)
+    alone = np.concatenate([ops.quantize_activations(x[i : i + 1], bits) for i in range(rows)])
+    assert_same(ops.quantize_activations(x, bits), alone)
+
+
+@each_number_of_bits
 @law("quantize_activations", sources)
-def test_the_largest_activation_is_kept(ops, block, source):
-    """It is 8191 of 8191 steps."""
-    x = source.normal(1, block).astype(np.float32)
+def test_the_largest_activation_is_kept(ops, bits, source):
+    """It is the last of all steps."""
+    x = source.normal(1, QK).astype(np.float32)
     i = np.abs(x).argmax()
-    assert_within(ops.quantize_activations(x, block)[0, i], x[0, i], 4 * U32 * np.abs(x[0, i]))
+    assert_within(ops.quantize_activations(x, bits)[0, i], x[0, i], 4 * U32 * np.abs(x[0, i]))
 
 
-@pytest.mark.parametrize("block", [QK, QK_K])
+@each_number_of_bits
 @law("quantize_activations")
-def test_quantized_zeros_are_zeros(ops, block):
+def test_quantized_zeros_are_zeros(ops, bits):
     """A block of zeros, or of next to nothing, is zeros."""
-    assert_same(ops.quantize_activations(np.zeros((2, block), np.float32), block), np.zeros((2, block)))
-    assert_same(ops.quantize_activations(np.full((2, block), 1e-31, np.float32), block), np.zeros((2, block)))
+    assert_same(ops.quantize_activations(np.zeros((2, QK), np.float32), bits), np.zeros((2, QK)))
+    assert_same(ops.quantize_activations(np.full((2, QK), 1e-31, np.float32), bits), np.zeros((2, QK)))
+
+
+def block_maxima(x: np.ndarray) -> np.ndarray:
+    return np.abs(x).reshape(len(x), -1, QK).max(-1)
 
 
 @law("quantize_q8_0 dequantize_q8_0 linear", weights(low=-3, high=3), seeds)

@@ -2,7 +2,7 @@
 
 Each implementation gets NumPy's inputs, so an error comes from the operation that shows it. The C kernels
 multiply a prompt and a single token in different ways, and both are checked. With quantized activations the
-right result is linear(quantize_activations(x), w). The float32 copy of one layer is in memory at a time.
+right result is linear(x rounded, w). The float32 copy of one layer is in memory at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import functional as F
-from ..backend.formats import QK, StoredTensor, quantize_activations
+from ..backend.formats import StoredTensor
 from ..backend.fused import FusedBlock, fused_weights
-from ..backend.kernels import Kernels, KernelWeight, quantizes_activations
+from ..backend.kernels import Kernels, KernelWeight, rounded_activations
 from ..cache import KVCache
 from ..checkpoint.base import Checkpoint
 from ..config import Array, ModelArgs
@@ -53,13 +53,12 @@ class C:
 
     def linear(self, x: Array, w: StoredTensor, dense: Array, y: Array) -> Iterator[Case]:
         """The case of the prompt, and that of its last token."""
-        weight, T = KernelWeight(w), x.shape[1]
-        quantized = not self.exact and quantizes_activations(w.format, T)
-        right = F.linear(_rounded(x, max(w.format.block, QK)), dense) if quantized else y
-        yield self.kernels.linear(x, weight), right, bounds.linear(x[0], dense, w.format, quantized)
-        quantized = not self.exact and quantizes_activations(w.format, 1)
-        right, x = (right if quantized else y)[:, -1:], x[:, -1:]
-        yield self.kernels.linear(x, weight), right, bounds.linear(x[0], dense, w.format, quantized)
+        weight = KernelWeight(w)
+        for part, exact in ((x, y), (x[:, -1:], y[:, -1:])):
+            rounded = rounded_activations(part, w.format, self.kernels.activation_bits)
+            right = exact if rounded is part else F.linear(rounded, dense)
+            bound = bounds.linear(part[0], dense, w.format, rounded is not part)
+            yield self.kernels.linear(part, weight), right, bound
 
     def attention(self, q: Array, k: Array, v: Array) -> Iterator[Case]:
         with np.errstate(over="ignore"):
@@ -112,13 +111,6 @@ class Torch:
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return self.ops.swiglu(gate, up)
-
-
-def _rounded(x: Array, block: int) -> Array:
-    """`quantize_activations` of rows of any length: zeros fill the last block, as in the kernels."""
-    IN = x.shape[-1]
-    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -IN % block)])
-    return quantize_activations(padded, block)[..., :IN]
 
 
 def pytorch(args: ModelArgs, T: int) -> list[Torch]:

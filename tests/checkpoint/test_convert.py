@@ -99,7 +99,7 @@ def test_a_real_model_from_q4_1_to_q8_answers_rightly(smollm2_path, tmp_path):
     done = run("convert", str(smollm2_path), str(out), "--dtype", "q8")
     assert (done.returncode, done.stdout) == (0, b"")
     assert b"smollm2-q8.gguf: 138" in done.stderr and done.stderr.count(b"\n") == 1
-    answer = run("chat", "-m", str(out), "What is the capital of France?")
+    answer = run("chat", "-m", str(out), "Name the capital of France.")
     assert answer.stdout == b"The capital of France is Paris.\n"
     text = "The quick brown fox - 1234 - jumps, <|im_start|>!"
     assert nl.load_tokenizer(out).encode(text) == nl.load_tokenizer(smollm2_path).encode(text)

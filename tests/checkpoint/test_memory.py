@@ -14,6 +14,7 @@ from helpers.tiny_models import float_weights, stored
 import numpy_llama as nl
 from numpy_llama.backend import limits
 from numpy_llama.backend.formats import StoredTensor
+from numpy_llama.backend.kernels import KernelWeight
 from numpy_llama.checkpoint import memory, open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
 from numpy_llama.errors import ResourceLimitError
@@ -33,7 +34,7 @@ def weights_in(format="Q8_0", args=ARGS):
 
 
 def test_weights_in_place_take_what_they_take_in_the_file():
-    weights = weights_in()
+    weights = weights_in("BF16")
     plan = plan_of(weights)
     assert (plan.mapped, plan.made) == (sum(w.nbytes for w in weights.values()), 0)
     assert plan.parameters == sum(w.dequantize().size for w in weights.values())
@@ -41,8 +42,22 @@ def test_weights_in_place_take_what_they_take_in_the_file():
     assert plan.peak(1000) - plan.peak(0) == 1000 * plan.kv_per_position
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_rows_are_counted_apart(tied):
+    """Of the embedding only rows are used, in place, unless it is the output's weight too."""
+    weights = weights_in("Q8_0", replace(ARGS, vocab_size=ARGS.vocab_size + 1))
+    embedding = weights["tok_embeddings.weight"]
+    if tied:
+        weights["output.weight"] = embedding
+    plan = plan_of(weights)
+    different = {id(w): w for w in weights.values()}.values()
+    packed = [w for w in different if len(w.shape) == 2 and (tied or w is not embedding)]
+    assert plan.made == sum(KernelWeight(w).rows.nbytes for w in packed)
+    assert plan.mapped == sum(w.nbytes for w in different) - sum(w.nbytes for w in packed)
+
+
 def test_weights_that_must_be_made_are_counted_apart():
-    weights = weights_in()
+    weights = weights_in("BF16")
     name = "layers.0.attention.wo.weight"
     weights[name] = StoredTensor(weights[name].format, weights[name].shape, lambda: np.empty(0, np.uint8))
     plan = plan_of(weights)

@@ -18,13 +18,13 @@ from numpy_llama.cli import common
 
 
 def test_chat_answers(smollm2_path):
-    done = run("chat", "-m", str(smollm2_path), "What is the capital of France?")
+    done = run("chat", "-m", str(smollm2_path), "Name the capital of France.")
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == b"The capital of France is Paris.\n"
 
 
 def test_chat_reads_the_question_from_a_pipe(smollm2_path):
-    done = run("chat", "-m", str(smollm2_path), stdin=b"What is the capital of France?\n")
+    done = run("chat", "-m", str(smollm2_path), stdin=b"Name the capital of France.\n")
     assert done.stdout == b"The capital of France is Paris.\n"
 
 
@@ -84,7 +84,7 @@ def test_stop_text_ends_the_output(smollm2_path):
 
 
 def test_the_numpy_path_says_the_same(smollm2_path):
-    done = run("chat", "-m", str(smollm2_path), "--backend", "numpy", "What is the capital of France?")
+    done = run("chat", "-m", str(smollm2_path), "--backend", "numpy", "Name the capital of France.")
     assert done.stdout == b"The capital of France is Paris.\n"
 
 
@@ -95,7 +95,7 @@ def test_info_shows_what_is_in_the_file_and_what_it_takes(smollm2_path):
     assert lines["dim"] == "576" and lines["n_kv_heads"] == "3" and lines["vocab_size"] == "49152"
     assert lines["Q4_1"].startswith("210 tensors") and lines["parameters"] == "134,515,008"
     assert lines["chat"] == "template    the model's own"
-    assert lines["weights"] == "92.1 MiB, used where they lie in the file"
+    assert lines["weights"] == "made     92.0 MiB, joined, expanded or packed on loading"
     assert lines["available"].endswith("GiB: it fits")
     assert "blk.N.attn_q.weight" in kinds and "576 x 576" in kinds and len(kinds.splitlines()) == 11
 
@@ -255,7 +255,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(smollm2_path):
 def test_a_full_disk_is_an_error(smollm2_path):
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [PROGRAM, "chat", "-m", smollm2_path, "What is the capital of France?"],
+            [PROGRAM, "chat", "-m", smollm2_path, "Name the capital of France."],
             stdout=full,
             stderr=subprocess.PIPE,
         )
@@ -347,7 +347,7 @@ def terminal(smollm2_path):
 
 def test_a_conversation_on_a_terminal_has_history(terminal, smollm2_path):
     llama, messages, at = nl.load(smollm2_path), [], terminal.wait_for(b"> ")
-    for question in ("What is the capital of France?", "And of Italy?"):
+    for question in ("Name the capital of France.", "And of Italy?"):
         messages.append({"role": "user", "content": question})
         answer = llama.chat(messages, max_tokens=200).text
         messages.append({"role": "assistant", "content": answer})

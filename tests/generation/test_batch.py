@@ -28,8 +28,8 @@ ARGS = replace(TINY_BLOCKS, max_seq_len=PREFILL_CHUNK + 60)
 V = ARGS.vocab_size
 
 
-# With activations of 14 bits another order of sums moves some of them by a whole step, 2^-13 of its block.
-STEPS_14 = 2e-3
+# With activations of 8 bits another order of sums moves some of them by a whole step, 2^-7 of its block.
+STEPS_8 = 5e-2
 
 
 def build_tiny(format="Q8_0", **options):
@@ -132,7 +132,7 @@ def test_logits_of_rounded_activations(format, rng):
     logits = decode_step(model, prompts, tokens, [40] * 5)
     for prompt, token, row in zip(prompts, tokens, logits, strict=True):
         whole = exact(np.array([[*prompt, token]]))[0, -1]
-        np.testing.assert_allclose(row, whole, rtol=0, atol=STEPS_14 * np.abs(whole).max())
+        np.testing.assert_allclose(row, whole, rtol=0, atol=STEPS_8 * np.abs(whole).max())
 
 
 def test_slots_not_yet_written_are_never_read(model):

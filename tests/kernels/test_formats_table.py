@@ -108,10 +108,13 @@ UNKNOWN = dataclasses.replace(FORMATS["Q8_0"], name="Q9_9", code=99)
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("T", [1, 9])
-def test_linear_refuses_a_format_that_c_does_not_know(isa, T, exact, rng):
-    data = FORMATS["Q8_0"].quantize(rng.standard_normal((3, QK)).astype(np.float32))
-    w = KernelWeight(StoredTensor(UNKNOWN, (3, QK), data))
+@pytest.mark.parametrize("known", ["Q8_0", "F16"])
+def test_linear_refuses_a_format_that_c_does_not_know(isa, known, T, exact, rng):
+    """Rows of blocks are refused when they are packed, rows of single numbers when they are multiplied."""
+    unknown = dataclasses.replace(FORMATS[known], name="Q9_9", code=99)
+    data = unknown.quantize(rng.standard_normal((3, QK)).astype(np.float32))
     with pytest.raises(UnsupportedError, match="cannot compute with weights in Q9_9; choose"):
+        w = KernelWeight(StoredTensor(unknown, (3, QK), data))
         Kernels(1, exact=exact).linear(np.ones((T, QK), np.float32), w)
 
 
@@ -156,7 +159,8 @@ def test_every_entry_point_refuses_an_unknown_format(isa):
             lib.nl_linear_exact(y, x, 1, matrix, 0, 1, 1),
             lib.nl_linear_quantized(y, x, 1, matrix, 0, 1, 1),
             lib.nl_linear_scalar_micro_kernel(y, x, 9, matrix, 1),
-            lib.nl_quantize_activations(y, x, code, 1, QK, 1),
+            lib.nl_quantize_activations(y, x, code, 8, 1, QK, 1),
+            lib.nl_pack(y, w, code, 1, QK, 1),
             lib.nl_convert(y, FORMATS["F32"].code, w, code, 1, QK, 1),
             lib.nl_convert(y, code, w, FORMATS["F32"].code, 1, QK, 1),
         ]
@@ -165,5 +169,6 @@ def test_every_entry_point_refuses_an_unknown_format(isa):
     f32, q4_1 = FORMATS["F32"].code, FORMATS["Q4_1"].code  # one is never quantized, the other never written
     matrix = ffi.new("nl_matrix *", (w, f32, 1, QK))
     assert lib.nl_linear_quantized(y, x, 9, matrix, 0, 1, 1) == lib.NL_UNKNOWN_FORMAT
+    assert lib.nl_pack(y, w, f32, 1, QK, 1) == lib.NL_UNKNOWN_FORMAT
     assert lib.nl_convert(y, q4_1, w, f32, 1, QK, 1) == lib.NL_UNKNOWN_FORMAT
     assert not any(y)

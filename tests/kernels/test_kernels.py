@@ -32,7 +32,7 @@ from numpy_llama.backend._kernels import ffi, lib
 import numpy_llama
 from numpy_llama import functional as F
 from numpy_llama.backend import kernels
-from numpy_llama.backend.formats import FORMATS, QK, StoredTensor
+from numpy_llama.backend.formats import FORMATS, PACKED_ROWS, QK, StoredTensor
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.errors import MismatchError, ParameterError
 from numpy_llama.proof.blocks import all_pairs_of_scales, packed_scales
@@ -263,11 +263,11 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
     for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (3, 17, 1), (7, 19, 33), (5, 4, 2)]:
         guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
         w = exact_weight(rng, format, OUT, IN)
-        w = StoredTensor(w.format, w.shape, guarded.copy(w.data, at_end))
+        rows = guarded.copy(KernelWeight(w).rows, at_end)
         x = guarded.copy(rng.integers(-8, 9, (T, IN)).astype(np.float32), at_end)
         for multiply in (lib.nl_linear, lib.nl_linear_exact):
             y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
-            y_, x_, w_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data))
+            y_, x_, w_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, rows))
             assert multiply(y_, x_, T, ffi.new("nl_matrix *", (w_, format.code, OUT, IN)), 0, OUT, 2) == 0
             np.testing.assert_array_equal(y, F.linear(x, w.dequantize()))
 
@@ -276,11 +276,11 @@ def test_linear_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
 def test_rows_beyond_4_gib_are_found(isa, name, rng):
     """Offsets are 64 bits wide. The weight is nearly all hole, and its last rows are multiplied."""
     format, IN = FORMATS[name], 1 << 16
-    row_bytes, T, some = format.row_bytes(IN), 1, 5
-    OUT = (1 << 32) // row_bytes + 100
+    row_bytes, T, some = format.row_bytes(IN), 1, PACKED_ROWS
+    OUT = (1 << 32) // row_bytes // some * some + 7 * some
     area = np.frombuffer(mmap.mmap(-1, OUT * row_bytes), np.uint8).reshape(OUT, row_bytes)
     last = exact_weight(rng, format, some, IN)
-    area[-some:] = last.data
+    area[-some:] = KernelWeight(last).rows
     x = rng.integers(-8, 9, (T, IN)).astype(np.float32)
     y = np.full((T, OUT), np.nan, np.float32)
     y_, x_, w_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, area))

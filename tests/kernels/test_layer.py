@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
 
 from numpy_llama.backend import build, kernels
-from numpy_llama.backend.formats import FORMATS, X_MAX, StoredTensor
+from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.backend.fused import FusedBlock, fuse, fused_weights
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.cache import KVCache
@@ -33,7 +33,7 @@ SMALL = replace(TINY_BLOCKS, head_dim=32, vocab_size=32, max_seq_len=CONTEXT)
 # A layer in float32, relative to its largest output: the rounding of its sums, which the norms magnify.
 LAYER_32 = 1e-5
 # Some of the thousand numbers of a layer are rounded to the other side, each by one step or less.
-ROUNDED = 4 / float(X_MAX)
+ROUNDED = 4 / 127
 
 
 def random_weight(rng, OUT: int, IN: int) -> StoredTensor:

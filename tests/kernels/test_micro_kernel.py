@@ -26,7 +26,7 @@ def by_scalar_micro_kernel(x: np.ndarray, w: KernelWeight, exact: bool) -> np.nd
     y, T = np.full((len(x), len(w)), np.nan, np.float32), len(x)
     operand = ffi.from_buffer("float[]", x)
     if not exact:
-        operand = Kernels._quantize_activations(operand, w, T, 1)
+        operand = Kernels(1)._quantize_activations(operand, w, T, 1)
     y_ = ffi.from_buffer("float[]", y, require_writable=True)
     assert lib.nl_linear_scalar_micro_kernel(y_, operand, T, w.matrix, exact) == 0
     return y

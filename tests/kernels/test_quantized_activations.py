@@ -35,16 +35,23 @@ def format(request):
     return FORMATS[request.param]
 
 
+@pytest.fixture(params=[8, 15], scope="module")
+def bits_of_x(request):
+    return request.param
+
+
 def x_block(format) -> int:
     return max(format.block, QK)
 
 
-def rounded(x, format):
+def rounded(x, format, bits):
     """What is multiplied. A GEMV leaves x as it is if the weights are single numbers."""
-    return x if format.block == 1 and len(x) <= GEMV_TOKENS else quantize_activations(x, x_block(format))
+    if format.block == 1:
+        return x if len(x) <= GEMV_TOKENS else quantize_activations(x, 14)
+    return quantize_activations(x, bits)
 
 
-def expected_and_bound(x, w: StoredTensor, isa):
+def expected_and_bound(x, w: StoredTensor, isa, bits=15):
     """linear(x rounded, w) in float64, and how far float32 sums may lie from it.
 
     Every block takes at most four roundings, and joining the lanes a few. A block's d * q and m are each up
@@ -52,20 +59,20 @@ def expected_and_bound(x, w: StoredTensor, isa):
     bits.
     """
     format, dense = w.format, w.dequantize(np.float64)
-    x = rounded(x, format).astype(np.float64)
+    x = rounded(x, format, bits).astype(np.float64)
     blocks = np.abs(dense).reshape(len(dense), -1, QK).max(axis=-1)
     size = np.abs(x) @ np.repeat(blocks, QK, axis=-1).T
     single = format.block == 1
     terms = x.shape[-1] if single or isa == "scalar" else 4 * x.shape[-1] / QK
     bound = (terms + 16) * U32 * 3 * size
     if single and len(x) > GEMV_TOKENS:
-        bound += size / (2 * float(X_MAX)) * 1.01
+        bound += size / (2 * float(X_MAX[14])) * 1.01
     return x @ dense.T, bound
 
 
-def assert_linear(x, w: StoredTensor, isa, threads=1):
-    expected, bound = expected_and_bound(x, w, isa)
-    assert_within(Kernels(threads).linear(x, KernelWeight(w)), expected, bound)
+def assert_linear(x, w: StoredTensor, isa, threads=1, bits=15):
+    expected, bound = expected_and_bound(x, w, isa, bits)
+    assert_within(Kernels(threads, activation_bits=bits).linear(x, KernelWeight(w)), expected, bound)
 
 
 @for_each
@@ -83,21 +90,21 @@ def assert_linear(x, w: StoredTensor, isa, threads=1):
 @example(T=4, OUT=67, blocks=16, threads=3, by=7, seed=0)  # the most that go by rows
 @example(T=6, OUT=32, blocks=8, threads=2, by=1, seed=0)  # one whole panel, one whole tile
 @example(T=517, OUT=33, blocks=9, threads=2, by=0, seed=0)  # all tokens at once and one, a panel and a row
-def test_it_is_linear_of_x_rounded(isa, format, T, OUT, blocks, threads, by, seed):
+def test_it_is_linear_of_x_rounded(isa, format, bits_of_x, T, OUT, blocks, threads, by, seed):
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
     w = real_weight(rng, format, OUT, IN)
     w = StoredTensor(format, w.shape, unaligned(w.data, by))
     scale = 10.0 ** rng.uniform(-12, 12, (T, IN // QK, 1))  # of each block its own
     x = (rng.standard_normal((T, IN // QK, QK)) * scale).astype(np.float32).reshape(T, IN)
-    assert_linear(unaligned(x, by // 4 * 4), w, isa, threads)
+    assert_linear(unaligned(x, by // 4 * 4), w, isa, threads, bits_of_x)
 
 
 def test_every_weight_is_read_rightly(isa, format, rng):
     """x has one number that is not 0, so each output is one weight."""
     IN = 3 * x_block(format)
     w = real_weight(rng, format, 37, IN)
-    one = np.eye(IN, dtype=np.float32) * X_MAX
+    one = np.eye(IN, dtype=np.float32) * X_MAX[15]
     assert_linear(one, w, isa)
     for row in one[:: 1 if isa != "scalar" else 7]:
         assert_linear(row[None], w, isa)
@@ -107,15 +114,13 @@ def test_x_is_rounded_as_numpy_rounds(rng):
     """Bit for bit; the scalar form keeps x as floats."""
     before = kernels.isa()
     kernels.use_isa("scalar")
-    x = (rng.standard_normal((7, 512)) * 10.0 ** rng.integers(-40, 38, (7, 512))).astype(np.float32)
+    x = (rng.standard_normal((9, 512)) * 10.0 ** rng.integers(-40, 38, (9, 512))).astype(np.float32)
     x[0], x[1, 3] = 0, 1e-35
-    for format in (FORMATS["Q4_0"], FORMATS["Q4_K"]):
+    for format, bits_ in ((FORMATS["Q4_0"], 8), (FORMATS["Q4_K"], 15), (FORMATS["F16"], 14)):
         out = np.zeros(lib.nl_activations_bytes(*x.shape) // 4, np.float32)
         x_, out_ = ffi.from_buffer("float[]", x), ffi.from_buffer(out)
-        lib.nl_quantize_activations(out_, x_, format.code, *x.shape, 1)
-        np.testing.assert_array_equal(
-            out[: x.size].reshape(x.shape), quantize_activations(x, x_block(format))
-        )
+        lib.nl_quantize_activations(out_, x_, format.code, bits_, *x.shape, 1)
+        np.testing.assert_array_equal(out[: x.size].reshape(x.shape), quantize_activations(x, bits_))
     kernels.use_isa(before)
 
 
@@ -146,15 +151,20 @@ def test_the_largest_sums_do_not_overflow(isa, format, sign):
 )
 @example(T=525, OUT=33, blocks=3, cut=517, seed=0)
 def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
-    """Any number of threads, and any parts of the tokens, but that a few are summed in another order."""
+    """Any number of threads, and any parts of the tokens. Many tokens round F16 and BF16 weights."""
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
     w, x = KernelWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
+    x[rng.random(x.shape) < 0.01] *= 30  # some blocks get a second byte
     whole, few = Kernels(1).linear(x, w), Kernels(1).linear(x[:GEMV_TOKENS], w)
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x[:GEMV_TOKENS], w)), bits(few))
-    if GEMV_TOKENS < cut < T - GEMV_TOKENS:
+    if format.block > 1 and 0 < cut < T:
+        parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
+        np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
+        np.testing.assert_array_equal(bits(Kernels(1).linear(x[:1], w)), bits(whole[:1]))
+    elif GEMV_TOKENS < cut < T - GEMV_TOKENS:
         parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
     if cut < GEMV_TOKENS:
@@ -208,18 +218,18 @@ def test_next_to_nothing_is_nothing(isa, format, T, rng):
 
 @pytest.mark.parametrize("at_end", [True, False])
 def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
-    for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (4, 17, 1), (7, 33, 33), (5, 4, 2)]:
+    for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (4, 17, 1), (7, 33, 33), (9, 4, 2)]:
         if format.block == 1 and T <= GEMV_TOKENS:
             continue  # nl_linear's
         guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
         w = exact_weight(rng, format, OUT, IN)
-        w = StoredTensor(w.format, w.shape, guarded.copy(w.data, at_end))
+        packed = guarded.copy(KernelWeight(w).rows, at_end)
         x = guarded.copy(rng.standard_normal((T, IN), dtype=np.float32), at_end)
         y = guarded.copy(np.full((T, OUT), np.nan, np.float32), at_end)
         room = guarded.copy(np.zeros(lib.nl_activations_bytes(T, IN), np.uint8), at_end)
-        y_, x_, w_, room_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, w.data, room))
+        y_, x_, w_, room_ = (ffi.cast("void *", a.ctypes.data) for a in (y, x, packed, room))
         matrix = ffi.new("nl_matrix *", (w_, format.code, OUT, IN))
-        assert lib.nl_quantize_activations(room_, x_, format.code, T, IN, 2) == 0
+        assert lib.nl_quantize_activations(room_, x_, format.code, 15, T, IN, 2) == 0
         assert lib.nl_linear_quantized(y_, room_, T, matrix, 0, OUT, 2) == 0
         expected, bound = expected_and_bound(x, w, isa)
         assert_within(y, expected, bound)

@@ -18,7 +18,8 @@ JUDGES = {
     + " tests/model/test_model.py",
     "numpy_llama/rope.py": f"{LAWS}test_rope.py tests/model/test_rope_scalings.py",
     "numpy_llama/generation/sampling.py": f"{LAWS}test_sampling.py tests/generation/test_sampling.py",
-    "numpy_llama/backend/formats.py": f"{LAWS}test_quantisation.py tests/kernels/test_quantize.py",
+    "numpy_llama/backend/formats.py": f"{LAWS}test_quantisation.py "
+    "tests/kernels/test_quantize.py tests/kernels/test_pack.py",
 }
 
 OPERATORS = {

@@ -22,7 +22,7 @@ typedef struct {
     int64_t beyond; /* how many miss the demand */
 } worst;
 
-static double unit_of(double x) {
+static double ulp_of(double x) {
     int exponent;
     frexp(x, &exponent);
     return ldexp(1, (exponent > -125 ? exponent : -125) - 24);
@@ -80,7 +80,7 @@ static int all_floats(int silu, double demand) {
         for (int64_t block = 0; block < 1 << 16; block++) {
             for (int64_t i = 0; i < BLOCK; i++) {
                 x[i] = float_of_bits((uint32_t)(block * BLOCK + i)), one[i] = 1;
-                exact[i] = expected(silu, x[i]), unit[i] = unit_of(exact[i]);
+                exact[i] = expected(silu, x[i]), unit[i] = ulp_of(exact[i]);
             }
             for (int k = 0; k < n; k++) {
                 if (silu)

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -304,27 +306,28 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(path, arguments, 
     assert_refused(run("bench", "-m", str(path), *arguments), code, *words)
 
 
-# --- against llama.cpp ------------------------------------------------------------------------------------
+# --- against peers ----------------------------------------------------------------------------------------
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "against_llama_cpp.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "against_peers.py"
 
-# As much of llama-cpp-python as is asked for. A token takes it 2 ms, 1 ms with flash attention.
-STAND_IN = """
+# A token takes a stand-in 1 ms, if flash attention is on, and if its weights are repacked for a prompt and as
+# stored for decoding. It takes 4 ms otherwise.
+LLAMA_CPP = """
 import ctypes, time, types
 __version__ = "0"
 llama_token = ctypes.c_int32
-held, flash = [0], [0]
+held = [0]
 llama_log_callback = lambda f: f
 llama_log_set = lambda *a: None
 llama_backend_init = lambda: None
-llama_model_default_params = lambda: None
-llama_model_load_from_file = lambda path, params: path.endswith(b".gguf")
+llama_model_default_params = lambda: types.SimpleNamespace(use_extra_bufts=None)
+llama_model_load_from_file = lambda path, params: path.endswith(b".gguf") and params
 llama_model_get_vocab = lambda model: model
 llama_vocab_n_tokens = lambda vocab: 288
 llama_print_system_info = lambda: b"CPU : X = 1 | "
 llama_context_default_params = lambda: types.SimpleNamespace(n_batch=8)
 def llama_init_from_model(model, params):
-    held[0] = 0
+    held[0], params.repacked = 0, model.use_extra_bufts
     return params
 def llama_batch_get_one(tokens, n):
     return list(tokens)
@@ -332,55 +335,131 @@ def llama_decode(context, batch):
     held[0] += len(batch)
     if len(batch) > context.n_batch or held[0] > context.n_ctx or max(batch) >= 288:
         return 1
-    time.sleep((0.001 if context.flash_attn_type else 0.002) * len(batch))
+    best = context.flash_attn_type and context.repacked == (len(batch) > 1)
+    time.sleep((0.001 if best else 0.004) * len(batch))
     return 0
 llama_get_memory = lambda context: context
 def llama_memory_seq_rm(memory, sequence, begin, end):
     held[0] = begin
 llama_synchronize = lambda context: None
 """
+LLAMA_BENCH = """
+import json, os, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print(*sys.argv[1:], file=open(__file__ + ".log", "a"))
+prompt, new = int(options["-p"]), int(options["-n"])
+if "-gp" in options:
+    assert prompt == new == 0
+    prompt, new = 0, int(options["-gp"].split(",")[1])
+assert options["-m"].endswith(".gguf") and options["-o"] == "json" and (prompt == 0) != (new == 0)
+best = options["-fa"] == "1" and options["-rtr"] == str(int(prompt > 0))
+ns = (1_000_000 if best else 4_000_000) * (prompt + new)
+slow = [] if "-gp" in options or options["-w"] == "0" else [9 * ns]
+samples = (slow + [ns] * int(options["-r"]))[: int(options["-r"])]
+print(json.dumps([{"build_commit": "abc", "samples_ns": samples}]))
+"""
 
 
-def against(tmp_path, *arguments):
-    (tmp_path / "llama_cpp.py").write_text(STAND_IN)
-    python = tmp_path / "python"
+@pytest.fixture
+def peers(tmp_path):
+    """The options that name stand-ins of both peers."""
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    python, llama_bench = tmp_path / "python", tmp_path / "llama-bench"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    command = [sys.executable, str(SCRIPT), "--llama-cpp", str(python), "-p", "8", "-r", "3", *arguments]
-    return subprocess.run(map(str, command), capture_output=True, text=True, timeout=60, env={**os.environ})
+    llama_bench.write_text(f"#!{sys.executable}\n{LLAMA_BENCH}")
+    for program in (python, llama_bench):
+        program.chmod(0o755)
+    return ["--llama-cpp", python, "--ik", llama_bench]
 
 
-def test_both_are_asked_for_the_same(path, tmp_path):
-    done = against(tmp_path, path, "-n", "5", "-d", "20", "-t", "1", "--json")
-    assert done.returncode == 0, done.stderr
+def against(*arguments):
+    command = [sys.executable, SCRIPT, "-p", "24", "-n", "5", "-t", "1", *arguments]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("depth", [0, 20])
+def test_all_are_asked_for_the_same(path, peers, depth):
+    done = against(path, *peers, "-d", depth, "-r", "2", "--json")
+    assert done.returncode == 0 and not done.stderr, done.stderr
     results = json.loads(done.stdout)
-    assert (results["file"], results["depth"], results["threads"]) == ("tiny.gguf", 20, 1)
-    assert results["about"] == [f"numpy_llama, {ISA}", "llama-cpp-python 0, CPU : X = 1"]
-    for test, length in (("tg5", 5), ("pp8", 8)):
-        it = results[test]
-        assert it["flash_attention"] and 0 < it["llama_cpp"] <= 1000
-        assert len(it["runs"]["ours"]) == 3 and it["ours"] == statistics.median(it["runs"]["ours"])
-        assert it["llama_cpp"] == statistics.median(it["runs"]["theirs"])
-        assert it["ratio"] == pytest.approx(it["ours"] / it["llama_cpp"])
-        model = build(ARGS, stored_weights())
-        position = model.new_cache(1, 1)
-        cost = bench.cost(model, Task(test[:2], length, 20), position.k.nbytes + position.v.nbytes)
+    assert (results["file"], results["depth"], results["threads"]) == ("tiny.gguf", depth, 1)
+    assert results["about"] == {
+        "numpy_llama": f"numpy_llama, {ISA}",
+        "llama.cpp": "llama-cpp-python 0, CPU : X = 1",
+        "ik_llama.cpp": "ik_llama.cpp abc",
+    }
+    model = build(ARGS, stored_weights())
+    position = model.new_cache(1, 1)
+    for test, length in {"tg5": 5, "pp24": 24, "pp4": 4, "pp8": 8, "pp16": 16}.items():
+        them = results["tests"][test]
+        assert set(them) == set(results["about"]) - ({"ik_llama.cpp"} if depth and test != "tg5" else set())
+        for name, it in them.items():
+            assert len(it["runs"]) == 2 and it["median"] == statistics.median(it["runs"])
+            assert it["ratio"] == pytest.approx(them["numpy_llama"]["median"] / it["median"])
+            assert it["first_token"] > 0
+            if name != "numpy_llama":
+                assert it["settings"] == (["fa"] if test == "tg5" else ["fa", "rtr"])
+        assert 0 < them["llama.cpp"]["median"] <= 1000
+        if "ik_llama.cpp" in them:
+            assert them["ik_llama.cpp"]["median"] == pytest.approx(1000)
+        ours = them["numpy_llama"]
+        cost = bench.cost(model, Task(test[:2], length, depth), position.k.nbytes + position.v.nbytes)
         for share, of, limit in (
             ("share_of_read_bandwidth", cost.nbytes, "read_bandwidth"),
             ("share_of_fma_peak", cost.operations, "fma_peak"),
         ):
-            assert it[share] == pytest.approx(of / length * it["ours"] / results[limit])
+            assert ours[share] == pytest.approx(of / length * ours["median"] / results[limit])
+    for test, times in {"first token warm": 2, "peak memory": 1}.items():
+        for it in results["tests"][test].values():
+            assert len(it["runs"]) == times and it["median"] > 0
+            assert it["ratio"] == pytest.approx(
+                it["median"] / results["tests"][test]["numpy_llama"]["median"]
+            )
+    log = (peers[-1].parent / "llama-bench.log").read_text()
+    assert ("-gp 20,5" in log) == bool(depth)
 
 
-def test_the_comparison_is_a_table(path, tmp_path):
-    done = against(tmp_path, path, path, "-n", "5", "-t", "1", "-r", "1")
-    title, rule, *rows = done.stdout.splitlines()[-4:]
-    assert title.startswith("| file | tg5 | llama.cpp | ratio | of read | pp8 |")
-    assert len(rows) == 2 and len({line.count("|") for line in (title, rule, *rows)}) == 1
+def test_the_comparison_is_a_table(path, peers):
+    done = against(path, path, *peers[2:], "-r", "1")
+    title, rule, *rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert title == "| file | test | numpy_llama | of the limit | ik_llama.cpp | ratio |"
+    assert len({line.count("|") for line in (title, rule, *rows)}) == 1
+    for text in ("| tg5, tokens/s |", "| pp16, tokens/s |", "| first token warm, s |", "| peak memory, GB |"):
+        assert sum(text in row for row in rows) == 2
 
 
-def test_a_contestant_that_fails_is_named(path, tmp_path):
-    done = against(tmp_path, path, "-n", "9", "-d", "2040")
-    assert done.returncode != 0 and "numpy_llama gave no answer" in done.stderr
-    done = against(tmp_path, path, "-p", "9")  # more than the batch of the stand-in
-    assert done.returncode != 0 and "llama.cpp gave no answer" in done.stderr and "returned 1" in done.stderr
+def test_a_contestant_that_fails_is_named(path, peers, tmp_path):
+    other = tmp_path / "tiny.other"
+    other.symlink_to(path)
+    for arguments, line in (
+        ([path, *peers, "-d", "2040"], "numpy_llama: ParameterError: max_seq_len is 2064"),
+        ([other, *peers], "llama.cpp: ValueError: it cannot load "),
+        ([path, "--llama-cpp", "true"], "llama.cpp gave no answer, its exit code is 0"),
+        ([path, "--ik", "false"], "ik_llama.cpp: false failed, its exit code is 1"),
+        ([path, "--ik", "true"], "ik_llama.cpp: true printed no result in JSON"),
+    ):
+        done = against(*arguments)
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    for arguments, line in (
+        ([path, "--ik", tmp_path], f"{tmp_path} is no program"),
+        ([tmp_path / "none.gguf"], "none.gguf is no file"),
+        ([path, "-r", "0"], "-r must be 1 or above"),
+    ):
+        done = against(*arguments)
+        assert done.returncode == 2 and line in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_nothing_runs_on_after_an_interrupt(path, tmp_path, number, code):
+    slow, pid = tmp_path / "llama-bench", tmp_path / "pid"
+    slow.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60\n")
+    slow.chmod(0o755)
+    with subprocess.Popen([sys.executable, SCRIPT, path, "--ik", slow], stderr=subprocess.PIPE) as process:
+        while not pid.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert (process.wait(10), process.stderr.read()) == (code, b"")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

@@ -233,9 +233,10 @@ def pack_rows(data: Array, format: "Format") -> Array:
     followed by the same unit of the other rows. The last row is repeated until the groups are whole.
     """
     rows = np.pad(data, ((0, -len(data) % PACKED_ROWS), (0, 0)), "edge")
-    blocks = rows.reshape(-1, PACKED_ROWS, rows.shape[-1] // format.block_bytes, format.block_bytes)
-    units = np.split(blocks, np.cumsum(format.units)[:-1], axis=-1)
-    packed = [unit.transpose(0, 2, 1, 3).reshape(len(blocks), blocks.shape[2], -1) for unit in units]
+    groups, blocks = len(rows) // PACKED_ROWS, rows.shape[1] // format.block_bytes
+    stored = rows.reshape(groups, PACKED_ROWS, blocks, format.block_bytes)
+    units = np.split(stored, np.cumsum(format.units)[:-1], axis=-1)
+    packed = [unit.swapaxes(1, 2).reshape(groups, blocks, PACKED_ROWS * unit.shape[-1]) for unit in units]
     return np.concatenate(packed, axis=-1).reshape(rows.shape)
 
 

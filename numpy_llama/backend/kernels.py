@@ -240,8 +240,9 @@ def packs(format: Format) -> bool:
 def _packed(rows: Array, format: Format, threads: int) -> Array:
     """= pack_rows(rows, format), at the rate of the memory. It begins on a cache line."""
     OUT, row_bytes = rows.shape
-    room = np.empty(-(-OUT // PACKED_ROWS) * PACKED_ROWS * row_bytes + CACHE_LINE, np.uint8)
-    packed = room[-room.ctypes.data % CACHE_LINE :][: len(room) - CACHE_LINE].reshape(-1, row_bytes)
+    shape = -(-OUT // PACKED_ROWS) * PACKED_ROWS, row_bytes
+    room = np.empty(shape[0] * row_bytes + CACHE_LINE, np.uint8)
+    packed = room[-room.ctypes.data % CACHE_LINE :][: len(room) - CACHE_LINE].reshape(shape)
     if packed.size:
         to = ffi.from_buffer(packed, require_writable=True)
         IN = row_bytes // format.block_bytes * format.block

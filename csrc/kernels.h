@@ -106,29 +106,30 @@ typedef struct {
     const int64_t *k_order;      /* (K * Dh,) the same for wk */
 } nl_layer_weights;
 
-/* The keys and values of one layer, with room for T positions more. Strides count elements. */
+/* The keys and values of the layers, with room for T positions more. Strides count elements. */
 typedef struct {
-    void *const *keys;          /* keys[b] (K, start[b] + T, Dh) */
-    void *const *values;        /* values[b] (K, start[b] + T, Dh) */
-    int format;                 /* of both: F32 or F16 */
-    int64_t position_stride;    /* from one position to the next */
-    const int64_t *head_stride; /* (B,) from one head of sequence b to the next */
-    const int64_t *start;       /* (B,) start_pos: how many positions of sequence b are stored already */
+    void *const *keys;           /* keys[b] (layers, K, start[b] + T, Dh) */
+    void *const *values;         /* values[b] (layers, K, start[b] + T, Dh) */
+    int format;                  /* of both: F32 or F16 */
+    int64_t position_stride;     /* from one position to the next */
+    const int64_t *head_stride;  /* (B,) from one head of sequence b to the next */
+    const int64_t *layer_stride; /* (B,) from one layer of sequence b to the next */
+    const int64_t *start;        /* (B,) start_pos: how many positions of sequence b are stored already */
 } nl_kv_cache;
 
-/* The arguments of nl_layer. */
+/* The arguments of nl_layers. */
 typedef struct {
-    float *y;       /* (B, T, D) */
-    const float *x; /* (B, T, D) */
-    const nl_layer_weights *weights;
+    float *y;                               /* (B, T, D), another array than x */
+    const float *x;                         /* (B, T, D) */
+    const nl_layer_weights *const *weights; /* of each layer; all have the same sizes */
     nl_kv_cache cache;
     const float *freqs_cis;   /* (T, Dh / 2) complex, or one of them for each sequence */
     int64_t freqs_cis_stride; /* floats from one sequence's freqs_cis to the next; 0: all share one */
     int64_t B, T;
-    void *scratch; /* nl_layer_bytes(weights, B * T) bytes */
-} nl_layer_args;
+    void *scratch; /* nl_layers_bytes(weights[0], B * T) bytes */
+} nl_layers_args;
 
-/* The steps of nl_layer, in their order. */
+/* The steps of a layer, in their order. */
 enum {
     NL_ATTENTION_NORM,
     NL_QKV,
@@ -143,12 +144,13 @@ enum {
     NL_STEPS
 };
 
-/* y = TransformerBlock(x, start_pos, freqs_cis, cache)      layer.c
- *   Computes the steps first .. last - 1. All in one call: 0, NL_STEPS, part 0 of 1. A call for one step may
- *   compute one of `parts` parts of it; each part must be computed before the next step.
+/* y = x; for each layer: y = TransformerBlock(y, start_pos, freqs_cis, cache)      layer.c
+ *   Computes the steps first .. last - 1. Step i is step i % NL_STEPS of layer i / NL_STEPS. Two layers in
+ * one call: 0, 2 * NL_STEPS, part 0 of 1. A call for one step may compute one of `parts` parts of it; each
+ * part must be computed before the next step.
  *   Returns 0, NL_NO_MEMORY, NL_UNKNOWN_FORMAT or NL_F16_OVERFLOW. */
-int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens);
-int nl_layer(const nl_layer_args *a, int first, int last, int64_t part, int64_t parts, int threads);
+int64_t nl_layers_bytes(const nl_layer_weights *w, int64_t tokens);
+int nl_layers(const nl_layers_args *a, int first, int last, int64_t part, int64_t parts, int threads);
 
 /* dst = quantize(dequantize(src))      quantize.c
  *   src, dst: `rows` rows of IN weights as stored, IN a multiple of both formats' blocks.

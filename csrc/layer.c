@@ -1,10 +1,10 @@
-/* layer: a whole TransformerBlock of model.py in one call.
+/* layer: TransformerBlocks of model.py, one after another, in one call.
  *
  *     h = x + attention(attention_norm(x))         wq wk wv, RoPE, KV cache, attention, wo
  *     y = h + feed_forward(ffn_norm(h))            w_gate w_up, SwiGLU, w_down
  *
- * Why one call: a small model computes a layer in 100 us, and twenty calls from Python would add a
- * noticeable part of that. For many tokens, NumPy's exp alone would take a quarter of the time.
+ * Why one call: a small model computes a layer in 100 us, and a call from Python takes 30 us. For many
+ * tokens, NumPy's exp alone would take a quarter of the time.
  * The matrix products are those of linear.c, and attention is that of attention.c. The rest is here. It is
  * little work beside the products, so it only needs to be shared by the threads.
  *
@@ -39,11 +39,13 @@
 enum { WQ, WK, WV, WO, W_GATE, W_UP, W_DOWN };
 enum { CACHE_LINE = 64 };
 
-/* One call of nl_layer: its arguments, and its activations in the scratch. tokens = B * T. Only
+/* One layer of a call: the arguments, and the activations in the scratch. tokens = B * T. Only
  * NL_ROPE_AND_CACHE and NL_ATTENTION work by sequence; every other step takes all tokens alike. */
 typedef struct {
-    const nl_layer_args *a;
-    const nl_layer_weights *w;
+    const nl_layers_args *a;
+    int64_t layer;
+    const nl_layer_weights *w; /* of this layer */
+    const float *x;            /* its input: of the first layer a->x, of all others a->y */
     const kernels *kernel;
     int64_t tokens;
     float *normed;             /* (tokens, D)      attention_norm(x), then ffn_norm(h) */
@@ -95,7 +97,7 @@ static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
     return end;
 }
 
-int64_t nl_layer_bytes(const nl_layer_weights *w, int64_t tokens) {
+int64_t nl_layers_bytes(const nl_layer_weights *w, int64_t tokens) {
     layer_call c = {.w = w, .tokens = tokens};
     uint8_t base[1];
     return allocate_activations(&c, base) - base + CACHE_LINE;
@@ -181,7 +183,9 @@ static void rope_and_cache(const layer_call *c, range heads) {
         const float *stored = is_q ? c->xq + token * H * Dh : (is_v ? c->xv : c->xk) + token * K * Dh;
         const int64_t *order = is_q ? w->q_order : is_v ? NULL : w->k_order;
         uint8_t *to = (uint8_t *)(is_v ? cache->values[b] : cache->keys[b]) +
-                      ((cache->start[b] + t) * cache->position_stride + h * cache->head_stride[b]) * bytes;
+                      (c->layer * cache->layer_stride[b] + h * cache->head_stride[b] +
+                       (cache->start[b] + t) * cache->position_stride) *
+                          bytes;
         if (is_q) to = (uint8_t *)(c->q + (token * H + h) * Dh);
         float ordered[NL_MAX_DH];
         if (order)
@@ -205,7 +209,7 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
     const range rows_of_kv = range_of(K_Dh, QK, worker, workers);
     switch (step) {
     case NL_ATTENTION_NORM: /* self.attention_norm(x) */
-        norm_and_quantize(c, tokens, c->a->x, w->attention_norm, WQ, WV);
+        norm_and_quantize(c, tokens, c->x, w->attention_norm, WQ, WV);
         break;
     case NL_QKV: /* xq = self.wq(x);  xk = self.wk(x);  xv = self.wv(x) */
         multiply(c, rows_of_q, c->xq, c->normed, WQ);
@@ -217,13 +221,13 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
          * keys, values = cache.update(self.layer, start_pos, xk, xv) */
         rope_and_cache(c, range_of(c->tokens * (w->H + 2 * w->K), 1, worker, workers));
         break;
-    /* NL_ATTENTION is not here: nl_layer calls nl_attention, which has threads of its own. */
+    /* NL_ATTENTION is not here: nl_layers calls nl_attention, which has threads of its own. */
     case NL_QUANTIZE_ATTENTION_OUTPUT: /* (model.py has no such line) */
         quantize(c, tokens, c->attention_output, H_Dh, WO, WO);
         break;
     case NL_WO_ADD_RESIDUAL: /* h = x + self.wo(...) */
         multiply(c, rows_of_D, c->h, c->attention_output, WO);
-        add_residual(c, rows_of_D, c->h, c->a->x);
+        add_residual(c, rows_of_D, c->h, c->x);
         break;
     case NL_FFN_NORM: /* self.ffn_norm(h) */
         norm_and_quantize(c, tokens, c->h, w->ffn_norm, W_GATE, W_UP);
@@ -245,8 +249,13 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
     }
 }
 
+/* The same call at another layer. */
+static layer_call at_layer(layer_call c, int64_t layer) {
+    c.layer = layer, c.w = c.a->weights[layer], c.x = layer == 0 ? c.a->x : c.a->y;
+    return c;
+}
+
 static void do_steps(const layer_call *c, int first, int last, int64_t part, int64_t parts, int threads) {
-    if (first >= last) return;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -255,7 +264,8 @@ static void do_steps(const layer_call *c, int first, int last, int64_t part, int
         thread = omp_get_thread_num(), n = omp_get_num_threads();
 #endif
         for (int step = first; step < last; step++) {
-            do_step(c, step, part * n + thread, parts * n);
+            const layer_call here = at_layer(*c, step / NL_STEPS);
+            do_step(&here, step % NL_STEPS, part * n + thread, parts * n);
             if (step + 1 < last) {
 #pragma omp barrier
             }
@@ -267,15 +277,15 @@ static void do_steps(const layer_call *c, int first, int last, int64_t part, int
 static int attend(const layer_call *c, int64_t part, int64_t parts, int threads) {
     const nl_layer_weights *w = c->w;
     const nl_kv_cache *cache = &c->a->cache;
-    const int64_t T = c->a->T;
+    const int64_t T = c->a->T, bytes = element_bytes(cache->format);
     int status = 0;
     for (int64_t b = 0; b < c->a->B && status == 0; b++) {
-        const int64_t first_row = b * T * w->H * w->Dh;
+        const int64_t first_row = b * T * w->H * w->Dh, here = c->layer * cache->layer_stride[b] * bytes;
         const nl_attention_args a = {
             .out = c->attention_output + first_row,
             .q = c->q + first_row,
-            .k = cache->keys[b],
-            .v = cache->values[b],
+            .k = (const uint8_t *)cache->keys[b] + here,
+            .v = (const uint8_t *)cache->values[b] + here,
             .format = cache->format,
             .B = 1,
             .T = T,
@@ -293,19 +303,28 @@ static int attend(const layer_call *c, int64_t part, int64_t parts, int threads)
     return status;
 }
 
-int nl_layer(const nl_layer_args *a, int first, int last, int64_t part, int64_t parts, int threads) {
+int nl_layers(const nl_layers_args *a, int first, int last, int64_t part, int64_t parts, int threads) {
     int status = 0;
-    for (int i = WQ; i <= W_DOWN; i++)
-        if (!is_known(a->weights->weight[i].format)) return NL_UNKNOWN_FORMAT;
+    for (int layer = first / NL_STEPS; layer * NL_STEPS < last; layer++)
+        for (int i = WQ; i <= W_DOWN; i++)
+            if (!is_known(a->weights[layer]->weight[i].format)) return NL_UNKNOWN_FORMAT;
     if (!is_cached(a->cache.format)) return NL_UNKNOWN_FORMAT;
-    layer_call c = {.a = a, .w = a->weights, .kernel = chosen_kernels(), .tokens = a->B * a->T};
+    layer_call c = {.a = a, .w = a->weights[0], .kernel = chosen_kernels(), .tokens = a->B * a->T};
     c.status = &status;
     allocate_activations(&c, a->scratch);
-    do_steps(&c, first, last < NL_ATTENTION ? last : NL_ATTENTION, part, parts, threads);
-    if (first <= NL_ATTENTION && NL_ATTENTION < last && status == 0)
-        status = attend(&c, part, parts, threads);
-    if (status == 0)
-        do_steps(&c, first > NL_ATTENTION ? first : NL_ATTENTION + 1, last, part, parts, threads);
+    for (int step = first; step < last && status == 0;) {
+        int attention = step / NL_STEPS * NL_STEPS + NL_ATTENTION; /* the next one */
+        if (attention < step) attention += NL_STEPS;
+        if (step == attention) {
+            const layer_call here = at_layer(c, step / NL_STEPS);
+            status = attend(&here, part, parts, threads);
+            step++;
+        } else {
+            const int end = attention < last ? attention : last;
+            do_steps(&c, step, end, part, parts, threads);
+            step = end;
+        }
+    }
     return status;
 }
 

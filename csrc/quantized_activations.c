@@ -144,49 +144,59 @@ INLINE const int32_t *second_block(const second_bytes *s, int64_t b, int64_t G) 
     return s->place[b] < 0 ? NULL : s->blocks + s->place[b] * x_block_size(G);
 }
 
-/* Token t of a block. */
-VEC_INLINE void store_bytes(int32_t *block, int64_t G, int64_t t, const int8_t q[QK], float dx,
+/* Token t of a block, from whole numbers that fit bytes. */
+VEC_INLINE void store_bytes(int32_t *block, int64_t G, int64_t t, const ints q[QK / LANES], float dx,
                             const int format) {
-    int32_t sum[2] = {0, 0};
-    for (int i = 0; i < QK; i++) sum[i / 16] += q[i];
-    for (int k = 0; k < 8; k++) memcpy(block + k * G + t, q + 4 * k, 4);
+    enum { HALF = QK / LANES / 2 };
+    int8_t bytes[QK];
+    ints sums[2] = {q[0], q[HALF]};
+    for (int i = 0; i < QK / LANES; i++) bytes_store_ints(bytes + i * LANES, q[i]);
+    for (int i = 1; i < HALF; i++)
+        sums[0] = ints_add(sums[0], q[i]), sums[1] = ints_add(sums[1], q[HALF + i]);
+    const int32_t first_16 = ints_sum(sums[0]), last_16 = ints_sum(sums[1]), all = first_16 + last_16;
+    for (int k = 0; k < 8; k++) memcpy(block + k * G + t, bytes + 4 * k, 4);
     float *d = (float *)(block + 8 * G) + t;
-    d[0] = dx, d[G] = dx * (float)(sum[0] + sum[1]);
+    d[0] = dx, d[G] = dx * (float)all;
     int32_t *start = block + 10 * G + t;
-    start[0] = -byte_zero(format) * (format == Q6_K ? sum[0] : sum[0] + sum[1]);
-    start[G] = -byte_zero(format) * sum[1];
+    start[0] = -byte_zero(format) * (format == Q6_K ? first_16 : all);
+    start[G] = -byte_zero(format) * last_16;
 }
 
 VEC_INLINE void quantize_to_bytes(void *activations, const float *x, const int format, int bits, int64_t T,
                                   int64_t IN, int64_t group) {
     const int64_t G = group_tokens(T), groups = activation_groups(T), blocks = IN / QK, first = group * G;
     const int64_t tokens = T - first < G ? T - first : G;
+    const size_t block_bytes = (size_t)x_block_size(G) * sizeof(int32_t);
     const second_bytes second = second_bytes_of(activations, G, groups, IN, group);
     int32_t *more = second.blocks, seconds = 0;
-    float limit[TOKEN_GROUP];
+    /* The largest number of each block, for now: behind the second bytes of all earlier blocks. */
+    float *largest = (float *)(second.blocks + (x_block_size(G) - G) * blocks), limit[TOKEN_GROUP];
     for (int64_t t = 0; t < tokens; t++) {
-        float *largest = (float *)more; /* for now */
-        for (int64_t b = 0; b < blocks; b++) largest[b] = largest_of_block(x + (first + t) * IN + b * QK);
-        limit[t] = first_byte_limit(bits, largest, 1, blocks);
+        for (int64_t b = 0; b < blocks; b++)
+            largest[b * G + t] = largest_of_block(x + (first + t) * IN + b * QK);
+        limit[t] = first_byte_limit(bits, largest + t, G, blocks);
     }
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < blocks; b++, largest += G) {
         int32_t *to = (int32_t *)first_bytes_of(activations, G, groups, IN, group, b * QK / KC * KC) +
                       b % (KC / QK) * x_block_size(G);
-        memset(to, 0, (size_t)x_block_size(G) * sizeof *to);
-        memset(more, 0, (size_t)x_block_size(G) * sizeof *more);
         int any = 0;
+        for (int64_t t = 0; t < tokens; t++) any |= largest[t] > limit[t];
+        float max[TOKEN_GROUP]; /* the second bytes may be stored where `largest` is */
+        memcpy(max, largest, (size_t)tokens * sizeof(float));
+        if (tokens < G) memset(to, 0, block_bytes);
+        if (any) memset(more, 0, block_bytes);
         for (int64_t t = 0; t < tokens; t++) {
-            const float *from = x + (first + t) * IN + b * QK, max = largest_of_block(from);
-            int16_t q[QK];
-            int8_t one[QK], two[QK];
-            const float dx = quantize_block(q, from, max, X_MAX_BYTES);
-            for (int i = 0; i < QK; i++) one[i] = (int8_t)((q[i] + 64) >> 7);
-            store_bytes(to, G, t, one, 128 * dx, format);
-            if (max > limit[t]) {
-                for (int i = 0; i < QK; i++) two[i] = (int8_t)(q[i] - 128 * one[i]);
-                store_bytes(more, G, t, two, dx, format);
-                any = 1;
+            const float *from = x + (first + t) * IN + b * QK;
+            const vec inverse = vec_all(inverse_scale(max[t], X_MAX_BYTES));
+            const float dx = max[t] < 1e-30f ? 0 : max[t] / X_MAX_BYTES;
+            ints one[QK / LANES], two[QK / LANES];
+            for (int i = 0; i < QK / LANES; i++) {
+                const ints q = ints_from_vec(vec_mul(vec_load(from + i * LANES), inverse));
+                one[i] = ints_signed_right(ints_add(q, ints_all(64)), 7);
+                two[i] = ints_sub(q, ints_left(one[i], 7));
             }
+            store_bytes(to, G, t, one, 128 * dx, format);
+            if (max[t] > limit[t]) store_bytes(more, G, t, two, dx, format);
         }
         second.place[b] = any ? seconds++ : -1;
         if (any) more += x_block_size(G);

@@ -118,6 +118,11 @@ VEC_INLINE int32_t ints_largest(ints a) {
     b = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
 }
+VEC_INLINE int32_t ints_sum(ints a) {
+    __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
 VEC_INLINE __m128i low_shorts(ints a) { /* as int16; a number beyond its range becomes the nearest in it */
     return _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
 }
@@ -134,10 +139,14 @@ VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
     return sum;
 }
 VEC_INLINE void shorts_store_ints(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_shorts(a)); }
+VEC_INLINE void bytes_store_ints(int8_t *p, ints a) {
+    _mm_storel_epi64((void *)p, _mm_packs_epi16(low_shorts(a), low_shorts(a)));
+}
 
 /* a | (b & mask). */
 VEC_INLINE ints bytes_all(int a) { return _mm256_set1_epi8((int8_t)a); }
 VEC_INLINE ints ints_add(ints a, ints b) { return _mm256_add_epi32(a, b); }
+VEC_INLINE ints ints_sub(ints a, ints b) { return _mm256_sub_epi32(a, b); }
 VEC_INLINE ints ints_xor(ints a, ints b) { return _mm256_xor_si256(a, b); }
 VEC_INLINE ints ints_or_and(ints a, ints b, ints mask) { return ints_or(a, ints_and(b, mask)); }
 

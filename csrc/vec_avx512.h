@@ -113,6 +113,7 @@ VEC_INLINE ints ints_from_vec(vec a) { return _mm512_cvtps_epi32(a); }
 VEC_INLINE ints bits_of_vec(vec a) { return _mm512_castps_si512(a); }
 VEC_INLINE vec vec_of_bits(ints a) { return _mm512_castsi512_ps(a); }
 VEC_INLINE int32_t ints_largest(ints a) { return _mm512_reduce_max_epi32(a); }
+VEC_INLINE int32_t ints_sum(ints a) { return _mm512_reduce_add_epi32(a); }
 VEC_INLINE vec vec_from_low_f16(ints a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 
 /* In assembly, because gcc 12 copies every sum of a loop back and forth around the intrinsic. */
@@ -123,9 +124,11 @@ VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
 VEC_INLINE void shorts_store_ints(int16_t *p, ints a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtsepi32_epi16(a));
 }
+VEC_INLINE void bytes_store_ints(int8_t *p, ints a) { _mm_storeu_si128((void *)p, _mm512_cvtsepi32_epi8(a)); }
 
 VEC_INLINE ints bytes_all(int a) { return _mm512_set1_epi8((int8_t)a); }
 VEC_INLINE ints ints_add(ints a, ints b) { return _mm512_add_epi32(a, b); }
+VEC_INLINE ints ints_sub(ints a, ints b) { return _mm512_sub_epi32(a, b); }
 VEC_INLINE ints ints_xor(ints a, ints b) { return _mm512_xor_si512(a, b); }
 VEC_INLINE ints ints_or_and(ints a, ints b, ints mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }
 VEC_INLINE ints byte_dots_begin(ints sum) { return sum; }

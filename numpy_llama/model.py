@@ -132,7 +132,10 @@ class Transformer:
         h = F.embedding(np.asarray(tokens), self.tok_embeddings)
         B, T, _ = h.shape
         freqs_cis = F.freqs_cis_at(self.freqs_cis, start_pos, T)
-        cache = cache or self.new_cache(B, T)
+        return self.run_layers(h, start_pos, freqs_cis, cache or self.new_cache(B, T))
+
+    def run_layers(self, h: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
+        """All layers, one after another: (B, T, D) -> (B, T, D)."""
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, cache)
         return h

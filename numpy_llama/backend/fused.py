@@ -1,9 +1,10 @@
-"""One C call for a whole transformer block, with the weights and the results of `TransformerBlock`.
+"""One C call for all transformer blocks, with the weights and the results of `TransformerBlock`.
 
 A small model spends more time in Python, between the kernels, than in the kernels: a token passes 30
 layers, and each layer makes 20 calls. A block with an exchanged part runs its parts, as model.py does.
 """
 
+from itertools import groupby
 from operator import is_
 from typing import Any
 
@@ -18,7 +19,7 @@ CACHED = (np.float32, np.float16)
 
 
 class FusedBlock(TransformerBlock):
-    """A TransformerBlock that calls nl_layer of csrc/layer.c: the same result within the rounding of float32.
+    """A TransformerBlock that calls csrc/layer.c: the same result within the rounding of float32.
 
     It runs its parts instead where `fuses` is False.
     """
@@ -28,36 +29,79 @@ class FusedBlock(TransformerBlock):
         self.kernels, self.weights, self.fused_parts = kernels, weights, parts_of(block)
 
     def fuses(self, cache: Any) -> bool:
-        """Whether one C call computes this block: its parts are unchanged, and C can store into the cache."""
+        """Whether C computes this block: its parts are unchanged, and C can store into the cache."""
+        return self.unchanged() and stores(cache)
+
+    def unchanged(self) -> bool:
+        """Whether the block still has the parts that were fused."""
         try:
-            unchanged = all(map(is_, parts_of(self), self.fused_parts))
+            return all(map(is_, parts_of(self), self.fused_parts))
         except AttributeError:  # an exchanged part has other attributes
             return False
-        return unchanged and all(
-            type(one) is KVCache and one.k.dtype in CACHED for one in getattr(cache, "caches", [cache])
-        )
 
     def __call__(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
-        caches, (B, T, _) = getattr(cache, "caches", [cache]), x.shape
-        if not self.fuses(cache) or sum(one.batch for one in caches) != B:
+        if not self.fuses(cache):
             return super().__call__(x, start_pos, freqs_cis, cache)
-        layer, starts = self.attention.layer, np.atleast_1d(start_pos).tolist()
-        ends = [one.check(layer, at, one.batch, T) for one, at in zip(caches, starts, strict=True)]
+        return run([self], x, start_pos, freqs_cis, cache)
+
+
+class FusedTransformer(Transformer):
+    """A Transformer in which neighbouring fused blocks are one C call."""
+
+    def __init__(self, model: Transformer):
+        vars(self).update(vars(model))
+
+    def run_layers(self, h: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
+        can_store = stores(cache)
+
+        def together(at: tuple[int, Any]) -> tuple[Any, ...]:
+            """Equal for neighbours that one call computes."""
+            i, layer = at
+            fused = can_store and type(layer) is FusedBlock and layer.unchanged()
+            return (layer.kernels, layer.weights.sizes) if fused and layer.attention.layer == i else (i,)
+
+        for key, group in groupby(enumerate(self.layers), together):
+            blocks: list[Any] = [block for _, block in group]
+            if len(key) == 1:
+                h = blocks[0](h, start_pos, freqs_cis, cache)
+            else:
+                h = run(blocks, h, start_pos, freqs_cis, cache)
+        return h
+
+
+def stores(cache: Any) -> bool:
+    """Whether C can store into this cache, or into all caches of a batch."""
+    return all(type(one) is KVCache and one.k.dtype in CACHED for one in getattr(cache, "caches", [cache]))
+
+
+def run(blocks: list[FusedBlock], x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
+    """Neighbouring blocks in one C call."""
+    caches, (B, T, _), first = getattr(cache, "caches", [cache]), x.shape, blocks[0].attention.layer
+    starts, layers = np.atleast_1d(start_pos).tolist(), range(first, first + len(blocks))
+    if sum(one.batch for one in caches) == B:
+        at_layers, ends = slice(first, layers.stop), []
         for one, at in zip(caches, starts, strict=True):
-            one.filled[layer] = at  # until all are stored, as in KVCache.update
-        keys = [k for one in caches for k in one.k[layer]]  # (K, max_seq_len, Dh) of each sequence
-        values = [v for one in caches for v in one.v[layer]]
+            least_filled = min(layers, key=one.filled.__getitem__)
+            ends.append(one.check(least_filled, at, one.batch, T))
+        for one, at in zip(caches, starts, strict=True):
+            one.filled[at_layers] = [at] * len(blocks)  # until all are stored, as in KVCache.update
+        keys = [one.k[at_layers, b] for one in caches for b in range(one.batch)]
+        values = [one.v[at_layers, b] for one in caches for b in range(one.batch)]
         starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
-        y = self.kernels.layer(self.weights, x, starts, freqs_cis, keys, values)
-        if y is None:  # a number is beyond float16: the parts raise an error with its place
-            return super().__call__(x, start_pos, freqs_cis, cache)
-        for one, end in zip(caches, ends, strict=True):
-            one.filled[layer] = end
-        return y
+        weights = [block.weights for block in blocks]
+        y = blocks[0].kernels.layers(weights, x, starts, freqs_cis, keys, values)
+        if y is not None:
+            for one, end in zip(caches, ends, strict=True):
+                one.filled[at_layers] = [end] * len(blocks)
+            return y
+    # A number is beyond float16, or the cache is of another batch: the parts raise an error with its place.
+    for block in blocks:
+        x = TransformerBlock.__call__(block, x, start_pos, freqs_cis, cache)
+    return x
 
 
 def parts_of(block: TransformerBlock) -> tuple[Any, ...]:
-    """Everything that nl_layer computes with: the block's parts, and their attributes."""
+    """Everything that nl_layers computes with: the block's parts, and their attributes."""
     a, f, norm, ffn_norm = block.attention, block.feed_forward, block.attention_norm, block.ffn_norm
     q, k, v, o, gate, up, down = a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down
     return (
@@ -69,15 +113,14 @@ def parts_of(block: TransformerBlock) -> tuple[Any, ...]:
 
 
 def fuse(model: Transformer, kernels: Kernels) -> Transformer:
-    """The same model with each block as one C call, where the kernels take its sizes."""
+    """The same model with its blocks as one C call, where the kernels take their sizes."""
     blocks = {f"layers.{i}": (block, fused_weights(block, kernels)) for i, block in enumerate(model.layers)}
-    return model.with_parts(
-        {name: FusedBlock(block, kernels, weights) for name, (block, weights) in blocks.items() if weights}
-    )
+    fused = {name: FusedBlock(block, kernels, w) for name, (block, w) in blocks.items() if w}
+    return FusedTransformer(model.with_parts(fused))
 
 
 def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | None:
-    """A block's weights in the form of nl_layer; None if it cannot take their sizes."""
+    """A block's weights in the form of nl_layers; None if it cannot take their sizes."""
     a, f = block.attention, block.feed_forward
     weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
     norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]

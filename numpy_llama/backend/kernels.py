@@ -280,6 +280,7 @@ class FusedWeights(InPlace):
             ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in orders
         )
         # Multiply-adds of a step for each token; of NL_ATTENTION for each position that a token sees.
+        self.sizes = D, F, H_Dh, K_Dh, head_dim
         work_of_step = {
             lib.NL_QKV: (H_Dh + 2 * K_Dh) * D,
             lib.NL_ATTENTION: 2 * H_Dh,
@@ -398,44 +399,49 @@ class Kernels(InPlace):
                 raise MemoryError("no memory for the scratch of the attention kernel")
         return out
 
-    def layer(
+    def layers(
         self,
-        w: FusedWeights,
+        weights: Sequence[FusedWeights],
         x: Array,
         starts: Sequence[int],
         freqs_cis: Array,
         keys: Sequence[Array],
         values: Sequence[Array],
     ) -> Array | None:
-        """TransformerBlock: x (B, T, D) -> (B, T, D). The T positions of sequence b begin at starts[b].
+        """TransformerBlocks, one after another: x (B, T, D) -> (B, T, D). They have the same sizes.
 
-        keys, values: this layer's cache of each sequence, (K, max_seq_len, Dh) float32 or float16, with space
-        for T more positions. The result is None if float16 cannot hold a new key or value.
+        The T positions of sequence b begin at starts[b]. keys, values: the cache of each sequence,
+        (layers, K, max_seq_len, Dh) float32 or float16, with space for T more positions. The result is None
+        if float16 cannot hold a new key or value.
         """
         x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
-        y, (B, T, _) = np.empty_like(x), x.shape
-        _, position, itemsize = keys[0].strides
+        y, (B, T, _), w = np.empty_like(x), x.shape, weights[0]
         if freqs_cis.shape not in ((T, w.Dh // 2), (B, T, w.Dh // 2)) or x.shape[2] != w.D:
             raise MismatchError(f"x {x.shape} and freqs_cis {freqs_cis.shape} do not fit the layer")
         if not len(starts) == len(keys) == len(values) == B:
             raise MismatchError(
                 f"{B} sequences, {len(starts)} starts, {len(keys)} keys, {len(values)} values"
             )
-        work = w.work(B * T, T * (sum(starts) + B * T))
+        if any(other.sizes != w.sizes for other in weights):
+            raise MismatchError("the layers of one call must have the same sizes")
+        _, _, position, itemsize = keys[0].strides
+        work = w.work(B * T, T * (sum(starts) + B * T)) * len(weights)
         threads = self._share(sum(work))
         scratch = self._scratch.pop() if self._scratch else b""
-        if len(scratch) < (nbytes := lib.nl_layer_bytes(w.struct, B * T)):
+        if len(scratch) < (nbytes := lib.nl_layers_bytes(w.struct, B * T)):
             scratch = ffi.new("char[]", nbytes)
         # A struct of cffi keeps addresses only. The local names keep the arrays alive until C returns, and
         # the caller keeps the caches alive.
-        key_pointers = ffi.new("void *[]", [ffi.from_buffer(k) for k in keys])
-        value_pointers = ffi.new("void *[]", [ffi.from_buffer(v) for v in values])
-        head_strides = ffi.new("int64_t[]", [k.strides[0] // itemsize for k in keys])
+        structs = ffi.new("nl_layer_weights *[]", [one.struct for one in weights])
+        key_pointers = ffi.new("void *[]", [ffi.from_buffer(k[0]) for k in keys])
+        value_pointers = ffi.new("void *[]", [ffi.from_buffer(v[0]) for v in values])
+        layer_strides = ffi.new("int64_t[]", [k.strides[0] // itemsize for k in keys])
+        head_strides = ffi.new("int64_t[]", [k.strides[1] // itemsize for k in keys])
         start_positions = ffi.new("int64_t[]", starts)
-        arguments = ffi.new("nl_layer_args *")
+        arguments = ffi.new("nl_layers_args *")
         arguments.y = ffi.from_buffer("float[]", y, require_writable=True)
         arguments.x = ffi.from_buffer("float[]", x)
-        arguments.weights, arguments.scratch = w.struct, scratch
+        arguments.weights, arguments.scratch = structs, scratch
         arguments.B, arguments.T = B, T
         arguments.freqs_cis = ffi.from_buffer("float[]", freqs_cis)
         arguments.freqs_cis_stride = 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size
@@ -443,20 +449,16 @@ class Kernels(InPlace):
         cache.keys, cache.values = key_pointers, value_pointers
         cache.format = F16 if itemsize == 2 else F32
         cache.position_stride, cache.head_stride = position // itemsize, head_strides
-        cache.start = start_positions
-        limit = WORK_PER_CALL * threads
-        calls = [(0, len(work), 1)]
-        if sum(work) > limit:
-            work[ATTENTION_STEP] //= 1 if isa() == "scalar" else ATTENTION_WORK
-            calls = [(step, step + 1, max(-(-amount // limit), 1)) for step, amount in enumerate(work)]
-        for first, last, parts in calls:
+        cache.layer_stride, cache.start = layer_strides, start_positions
+        for first, last, parts in _short_calls(work, WORK_PER_CALL * threads):
             for part in range(parts):
-                status = lib.nl_layer(arguments, first, last, part, parts, threads)
-                _check(status, *w.formats)
-                if status == lib.NL_NO_MEMORY:
-                    raise MemoryError("no memory for the scratch of the attention kernel")
+                status = lib.nl_layers(arguments, first, last, part, parts, threads)
                 if status == lib.NL_F16_OVERFLOW:
                     return None
+                if status == lib.NL_NO_MEMORY:
+                    raise MemoryError("no memory for the scratch of the attention kernel")
+                if status != 0:
+                    _check(status, *(format for one in weights for format in one.formats))
         self._scratch.append(scratch)
         return y
 
@@ -499,6 +501,27 @@ class Kernels(InPlace):
                     f"cannot be stored in {format.name}"
                 )
         return dst
+
+
+def _short_calls(work: list[int], limit: int) -> list[tuple[int, int, int]]:
+    """Steps with these multiply-adds as calls (first, last, parts), each of up to `limit` if it can be.
+
+    Neighbouring steps share a call. A step beyond the limit is a call for each of its parts.
+    """
+    if sum(work) <= limit:
+        return [(0, len(work), 1)]
+    calls, begin, together = [], 0, 0
+    for step, amount in enumerate(work):
+        if step % lib.NL_STEPS == ATTENTION_STEP and isa() != "scalar":
+            amount //= ATTENTION_WORK
+        if together + amount > limit and begin < step:
+            calls.append((begin, step, 1))
+            begin, together = step, 0
+        together += amount
+        if amount > limit:
+            calls.append((step, step + 1, -(-amount // limit)))
+            begin, together = step + 1, 0
+    return [*calls, (begin, len(work), 1)] if begin < len(work) else calls
 
 
 def _dense_heads(x: Array) -> Array:

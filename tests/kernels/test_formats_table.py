@@ -127,27 +127,28 @@ def test_a_layer_refuses_a_format_that_c_does_not_know(isa):
     model = Transformer(args, weights, kernels.linear, kernels.attention)
     layer = fused_weights(model.layers[0], kernels)
     layer.struct.weight[3].format = UNKNOWN.code
-    cache = [np.zeros((args.n_kv_heads, 4, args.head_dim), np.float32)]
+    cache = [np.zeros((1, args.n_kv_heads, 4, args.head_dim), np.float32)]
     with pytest.raises(UnsupportedError, match="the C kernels cannot compute with weights in"):
-        kernels.layer(layer, np.ones((1, 1, args.dim), np.float32), [0], model.freqs_cis[:1], cache, cache)
+        kernels.layers([layer], np.ones((1, 1, args.dim), np.float32), [0], model.freqs_cis[:1], cache, cache)
 
 
 def test_keys_and_values_are_float32_or_float16(isa):
-    """nl_attention and nl_layer refuse a cache in any other format, before they touch an array."""
+    """nl_attention and nl_layers refuse a cache in any other format, before they touch an array."""
     kernels, args = Kernels(1), TINY_BLOCKS
     weights = {
         key: KernelWeight(w) if len(w.shape) == 2 else w.dequantize()
         for key, w in stored(float_weights(args)).items()
     }
     layer = fused_weights(Transformer(args, weights, kernels.linear, kernels.attention).layers[0], kernels)
+    structs = ffi.new("nl_layer_weights *[]", [layer.struct])
     for code in (-1, *(f.code for name, f in FORMATS.items() if name not in ("F32", "F16")), UNKNOWN.code):
         attention = ffi.new(
             "nl_attention_args *", {"format": code, "H": 1, "K": 1, "Dh": 2, "T": 1, "S": 1, "end": 1}
         )
         assert lib.nl_attention(attention, 1) == lib.NL_UNKNOWN_FORMAT, code
-        arguments = ffi.new("nl_layer_args *", {"weights": layer.struct, "T": 1})
+        arguments = ffi.new("nl_layers_args *", {"weights": structs, "T": 1})
         arguments.cache.format = code
-        assert lib.nl_layer(arguments, 0, lib.NL_STEPS, 0, 1, 1) == lib.NL_UNKNOWN_FORMAT, code
+        assert lib.nl_layers(arguments, 0, lib.NL_STEPS, 0, 1, 1) == lib.NL_UNKNOWN_FORMAT, code
 
 
 def test_every_entry_point_refuses_an_unknown_format(isa):

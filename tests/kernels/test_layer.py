@@ -197,21 +197,22 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         x = rng.standard_normal((1, T, args.dim), dtype=np.float32)
         caches = [rng.standard_normal((2, start + T, head_dim)).astype(dtype) for _ in "kv"]
         angles = model.freqs_cis[start : start + T]
-        expected = chosen.layer(layer, x, [start], angles, *([cache.copy()] for cache in caches))
+        expected = chosen.layers([layer], x, [start], angles, *([cache[None].copy()] for cache in caches))
         arrays = np.full_like(x, np.nan), x, np.ascontiguousarray(angles, np.complex64), *caches
-        scratch = np.zeros(lib.nl_layer_bytes(layer.struct, T), np.uint8)
+        scratch = np.zeros(lib.nl_layers_bytes(layer.struct, T), np.uint8)
         y, x, angles, k, v, scratch = (guarded.copy(a, at_end) for a in (*arrays, scratch))
         y_, x_, angles_, k_, v_, scratch_ = (
             ffi.cast("void *", a.ctypes.data) for a in (y, x, angles, k, v, scratch)
         )
         pointers = ffi.new("void *[]", [k_]), ffi.new("void *[]", [v_])
         head_stride, starts = ffi.new("int64_t[]", [(start + T) * head_dim]), ffi.new("int64_t[]", [start])
+        structs, layer_stride = ffi.new("nl_layer_weights *[]", [layer.struct]), ffi.new("int64_t[1]")
         code = FORMATS["F16" if dtype == np.float16 else "F32"].code
-        arguments = ffi.new("nl_layer_args *")
+        arguments = ffi.new("nl_layers_args *")
         arguments.y, arguments.x, arguments.freqs_cis = y_, x_, angles_
-        arguments.weights, arguments.scratch, arguments.B, arguments.T = layer.struct, scratch_, 1, T
-        arguments.cache = [*pointers, code, head_dim, head_stride, starts]
-        status = lib.nl_layer(arguments, 0, lib.NL_STEPS, 0, 1, 2)
+        arguments.weights, arguments.scratch, arguments.B, arguments.T = structs, scratch_, 1, T
+        arguments.cache = [*pointers, code, head_dim, head_stride, layer_stride, starts]
+        status = lib.nl_layers(arguments, 0, lib.NL_STEPS, 0, 1, 2)
         assert status == 0
         np.testing.assert_array_equal(bits(y), bits(expected))
 
@@ -323,7 +324,7 @@ def test_an_interrupted_call_counts_nothing(rng, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Kernels, "layer", interrupt)
+    monkeypatch.setattr(Kernels, "layers", interrupt)
     x = np.zeros((4, 1, SMALL.dim), np.float32)
     with pytest.raises(KeyboardInterrupt):
         model.layers[1](x[:1], 4, model.freqs_cis[:1], caches[0])
@@ -343,8 +344,8 @@ def test_what_does_not_fit_is_refused(rng):
     with pytest.raises(MismatchError, match="do not fit the layer"):
         layer(x[..., :-1], 0, model.freqs_cis[:2], KVCache(SMALL, 3, 6))
     with pytest.raises(MismatchError, match="3 sequences, 1 starts"):
-        model.layers[0].kernels.layer(
-            layer.weights, x, [0], model.freqs_cis[:2], *KVCache(SMALL, 3, 6).k[:, :1]
+        model.layers[0].kernels.layers(
+            [layer.weights], x, [0], model.freqs_cis[:2], *KVCache(SMALL, 3, 6).k[:, :1, None]
         )
 
 

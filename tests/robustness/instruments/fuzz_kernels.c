@@ -392,18 +392,20 @@ void fuzz_layer(void) {
     int status[3];
     for (int run = 0; run < 3; run++) {
         layer_room *m = &made[run];
-        m->y = room(4 * tokens * w.D), m->scratch = room(nl_layer_bytes(&w, tokens));
+        m->y = room(4 * tokens * w.D), m->scratch = room(nl_layers_bytes(&w, tokens));
         for (int64_t b = 0; b < B; b++) {
             m->keys[b] = memcpy(room(w.K * head[b] * size), old[0][b], (size_t)(w.K * head[b] * size));
             m->values[b] = memcpy(room(w.K * head[b] * size), old[1][b], (size_t)(w.K * head[b] * size));
         }
         if (run == 2) nl_use_isa("scalar");
         status[run] = 0;
-        const nl_layer_args a = {
+        const int64_t one_layer[MAX_B] = {0};
+        const nl_layer_weights *const weights[] = {&w};
+        const nl_layers_args a = {
             .y = m->y,
             .x = x,
-            .weights = &w,
-            .cache = {m->keys, m->values, half ? F16 : F32, w.Dh, head, start},
+            .weights = weights,
+            .cache = {m->keys, m->values, half ? F16 : F32, w.Dh, head, one_layer, start},
             .freqs_cis = freqs,
             .freqs_cis_stride = each_its_own ? angles : 0,
             .B = B,
@@ -412,8 +414,8 @@ void fuzz_layer(void) {
         };
         for (int step = 0; step < (run == 1 ? NL_STEPS : 1); step++)
             for (int64_t part = 0; part < (run == 1 ? parts : 1) && !status[run]; part++)
-                status[run] = nl_layer(&a, run == 1 ? step : 0, run == 1 ? step + 1 : NL_STEPS, part,
-                                       run == 1 ? parts : 1, 1);
+                status[run] = nl_layers(&a, run == 1 ? step : 0, run == 1 ? step + 1 : NL_STEPS, part,
+                                        run == 1 ? parts : 1, 1);
     }
     nl_use_isa(isa);
     check(status[0] == status[1], "in parts another status");

@@ -1,7 +1,9 @@
 """Builds the C kernels; everything else about the package is in pyproject.toml."""
 
+import os
 import shutil
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
@@ -18,12 +20,20 @@ Install one, with Python's headers, and run the same command again:
 
 
 class BuildKernels(build_ext):
-    """The usual build, with one clear message where there is no compiler."""
+    """The usual build, with a file on each CPU, and one clear message where there is no compiler."""
 
     def build_extension(self, ext):
         compiler = self.compiler.compiler[0] if hasattr(self.compiler, "compiler") else "cl"
         if not shutil.which(compiler):
             raise SystemExit(NO_COMPILER.format(why=f"{compiler!r} is not on the PATH"))
+        one_by_one = self.compiler.compile
+
+        def at_once(sources, *arguments, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = [pool.submit(one_by_one, [source], *arguments, **options) for source in sources]
+            return [made for job in jobs for made in job.result()]
+
+        self.compiler.compile = at_once
         try:
             super().build_extension(ext)
         except CompileError as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["pack.c", "linear.c", "quantized_activations.c", "attention.c", "layer.c", "probe.c"]
-SOURCES += ["avx2.c", "avx512.c", "dispatch.c"]  # their vector forms, and the choice among them
+SOURCES = ["avx2.c", "avx512.c", "dispatch.c"]  # all vector forms, and the choice among them: the longest
+SOURCES += ["pack.c", "linear.c", "quantized_activations.c", "attention.c", "layer.c", "probe.c"]
 SOURCES += ["formats.c", "quantize.c", "watch.c", "team.c"]
 
 COMPILE = [

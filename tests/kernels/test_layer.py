@@ -159,6 +159,50 @@ def test_threads_and_short_calls_never_change_a_bit(isa, args, lengths, exact, h
         np.testing.assert_array_equal(bits(results[0]), bits(other))
 
 
+@for_each
+@given(configurations(), lengths, st.sampled_from([1 << 27, 1 << 15, 1000]), st.booleans(), seeds)
+def test_layers_in_one_call_are_each_alone(isa, args, lengths, work, exact, seed):
+    """To the bit, in calls of any length."""
+    rng = np.random.default_rng(seed)
+    model, _ = two_models(replace(args, n_layers=3), mixed_weights(rng, replace(args, n_layers=3)), 2, exact)
+    x = rng.standard_normal((2, sum(lengths), args.dim), dtype=np.float32)
+    caches = [KVCache(model.args, 2, CONTEXT) for _ in range(2)]
+    at = 0
+    for T in lengths:
+        alone = x[:, at : at + T]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "WORK_PER_CALL", work)
+            together = model.run_layers(alone, at, model.freqs_cis[at : at + T], caches[0])
+        for layer in model.layers:
+            alone = layer(alone, at, model.freqs_cis[at : at + T], caches[1])
+        np.testing.assert_array_equal(bits(together), bits(alone))
+        at += T
+    assert caches[0].filled == caches[1].filled == [at] * 3
+    for mine, theirs in zip((caches[0].k, caches[0].v), (caches[1].k, caches[1].v), strict=True):
+        np.testing.assert_array_equal(bits(mine[..., :at, :]), bits(theirs[..., :at, :]))
+
+
+def test_a_pass_is_one_call(rng, monkeypatch):
+    """A layer with an exchanged part, or of another size, has a call of its own."""
+    args = replace(SMALL, n_layers=5)
+    model, _ = two_models(args, mixed_weights(rng, args), 2, exact=False)
+    wide, _ = two_models(
+        *(lambda a: (a, mixed_weights(rng, a)))(replace(args, hidden_dim=96)), 2, exact=False
+    )
+    calls, layers = [], Kernels.layers
+    monkeypatch.setattr(Kernels, "layers", lambda k, w, *rest: calls.append(len(w)) or layers(k, w, *rest))
+    other = model.layers[1].attention.wq
+    for parts, expected in [
+        ({}, [5]),
+        ({"layers.1.attention.wq": lambda x: other(x)}, [1, 3]),
+        ({"layers.3": wide.layers[3]}, [3, 1, 1]),
+        ({"layers.2": lambda h, *rest: h}, [2, 2]),
+    ]:
+        calls.clear()
+        model.with_parts(parts).hidden([[1, 2, 3]])
+        assert calls == expected
+
+
 def test_a_gate_far_below_zero_is_shut(isa, rng):
     """silu(-1e36) is -0: with nothing from attention either, y is x."""
     weights = mixed_weights(rng, SMALL)

@@ -128,6 +128,7 @@ VEC_INLINE void add_fours(const int format, ints sum[MR][2], const int32_t (*w)[
 VEC_INLINE void add_tile_block(const int format, float *tile, const panel *w, int64_t b, const int32_t *x) {
     const int units = QK / unit_of(format), fours = unit_of(format) / 4;
     const int run = BYTE_RUN(largest_q(format)) < fours ? BYTE_RUN(largest_q(format)) : fours;
+#pragma GCC unroll 2 /* as a loop, its sums would be copied at each turn */
     for (int u = 0; u < units; u++) {
         ints sum[MR][2];
         for (int t = 0; t < MR; t++) sum[t][0] = sum[t][1] = ints_all(x_start(x, TOKEN_GROUP, u)[t]);
@@ -163,7 +164,8 @@ VEC_INLINE void micro_kernel_vectors(const int format, float *tile, const panel 
         const int32_t *second = second_block(&x->second, b, TOKEN_GROUP);
         prefetch_to_l1(block + 4 * x_block_size(TOKEN_GROUP), 4 * x_block_size(TOKEN_GROUP)); /* from L2 */
         for (; block; block = second, second = NULL) {
-            LOADED_FROM_HERE(w); /* gcc would load the panel before the loop, and spill it */
+            LOADED_FROM_HERE(w); /* gcc would load the panel and the tile before the loop, and spill them */
+            LOADED_FROM_HERE(tile);
             add_tile_block(format, tile, w, b, block);
         }
     }

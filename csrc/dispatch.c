@@ -4,26 +4,39 @@
 
 #include <stddef.h>
 #include <string.h>
+#ifdef X86
+#include <cpuid.h>
+#endif
 
-#define TABLE(ISA)                                                                                           \
+/* ISA has the functions for quantized activations, OTHER all else. */
+#define TABLE(ISA, OTHER)                                                                                    \
     static const kernels ISA = {                                                                             \
         .name = #ISA,                                                                                        \
-        .linear = linear_##ISA,                                                                              \
-        .linear_exact = linear_exact_##ISA,                                                                  \
+        .linear = linear_##OTHER,                                                                            \
+        .linear_exact = linear_exact_##OTHER,                                                                \
         .linear_quantized = linear_quantized_##ISA,                                                          \
         .quantize_activations = quantize_activations_##ISA,                                                  \
-        .attention = attention_##ISA,                                                                        \
-        .norm = norm_##ISA,                                                                                  \
-        .swiglu = swiglu_##ISA,                                                                              \
-        .store_head = store_head_##ISA,                                                                      \
-        .exp = exp_##ISA,                                                                                    \
-        .read = read_##ISA,                                                                                  \
-        .fma = fma_##ISA,                                                                                    \
+        .attention = attention_##OTHER,                                                                      \
+        .norm = norm_##OTHER,                                                                                \
+        .swiglu = swiglu_##OTHER,                                                                            \
+        .store_head = store_head_##OTHER,                                                                    \
+        .exp = exp_##OTHER,                                                                                  \
+        .read = read_##OTHER,                                                                                \
+        .fma = fma_##OTHER,                                                                                  \
     };
-TABLE(scalar)
+TABLE(scalar, scalar)
 #ifdef X86
-TABLE(avx2)
-TABLE(avx512)
+TABLE(avx2, avx2)
+TABLE(avx512, avx512)
+#endif
+#ifdef HAS_AVX_VNNI
+TABLE(avx_vnni, avx2)
+
+/* clang 14 has no name to ask for it. `has_avx2` includes whether the system saves the registers. */
+static int cpu_has_avx_vnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
 #endif
 
 /* The index-th table that can run here, fastest first. */
@@ -36,6 +49,9 @@ static const kernels *available(int index) {
                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (has_avx512 && index-- == 0) return &avx512;
+#ifdef HAS_AVX_VNNI
+    if (has_avx2 && cpu_has_avx_vnni() && index-- == 0) return &avx_vnni;
+#endif
     if (has_avx2 && index-- == 0) return &avx2;
 #endif
     return index == 0 ? &scalar : NULL;

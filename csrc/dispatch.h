@@ -11,6 +11,13 @@
 #define X86 1
 #endif
 
+/* gcc 11 and clang 12 have AVX_VNNI, and this header. An older compiler leaves these kernels out. */
+#if defined(X86) && defined(__has_include)
+#if __has_include(<avxvnniintrin.h>)
+#define HAS_AVX_VNNI 1
+#endif
+#endif
+
 typedef struct {
     float *y;
     const void *x; /* float32 (T, IN), or quantized activations */
@@ -78,5 +85,7 @@ DECLARE(scalar)
 DECLARE(avx2)
 DECLARE(avx512)
 #undef DECLARE
+linear_rows linear_quantized_avx_vnni; /* the others are those of avx2 */
+quantize_group quantize_activations_avx_vnni;
 
 #endif

@@ -137,6 +137,7 @@ void linear_quantized_scalar(const linear_args *a, int64_t begin, int64_t end) {
  *
  * Each loop is compiled once for each format. `format` is a constant there, so no branch on it is left. */
 
+#ifndef AVX_VNNI /* where these are those of avx2 */
 VEC_TARGET void VEC(linear_exact)(const linear_args *a, int64_t begin, int64_t end) {
     switch (a->w.format) {
 #define CASE(FORMAT, ...)                                                                                    \
@@ -157,6 +158,7 @@ VEC_TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
     case BF16: gemv_floats(BF16, a, begin, end); break;
     }
 }
+#endif
 
 VEC_TARGET void VEC(linear_quantized)(const linear_args *a, int64_t begin, int64_t end) {
     switch (a->w.format) {

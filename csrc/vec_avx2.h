@@ -1,18 +1,27 @@
 /* The vector functions in AVX2: `vec` is eight floats in one register. vec_avx512.h has the same functions
- * for sixteen. The kernels call these functions and no intrinsics. vec.h lists their assumptions. */
+ * for sixteen. The kernels call these functions and no intrinsics. vec.h lists their assumptions.
+ *
+ * avx_vnni.c defines AVX_VNNI. Then the products of whole numbers are those of AVX_VNNI. */
 #include <immintrin.h>
 
 #include "formats.h"
 
-#define VEC(name) name##_avx2
 #define LANES 8
-#define MR 4        /* linear_gemm.c: tokens x 2 registers of sums, 8 of the 16 */
 #define TILE_ROWS 6 /* attention.c: rows x 2 registers of sums, 12 of the 16 */
 
 /* The products of bytes are summed in 16 bits over BYTE_RUN fours, without an overflow (byte_dot has the
  * table). SIGNED_BYTES: the bytes of Q8_0 keep their sign. */
+#ifdef AVX_VNNI /* as in vec_avx512.h */
+#define VEC(name) name##_avx_vnni
+#define MR 6 /* linear_gemm.c: tokens x 2 registers of sums, 12 of the 16 */
+#define BYTE_RUN(q) 8
+#define SIGNED_BYTES 0
+#else
+#define VEC(name) name##_avx2
+#define MR 4 /* 8 of the 16, because products take registers too */
 #define BYTE_RUN(q) ((q) <= 15 ? 8 : (q) <= 31 ? 4 : (q) <= 63 ? 2 : 1)
 #define SIGNED_BYTES 1
+#endif
 
 /* Each function names its instruction set. A compiler flag would also change the rest of the module. */
 #define VEC_TARGET __attribute__((target("avx2,fma,f16c")))
@@ -132,12 +141,6 @@ VEC_INLINE vec vec_from_low_f16(ints a) {
 }
 
 VEC_INLINE ints shorts_all(int a) { return _mm256_set1_epi16((int16_t)a); }
-/* sum + a0 * b0 + a1 * b1, for the pair of shorts in each 32 bits. */
-VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
-    ints products;
-    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "xm"(b));
-    return sum;
-}
 VEC_INLINE void shorts_store_ints(int16_t *p, ints a) { _mm_storeu_si128((void *)p, low_shorts(a)); }
 VEC_INLINE void bytes_store_ints(int8_t *p, ints a) {
     _mm_storel_epi64((void *)p, _mm_packs_epi16(low_shorts(a), low_shorts(a)));
@@ -150,9 +153,34 @@ VEC_INLINE ints ints_sub(ints a, ints b) { return _mm256_sub_epi32(a, b); }
 VEC_INLINE ints ints_xor(ints a, ints b) { return _mm256_xor_si256(a, b); }
 VEC_INLINE ints ints_or_and(ints a, ints b, ints mask) { return ints_or(a, ints_and(b, mask)); }
 
-/* Sums of products of bytes: `some` begins as byte_dots_begin(sum), takes BYTE_RUN products, and
- * byte_dots_end gives sum + those. vpmaddubsw multiplies bytes without a sign by bytes with one, and adds
- * two products in 16 bits; vpmaddwd adds two such sums in 32 bits. In 16 bits, below 2^15 = 32,768:
+/* dot_pairs: sum + a0 * b0 + a1 * b1, for the pair of shorts in each 32 bits.
+ *
+ * Sums of products of bytes: `some` begins as byte_dots_begin(sum), takes BYTE_RUN products, and
+ * byte_dots_end gives sum + those.
+ *
+ * In assembly, because gcc would multiply first and add later, and spill the products. With intrinsics of
+ * AVX_VNNI it would copy sums. */
+#ifdef AVX_VNNI /* {vex}: not the form of AVX-512 */
+VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
+    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+}
+VEC_INLINE ints byte_dots_begin(ints sum) { return sum; }
+VEC_INLINE ints byte_dots_end(ints some, ints sum) { return (void)sum, some; }
+VEC_INLINE ints byte_dot_lanes(const int is_signed, ints sum, ints a, ints b) {
+    (void)is_signed;
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+}
+#else
+VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
+    ints products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "xm"(b));
+    return sum;
+}
+
+/* vpmaddubsw multiplies bytes without a sign by bytes with one, and adds two products in 16 bits; vpmaddwd
+ * adds two such sums in 32 bits. In 16 bits, below 2^15 = 32,768:
  *
  *     |q| at most     2 products of 127     BYTE_RUN     the largest sum
  *     15              3,810                 8            30,480
@@ -163,7 +191,6 @@ VEC_INLINE ints byte_dots_begin(ints sum) { return (void)sum, ints_zero(); }
 VEC_INLINE ints byte_dots_end(ints some, ints sum) {
     return ints_add(sum, _mm256_madd_epi16(some, shorts_all(1)));
 }
-/* In assembly, because gcc would multiply first and add later, and spill the products. */
 VEC_INLINE ints byte_dot_lanes(const int is_signed, ints some, ints a, ints b) {
     ints products;
     if (is_signed) /* BYTE_RUN is 1, so `some` is 0 */
@@ -171,6 +198,8 @@ VEC_INLINE ints byte_dot_lanes(const int is_signed, ints some, ints a, ints b) {
     __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(some), "=&x"(products) : "x"(a), "xm"(b));
     return some;
 }
+#endif
+
 /* b in memory goes into all lanes. */
 VEC_INLINE ints byte_dot(const int is_signed, ints some, ints a, const int32_t *b) {
     return byte_dot_lanes(is_signed, some, a, ints_all(*b));

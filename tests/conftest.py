@@ -82,7 +82,19 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture(params=kernels.available_isas(), scope="module")
+# Only with quantized activations avx_vnni has functions of its own, and these files test them. All its other
+# functions are those of avx2.
+QUANTIZING = {"test_quantized_activations", "test_micro_kernel", "test_formats_table", "test_layer"}
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        quantizes = metafunc.definition.path.stem in QUANTIZING
+        isas = [isa for isa in kernels.available_isas() if quantizes or isa != "avx_vnni"]
+        metafunc.parametrize("isa", isas, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def isa(request):
     """Each instruction set that this machine has, in turn."""
     before = kernels.isa()

@@ -149,7 +149,8 @@ def compiled_implementations() -> list[Implementation]:
         from ..backend import kernels
     except BuildError:  # `numpy-llama doctor` reports it
         return []
-    return [compiled(isa) for isa in kernels.available_isas()]
+    # In float32 avx_vnni has the functions of avx2.
+    return [compiled(isa) for isa in kernels.available_isas() if isa != "avx_vnni"]
 
 
 def compiled(isa: str) -> Implementation:

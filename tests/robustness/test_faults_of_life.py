@@ -42,7 +42,7 @@ Too little memory, of the machine, the container or `ulimit -v`: refused with th
     test_a_container_that_is_too_small_is_an_error_before_loading, hostile U06,
     test_memory.py::test_loading_beyond_a_limit_is_refused_in_one_line,
     test_memory.py::test_a_container_has_a_limit_and_gives_back_what_only_caches
-A CPU that lacks AVX-512 or AVX2: the next best kernels, in the end the scalar ones; never SIGILL.
+A CPU that lacks AVX-512, AVX_VNNI or AVX2: the next best kernels, in the end the scalar ones; never SIGILL.
     test_the_kernels_are_those_that_the_cpu_has, test_kernels.py::test_the_scalar_kernels_are_always_there,
     test_kernels.py::test_the_instruction_set_can_be_chosen_from_outside, hostile U07
 Two threads with one model: each gets what it gets alone.
@@ -408,6 +408,11 @@ static const char *features;
 static int has(const char *feature) { return strstr(features, feature) != NULL; }
 #define __builtin_cpu_supports has
 #define __builtin_cpu_init()
+#ifdef __x86_64__
+#include <cpuid.h>
+#define __get_cpuid_count(leaf, subleaf, a, b, c, d)\
+    (*(a) = (leaf) == 7 && (subleaf) == 1 && has("avxvnni.") ? 1 << 4 : ~(1 << 4), *(b) = *(c) = *(d) = ~0, 1)
+#endif
 #include "dispatch.c"
 int main(int argc, char **argv) {
     features = argv[argc - 1];
@@ -420,7 +425,7 @@ AVX512 = "avx512f. avx512bw. avx512dq. avx512vl. avx512vnni."
 
 
 def test_the_kernels_are_those_that_the_cpu_has(tmp_path):
-    """csrc/dispatch.c asks the compiler's `__builtin_cpu_supports`; here a CPU is made up instead."""
+    """csrc/dispatch.c asks `__builtin_cpu_supports` and `cpuid`; here a CPU is made up instead."""
     (tmp_path / "cpu.c").write_text(DISPATCH)
     csrc = Path(nl.__file__).parents[1] / "csrc"
     command = [os.environ.get("CC", "cc"), "-no-pie", f"-I{csrc}", "cpu.c", "-o", "cpu"]
@@ -437,6 +442,9 @@ def test_the_kernels_are_those_that_the_cpu_has(tmp_path):
         f"{AVX2} {AVX512.replace('avx512vnni.', '')}": "avx2 scalar",
         f"{AVX2} {AVX512.replace('avx512f.', '')}": "avx2 scalar",
         f"{AVX2} {AVX512}": "avx512 avx2 scalar",
+        "avxvnni.": "scalar",
+        f"{AVX2} avxvnni.": "avx_vnni avx2 scalar",
+        f"{AVX2} {AVX512} avxvnni.": "avx512 avx_vnni avx2 scalar",
     }.items():
         wanted = wanted if x86 else "scalar"
         found = subprocess.run([tmp_path / "cpu", features], capture_output=True, text=True, check=True)

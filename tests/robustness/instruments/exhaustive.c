@@ -66,9 +66,10 @@ static int all_floats(int silu, double demand) {
     kernels isas[MOST_ISAS];
     worst all[MOST_ISAS] = {{0, 0, 0}};
     int n = 0, failed = 0;
-    for (; nl_isa_name(n); n++) {
-        nl_use_isa(nl_isa_name(n));
-        isas[n] = *chosen_kernels();
+    for (int i = 0; nl_isa_name(i); i++) {
+        nl_use_isa(nl_isa_name(i));
+        n -= n > 0 && isas[n - 1].exp == chosen_kernels()->exp; /* avx_vnni has the functions of avx2 */
+        isas[n++] = *chosen_kernels();
     }
 #pragma omp parallel
     {

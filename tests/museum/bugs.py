@@ -243,9 +243,9 @@ BUGS = [
         "a rewound cache still counts what lay behind, in C",
         OURS,
         "numpy_llama/backend/fused.py",
-        "            one.filled[layer] = end\n",
-        "            most = vars(one).setdefault('most', {})\n"
-        "            one.filled[layer] = most[layer] = max(end, most.get(layer, 0))\n",
+        "                one.filled[at_layers] = [end] * len(blocks)\n",
+        "                one.most = max(end, vars(one).get('most', 0))\n"
+        "                one.filled[at_layers] = [one.most] * len(blocks)\n",
         "tests/kernels/test_layer.py",
     ),
     Bug(
@@ -260,8 +260,8 @@ BUGS = [
         "of the caches of a batch only two are checked",
         OURS,
         "numpy_llama/backend/fused.py",
-        "for one, at in zip(caches, starts, strict=True)]\n        for",
-        "for one, at in zip(caches[:2], starts)]\n        ends += [at + T for at in starts[2:]]\n        for",
+        "ends.append(one.check(least_filled, at, one.batch, T))",
+        "ends.append(at + T if len(ends) > 1 else one.check(least_filled, at, one.batch, T))",
         "tests/generation/test_batch.py",
     ),
     # --- files and text

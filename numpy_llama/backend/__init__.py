@@ -48,7 +48,7 @@ def build(
     """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
 
     Weights are used in place, in the mapped file, if the backend can do so. The kernels pack the rows of
-    block formats. `progress` counts the bytes of all others.
+    block formats that are not packed yet. `progress` counts the bytes of all others.
     """
     check_options(dtype, backend)
     if backend == "numpy":

@@ -36,7 +36,9 @@ The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used i
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any, NoReturn
 
 import numpy as np
@@ -48,6 +50,7 @@ from ..errors import MismatchError, ParameterError, UnsupportedError
 QK = 32  # weights in a block
 QK_K = 256  # weights in a block of a K format
 PACKED_ROWS = 16  # rows that lie side by side for the kernels
+CACHE_LINE = 64  # bytes: packed rows begin on a cache line
 X_MAX = {8: np.float32(127 * 128), 14: np.float32(8191), 15: np.float32(127 * 128)}  # quantized activations
 BLOCKS_ABOVE = 3  # times the mean of a token's blocks: from there on 8 bits are too few
 WEIGHTS_AT_ONCE = 1 << 20  # weights that `dequantize` unpacks at a time
@@ -240,6 +243,21 @@ def pack_rows(data: Array, format: "Format") -> Array:
     return np.concatenate(packed, axis=-1).reshape(rows.shape)
 
 
+def unpack_rows(packed: Array, format: "Format", rows: Array) -> Array:
+    """The way back from `pack_rows`, for the rows with these numbers: (...) -> (..., bytes a row)."""
+    blocks = packed.reshape(-1, packed.shape[1] // format.block_bytes, PACKED_ROWS * format.block_bytes)
+    out = np.empty((*rows.shape, blocks.shape[1], format.block_bytes), np.uint8)
+    group, place = np.divmod(rows, PACKED_ROWS)
+    at = 0
+    for size, run in groupby(format.units):
+        end = at + size * len(list(run))
+        units = blocks[..., PACKED_ROWS * at : PACKED_ROWS * end].view(f"u{size}")
+        units = units.reshape(*blocks.shape[:2], -1, PACKED_ROWS)  # (groups, blocks, units, rows)
+        out[..., at:end].view(f"u{size}")[...] = units[group, ..., place]
+        at = end
+    return out.reshape(*rows.shape, packed.shape[1])
+
+
 def _inverse(d: Array) -> Array:
     """1 / d, or 0 if that is infinite. Such a d is 0 as a float16, and so is every weight."""
     return np.divide(1, d, out=np.zeros_like(d), where=np.abs(d) > 2.0**-128)
@@ -274,6 +292,7 @@ class Format:
     block_bytes: int
     dequantize: Callable[[Array], Array]  # (rows, bytes a row) uint8 -> (rows, weights a row) float32
     quantize: Callable[[Array], Array] | None = None  # the way back; None for a format that is only read
+    rows: int = 1  # rows that lie side by side
 
     @property
     def units(self) -> list[int]:
@@ -285,6 +304,17 @@ class Format:
     def row_bytes(self, n: int) -> int:
         """Bytes that a row of n weights takes."""
         return n // self.block * self.block_bytes
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a weight takes: its rows are rounded up to whole groups."""
+        rows = math.prod(shape[:-1])
+        return (rows + -rows % self.rows) * self.row_bytes(shape[-1])
+
+    @property
+    def packed(self) -> "Format":
+        """The format of the same rows after `pack_rows`. ggml has no type of its number: others refuse it."""
+        name, code = f"{self.name} packed", PACKED_ROWS << 16 | self.code
+        return replace(self, name=name, code=code, rows=PACKED_ROWS)
 
 
 FORMATS = {
@@ -303,6 +333,7 @@ FORMATS = {
         Format("BF16", 30, 1, 2, dequantize_bf16, quantize_bf16),
     ]
 }
+PACKED = {f.packed.name: f for f in FORMATS.values() if f.block > 1}  # the format of the rows, unpacked
 
 
 class InPlace:
@@ -359,7 +390,7 @@ class StoredTensor(InPlace):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape[:-1]) * self.format.row_bytes(self.shape[-1])
+        return self.format.nbytes(self.shape)
 
     @property
     def in_place(self) -> bool:
@@ -381,12 +412,16 @@ class StoredTensor(InPlace):
             return self
         return StoredTensor(self.format, self.shape, self.data, self.row_order)
 
+    def stored_rows(self, index: Any) -> np.ndarray:
+        """The bytes of rows in the model's order: an index or an array (...) -> (..., bytes a row)."""
+        return self.data[index if self.row_order is None else self.row_order[index]]
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Array:
         """Rows in float32: an index or an array of them (...) -> (..., IN)."""
-        picked = self.data[index if self.row_order is None else self.row_order[index]]
+        picked = self.stored_rows(index)
         rows = np.ascontiguousarray(picked).reshape(-1, picked.shape[-1])
         return self.format.dequantize(rows).reshape(*picked.shape[:-1], self.shape[-1])
 
@@ -419,3 +454,25 @@ class StoredTensor(InPlace):
                 f"rows of {x.shape[-1]} weights, {format.name} needs a multiple of {format.block}"
             )
         return cls(format, x.shape, format.quantize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])))
+
+
+class PackedTensor(StoredTensor):
+    """A weight (OUT, IN) whose bytes are those of `pack_rows`, in a mapped file.
+
+    The kernels use `packed` in place. Every other use unpacks the rows that it takes.
+    """
+
+    def __init__(self, format: Format, shape: tuple[int, ...], packed: np.ndarray):
+        super().__init__(format, shape, lambda: unpack_rows(packed, format, np.arange(shape[0])))
+        self.packed = packed  # (OUT rounded up to whole groups, bytes a row)
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        return np.arange(len(self))
+
+    def stored_rows(self, index: Any) -> np.ndarray:
+        return unpack_rows(self.packed, self.format, self._numbers[index])

@@ -28,7 +28,17 @@ from ..errors import (
     escape,
     is_whole,
 )
-from .formats import FORMATS, MAX_F16, PACKED_ROWS, QK, Format, InPlace, StoredTensor, quantize_activations
+from .formats import (
+    CACHE_LINE,
+    FORMATS,
+    MAX_F16,
+    QK,
+    Format,
+    InPlace,
+    PackedTensor,
+    StoredTensor,
+    quantize_activations,
+)
 from .limits import available_cpus as available_cpus
 from .limits import stack_bytes, too_many_threads, too_small_stack
 
@@ -65,7 +75,6 @@ ATTENTION_ROWS, ATTENTION_WORK = lib.NL_QUERY_ROWS, 16
 ACTIVATION_BITS = 8, 15  # the fast way, and the way of more accuracy
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # the formats that `convert` writes
 MAX_HEAD_DIM = lib.NL_MAX_DH
-CACHE_LINE = 64
 # Bytes that the kernels need of a thread's stack; the panels of a GEMM take 120 KiB.
 STACK_OF_KERNELS = 192 << 10
 ATTENTION_STEP = lib.NL_ATTENTION
@@ -204,9 +213,9 @@ def watch(file_map: mmap.mmap, name: str) -> None:
 class KernelWeight(InPlace):
     """A StoredTensor (OUT, IN) in the form that the kernels take: IN is a multiple of 32.
 
-    Rows of a block format are packed (`pack_rows`). Others are used in place, unless IN is not such a
-    multiple: each row then gets zeros at its end. Rows keep the order of the file; if the model's order is
-    another one, `linear` reorders its outputs.
+    Rows of a block format are packed (`pack_rows`), here or already in the file. Others are used in place,
+    unless IN is not such a multiple: each row then gets zeros at its end. Rows keep the order of the file; if
+    the model's order is another one, `linear` reorders its outputs.
     """
 
     def __init__(self, tensor: StoredTensor, threads: int = 1):
@@ -216,11 +225,15 @@ class KernelWeight(InPlace):
         self.tensor, self.shape, self.format = tensor, tensor.shape, tensor.format
         self.row_order = tensor.row_order
         pad = -tensor.shape[1] % QK
-        rows = np.pad(tensor.data, ((0, 0), (0, self.format.row_bytes(pad)))) if pad else tensor.data
-        self.width, self.rows = tensor.shape[1] + pad, np.ascontiguousarray(rows)
-        if packs(self.format):
-            self.rows = _packed(self.rows, self.format, threads)
-            tensor.forget()
+        self.width = tensor.shape[1] + pad
+        if isinstance(tensor, PackedTensor):
+            self.rows = tensor.packed
+        else:
+            rows = np.pad(tensor.data, ((0, 0), (0, self.format.row_bytes(pad)))) if pad else tensor.data
+            self.rows = np.ascontiguousarray(rows)
+            if packs(self.format):
+                self.rows = pack(self.rows, self.format, threads)
+                tensor.forget()
         self.pointer = ffi.from_buffer(self.rows)
         self.matrix = ffi.new("nl_matrix *", (self.pointer, self.format.code, self.shape[0], self.width))
 
@@ -237,15 +250,15 @@ def packs(format: Format) -> bool:
     return format.block > 1
 
 
-def _packed(rows: Array, format: Format, threads: int) -> Array:
+def pack(rows: Array, format: Format, threads: int) -> Array:
     """= pack_rows(rows, format), at the rate of the memory. It begins on a cache line."""
     OUT, row_bytes = rows.shape
-    shape = -(-OUT // PACKED_ROWS) * PACKED_ROWS, row_bytes
-    room = np.empty(shape[0] * row_bytes + CACHE_LINE, np.uint8)
-    packed = room[-room.ctypes.data % CACHE_LINE :][: len(room) - CACHE_LINE].reshape(shape)
+    IN = row_bytes // format.block_bytes * format.block
+    room = np.empty(format.packed.nbytes((OUT, IN)) + CACHE_LINE, np.uint8)
+    packed = room[-room.ctypes.data % CACHE_LINE :][: len(room) - CACHE_LINE]
+    packed = packed.reshape(OUT + -OUT % format.packed.rows, row_bytes)
     if packed.size:
         to = ffi.from_buffer(packed, require_writable=True)
-        IN = row_bytes // format.block_bytes * format.block
         threads = team(1 if _forked or packed.size < WORK_FOR_THREADS else threads)
         _check(lib.nl_pack(to, ffi.from_buffer(rows), format.code, OUT, IN, threads), format)
     return packed
@@ -475,9 +488,8 @@ class Kernels(InPlace):
         IN = tensor.shape[-1]
         if len(tensor.shape) != 2 or IN % format.block:
             raise MismatchError(f"a tensor of shape {tensor.shape} cannot be stored in {format.name}")
-        order, rows = tensor.row_order, range(len(tensor))[begin_row:end_row]
-        src = tensor.data[rows.start : rows.stop] if order is None else tensor.data[order[rows]]
-        src = np.ascontiguousarray(src)
+        rows = range(len(tensor))[begin_row:end_row]
+        src = np.ascontiguousarray(tensor.stored_rows(slice(rows.start, rows.stop)))
         dst = np.empty((len(rows), format.row_bytes(IN)), np.uint8)
         if dst.size == 0:
             return dst

@@ -128,10 +128,8 @@ class Comparison:
 
     def _same_bytes(self) -> bool:
         a, b = self.found, self.wanted
-        return (
-            a.format == b.format
-            and (_same_order(a.row_order, b.row_order))
-            and all(np.array_equal(a.data[part], b.data[part]) for part in _parts(a))
+        return a.format == b.format and all(
+            np.array_equal(a.stored_rows(part), b.stored_rows(part)) for part in _parts(a)
         )
 
     def _measure(
@@ -272,13 +270,7 @@ def _scale(b: np.ndarray, block: int) -> np.ndarray:
 
 
 def _row(tensor: StoredTensor, row: int) -> np.ndarray:
-    if len(tensor.shape) == 1:
-        return tensor.data
-    return tensor.data[row if tensor.row_order is None else tensor.row_order[row]]
-
-
-def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is b if a is None or b is None else np.array_equal(a, b)
+    return tensor.data if len(tensor.shape) == 1 else tensor.stored_rows(row)
 
 
 def _parts(tensor: StoredTensor) -> Iterator[slice]:

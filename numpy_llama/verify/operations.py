@@ -200,7 +200,8 @@ class Walk:
         x = self.norm("norm", h, norm)
         for begin in range(0, len(output), OUTPUT_ROWS):
             rows = slice(begin, begin + OUTPUT_ROWS)
-            part = StoredTensor(output.format, (len(output.data[rows]), output.shape[1]), output.data[rows])
+            stored = output.stored_rows(rows)
+            part = StoredTensor(output.format, (len(stored), output.shape[1]), stored)
             self.w, self.dense = {"output": part}, {"output": part.dequantize()}
             look(None, "output", self.dense["output"])
             self.linear("output", x)

@@ -4,6 +4,11 @@
     q8               every matrix in Q8_0
     q4               the layers in Q4_0; the embedding and the output matrix in Q8_0, because every token
                      uses one row of each
+    None             every matrix in the format that it has; only for a packed file
+
+A packed file has the rows of block formats as the kernels take them (`pack_rows`), so that loading copies
+nothing. Other programs refuse it. An embedding that is no output matrix too is not packed: only its rows are
+used.
 
 What this file promises: OUT is either the old file or the whole new file, read back and compared. An error
 names which of the two. A full disk, Ctrl-C, a kill or a loss of power leaves a file of another name.
@@ -21,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Progress
-from ..backend.formats import FORMATS, Format, StoredTensor
+from ..backend.formats import CACHE_LINE, FORMATS, PACKED, PACKED_ROWS, Format, StoredTensor
 from ..config import ModelArgs
 from ..errors import FormatError, MismatchError, NumericsError, ParameterError, ResourceLimitError
 from ..text.chat import CHAT_FORMATS
@@ -46,12 +51,16 @@ def target_format(name: str, shape: tuple[int, ...], dtype: str) -> Format:
 def convert(
     source: Checkpoint,
     out: Path,
-    dtype: str,
+    dtype: str | None,
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
+    packed: bool = False,
 ) -> Path:
-    """Write `source` to the file `out`; -> its path. progress(what, done, total) counts bytes."""
-    if dtype not in DTYPES:
+    """Write `source` to the file `out`; -> its path. progress(what, done, total) counts bytes.
+
+    dtype: one of DTYPES, or None for a packed file whose weights keep their formats.
+    """
+    if dtype not in DTYPES and not (dtype is None and packed):
         raise ParameterError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
     weights, out = source.weights(), Path(os.path.realpath(out))
     if out.exists():
@@ -61,12 +70,13 @@ def convert(
     if weights["output.weight"] is weights["tok_embeddings.weight"]:
         del names["output.weight"]
     extra = gguf_tensors(source.args)
-    formats = {ours: target_format(ours, weights[ours].shape, dtype) for ours in names}
+    formats = target_formats({ours: weights[ours] for ours in names}, dtype, packed)
     plan = [(theirs, formats[ours], weights[ours].shape) for ours, theirs in names.items()]
     plan += [(name, tensor.format, tensor.shape) for name, tensor in extra.items()]
     source.tokenizer().check_rows(source.args.vocab_size)
     vocabulary = padded(source.tokenizer().metadata, source.args.vocab_size)
     metadata = model_metadata(source.args) | vocabulary | chat_metadata(source)
+    metadata |= {"general.alignment": CACHE_LINE} if packed else {}
     head, infos = layout(plan, metadata)
     total = infos[-1].offset + infos[-1].nbytes
     tensors = [weights[ours] for ours in names] + list(extra.values())
@@ -75,10 +85,11 @@ def convert(
         with part.open("xb") as file:
             file.write(head)
             done, sums = 0, []
-            for info, tensor in zip(infos, tensors, strict=True):
+            for info, tensor, (_, format, _) in zip(infos, tensors, plan, strict=True):
                 digest = hashlib.blake2b()
                 where = f"{source.path}: {info.name}"
-                for piece in write_tensor(file, info, converted(where, tensor, info.type_name, threads)):
+                pieces = converted(where, tensor, format, threads, keep=dtype is None)
+                for piece in write_tensor(file, info, pieces):
                     digest.update(piece.data)
                     progress("converting", done := done + piece.nbytes, total)
                 sums.append(digest.digest())
@@ -98,6 +109,26 @@ def convert(
             ) from None
         raise FormatError(f"{out} cannot be written: {error.strerror}") from None
     return out
+
+
+def target_formats(weights: Mapping[str, StoredTensor], dtype: str | None, packed: bool) -> dict[str, Format]:
+    """The format of each weight in the new file. ParameterError if no weight of a packed file is packed."""
+    formats = {name: target_format(name, w.shape, dtype or "f32") for name, w in weights.items()}
+    if dtype is None:
+        formats |= {name: w.format for name, w in weights.items() if len(w.shape) > 1}
+    if not packed:
+        return formats
+    multiplied = [
+        name for name in weights if name != "tok_embeddings.weight" or "output.weight" not in weights
+    ]
+    to_pack = {name: formats[name].packed for name in multiplied if formats[name].block > 1}
+    if not to_pack:
+        found = ", ".join(dict.fromkeys(format.name for format in formats.values()))
+        raise ParameterError(f"nothing to pack: {found} weights are used as they are; choose dtype q8 or q4")
+    if dtype is None and (expanded := [name for name, w in weights.items() if not w.in_place]):
+        what = "the kernels do not take its format, so it cannot be kept"
+        raise ParameterError(f"{expanded[0]}: {what}; choose dtype q8 or q4")
+    return formats | to_pack
 
 
 def check_replaceable(source: Checkpoint, out: Path) -> None:
@@ -138,25 +169,33 @@ def _replace(out: Path, write: Callable[[Path], None]) -> None:
         ) from None
 
 
-def converted(where: str, tensor: StoredTensor, to: str, threads: int | None) -> Iterator[np.ndarray]:
+def converted(
+    where: str, tensor: StoredTensor, to: Format, threads: int | None, keep: bool = False
+) -> Iterator[np.ndarray]:
     """The bytes of a weight in another format, some rows at a time, in the model's order.
 
-    NumericsError, with `where` in its message, if a weight is NaN or too large for the format `to`.
+    keep: the weight has that format already, and its bytes are copied. NumericsError, with `where` in its
+    message, if a weight is NaN or too large for the format `to`.
     """
-    format = FORMATS[to]
+    format = PACKED.get(to.name, to)
     if len(tensor.shape) == 1:
-        yield finite(where, StoredTensor.quantize(tensor.dequantize(), format).data, to)
+        yield finite(where, StoredTensor.quantize(tensor.dequantize(), format).data, format.name)
         return
-    from ..backend.kernels import Kernels  # only here: the readers work without the C extension
+    from ..backend.kernels import Kernels, pack  # only here: the readers work without the C extension
 
     kernels, tensor = Kernels(threads), tensor.realize()
-    rows = max(1, BYTES_AT_ONCE // format.row_bytes(tensor.shape[-1]))
+    rows = max(1, BYTES_AT_ONCE // to.nbytes((PACKED_ROWS, tensor.shape[-1]))) * PACKED_ROWS
     for begin in range(0, len(tensor), rows):
+        end = min(begin + rows, len(tensor))
         try:
-            piece = kernels.convert(tensor, format, begin, min(begin + rows, len(tensor)))
+            if keep:
+                piece = tensor.stored_rows(slice(begin, end))
+            else:
+                piece = kernels.convert(tensor, format, begin, end)
         except ParameterError as error:
             raise NumericsError(f"{where}: {error}") from None
-        yield finite(where, piece, to)
+        piece = finite(where, piece, format.name)
+        yield piece if to is format else pack(piece, format, kernels.threads)
 
 
 def finite(where: str, data: np.ndarray, to: str) -> np.ndarray:

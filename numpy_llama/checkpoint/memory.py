@@ -1,7 +1,7 @@
 """The memory that a model needs, computed from its headers before loading, and the memory that is available.
 
     weights used in place, in the mapped file    as large as in the file
-    weights made on loading                      packed rows, joined shards, float32 for NumPy
+    weights made on loading                      rows that are packed then, joined shards, float32 for NumPy
     KV cache                                     2 * n_layers * K * Dh numbers a position
     scratch                                      RoPE's table, and the activations of the widest step
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..backend import cache_dtype
-from ..backend.formats import PACKED_ROWS, QK, StoredTensor
+from ..backend.formats import QK, PackedTensor, StoredTensor
 from ..backend.limits import groups, numbers
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
@@ -99,8 +99,10 @@ def memory_plan(
         if backend == "numpy" or dtype is not None:
             in_place = w.in_place and w.format.name == "F32" and itemsize == 4 and w.row_order is None
             mapped, made = (mapped + expanded, made) if in_place else (mapped, made + expanded)
+        elif isinstance(w, PackedTensor):
+            mapped += w.packed.nbytes
         elif w.format.block > 1 and len(w.shape) == 2 and not (only_rows and w is embedding):
-            made += w.nbytes // rows * (-(-rows // PACKED_ROWS) * PACKED_ROWS)
+            made += w.format.packed.nbytes(w.shape)
         elif w.in_place and w.shape[-1] % QK == 0:
             mapped += w.nbytes
         else:

@@ -1,7 +1,8 @@
 """Write a model to one GGUF file, which loads without conversion.
 
 MODEL is any model that numpy-llama runs. The C kernels use the weights of OUT directly from the file. OUT is
-replaced only when the new file is complete and has been read back.
+replaced only when the new file is complete and has been read back. With --packed the weights lie as the
+kernels read them: loading copies nothing, but other programs cannot read the file.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from ..checkpoint import open_checkpoint
 from ..checkpoint.convert import DTYPES, convert
 from ..checkpoint.download import locate
 from ..checkpoint.memory import gib
+from ..errors import ParameterError
 from . import common
 
 
@@ -19,8 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        required=True,
-        help="the format of the weights: q8 has 8 bits, q4 has 4",
+        help="the format of the weights: q8 has 8 bits, q4 has 4; with --packed it may be left out",
+    )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="pack the rows of block formats; without --dtype every weight keeps its format",
     )
     parser.add_argument(
         "-t", "--threads", type=common.whole_number(1), metavar="N", help="threads to use [all CPUs]"
@@ -28,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.dtype is None and not args.packed:
+        raise ParameterError(f"--dtype is missing, it must be one of {', '.join(DTYPES)}")
     with common.transfer_bar() as progress:
         source = open_checkpoint(locate(args.model, progress))
-        out = convert(source, args.out, args.dtype, args.threads, progress)
-    common.note(f"{out}: {gib(out.stat().st_size)}, {args.dtype}")
+        out = convert(source, args.out, args.dtype, args.threads, progress, args.packed)
+    how = ", ".join([args.dtype] * bool(args.dtype) + ["packed"] * args.packed)
+    common.note(f"{out}: {gib(out.stat().st_size)}, {how}")

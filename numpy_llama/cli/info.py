@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:<16} {value}")
     print()
     for name, shape, type_name, n in kinds(checkpoint):
-        print(f"{name:<44} {shape:<14} {type_name:<6} {n}")
+        print(f"{name:<44} {shape:<14} {type_name:<11} {n}")
 
 
 def contents(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

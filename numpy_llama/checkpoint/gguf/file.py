@@ -9,6 +9,9 @@ What this file promises: nothing is used unchecked. Counts, lengths and offsets 
 integers, which cannot overflow. They are compared with the limits below and with the file's size
 before they are used. Opening reads only the header; weights and long arrays stay on disk until
 they are used. The format is described in ggml's docs/gguf.md.
+
+A file of `convert --packed` has weights of other types: the number of rows side by side times 65536, plus
+ggml's type of a row. ggml and its readers refuse these numbers.
 """
 
 import os
@@ -23,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backend.formats import FORMATS, StoredTensor
+from ...backend.formats import FORMATS, PACKED, PACKED_ROWS, PackedTensor, StoredTensor
 from ...errors import (
     ConfigError,
     FormatError,
@@ -66,6 +69,7 @@ VALUE_TYPES = (
 # Tensor types by number: name, weights in a block, bytes of a block (ggml-common.h). A file with types that
 # this program cannot run is still checked and described. The gaps are types that ggml has removed.
 TENSOR_TYPES = {f.code: (f.name, f.block, f.block_bytes) for f in FORMATS.values()} | {
+    **{f.packed.code: (name, f.block, f.block_bytes) for name, f in PACKED.items()},  # only ours
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     9: ("Q8_1", 32, 36), 20: ("IQ4_NL", 32, 18), 39: ("MXFP4", 32, 17), 10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
@@ -103,6 +107,10 @@ class GGUFFile:
         data = self.file.bytes_at(info.offset, info.nbytes, escape(name))
         if info.type_name in FORMATS:
             return StoredTensor(FORMATS[info.type_name], info.shape, data)
+        if info.type_name in PACKED:
+            format = PACKED[info.type_name]
+            packed = data.reshape(-1, format.row_bytes(info.shape[-1]))
+            return PackedTensor(format, info.shape, packed)
         dequantize = _dequantizer(info.type_name, f"{self.path}: {escape(name)}")
         rows = data.reshape(prod(info.shape[:-1]), -1)
 
@@ -381,12 +389,22 @@ class _Reader:
         dims = [self.number("Q", f"a dimension of {field}") for _ in range(n_dims)]
         self.check(all(0 < n < 1 << 63 for n in dims), f"{field}: dimensions {dims} not in 1..2^63-1")
         type = self.number("I", f"the type of {field}")
+        packed_rows, of_row = divmod(type, 1 << 16)
+        self.check(
+            packed_rows in (0, PACKED_ROWS) or of_row not in TENSOR_TYPES,
+            f"{field} has groups of {packed_rows} packed rows, this program reads groups of {PACKED_ROWS}; "
+            "convert the original model again",
+            UnsupportedError,
+        )
         self.check(type in TENSOR_TYPES, f"{field} is of unknown type {type}; {RUNNABLE}", UnsupportedError)
         type_name, block, block_bytes = TENSOR_TYPES[type]
         self.check(
             dims[0] % block == 0, f"{field}: row not a multiple of block: {dims[0]}, {type_name} {block}"
         )
+        self.check(packed_rows == 0 or n_dims == 2, f"{field} is {type_name} and has {n_dims} axes, wanted 2")
         nbytes = prod(dims) // block * block_bytes
+        if packed_rows:  # the file holds whole groups
+            nbytes = PACKED[type_name].packed.nbytes((dims[1], dims[0]))
         self.check(nbytes <= MAX_TENSOR, f"{field}: {nbytes} bytes, at most {MAX_TENSOR}", ResourceLimitError)
         offset = self.number("Q", f"the offset of {field}")
         return TensorInfo(name, type_name, tuple(reversed(dims)), offset, nbytes)

@@ -20,16 +20,17 @@ def layout(
 ) -> tuple[bytes, list[TensorInfo]]:
     """-> the header, and the place of each tensor in the file that begins with it."""
     infos, records, end = [], [], 0
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     for name, format, shape in tensors:
-        nbytes = int(np.prod(shape[:-1], dtype=object)) * format.row_bytes(shape[-1])
+        nbytes = format.nbytes(shape)
         dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         records.append(_string(name) + dims + struct.pack("<IQ", format.code, end))
         infos.append(TensorInfo(name, format.name, shape, end, nbytes))
-        end += nbytes + -nbytes % ALIGNMENT
+        end += nbytes + -nbytes % alignment
     entries = [_string(key) + _value(key, value) for key, value in metadata.items()]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries))
     head += b"".join(entries) + b"".join(records)
-    head += bytes(-len(head) % ALIGNMENT)
+    head += bytes(-len(head) % alignment)
     return head, [TensorInfo(i.name, i.type_name, i.shape, len(head) + i.offset, i.nbytes) for i in infos]
 
 

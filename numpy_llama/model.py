@@ -130,9 +130,8 @@ class Transformer:
         B sequences of different lengths have B different start_pos, in batch.py's cache.
         """
         h = F.embedding(np.asarray(tokens), self.tok_embeddings)
-        B, T, _ = h.shape
-        freqs_cis = F.freqs_cis_at(self.freqs_cis, start_pos, T)
-        return self.run_layers(h, start_pos, freqs_cis, cache or self.new_cache(B, T))
+        freqs_cis = F.freqs_cis_at(self.freqs_cis, start_pos, h.shape[1])
+        return self.run_layers(h, start_pos, freqs_cis, cache or self.new_cache(*h.shape[:2]))
 
     def run_layers(self, h: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
         """All layers, one after another: (B, T, D) -> (B, T, D)."""
@@ -150,8 +149,6 @@ class Transformer:
         This model is unchanged, and both use the same weights. Each layer stores into the cache by its place.
         """
         model = with_parts(self, parts)
-        attentions = [getattr(layer, "attention", None) for layer in model.layers]
-        own = {
-            f"layers.{i}.attention.layer": i for i, a in enumerate(attentions) if getattr(a, "layer", i) != i
-        }
+        found = [getattr(layer, "attention", None) for layer in model.layers]
+        own = {f"layers.{i}.attention.layer": i for i, a in enumerate(found) if getattr(a, "layer", i) != i}
         return with_parts(model, {**own, "args": replace(model.args, n_layers=len(model.layers))})

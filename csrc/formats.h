@@ -80,7 +80,7 @@ INLINE int largest_q(int format) {
 }
 
 /* Weights with one scale: a sub-block of a K format, a block of the others. */
-INLINE int unit_of(int format) { return format == Q6_K ? 16 : QK; }
+INLINE int scale_weights(int format) { return format == Q6_K ? 16 : QK; }
 
 /* The kernels' step along a row: a block, or 32 single numbers. */
 INLINE int64_t block_weights(int format) { return is_single(format) ? QK : format_of(format).weights; }

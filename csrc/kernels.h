@@ -70,7 +70,8 @@ int64_t nl_activations_bytes(int64_t T, int64_t IN);
 int nl_quantize_activations(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
                             int threads);
 
-/* The same as nl_linear, with the activations that nl_quantize_activations has made for w's format. */
+/* The same as nl_linear, with the activations that nl_quantize_activations has made for w's format. Only
+ * where nl_quantizes_activations is 1. */
 int nl_linear_quantized(float *y, const void *activations, int64_t T, const nl_matrix *w, int64_t begin,
                         int64_t end, int threads);
 

@@ -74,7 +74,7 @@ int nl_linear_exact(float *y, const float *x, int64_t T, const nl_matrix *w, int
 
 int nl_linear_quantized(float *y, const void *activations, int64_t T, const nl_matrix *w, int64_t begin,
                         int64_t end, int threads) {
-    if (w->format == F32) return NL_UNKNOWN_FORMAT; /* F32 never takes quantized activations */
+    if (!nl_quantizes_activations(w->format, T)) return NL_UNKNOWN_FORMAT;
     const linear_args a = {.y = y, .x = activations, .T = T, .w = *w};
     return linear(chosen_kernels()->linear_quantized, &a, begin, end, threads);
 }

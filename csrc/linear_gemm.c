@@ -15,8 +15,8 @@
  * multipliers are the limit. The tile stays in memory, in L1: its registers are needed for sums.
  *
  * Block formats multiply bytes, F16 and BF16 pairs of 16-bit integers: quantized_activations.c. Products are
- * summed in int32, a unit of weights at a time, and none overflows: 32 * 255 * 127 and 32 * 8191 * 8191 are
- * below 2^31. The order of the sums is that of linear_gemv.c.
+ * summed in int32, the weights of one scale at a time, and none overflows: 32 * 255 * 127 and 32 * 8191 *
+ * 8191 are below 2^31. The order of the sums is that of linear_gemv.c.
  *
  * In the exact way a panel is floats, and its micro-kernel has an FMA in place of the integer products.
  *
@@ -90,15 +90,15 @@ INLINE int32_t dot_of_fours(const int format, int32_t w, int32_t x) {
 
 /* tile += block b of the panel, times a block of x. */
 static void add_tile_block_scalar(int format, float *tile, const panel *w, int64_t b, const int32_t *x) {
-    const int units = QK / unit_of(format), fours = unit_of(format) / 4;
+    const int scales = QK / scale_weights(format), fours = scale_weights(format) / 4;
     for (int t = 0; t < MR; t++)
         for (int r = 0; r < NR; r++) {
             float *y = tile + t * NR + r;
-            for (int u = 0; u < units; u++) {
-                int32_t dot = x_start(x, TOKEN_GROUP, u)[t];
-                for (int k = u * fours; k < (u + 1) * fours; k++)
+            for (int i = 0; i < scales; i++) {
+                int32_t dot = x_start(x, TOKEN_GROUP, i)[t];
+                for (int k = i * fours; k < (i + 1) * fours; k++)
                     dot += dot_of_fours(format, w->fours[8 * b + k][r], x[k * TOKEN_GROUP + t]);
-                *y = fmaf((float)dot, w->d[b * units + u][r] * x_dx(x, TOKEN_GROUP)[t], *y);
+                *y = fmaf((float)dot, w->d[b * scales + i][r] * x_dx(x, TOKEN_GROUP)[t], *y);
             }
             if (has_minima(format)) *y = fmaf(w->m[b][r], x_sums(x, TOKEN_GROUP)[t], *y);
         }
@@ -126,17 +126,17 @@ VEC_INLINE void add_fours(const int format, ints sum[MR][2], const int32_t (*w)[
 }
 
 VEC_INLINE void add_tile_block(const int format, float *tile, const panel *w, int64_t b, const int32_t *x) {
-    const int units = QK / unit_of(format), fours = unit_of(format) / 4;
+    const int scales = QK / scale_weights(format), fours = scale_weights(format) / 4;
     const int run = BYTE_RUN(largest_q(format)) < fours ? BYTE_RUN(largest_q(format)) : fours;
 #pragma GCC unroll 2 /* as a loop, its sums would be copied at each turn */
-    for (int u = 0; u < units; u++) {
+    for (int i = 0; i < scales; i++) {
         ints sum[MR][2];
-        for (int t = 0; t < MR; t++) sum[t][0] = sum[t][1] = ints_all(x_start(x, TOKEN_GROUP, u)[t]);
-        for (int from = u * fours; from < (u + 1) * fours; from += run)
+        for (int t = 0; t < MR; t++) sum[t][0] = sum[t][1] = ints_all(x_start(x, TOKEN_GROUP, i)[t]);
+        for (int from = i * fours; from < (i + 1) * fours; from += run)
             add_fours(format, sum, w->fours + 8 * b, x, from, run);
-        const int last = u + 1 == units && has_minima(format);
+        const int last = i + 1 == scales && has_minima(format);
         for (int h = 0; h < 2; h++) {
-            const vec d = vec_load(w->d[b * units + u] + h * LANES);
+            const vec d = vec_load(w->d[b * scales + i] + h * LANES);
             const vec m = last ? vec_load(w->m[b] + h * LANES) : vec_zero();
             for (int t = 0; t < MR; t++) {
                 float *to = tile + t * NR + h * LANES;

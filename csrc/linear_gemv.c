@@ -100,12 +100,12 @@ VEC_INLINE void gemv_floats(const int format, const linear_args *a, int64_t begi
 /* y[t] += the products of a block of weights, q with the scales d and minima m, with the block x. */
 VEC_INLINE void add_block(const int format, const int T, vec *y, const ints q[8], const vec *d, vec m,
                           const int32_t *x) {
-    const int units = QK / unit_of(format), fours = unit_of(format) / 4;
+    const int scales = QK / scale_weights(format), fours = scale_weights(format) / 4;
     for (int t = 0; t < T; t++) {
-        for (int u = 0; u < units; u++) {
-            const ints start = ints_all(x_start(x, T, u)[t]);
-            const ints sum = byte_dots(format, start, q + u * fours, x + u * fours * T + t, T, fours);
-            y[t] = vec_fma(vec_from_ints(sum), vec_mul(d[u], vec_all(x_dx(x, T)[t])), y[t]);
+        for (int i = 0; i < scales; i++) {
+            const ints start = ints_all(x_start(x, T, i)[t]);
+            const ints sum = byte_dots(format, start, q + i * fours, x + i * fours * T + t, T, fours);
+            y[t] = vec_fma(vec_from_ints(sum), vec_mul(d[i], vec_all(x_dx(x, T)[t])), y[t]);
         }
         if (has_minima(format)) y[t] = vec_fma(m, vec_all(x_sums(x, T)[t]), y[t]);
     }
@@ -123,15 +123,15 @@ typedef struct {
 
 VEC_INLINE void unpack_and_add(const int format, const int T, vec *y, const gemv_step *s, const int b) {
     const nl_format f = format_of(format);
-    const int units = QK / unit_of(format), in_block = (int)block_weights(format) / QK;
+    const int scales = QK / scale_weights(format), in_block = (int)block_weights(format) / QK;
     const int64_t bytes = PACKED_ROWS * f.bytes / in_block;
     const uint8_t *p = is_k(format) ? s->weights : s->weights + b * bytes;
     ints q[8];
     vec d[2], m = vec_zero();
     if (s->column == 0) prefetch_to_l1(s->weights + b * bytes + PREFETCH_AHEAD, bytes);
     unpack_block(format, q, p, b, s->column);
-    for (int u = 0; u < units; u++)
-        d[u] = is_k(format) ? vec_load(s->d + (b * units + u) * LANES) : f16_of_rows(p, f.d, s->column);
+    for (int i = 0; i < scales; i++)
+        d[i] = is_k(format) ? vec_load(s->d + (b * scales + i) * LANES) : f16_of_rows(p, f.d, s->column);
     if (has_minima(format)) m = is_k(format) ? vec_load(s->m + b * LANES) : f16_of_rows(p, f.m, s->column);
     const int32_t *x = s->first + b * x_block_size(T), *second = second_block(&s->second, b, T);
     for (; x; x = second, second = NULL) add_block(format, T, y, q, d, m, x);

@@ -104,7 +104,7 @@ VEC_INLINE float quantize_block(int16_t *q, const float *x, float max, float lar
 /* ---------------------------------------------------------------- bytes
  *
  * G tokens of a group lie side by side: T of a GEMV, TOKEN_GROUP of a GEMM. A block of x is 32 numbers of
- * each of them, in 4-byte units:
+ * each of them, in arrays whose elements have 4 bytes:
  *
  *     fours      int8[8][G][4]       numbers 4 k .. 4 k + 3 of a token are the four bytes k
  *     dx         float[G]            of the first bytes 128 dx
@@ -118,7 +118,7 @@ VEC_INLINE float quantize_block(int16_t *q, const float *x, float max, float lar
 INLINE int64_t x_block_size(int64_t G) { return 12 * G; }
 INLINE const float *x_dx(const int32_t *block, int64_t G) { return (const float *)(block + 8 * G); }
 INLINE const float *x_sums(const int32_t *block, int64_t G) { return (const float *)(block + 9 * G); }
-INLINE const int32_t *x_start(const int32_t *block, int64_t G, int unit) { return block + (10 + unit) * G; }
+INLINE const int32_t *x_start(const int32_t *block, int64_t G, int half) { return block + (10 + half) * G; }
 
 /* The first bytes of a group from number pc on. A panel begins there. */
 INLINE const int32_t *first_bytes_of(const void *activations, int64_t G, int64_t groups, int64_t IN,

@@ -25,7 +25,7 @@ VEC_INLINE vec f16_of_rows(const uint8_t *p, int at, int64_t column) {
 
 /* ---------------------------------------------------------------- scales
  *
- * Of up to KC weights, packed at p: d[unit][column ...] and m[block][column ...], with rows of `stride`
+ * Of up to KC weights, packed at p: d[scale][column ...] and m[block][column ...], with rows of `stride`
  * floats. In a K format d is d * s, which is exact: 11 bits times 8. */
 
 /* Q4_K and Q5_K begin with 16 bytes: d, dmin, and the scales s and minima m of eight sub-blocks of 32
@@ -180,7 +180,7 @@ typedef struct {
         int32_t fours[KC / 4][NR]; /* q of block formats */
         int32_t pairs[KC / 2][NR]; /* rounded F16 and BF16 */
     };
-    float d[KC / 16][NR], m[KC / QK][NR]; /* d for each unit of the format, m for each 32 weights */
+    float d[KC / 16][NR], m[KC / QK][NR]; /* d for each scale of the format, m for each 32 weights */
     float floats[KC][NR];                 /* the exact way: the weights themselves */
 } panel;
 
@@ -203,7 +203,7 @@ VEC_INLINE void unpack_packed(const int format, panel *to, const uint8_t *p, int
 VEC_INLINE void dequantize_panel(const int format, panel *w, int64_t kc, int64_t column) {
     const int zero = byte_zero(format);
     for (int64_t four = 0; four < kc / 4; four++) {
-        const vec d = vec_load(w->d[4 * four / unit_of(format)] + column);
+        const vec d = vec_load(w->d[4 * four / scale_weights(format)] + column);
         const vec m = has_minima(format) ? vec_load(w->m[4 * four / QK] + column) : vec_zero();
         const ints q = ints_load(w->fours[four] + column);
         for (int i = 0; i < 4; i++) {

@@ -170,6 +170,8 @@ def test_every_entry_point_refuses_an_unknown_format(isa):
     f32, q4_1 = FORMATS["F32"].code, FORMATS["Q4_1"].code  # one is never quantized, the other never written
     matrix = ffi.new("nl_matrix *", (w, f32, 1, QK))
     assert lib.nl_linear_quantized(y, x, 9, matrix, 0, 1, 1) == lib.NL_UNKNOWN_FORMAT
+    bf16 = ffi.new("nl_matrix *", (w, FORMATS["BF16"].code, 1, QK))  # quantized from nine tokens on
+    assert lib.nl_linear_quantized(y, x, lib.NL_GEMV_TOKENS, bf16, 0, 1, 1) == lib.NL_UNKNOWN_FORMAT
     assert lib.nl_pack(y, w, f32, 1, QK, 1) == lib.NL_UNKNOWN_FORMAT
     assert lib.nl_convert(y, q4_1, w, f32, 1, QK, 1) == lib.NL_UNKNOWN_FORMAT
     assert not any(y)

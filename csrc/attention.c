@@ -77,14 +77,16 @@ INLINE int64_t visible_positions(const nl_attention_args *a, const query_block *
     return a->begin + (qb->first + row) / qb->n_rep + a->S - a->T + 1;
 }
 
-/* The key, or the value, of position j: Dh elements. */
-INLINE const uint8_t *key_at(const nl_attention_args *a, const query_block *qb, int64_t j) {
+/* The key, or the value, of position j: Dh elements. `format` is that of the arguments, as a constant where
+ * the caller has it. */
+INLINE const uint8_t *key_at(const int format, const nl_attention_args *a, const query_block *qb, int64_t j) {
     const int64_t *s = a->k_strides, offset = qb->b * s[0] + j * s[1] + qb->kv_head * s[2];
-    return (const uint8_t *)a->k + offset * element_bytes(a->format);
+    return (const uint8_t *)a->k + bytes_of(format, offset);
 }
-INLINE const uint8_t *value_at(const nl_attention_args *a, const query_block *qb, int64_t j) {
+INLINE const uint8_t *value_at(const int format, const nl_attention_args *a, const query_block *qb,
+                               int64_t j) {
     const int64_t *s = a->v_strides, offset = qb->b * s[0] + j * s[1] + qb->kv_head * s[2];
-    return (const uint8_t *)a->v + offset * element_bytes(a->format);
+    return (const uint8_t *)a->v + bytes_of(format, offset);
 }
 
 /* The softmax state of a query block after some positions. */
@@ -201,16 +203,18 @@ void attention_scalar(const nl_attention_args *a, int64_t index, int64_t span_be
     (void)scratch;
     for (int64_t row = 0; row < qb.rows; row++) {
         const float *q = a->q + row_offset(a, &qb, row);
-        float *o = state.o + row * padded(a->Dh), m = -FLT_MAX, l = 0; /* -inf - -inf would be NaN */
+        float k[MAX_DH], v[MAX_DH], *o = state.o + row * padded(a->Dh);
+        float m = -FLT_MAX, l = 0; /* -inf - -inf would be NaN */
         for (int64_t d = 0; d < a->Dh; d++) o[d] = 0;
         for (int64_t j = span_begin; j < span_begin + KV_SPAN && j < visible_positions(a, &qb, row); j++) {
-            const uint8_t *k = key_at(a, &qb, j), *v = value_at(a, &qb, j);
+            load_head(k, a->format, key_at(a->format, a, &qb, j), a->Dh);
+            load_head(v, a->format, value_at(a->format, a, &qb, j), a->Dh);
             float score = 0;
-            for (int64_t d = 0; d < a->Dh; d++) score += q[d] * load_element(a->format, k, d);
+            for (int64_t d = 0; d < a->Dh; d++) score += q[d] * k[d];
             score *= scale;
             const float higher = score > m ? score : m;
             const float before = expf(m - higher), here = expf(score - higher);
-            for (int64_t d = 0; d < a->Dh; d++) o[d] = o[d] * before + here * load_element(a->format, v, d);
+            for (int64_t d = 0; d < a->Dh; d++) o[d] = o[d] * before + here * v[d];
             l = l * before + here;
             m = higher;
         }
@@ -289,25 +293,37 @@ VEC_INLINE vec vec_exp(vec x) {
     return vec_zero_below(x, lowest, vec_times_2_to(n, p));
 }
 
-VEC_INLINE vec load_vec(const int format, const uint8_t *p) {
-    return format == F16 ? vec_from_f16(p) : vec_load(p);
+/* Elements d .. d + LANES - 1 of the row at p. Those of Q8_0 are without their scale: they are q. */
+VEC_INLINE vec load_lanes(const int format, const uint8_t *p, uint64_t d) {
+    switch (format) {
+    case F32: return vec_load(p + 4 * d);
+    case F16: return vec_from_f16(p + 2 * d);
+    }
+    return vec_from_i8(p + d / QK * format_of(Q8_0).bytes + format_of(Q8_0).quants + d % QK);
 }
 
-/* c (rows, TILE_COLS) = alpha * c + a (rows, n) @ b (n, TILE_COLS).
+/* The same, multiplied by their scale. */
+VEC_INLINE vec load_scaled(const int format, const uint8_t *p, uint64_t d) {
+    const vec x = load_lanes(format, p, d);
+    return format == Q8_0 ? vec_mul(x, vec_all_f16(p + d / QK * format_of(Q8_0).bytes)) : x;
+}
+
+/* c (rows, TILE_COLS) = alpha * c + a (rows, n) @ b[:, d : d + TILE_COLS].
  * alpha has one number a row; NULL: c starts at 0. b_stride is in bytes. Unless `next` is NULL, as many bytes
- * as b has are prefetched from there. */
+ * as are read of b are prefetched from there. */
 VEC_INLINE void attention_micro_kernel(const int rows, float *c, int64_t c_stride, const float *alpha,
                                        const float *a, const int64_t a_stride, const int format,
-                                       const uint8_t *b, int64_t b_stride, int64_t n, const uint8_t *next) {
-    const int64_t half = LANES * element_bytes(format);
+                                       const uint8_t *b, int64_t b_stride, int64_t d, int64_t n,
+                                       const uint8_t *next) {
+    const int64_t bytes = bytes_of(format, TILE_COLS);
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < 2; w++)
             sum[r][w] =
                 alpha ? vec_mul(vec_all(alpha[r]), vec_load(c + r * c_stride + w * LANES)) : vec_zero();
     for (int64_t i = 0; i < n; i++, a++, b += b_stride) {
-        const vec left = load_vec(format, b), right = load_vec(format, b + half);
-        if (next) prefetch_to_l2(next + i * 2 * half, 2 * half);
+        const vec left = load_lanes(format, b, d), right = load_lanes(format, b, d + LANES);
+        if (next) prefetch_to_l2(next + i * bytes, bytes);
         for (int r = 0; r < rows; r++) {
             const vec a_r = vec_all(a[r * a_stride]);
             sum[r][0] = vec_fma(a_r, left, sum[r][0]);
@@ -339,16 +355,18 @@ VEC_INLINE int64_t visible_in_block(const kv_block *b, int64_t row) {
 }
 
 /* k[i] = the key of position `from` + i of the block; zeros behind the block's last. */
-VEC_INLINE void key_pointers(const uint8_t *k[], int count, const kv_block *b, int64_t from) {
+VEC_INLINE void key_pointers(const int format, const uint8_t *k[], int count, const kv_block *b,
+                             int64_t from) {
     static const uint8_t zeros[4 * MAX_DH];
-    for (int i = 0; i < count; i++) k[i] = from + i < b->n ? key_at(b->a, &b->qb, b->j + from + i) : zeros;
+    for (int i = 0; i < count; i++)
+        k[i] = from + i < b->n ? key_at(format, b->a, &b->qb, b->j + from + i) : zeros;
 }
 
 /* Lane l of x[i] = element d + i of key l, and 0 from Dh on. */
 VEC_INLINE void load_transposed(vec x[LANES], const int format, const uint8_t *const k[LANES], int64_t d,
                                 int64_t Dh) {
     if (d + LANES <= Dh) {
-        for (int i = 0; i < LANES; i++) x[i] = load_vec(format, k[i] + d * element_bytes(format));
+        for (int i = 0; i < LANES; i++) x[i] = load_scaled(format, k[i], d);
         vec_transpose(x);
         return;
     }
@@ -358,23 +376,39 @@ VEC_INLINE void load_transposed(vec x[LANES], const int format, const uint8_t *c
     for (int i = 0; i < LANES; i++) x[i] = vec_load(rest[i]);
 }
 
+/* scales[j][i] = the scale of block j of the head at `heads`, i positions behind it, and 0 from n on. */
+VEC_INLINE void load_scales(float scales[][DECODE_KV_BLOCK], const uint8_t *heads, int64_t stride, int64_t n,
+                            int64_t Dh) {
+    uint16_t d[MAX_DH / QK][DECODE_KV_BLOCK] = {{0}};
+    for (int64_t j = 0; j < Dh / QK; j++)
+        for (int64_t i = 0; i < n; i++) d[j][i] = load_u16(heads + i * stride + bytes_of(Q8_0, j * QK));
+    for (int64_t j = 0; j < Dh / QK; j++)
+        for (int64_t i = 0; i < DECODE_KV_BLOCK; i += LANES) vec_store(scales[j] + i, vec_from_f16(d[j] + i));
+}
+
 /* s[row .. row + 3] = q[row .. row + 3] @ k.T, with the keys in place. The LANES sums of one step stay in
- * registers. Then each is added across its lanes. */
-VEC_INLINE void decode_scores(const kv_block *b, int64_t row) {
-    const int64_t Dh = b->a->Dh, bytes = element_bytes(F16);
-    const uint8_t *v = value_at(b->a, &b->qb, b->j), *k[DECODE_KEYS];
+ * registers. Then each is added across its lanes. A key in Q8_0 is multiplied by its scales. */
+VEC_INLINE void decode_scores(const int format, const kv_block *b, int64_t row,
+                              float scales[][DECODE_KV_BLOCK]) {
+    const int64_t Dh = b->a->Dh, step = format == Q8_0 ? QK : LANES, bytes = bytes_of(format, step);
+    const uint8_t *k[DECODE_KEYS], *v = value_at(format, b->a, &b->qb, b->j);
     for (int64_t from = 0; from < b->n; from += DECODE_KEYS) {
         vec sum[DECODE_KEYS][SMALL_TILE];
         for (int i = 0; i < DECODE_KEYS; i++)
             for (int r = 0; r < SMALL_TILE; r++) sum[i][r] = vec_zero();
-        key_pointers(k, DECODE_KEYS, b, from);
-        for (int64_t d = 0; d < Dh; d += LANES) {
-            vec x[DECODE_KEYS];
-            for (int i = 0; i < DECODE_KEYS; i++) x[i] = load_vec(F16, k[i] + d * bytes);
-            prefetch_to_l2(v + (from * Dh + d * DECODE_KEYS) * bytes, DECODE_KEYS * LANES * bytes);
-            for (int r = 0; r < SMALL_TILE; r++) {
-                const vec q = vec_load(b->q + (row + r) * MAX_DH + d);
-                for (int i = 0; i < DECODE_KEYS; i++) sum[i][r] = vec_fma(q, x[i], sum[i][r]);
+        key_pointers(format, k, DECODE_KEYS, b, from);
+        for (int64_t j = 0; j < Dh / step; j++, v += DECODE_KEYS * bytes) {
+            prefetch_to_l2(v, DECODE_KEYS * bytes);
+            for (int64_t e = 0; e < step; e += LANES) {
+                vec x[DECODE_KEYS];
+                for (int i = 0; i < DECODE_KEYS; i++) {
+                    x[i] = load_lanes(format, k[i] + j * bytes, e);
+                    if (format == Q8_0) x[i] = vec_mul(x[i], vec_all(scales[j][from + i]));
+                }
+                for (int r = 0; r < SMALL_TILE; r++) {
+                    const vec q = vec_load(b->q + (row + r) * MAX_DH + j * step + e);
+                    for (int i = 0; i < DECODE_KEYS; i++) sum[i][r] = vec_fma(q, x[i], sum[i][r]);
+                }
             }
         }
         for (int i = 0; i < DECODE_KEYS; i++) {
@@ -390,7 +424,7 @@ VEC_INLINE void pack_keys_transposed(const int format, const kv_block *b, int64_
     const uint8_t *k[LANES];
     vec x[LANES];
     for (int64_t half = 0; half < TILE_COLS; half += LANES) {
-        key_pointers(k, LANES, b, from + half);
+        key_pointers(format, k, LANES, b, from + half);
         for (int64_t d = 0; d < b->a->Dh; d += LANES) {
             load_transposed(x, format, k, d, b->a->Dh);
             for (int i = 0; i < LANES; i++) vec_store(b->panel + (d + i) * TILE_COLS + half, x[i]);
@@ -402,11 +436,10 @@ VEC_INLINE void pack_keys_transposed(const int format, const kv_block *b, int64_
  */
 VEC_INLINE void pack_values(const int format, const kv_block *b, int64_t d) {
     for (int64_t i = 0; i < b->n; i++) {
-        const uint8_t *v = value_at(b->a, &b->qb, b->j + i);
+        const uint8_t *v = value_at(format, b->a, &b->qb, b->j + i);
         float *to = b->panel + i * TILE_COLS;
         if (d + TILE_COLS <= b->a->Dh)
-            for (int e = 0; e < TILE_COLS; e += LANES)
-                vec_store(to + e, load_vec(format, v + (d + e) * element_bytes(format)));
+            for (int e = 0; e < TILE_COLS; e += LANES) vec_store(to + e, load_scaled(format, v, d + e));
         else
             for (int e = 0; e < TILE_COLS; e++) to[e] = d + e < b->a->Dh ? load_element(format, v, d + e) : 0;
     }
@@ -441,37 +474,50 @@ VEC_INLINE void online_softmax(const kv_block *b) {
 VEC_INLINE void prefill_scores(const int rows, const kv_block *b, int64_t row, int64_t from) {
     if (from < visible_in_block(b, row + rows - 1))
         attention_micro_kernel(rows, b->s + row * KV_BLOCK + from, KV_BLOCK, NULL, b->q + row * MAX_DH,
-                               MAX_DH, F32, (const uint8_t *)b->panel, TILE_COLS * sizeof(float), b->a->Dh,
+                               MAX_DH, F32, (const uint8_t *)b->panel, TILE_COLS * sizeof(float), 0, b->a->Dh,
                                NULL);
 }
 
-/* o = alpha * o + p @ v, for elements d .. d + TILE_COLS - 1 of some rows. v points to element d of position
- * j. One tile takes the positions that all rows see. On the diagonal each row then adds the others that it
- * sees. */
-VEC_INLINE void accumulate_output(const int rows, const kv_block *b, int64_t row, int64_t d, const int format,
-                                  const uint8_t *v, int64_t v_stride, const uint8_t *next) {
+/* o = alpha * o + p @ v, for elements d .. d + TILE_COLS - 1 of some rows. They are elements v_d and so on of
+ * the rows of v. One tile takes the positions that all rows see. On the diagonal each row then adds the
+ * others that it sees. */
+VEC_INLINE void accumulate_output(const int rows, const kv_block *b, int64_t row, int64_t d, const float *p,
+                                  const int64_t p_stride, const int format, const uint8_t *v,
+                                  int64_t v_stride, int64_t v_d, const uint8_t *next) {
     const int64_t o_stride = padded(b->a->Dh), all_see = visible_in_block(b, row);
-    const float *p = b->s + row * KV_BLOCK, one = 1;
+    const float one = 1;
     float *o = b->state.o + row * o_stride + d;
-    attention_micro_kernel(rows, o, o_stride, b->alpha + row, p, KV_BLOCK, format, v, v_stride, all_see,
+    attention_micro_kernel(rows, o, o_stride, b->alpha + row, p, p_stride, format, v, v_stride, v_d, all_see,
                            next);
     if (visible_in_block(b, row + rows - 1) == all_see) return;
     for (int r = 0; r < rows; r++)
-        attention_micro_kernel(1, o + r * o_stride, o_stride, &one, p + r * KV_BLOCK + all_see, KV_BLOCK,
-                               format, v + all_see * v_stride, v_stride,
+        attention_micro_kernel(1, o + r * o_stride, o_stride, &one, p + r * p_stride + all_see, p_stride,
+                               format, v + all_see * v_stride, v_stride, v_d,
                                visible_in_block(b, row + r) - all_see, NULL);
 }
 
-VEC_INLINE void decode_block(const kv_block *b) {
+VEC_INLINE void decode_block(const int format, const kv_block *b) {
     const nl_attention_args *a = b->a;
-    const int64_t bytes = element_bytes(F16), rows = b->qb.rows;
-    const uint8_t *v = value_at(a, &b->qb, b->j), *next_k = key_at(a, &b->qb, b->j + DECODE_KV_BLOCK);
-    for (int64_t row = 0; row < rows; row += SMALL_TILE) decode_scores(b, row);
+    const int64_t rows = b->qb.rows, v_stride = bytes_of(format, a->v_strides[1]);
+    const uint8_t *v = value_at(format, a, &b->qb, b->j);
+    const uint8_t *next_k = key_at(format, a, &b->qb, b->j + DECODE_KV_BLOCK);
+    float scales[MAX_DH / QK][DECODE_KV_BLOCK], p_scaled[SMALL_TILE][DECODE_KV_BLOCK];
+    if (format == Q8_0)
+        load_scales(scales, key_at(format, a, &b->qb, b->j), bytes_of(format, a->k_strides[1]), b->n, a->Dh);
+    for (int64_t row = 0; row < rows; row += SMALL_TILE) decode_scores(format, b, row, scales);
     online_softmax(b);
+    if (format == Q8_0) load_scales(scales, v, v_stride, b->n, a->Dh);
     for (int64_t d = 0; d < a->Dh; d += TILE_COLS)
-        for (int64_t row = 0; row < rows; row += SMALL_TILE)
-            accumulate_output(SMALL_TILE, b, row, d, F16, v + d * bytes, a->v_strides[1] * bytes,
-                              next_k + d * DECODE_KV_BLOCK * bytes);
+        for (int64_t row = 0; row < rows; row += SMALL_TILE) {
+            const float *p = b->s + row * KV_BLOCK;
+            for (int r = 0; r < (format == Q8_0 ? SMALL_TILE : 0); r++)
+                for (int i = 0; i < DECODE_KV_BLOCK; i += LANES)
+                    vec_store(p_scaled[r] + i,
+                              vec_mul(vec_load(p + r * KV_BLOCK + i), vec_load(scales[d / QK] + i)));
+            accumulate_output(SMALL_TILE, b, row, d, format == Q8_0 ? p_scaled[0] : p,
+                              format == Q8_0 ? DECODE_KV_BLOCK : KV_BLOCK, format, v, v_stride, d,
+                              next_k + bytes_of(format, d * DECODE_KV_BLOCK));
+        }
 }
 
 VEC_INLINE void prefill_block(const int format, const kv_block *b) {
@@ -487,9 +533,11 @@ VEC_INLINE void prefill_block(const int format, const kv_block *b) {
     for (int64_t d = 0; d < b->a->Dh; d += TILE_COLS) {
         pack_values(format, b, d);
         for (int64_t row = 0; row < in_tiles; row += TILE_ROWS)
-            accumulate_output(TILE_ROWS, b, row, d, F32, panel, panel_stride, NULL);
+            accumulate_output(TILE_ROWS, b, row, d, b->s + row * KV_BLOCK, KV_BLOCK, F32, panel, panel_stride,
+                              0, NULL);
         for (int64_t row = in_tiles; row < rows; row += SMALL_TILE)
-            accumulate_output(SMALL_TILE, b, row, d, F32, panel, panel_stride, NULL);
+            accumulate_output(SMALL_TILE, b, row, d, b->s + row * KV_BLOCK, KV_BLOCK, F32, panel,
+                              panel_stride, 0, NULL);
     }
 }
 
@@ -509,16 +557,15 @@ VEC_TARGET void VEC(attention)(const nl_attention_args *a, int64_t index, int64_
         const float *q = a->q + row_offset(a, &b.qb, row);
         for (int64_t d = 0; d < a->Dh; d++) b.q[row * MAX_DH + d] = q[d] * scale;
     }
-    const int decode = a->format == F16 && a->T <= NL_GEMV_TOKENS && a->Dh % TILE_COLS == 0;
+    const int decode = a->format != F32 && a->T <= NL_GEMV_TOKENS && a->Dh % TILE_COLS == 0;
     const int64_t step = decode ? DECODE_KV_BLOCK : KV_BLOCK;
     for (; b.j < span_end; b.j += step) {
         b.n = span_end - b.j < step ? span_end - b.j : step;
-        if (decode)
-            decode_block(&b);
-        else if (a->format == F16)
-            prefill_block(F16, &b);
-        else
-            prefill_block(F32, &b);
+        switch (a->format) {
+        case F32: prefill_block(F32, &b); break;
+        case F16: decode ? decode_block(F16, &b) : prefill_block(F16, &b); break;
+        case Q8_0: decode ? decode_block(Q8_0, &b) : prefill_block(Q8_0, &b); break;
+        }
     }
 }
 

@@ -85,6 +85,7 @@ INLINE int scale_weights(int format) { return format == Q6_K ? 16 : QK; }
 /* The kernels' step along a row: a block, or 32 single numbers. */
 INLINE int64_t block_weights(int format) { return is_single(format) ? QK : format_of(format).weights; }
 INLINE int64_t block_bytes(int format) { return format_of(format).bytes * (is_single(format) ? QK : 1); }
+INLINE int64_t bytes_of(int format, int64_t n) { return n * block_bytes(format) / block_weights(format); }
 
 /* ---------------------------------------------------------------- numbers in bytes */
 
@@ -146,13 +147,6 @@ INLINE uint16_t float_to_half(float f) {
 }
 
 INLINE float load_f16(const uint8_t *p) { return half_to_float(load_u16(p)); }
-
-/* The formats of keys and values: F32 and F16. */
-INLINE int is_cached(int format) { return format == F32 || format == F16; }
-INLINE int64_t element_bytes(const int format) { return format == F16 ? 2 : 4; }
-INLINE float load_element(const int format, const uint8_t *p, int64_t i) {
-    return format == F16 ? load_f16(p + 2 * i) : load_f32(p + 4 * i);
-}
 
 /* ---------------------------------------------------------------- packed rows
  *
@@ -221,6 +215,57 @@ INLINE float weight(const int format, const uint8_t *p, int s, int i) {
     }
     }
     return NAN; /* not reached: every entry point refuses an unknown format */
+}
+
+/* ---------------------------------------------------------------- keys and values
+ *
+ * The Dh numbers of a head are F32, F16, or blocks of Q8_0. */
+
+INLINE int is_cached(int format) { return format == F32 || format == F16 || format == Q8_0; }
+
+/* Number i of the head at p. */
+INLINE float load_element(const int format, const uint8_t *p, int64_t i) {
+    if (format == F32) return load_f32(p + 4 * i);
+    if (format == F16) return load_f16(p + 2 * i);
+    return weight(Q8_0, p + bytes_of(Q8_0, i / QK * QK), (int)(i % QK) / 16, (int)(i % 16));
+}
+
+/* The Dh numbers of the head at p. */
+INLINE void load_head(float *to, int format, const uint8_t *p, int64_t Dh) {
+    switch (format) {
+    case F32: memcpy(to, p, sizeof(float) * (size_t)Dh); break;
+    case F16:
+        for (int64_t i = 0; i < Dh; i++) to[i] = load_f16(p + 2 * i);
+        break;
+    case Q8_0:
+        for (int64_t i = 0; i < Dh; i += QK)
+            for (int e = 0; e < QK; e++) to[i + e] = weight(Q8_0, p + bytes_of(Q8_0, i), e / 16, e % 16);
+        break;
+    }
+}
+
+INLINE void store_u16(uint8_t *p, uint16_t u) { memcpy(p, &u, sizeof u); }
+
+/* 1 / d, or 0 where that is infinite: such a d is 0 as a float16, and so is every weight. */
+INLINE float inverse(float d) { return bits_of_abs(d) > 0x00200000 ? 1 / d : 0; } /* 2^-128 */
+
+/* The bits of the largest |w| of a block. */
+INLINE uint32_t largest(const float *w) {
+    int32_t most = 0; /* signed: SSE2 has no comparison of unsigned ones */
+    for (int i = 0; i < QK; i++) most = (int32_t)bits_of_abs(w[i]) > most ? (int32_t)bits_of_abs(w[i]) : most;
+    return (uint32_t)most;
+}
+
+/* A block of Q8_0: d = max|w| / 127; q = w / d, rounded half away from zero. Where some w is not finite, q is
+ * 0 and d is not finite: then each d * q is a NaN. */
+INLINE void quantize_q8_0(uint8_t *p, const float *w) {
+    const uint32_t most = largest(w);
+    const float d = float_of_bits(most) / 127, inverse_d = inverse(d);
+    store_u16(p, float_to_half(d));
+    for (int i = 0; i < QK; i++) {
+        const float q = w[i] * inverse_d, half = float_of_bits((bits_of_float(q) & SIGN) | HALF);
+        p[2 + i] = most < 0x7f800000 ? (uint8_t)(int32_t)(q + half) : 0;
+    }
 }
 
 #endif

@@ -84,7 +84,7 @@ typedef struct {
     float *out;                         /* (B, T, H, Dh) */
     const float *q;                     /* (B, T, H, Dh) */
     const void *k, *v;                  /* (B, S, K, Dh) */
-    int format;                         /* of k and v: F32 or F16 */
+    int format;                         /* of k and v: F32, F16 or Q8_0 */
     int64_t B, T, S, H, K, Dh;          /* Dh at most NL_MAX_DH */
     int64_t k_strides[3], v_strides[3]; /* from one batch, one position, one head to the next */
     int64_t begin, end;                 /* the queries of T to compute */
@@ -111,7 +111,7 @@ typedef struct {
 typedef struct {
     void *const *keys;           /* keys[b] (layers, K, start[b] + T, Dh) */
     void *const *values;         /* values[b] (layers, K, start[b] + T, Dh) */
-    int format;                  /* of both: F32 or F16 */
+    int format;                  /* of both: F32, F16 or Q8_0 */
     int64_t position_stride;     /* from one position to the next */
     const int64_t *head_stride;  /* (B,) from one head of sequence b to the next */
     const int64_t *layer_stride; /* (B,) from one layer of sequence b to the next */

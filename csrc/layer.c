@@ -170,32 +170,37 @@ static void set_f16_overflow(int *status) {
     *status = NL_F16_OVERFLOW;
 }
 
+/* Whether a float16 of the head at p is infinite: a number of F16, or a scale of Q8_0. */
+static int has_infinity(int format, const uint8_t *p, int64_t Dh) {
+    const int64_t bytes = format == Q8_0 ? block_bytes(Q8_0) : 2;
+    const int64_t n = format == F32 ? 0 : format == F16 ? Dh : Dh / QK;
+    int found = 0;
+    for (int64_t i = 0; i < n; i++) found |= (load_u16(p + i * bytes) & 0x7fff) == 0x7c00;
+    return found;
+}
+
 /* For each of these heads: its elements in the model's order, rotated unless it is a value, and stored in q
  * or in the cache. Heads are numbered token by token: H of xq, K of xk, K of xv. */
 static void rope_and_cache(const layer_call *c, range heads) {
     const nl_layer_weights *w = c->w;
     const nl_kv_cache *cache = &c->a->cache;
-    const int64_t H = w->H, K = w->K, Dh = w->Dh, T = c->a->T, bytes = element_bytes(cache->format);
+    const int64_t H = w->H, K = w->K, Dh = w->Dh, T = c->a->T;
     for (int64_t i = heads.begin; i < heads.end; i++) {
         const int64_t token = i / (H + 2 * K), head = i % (H + 2 * K), b = token / T, t = token % T;
         const int is_q = head < H, is_v = head >= H + K;
         const int64_t h = is_q ? head : is_v ? head - H - K : head - H;
         const float *stored = is_q ? c->xq + token * H * Dh : (is_v ? c->xv : c->xk) + token * K * Dh;
         const int64_t *order = is_q ? w->q_order : is_v ? NULL : w->k_order;
-        uint8_t *to = (uint8_t *)(is_v ? cache->values[b] : cache->keys[b]) +
-                      (c->layer * cache->layer_stride[b] + h * cache->head_stride[b] +
-                       (cache->start[b] + t) * cache->position_stride) *
-                          bytes;
+        const int64_t at = c->layer * cache->layer_stride[b] + h * cache->head_stride[b] +
+                           (cache->start[b] + t) * cache->position_stride;
+        uint8_t *to = (uint8_t *)(is_v ? cache->values[b] : cache->keys[b]) + bytes_of(cache->format, at);
         if (is_q) to = (uint8_t *)(c->q + (token * H + h) * Dh);
         float ordered[NL_MAX_DH];
         if (order)
             for (int64_t d = 0; d < Dh; d++) ordered[d] = stored[order[h * Dh + d]];
         c->kernel->store_head(to, is_q ? F32 : cache->format, order ? ordered : stored + h * Dh,
                               is_v ? NULL : c->a->freqs_cis + b * c->a->freqs_cis_stride + t * Dh, Dh);
-        int overflow = 0;
-        for (int64_t d = 0; d < (!is_q && cache->format == F16 ? Dh : 0); d++)
-            overflow |= (load_u16(to + 2 * d) & 0x7fff) == 0x7c00;
-        if (overflow) set_f16_overflow(c->status);
+        if (!is_q && has_infinity(cache->format, to, Dh)) set_f16_overflow(c->status);
     }
 }
 
@@ -277,10 +282,11 @@ static void do_steps(const layer_call *c, int first, int last, int64_t part, int
 static int attend(const layer_call *c, int64_t part, int64_t parts, int threads) {
     const nl_layer_weights *w = c->w;
     const nl_kv_cache *cache = &c->a->cache;
-    const int64_t T = c->a->T, bytes = element_bytes(cache->format);
+    const int64_t T = c->a->T;
     int status = 0;
     for (int64_t b = 0; b < c->a->B && status == 0; b++) {
-        const int64_t first_row = b * T * w->H * w->Dh, here = c->layer * cache->layer_stride[b] * bytes;
+        const int64_t first_row = b * T * w->H * w->Dh,
+                      here = bytes_of(cache->format, c->layer * cache->layer_stride[b]);
         const nl_attention_args a = {
             .out = c->attention_output + first_row,
             .q = c->q + first_row,
@@ -344,22 +350,20 @@ void swiglu_scalar(float *gate, const float *up, int64_t n) {
 }
 
 /* Each pair (a, b) is a complex number a + bi. It is multiplied by its c + di, unless freqs_cis is NULL, and
- * stored as F32 or F16. */
+ * stored as F32, as F16 or in blocks of Q8_0. */
 void store_head_scalar(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh) {
+    float rotated[NL_MAX_DH];
     for (int64_t i = 0; i < Dh; i += 2) {
         float a = x[i], b = x[i + 1];
         if (freqs_cis) {
             const float c = freqs_cis[i], d = freqs_cis[i + 1], real = a * c - b * d;
             b = a * d + b * c, a = real;
         }
-        if (format == F16) {
-            const uint16_t halves[2] = {float_to_half(a), float_to_half(b)};
-            memcpy(to + 2 * i, halves, sizeof halves);
-        } else {
-            const float floats[2] = {a, b};
-            memcpy(to + 4 * i, floats, sizeof floats);
-        }
+        rotated[i] = a, rotated[i + 1] = b;
     }
+    if (format == F32) memcpy(to, rotated, sizeof(float) * (size_t)Dh);
+    for (int64_t i = 0; format == F16 && i < Dh; i++) store_u16(to + 2 * i, float_to_half(rotated[i]));
+    for (int64_t i = 0; format == Q8_0 && i < Dh; i += QK) quantize_q8_0(to + bytes_of(Q8_0, i), rotated + i);
 }
 
 #else
@@ -393,16 +397,19 @@ VEC_TARGET void VEC(swiglu)(float *gate, const float *up, int64_t n) {
 }
 
 VEC_TARGET void VEC(store_head)(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh) {
+    float rotated[NL_MAX_DH];
     int64_t i = 0;
     for (; i + LANES <= Dh; i += LANES) {
         const vec a = vec_load(x + i), b = freqs_cis ? vec_times_complex(a, vec_load(freqs_cis + i)) : a;
         if (format == F16)
             vec_store_f16(to + 2 * i, b);
         else
-            vec_store((float *)(void *)(to + 4 * i), b);
+            vec_store(format == F32 ? (float *)(void *)(to + 4 * i) : rotated + i, b);
     }
-    if (i < Dh)
-        store_head_scalar(to + element_bytes(format) * i, format, x + i, freqs_cis ? freqs_cis + i : NULL,
-                          Dh - i);
+    if (format == Q8_0) /* whole blocks, and so whole registers */
+        for (int64_t block = 0; block < Dh; block += QK)
+            quantize_q8_0(to + bytes_of(Q8_0, block), rotated + block);
+    else if (i < Dh)
+        store_head_scalar(to + bytes_of(format, i), format, x + i, freqs_cis ? freqs_cis + i : NULL, Dh - i);
 }
 #endif

@@ -15,8 +15,6 @@
 
 enum { MOST = 0x477fe000 }; /* the bits of 65504 */
 
-INLINE int64_t bytes_of(int format, int64_t n) { return n * block_bytes(format) / block_weights(format); }
-
 /* n weights: whole blocks, or as many single numbers. */
 INLINE void dequantize(const int format, float *w, const uint8_t *p, int n) {
     if (is_single(format))
@@ -34,34 +32,9 @@ INLINE uint16_t float_to_bf16(float f) {
     return (uint16_t)((quiet_nan & choose) | (rounded & ~choose));
 }
 
-INLINE void store_u16(uint8_t *p, uint16_t u) { memcpy(p, &u, sizeof u); }
-
-/* 1 / d, or 0 where that is infinite: such a d is 0 as a float16, and so is every weight. */
-INLINE float inverse(float d) { return bits_of_abs(d) > 0x00200000 ? 1 / d : 0; } /* 2^-128 */
-
-/* The bits of the largest |w| of a block. */
-INLINE uint32_t largest(const float *w) {
-    int32_t most = 0; /* signed: SSE2 has no comparison of unsigned ones */
-    for (int i = 0; i < QK; i++) most = (int32_t)bits_of_abs(w[i]) > most ? (int32_t)bits_of_abs(w[i]) : most;
-    return (uint32_t)most;
-}
-
-/* Both return 0 for a block that cannot be stored.
+/* Returns 0 for a block that cannot be stored.
  *
- * d = max|w| / 127; q = w / d, rounded half away from zero. */
-INLINE int quantize_q8_0(uint8_t *p, const float *w) {
-    const uint32_t most = largest(w);
-    if (most > MOST) return 0;
-    const float d = float_of_bits(most) / 127, inverse_d = inverse(d);
-    store_u16(p, float_to_half(d));
-    for (int i = 0; i < QK; i++) {
-        const float q = w[i] * inverse_d, half = float_of_bits((bits_of_float(q) & SIGN) | HALF);
-        p[2 + i] = (uint8_t)(int32_t)(q + half);
-    }
-    return 1;
-}
-
-/* d = w / -8 of the first w of the largest |w|; q = w / d + 8. */
+ * d = w / -8 of the first w of the largest |w|; q = w / d + 8. */
 INLINE int quantize_q4_0(uint8_t *p, const float *w) {
     const uint32_t most = largest(w);
     if (most > MOST) return 0;
@@ -96,7 +69,11 @@ static int convert(uint8_t *dst, int dst_format, const uint8_t *src, int src_for
         for (int i = 0; i < n; i++) store_u16(dst + 2 * i, float_to_bf16(w[i]));
         break;
     case Q8_0:
-        for (int i = 0; i < n; i += QK) good &= quantize_q8_0(dst + bytes_of(Q8_0, i), w + i);
+        for (int i = 0; i < n; i += QK)
+            if (largest(w + i) <= MOST)
+                quantize_q8_0(dst + bytes_of(Q8_0, i), w + i);
+            else
+                good = 0;
         break;
     case Q4_0:
         for (int i = 0; i < n; i += QK) good &= quantize_q4_0(dst + bytes_of(Q4_0, i), w + i);

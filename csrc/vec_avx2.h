@@ -53,6 +53,16 @@ VEC_INLINE vec vec_zero_below(vec x, vec limit, vec a) {
 }
 
 VEC_INLINE vec vec_from_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+/* The float16 at p, in all lanes. */
+VEC_INLINE vec vec_all_f16(const void *p) {
+    int16_t half;
+    memcpy(&half, p, sizeof half);
+    return _mm256_cvtph_ps(_mm_set1_epi16(half));
+}
+/* LANES bytes with a sign. */
+VEC_INLINE vec vec_from_i8(const void *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
 VEC_INLINE vec vec_from_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }

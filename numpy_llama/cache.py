@@ -26,7 +26,7 @@ class KVCache:
         shape = (args.n_layers, batch, args.n_kv_heads, max_seq_len, args.head_dim)
         self.k = np.empty(shape, dtype)
         self.v = np.empty(shape, dtype)
-        self.batch, self.max_seq_len = batch, max_seq_len
+        self.batch, self.max_seq_len, self.head_dim = batch, max_seq_len, args.head_dim
         self.filled = [0] * args.n_layers  # positions stored so far, by layer
 
     def update(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:

@@ -283,31 +283,34 @@ def load(
     exact: bool = False,
     max_seq_len: int | None = None,
     activation_bits: int = 8,
+    cache_dtype: str | None = None,
 ) -> Llama:
     """Load a model from a file, a folder, or by a name of `pull`, which is fetched on first use.
 
     dtype: None keeps the weights as they are stored. numpy.float32, or numpy.float64 with backend "numpy",
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.
     activation_bits: the C kernels multiply block formats with activations of 8 bits, or of 15, which is more
-    accurate and slower. exact: they use unrounded float32 activations and a float32 cache, for reference
-    work. The NumPy backend is always exact. max_seq_len: a context smaller than the file's; with a dynamic
-    RoPE scaling it may be larger. Its size chooses between LongRoPE's two sets of angles (`numpy-llama info`
-    prints which). progress(what, done, total): called with counts of bytes. A model that does not fit into
-    memory is a ResourceLimitError before loading begins.
+    accurate and slower. cache_dtype: "q8" keeps keys and values in 8 bits, about half the memory of the C
+    kernels' float16. exact: they use unrounded float32 activations and a float32 cache, for reference work.
+    The NumPy backend is always exact, except for a cache in "q8". max_seq_len: a context smaller than the
+    file's; with a dynamic RoPE scaling it may be larger. Its size chooses between LongRoPE's two sets of
+    angles (`numpy-llama info` prints which). progress(what, done, total): called with counts of bytes. A
+    model that does not fit into memory is a ResourceLimitError before loading begins.
     """
-    check_options(dtype, backend)
+    check_options(dtype, backend, exact, cache_dtype)
     progress = checked_progress(progress)
     opened = checkpoint.open_checkpoint(locate(model, progress))
     args, weights = opened.args, opened.weights()
     if max_seq_len is not None:
         args = with_context(args, max_seq_len, opened.path)
-    plan = memory_plan(args, weights, backend, dtype, exact)
+    plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype)
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
     with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
         opened.watch()
-    transformer = build(args, weights, dtype, backend, threads, progress, exact, activation_bits)
+    kinds = exact, activation_bits, cache_dtype
+    transformer = build(args, weights, dtype, backend, threads, progress, *kinds)
     room = plan.context_within(available)
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
 

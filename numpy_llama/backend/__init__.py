@@ -2,6 +2,7 @@
 
 kernels.py         the C twins of `linear` and `attention`, and the weights they take
 fused.py           a whole transformer block in one C call
+quantized_cache.py a KV cache of 8 bits
 interruptible.py   NumPy's `linear` and `attention` in short calls, for Ctrl-C
 formats.py         the weight formats, read and written in NumPy
 limits.py          the CPUs and threads that this process may use
@@ -13,17 +14,21 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from ..cache import KVCache
 from ..config import ModelArgs
 from ..errors import ParameterError, UnsupportedError, escape
 from ..model import Transformer
 from . import interruptible
 from .formats import StoredTensor
+from .quantized_cache import QuantizedKVCache
 
 Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, bytes in all
 Made = TypeVar("Made")
 
 
-def check_options(dtype: DTypeLike | None, backend: str) -> None:
+def check_options(
+    dtype: DTypeLike | None, backend: str, exact: bool = False, cache_dtype: str | None = None
+) -> None:
     """ParameterError for options with which no model can be built."""
     try:
         known = dtype is None or np.dtype(dtype) in (np.float32, np.float64)
@@ -33,6 +38,12 @@ def check_options(dtype: DTypeLike | None, backend: str) -> None:
         raise ParameterError(f"dtype is {escape(dtype, 60)}, it must be None, float32 or float64")
     if not isinstance(backend, str) or backend not in ("c", "numpy"):
         raise ParameterError(f"backend is {escape(backend, 60)}, it must be 'c' or 'numpy'")
+    if cache_dtype is not None and not (isinstance(cache_dtype, str) and cache_dtype == "q8"):
+        raise ParameterError(f"cache_dtype is {escape(cache_dtype, 60)}, it must be None or 'q8'")
+    if cache_dtype is not None and exact:
+        raise ParameterError(
+            "cache_dtype is 'q8', but exact keeps keys and values in float32: leave out one of them"
+        )
 
 
 def build(
@@ -44,23 +55,25 @@ def build(
     progress: Progress = lambda what, done, total: None,
     exact: bool = False,
     activation_bits: int = 8,
+    cache_dtype: str | None = None,
 ) -> Transformer:
     """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
 
     Weights are used in place, in the mapped file, if the backend can do so. The kernels pack the rows of
     block formats that are not packed yet. `progress` counts the bytes of all others.
     """
-    check_options(dtype, backend)
+    check_options(dtype, backend, exact, cache_dtype)
+    cache, kept = cache_of(backend, dtype, exact, cache_dtype)
     if backend == "numpy":
         expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
-        return Transformer(args, expanded, interruptible.linear, interruptible.attention)
+        return Transformer(args, expanded, interruptible.linear, interruptible.attention, kept, cache)
     if dtype is not None and np.dtype(dtype) == np.float64:
         raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
 
     from .fused import fuse  # imported here, because the NumPy backend runs without the C extension
     from .kernels import Kernels, KernelWeight
 
-    kernels, kept = Kernels(threads, exact, activation_bits), cache_dtype(backend, dtype, exact)
+    kernels = Kernels(threads, exact, activation_bits)
     table = weights["tok_embeddings.weight"]  # only its rows are used, unless it is the output's weight too
     only_rows = table is not weights["output.weight"]
 
@@ -70,7 +83,8 @@ def build(
         stored = w if dtype is None else StoredTensor.quantize(w.dequantize(), "F32")
         return stored.realize() if w is table and only_rows else KernelWeight(stored, kernels.threads)
 
-    model = Transformer(args, _each(weights, prepare, progress), kernels.linear, kernels.attention, kept)
+    prepared = _each(weights, prepare, progress)
+    model = Transformer(args, prepared, kernels.linear, kernels.attention, kept, cache)
     return fuse(model, kernels)
 
 
@@ -88,6 +102,11 @@ def _each(
     return {name: made[id(w)] for name, w in weights.items()}
 
 
-def cache_dtype(backend: str, dtype: DTypeLike | None, exact: bool) -> np.dtype[Any]:
-    """The dtype of the KV cache: float16 if only the C kernels read it."""
-    return np.dtype(np.float16 if backend == "c" and dtype is None and not exact else dtype or np.float32)
+def cache_of(
+    backend: str, dtype: DTypeLike | None, exact: bool, cache_dtype: str | None
+) -> tuple[type[KVCache], np.dtype[Any]]:
+    """The class of the KV cache, and the dtype of its numbers: float16 if only the C kernels read it."""
+    if cache_dtype is not None:
+        return QuantizedKVCache, np.dtype(dtype or np.float32)
+    half = backend == "c" and dtype is None and not exact
+    return KVCache, np.dtype(np.float16 if half else dtype or np.float32)

@@ -14,8 +14,13 @@ from ..cache import KVCache
 from ..config import Array
 from ..model import Transformer, TransformerBlock
 from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
+from .quantized_cache import QuantizedKVCache
 
-CACHED = (np.float32, np.float16)
+CACHED = {
+    (KVCache, np.dtype(np.float32)),
+    (KVCache, np.dtype(np.float16)),
+    (QuantizedKVCache, np.dtype(np.uint8)),
+}
 
 
 class FusedBlock(TransformerBlock):
@@ -70,8 +75,9 @@ class FusedTransformer(Transformer):
 
 
 def stores(cache: Any) -> bool:
-    """Whether C can store into this cache, or into all caches of a batch."""
-    return all(type(one) is KVCache and one.k.dtype in CACHED for one in getattr(cache, "caches", [cache]))
+    """Whether C can store into this cache, or into all caches of a batch, which are of one kind."""
+    kinds = {(type(one), one.k.dtype) for one in getattr(cache, "caches", [cache])}
+    return len(kinds) == 1 and kinds <= CACHED
 
 
 def run(blocks: list[FusedBlock], x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:

@@ -78,6 +78,7 @@ MAX_HEAD_DIM = lib.NL_MAX_DH
 # Bytes that the kernels need of a thread's stack; the panels of a GEMM take 120 KiB.
 STACK_OF_KERNELS = 192 << 10
 ATTENTION_STEP = lib.NL_ATTENTION
+CACHED = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint8): "Q8_0"}
 F32, F16 = (FORMATS[name].code for name in ("F32", "F16"))
 
 # A forked child has none of its parent's OpenMP threads, and a team would wait for them forever. The child
@@ -423,12 +424,14 @@ class Kernels(InPlace):
     ) -> Array | None:
         """TransformerBlocks, one after another: x (B, T, D) -> (B, T, D). They have the same sizes.
 
-        The T positions of sequence b begin at starts[b]. keys, values: the cache of each sequence,
-        (layers, K, max_seq_len, Dh) float32 or float16, with space for T more positions. The result is None
-        if float16 cannot hold a new key or value.
+        The T positions of sequence b begin at starts[b]. keys, values: the cache of each sequence, with space
+        for T more positions. It is (layers, K, max_seq_len, Dh) float32 or float16, or (layers, K,
+        max_seq_len, bytes of a head) in Q8_0. The result is None if float16 cannot hold a new key or value,
+        or its scale.
         """
         x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
         y, (B, T, _), w = np.empty_like(x), x.shape, weights[0]
+        format = FORMATS[CACHED[keys[0].dtype]]
         if freqs_cis.shape not in ((T, w.Dh // 2), (B, T, w.Dh // 2)) or x.shape[2] != w.D:
             raise MismatchError(f"x {x.shape} and freqs_cis {freqs_cis.shape} do not fit the layer")
         if not len(starts) == len(keys) == len(values) == B:
@@ -437,7 +440,6 @@ class Kernels(InPlace):
             )
         if any(other.sizes != w.sizes for other in weights):
             raise MismatchError("the layers of one call must have the same sizes")
-        _, _, position, itemsize = keys[0].strides
         work = w.work(B * T, T * (sum(starts) + B * T)) * len(weights)
         threads = self._share(sum(work))
         scratch = self._scratch.pop() if self._scratch else b""
@@ -448,8 +450,8 @@ class Kernels(InPlace):
         structs = ffi.new("nl_layer_weights *[]", [one.struct for one in weights])
         key_pointers = ffi.new("void *[]", [ffi.from_buffer(k[0]) for k in keys])
         value_pointers = ffi.new("void *[]", [ffi.from_buffer(v[0]) for v in values])
-        layer_strides = ffi.new("int64_t[]", [k.strides[0] // itemsize for k in keys])
-        head_strides = ffi.new("int64_t[]", [k.strides[1] // itemsize for k in keys])
+        layer_strides = ffi.new("int64_t[]", [_numbers(k.strides[0], format) for k in keys])
+        head_strides = ffi.new("int64_t[]", [_numbers(k.strides[1], format) for k in keys])
         start_positions = ffi.new("int64_t[]", starts)
         arguments = ffi.new("nl_layers_args *")
         arguments.y = ffi.from_buffer("float[]", y, require_writable=True)
@@ -460,8 +462,8 @@ class Kernels(InPlace):
         arguments.freqs_cis_stride = 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size
         cache = arguments.cache
         cache.keys, cache.values = key_pointers, value_pointers
-        cache.format = F16 if itemsize == 2 else F32
-        cache.position_stride, cache.head_stride = position // itemsize, head_strides
+        cache.format = format.code
+        cache.position_stride, cache.head_stride = _numbers(keys[0].strides[2], format), head_strides
         cache.layer_stride, cache.start = layer_strides, start_positions
         for first, last, parts in _short_calls(work, WORK_PER_CALL * threads):
             for part in range(parts):
@@ -534,6 +536,11 @@ def _short_calls(work: list[int], limit: int) -> list[tuple[int, int, int]]:
             calls.append((step, step + 1, -(-amount // limit)))
             begin, together = step + 1, 0
     return [*calls, (begin, len(work), 1)] if begin < len(work) else calls
+
+
+def _numbers(nbytes: int, format: Format) -> int:
+    """How many numbers take this many bytes."""
+    return nbytes // format.block_bytes * format.block
 
 
 def _dense_heads(x: Array) -> Array:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..backend import cache_dtype
+from ..backend import cache_of
 from ..backend.formats import QK, PackedTensor, StoredTensor
 from ..backend.limits import groups, numbers
 from ..config import ModelArgs
@@ -80,8 +80,11 @@ def memory_plan(
     backend: str,
     dtype: DTypeLike | None = None,
     exact: bool = False,
+    cache_dtype: str | None = None,
 ) -> MemoryPlan:
     """The memory plan of a model on one backend, from the shapes and formats of its weights alone."""
+    cache, kept = cache_of(backend, dtype, exact, cache_dtype)
+    position = cache(args, 1, 1, kept)
     mapped = made = parameters = 0
     instead = {"`--backend c`": 0} if backend == "numpy" else {}
     converted = {dtype: f"a file by `numpy-llama convert --dtype {dtype}`" for dtype in ("bf16", "q8", "q4")}
@@ -115,7 +118,7 @@ def memory_plan(
         positions = min(LEAST_CONTEXT, args.max_seq_len)
         step += itemsize * positions * (4 * PREFILL_CHUNK * args.n_heads + 4 * heads)
     scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + table + max(step, table // 2)
-    kv_per_position = 2 * args.n_layers * kv_heads * cache_dtype(backend, dtype, exact).itemsize
+    kv_per_position = position.k.nbytes + position.v.nbytes
     return MemoryPlan(mapped, made, kv_per_position, scratch, args.max_seq_len, parameters, instead)
 
 

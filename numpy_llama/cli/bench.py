@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> None:
     model_args = opened.args
     if args.max_seq_len is not None:
         model_args = with_context(model_args, args.max_seq_len, path)
-    plan = memory_plan(model_args, opened.weights(), args.backend, exact=args.exact)
+    plan = memory_plan(
+        model_args, opened.weights(), args.backend, exact=args.exact, cache_dtype=args.cache_dtype
+    )
     available = available_memory(plan.mapped)
     for task in tasks:
         task.check(plan, available, path)

@@ -62,6 +62,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         help="the bits of activations where weights are whole numbers; 15 are more accurate, slower [8]",
     )
     group.add_argument(
+        "--cache-dtype",
+        choices=["q8"],
+        help="keep keys and values in 8 bits: about half the memory of float16 [float16; NumPy float32]",
+    )
+    group.add_argument(
         "--exact",
         action="store_true",
         help="keep activations, keys and values in float32; slower, for reference work",
@@ -174,7 +179,7 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
-        names = ("backend", "threads", "exact", "max_seq_len", "activation_bits")
+        names = ("backend", "threads", "exact", "max_seq_len", "activation_bits", "cache_dtype")
         options = {name: getattr(args, name) for name in names}
         llama = load(args.model, progress=progress, **options)
     ids, rows = llama.tokenizer.n_used, llama.model.args.vocab_size

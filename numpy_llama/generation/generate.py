@@ -61,8 +61,11 @@ class Session:
         The last id of `prompt` is never kept, because the next pass computes its logits.
         """
         if self._model is None or self._model() is not model:
-            args, (layers, _, heads, _, dim) = model.args, self.cache.k.shape
-            found, wanted = (layers, heads, dim), (args.n_layers, args.n_kv_heads, args.head_dim)
+            args, (layers, _, heads, *_) = model.args, self.cache.k.shape
+            found, wanted = (
+                (layers, heads, self.cache.head_dim),
+                (args.n_layers, args.n_kv_heads, args.head_dim),
+            )
             if found != wanted:
                 sizes = f"has (n_layers, n_kv_heads, head_dim) = {found}, the model has {wanted}"
                 raise ParameterError(f"the session {sizes}: begin one with `new_session`")

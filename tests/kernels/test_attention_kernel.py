@@ -14,7 +14,7 @@ from numpy_llama.backend._kernels import ffi, lib
 
 from numpy_llama import functional as F
 from numpy_llama.backend import kernels
-from numpy_llama.backend.formats import FORMATS
+from numpy_llama.backend.formats import FORMATS, QK, dequantize_q8_0, quantize_q8_0
 from numpy_llama.backend.kernels import Kernels
 from numpy_llama.cache import KVCache
 from numpy_llama.errors import MismatchError, NumericsError, UnsupportedError
@@ -27,16 +27,49 @@ pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 SPAN = 1024  # KV_SPAN of csrc/attention.c: positions that are walked from an empty softmax state
 
 
+# Keys and values as a cache has them. uint8: the bytes of blocks of Q8_0, so Dh is a multiple of 32.
+CACHED = [np.float32, np.float16, np.uint8]
+
+
 def draw_attention(rng, B, T, S, K, n_rep, Dh, dtype=np.float32):
+    Dh = -(-Dh // QK) * QK if dtype == np.uint8 else Dh
     q = rng.standard_normal((B, T, K * n_rep, Dh), dtype=np.float32)
-    k, v = (rng.standard_normal((B, S, K, Dh), dtype=np.float32).astype(dtype) for _ in "kv")
+    k, v = (as_cached(rng.standard_normal((B, S, K, Dh), dtype=np.float32), dtype) for _ in "kv")
     return q, k, v
 
 
-def in_cache_layout(x: np.ndarray, poison=np.nan) -> np.ndarray:
-    """The same (B, S, K, Dh), a view of a longer cache whose unused slots are poison."""
+def as_cached(x: np.ndarray, dtype) -> np.ndarray:
+    if dtype != np.uint8:
+        return x.astype(dtype)
+    return quantize_q8_0(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def in_float64(x: np.ndarray) -> np.ndarray:
+    """The numbers that are stored."""
+    if x.dtype != np.uint8:
+        return x.astype(np.float64)
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    return dequantize_q8_0(rows).reshape(*x.shape[:-1], -1).astype(np.float64)
+
+
+def c_attention(threads: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Kernels.attention, and the same for Q8_0, which only a whole layer gives to C."""
+    if k.dtype != np.uint8:
+        return Kernels(threads).attention(q, k, v)
+    kernels.team(threads)
+    q, out, (B, T, H, Dh) = np.ascontiguousarray(q), np.empty(q.shape, np.float32), q.shape
+    pointers = (ffi.cast("void *", a.ctypes.data) for a in (out, q, k, v))
+    strides = [[stride // 34 * QK for stride in a.strides[:3]] for a in (k, v)]
+    sizes = B, T, k.shape[1], H, k.shape[2], Dh
+    arguments = ffi.new("nl_attention_args *", [*pointers, FORMATS["Q8_0"].code, *sizes, *strides, 0, T])
+    assert lib.nl_attention(arguments, threads) == 0
+    return out
+
+
+def in_cache_layout(x: np.ndarray) -> np.ndarray:
+    """The same (B, S, K, Dh), a view of a longer cache whose unused slots are NaN."""
     B, S, K, Dh = x.shape
-    cache = np.full((B, K, S + 5, Dh), poison, x.dtype)
+    cache = np.full((B, K, S + 5, Dh), 255 if x.dtype == np.uint8 else np.nan, x.dtype)
     view = cache.swapaxes(1, 2)[:, :S]
     view[...] = x
     return view
@@ -60,7 +93,7 @@ def attention_bound(q, k, v) -> np.ndarray:
     A score errs by delta <= (g(Dh) + 3 u) |q| . |k| / sqrt(Dh). So exp(score - max) errs by 2 delta, and by
     the exp's own 4 u + |score - max| u. Numerator and denominator are sums of S terms, rescaled once a block.
     """
-    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    q, k, v = map(in_float64, (q, k, v))
     H, K, Dh, S = q.shape[2], k.shape[2], q.shape[3], k.shape[1]
     k, v = F.repeat_kv(k, H // K), F.repeat_kv(v, H // K)
     products = np.einsum("bthd,bshd->bhts", np.abs(q), np.abs(k)) / np.sqrt(Dh)
@@ -75,15 +108,15 @@ def attention_bound(q, k, v) -> np.ndarray:
 @given(
     shape=shapes,
     older=older,
-    dtype=st.sampled_from([np.float32, np.float16]),
+    dtype=st.sampled_from(CACHED),
     threads=st.integers(1, 3),
     seed=seeds,
 )
 def test_attention_is_within_the_rounding_of_its_sums(isa, shape, older, dtype, threads, seed):
     rng = np.random.default_rng(seed)
     q, k, v = draw_attention(rng, S=shape["T"] + older, dtype=dtype, **shape)
-    expected = F.attention(*(a.astype(np.float64) for a in (q, k, v)))
-    got = Kernels(threads).attention(q, in_cache_layout(k), in_cache_layout(v))
+    expected = F.attention(*map(in_float64, (q, k, v)))
+    got = c_attention(threads, q, in_cache_layout(k), in_cache_layout(v))
     assert_within(got, expected, attention_bound(q, k, v))
 
 
@@ -108,42 +141,43 @@ GEMV_TOKENS = lib.NL_GEMV_TOKENS
 
 def beside_it(dtype) -> int:
     """How many tokens must be computed with one, for it to be summed as it is among many."""
-    return GEMV_TOKENS if dtype == np.float16 else 0
+    return 0 if dtype == np.float32 else GEMV_TOKENS
 
 
 @given(
     shape=shapes,
     older=older,
     cut=st.integers(0, 20),
-    dtype=st.sampled_from([np.float32, np.float16]),
+    dtype=st.sampled_from(CACHED),
     seed=seeds,
 )
 @example(shape={"B": 2, "T": 4, "K": 2, "n_rep": 3, "Dh": 64}, older=67, cut=1, dtype=np.float16, seed=0)
+@example(shape={"B": 2, "T": 4, "K": 2, "n_rep": 3, "Dh": 64}, older=67, cut=1, dtype=np.uint8, seed=0)
 @example(shape={"B": 1, "T": 12, "K": 1, "n_rep": 1, "Dh": 64}, older=3, cut=6, dtype=np.float16, seed=0)
 def test_attention_gives_the_same_bits_however_it_is_split(isa, shape, older, cut, dtype, seed):
-    """In float16 the whole and its pieces all have up to GEMV_TOKENS tokens, or all more."""
+    """In float16 and Q8_0 the whole and its pieces all have up to GEMV_TOKENS tokens, or all more."""
     rng = np.random.default_rng(seed)
     T, S = shape["T"], shape["T"] + older
     q, k, v = draw_attention(rng, S=S, dtype=dtype, **shape)
-    whole = Kernels(1).attention(q, k, v)
+    whole = c_attention(1, q, k, v)
     for threads in (2, 3):
-        np.testing.assert_array_equal(bits(Kernels(threads).attention(q, k, v)), bits(whole))
+        np.testing.assert_array_equal(bits(c_attention(threads, q, k, v)), bits(whole))
     np.testing.assert_array_equal(
-        bits(Kernels(2).attention(q, in_cache_layout(k), in_cache_layout(v))), bits(whole)
+        bits(c_attention(2, q, in_cache_layout(k), in_cache_layout(v))), bits(whole)
     )
     ends = [min(cut, T), T]
     if T <= GEMV_TOKENS or min(ends[0], T - ends[0]) > beside_it(dtype):
         parts = [
-            Kernels(2).attention(q[:, begin:end], k[:, : older + end], v[:, : older + end])
+            c_attention(2, q[:, begin:end], k[:, : older + end], v[:, : older + end])
             for begin, end in zip([0, ends[0]], ends, strict=True)
         ]
         np.testing.assert_array_equal(bits(np.concatenate(parts, axis=1)), bits(whole))
     if T > GEMV_TOKENS and beside_it(dtype):
         return
     one_by_one = [
-        Kernels(1).attention(
-            q[b : b + 1, t : t + 1], k[b : b + 1, : older + t + 1], v[b : b + 1, : older + t + 1]
-        )[0]
+        c_attention(1, q[b : b + 1, t : t + 1], k[b : b + 1, : older + t + 1], v[b : b + 1, : older + t + 1])[
+            0
+        ]
         for b in range(shape["B"])
         for t in range(T)
     ]
@@ -180,7 +214,7 @@ long = st.fixed_dictionaries(
     shape=long,
     spans=st.integers(1, 2),
     beside=st.integers(-7, 3),
-    dtype=st.sampled_from([np.float32, np.float16]),
+    dtype=st.sampled_from(CACHED),
     seed=seeds,
 )
 @example(shape={"B": 1, "T": 1, "K": 1, "n_rep": 4, "Dh": 64}, spans=2, beside=0, dtype=np.float16, seed=0)
@@ -189,13 +223,13 @@ def test_spans_of_positions_merge_to_the_same_bits(isa, shape, spans, beside, dt
     rng = np.random.default_rng(seed)
     older, T = spans * SPAN + beside, shape["T"]
     q, k, v = draw_attention(rng, S=older + T, dtype=dtype, **shape)
-    whole = Kernels(1).attention(q, k, v)
-    assert_within(whole, F.attention(*(a.astype(np.float64) for a in (q, k, v))), attention_bound(q, k, v))
+    whole = c_attention(1, q, k, v)
+    assert_within(whole, F.attention(*map(in_float64, (q, k, v))), attention_bound(q, k, v))
     for threads in (2, 3):
-        np.testing.assert_array_equal(bits(Kernels(threads).attention(q, k, v)), bits(whole))
+        np.testing.assert_array_equal(bits(c_attention(threads, q, k, v)), bits(whole))
     for t in range(0 if T <= GEMV_TOKENS else beside_it(dtype), T):
         first = t if T <= GEMV_TOKENS else t - beside_it(dtype)
-        some = Kernels(2).attention(q[:, first : t + 1], k[:, : older + t + 1], v[:, : older + t + 1])
+        some = c_attention(2, q[:, first : t + 1], k[:, : older + t + 1], v[:, : older + t + 1])
         np.testing.assert_array_equal(bits(some[:, -1]), bits(whole[:, t]))
 
 
@@ -216,7 +250,7 @@ many_spans = st.fixed_dictionaries(
     shape=many_spans,
     spans=st.integers(3, 9),
     beside=st.integers(-7, 3),
-    dtype=st.sampled_from([np.float32, np.float16]),
+    dtype=st.sampled_from(CACHED),
     threads=st.integers(1, 3),
     seed=seeds,
 )
@@ -228,11 +262,12 @@ def test_each_of_many_spans_counts_by_its_probability(isa, shape, spans, beside,
     rng = np.random.default_rng(seed)
     older = spans * SPAN + beside
     q, k, v = draw_attention(rng, S=older + shape["T"], dtype=dtype, **shape)
-    v[...] = np.eye(shape["Dh"])[np.arange(v.shape[1]) // SPAN][None, :, None]
-    got = Kernels(threads).attention(q, in_cache_layout(k), in_cache_layout(v))
+    one_hot = np.eye(q.shape[-1], dtype=np.float32)[np.arange(v.shape[1]) // SPAN][None, :, None]
+    v[...] = as_cached(one_hot, dtype)
+    got = c_attention(threads, q, in_cache_layout(k), in_cache_layout(v))
     bound = attention_bound(q, k, v)
     assert bound[..., : spans - 1].max() < 0.5 / spans  # so a lost or doubled span cannot hide in it
-    assert_within(got, F.attention(*(a.astype(np.float64) for a in (q, k, v))), bound)
+    assert_within(got, F.attention(*map(in_float64, (q, k, v))), bound)
 
 
 def test_a_span_that_a_query_does_not_see_leaves_it_alone(isa):
@@ -251,7 +286,7 @@ def test_a_span_that_a_query_does_not_see_leaves_it_alone(isa):
     n_rep=st.integers(1, 8),
     older=st.sampled_from([0, 1, 64, SPAN - 70]),
     Dh=st.sampled_from([5, 32, 40]),
-    dtype=st.sampled_from([np.float32, np.float16]),
+    dtype=st.sampled_from(CACHED),
     seed=seeds,
 )
 @example(T=130, n_rep=8, older=SPAN - 129, Dh=32, dtype=np.float32, seed=0)  # one position in a second span
@@ -260,16 +295,17 @@ def test_many_queries_give_the_bits_of_some(isa, T, n_rep, older, Dh, dtype, see
     """Whole items, what is left of one, tiles and what is left of them; and NaN where nobody may look yet."""
     rng = np.random.default_rng(seed)
     q, k, v = draw_attention(rng, 1, T, older + T, 1, n_rep, Dh, dtype)
-    whole = Kernels(2).attention(q, k, v)
-    assert_within(whole, F.attention(*(a.astype(np.float64) for a in (q, k, v))), attention_bound(q, k, v))
-    np.testing.assert_array_equal(bits(Kernels(1).attention(q, k, v)), bits(whole))
+    whole = c_attention(2, q, k, v)
+    assert_within(whole, F.attention(*map(in_float64, (q, k, v))), attention_bound(q, k, v))
+    np.testing.assert_array_equal(bits(c_attention(1, q, k, v)), bits(whole))
     for t in rng.integers(beside_it(dtype), T, 3):
         seen = older + t + 1
-        some = Kernels(1).attention(q[:, t - beside_it(dtype) : t + 1], k[:, :seen], v[:, :seen])
+        some = c_attention(1, q[:, t - beside_it(dtype) : t + 1], k[:, :seen], v[:, :seen])
         np.testing.assert_array_equal(bits(some[:, -1]), bits(whole[:, t]))
         k_poisoned, v_poisoned = k.copy(), v.copy()
-        k_poisoned[:, seen:], v_poisoned[:, seen:] = np.nan, np.nan
-        poisoned = Kernels(2).attention(q, k_poisoned, v_poisoned)
+        poison = 255 if dtype == np.uint8 else np.nan
+        k_poisoned[:, seen:], v_poisoned[:, seen:] = poison, poison
+        poisoned = c_attention(2, q, k_poisoned, v_poisoned)
         np.testing.assert_array_equal(bits(poisoned[:, : t + 1]), bits(whole[:, : t + 1]))
 
 
@@ -378,7 +414,7 @@ def test_exp(isa, rng):
     assert np.isnan(y[0]) and (y[1:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype, code", [(np.float32, "F32"), (np.float16, "F16")])
+@pytest.mark.parametrize("dtype, code", [(np.float32, "F32"), (np.float16, "F16"), (np.uint8, "Q8_0")])
 @pytest.mark.parametrize("at_end", [True, False])
 def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, rng):
     for T, S, K, n_rep, Dh in [
@@ -393,13 +429,14 @@ def test_attention_touches_nothing_beside_its_arrays(isa, dtype, code, at_end, r
         guarded = Guarded()
         q, k, v = (guarded.copy(a, at_end) for a in draw_attention(rng, 1, T, S, K, n_rep, Dh, dtype))
         out = guarded.copy(np.full_like(q, np.nan), at_end)
+        Dh = q.shape[-1]
         strides = [S * K * Dh, K * Dh, Dh]
         pointers = (ffi.cast("void *", a.ctypes.data) for a in (out, q, k, v))
         sizes = FORMATS[code].code, 1, T, S, K * n_rep, K, Dh
         arguments = ffi.new("nl_attention_args *", [*pointers, *sizes, strides, strides, 0, T])
         failed = lib.nl_attention(arguments, 2)
         assert failed == 0
-        np.testing.assert_array_equal(bits(out), bits(Kernels(1).attention(q, k, v)))
+        np.testing.assert_array_equal(bits(out), bits(c_attention(1, q, k, v)))
 
 
 @pytest.mark.parametrize("at_end", [True, False])
@@ -411,7 +448,21 @@ def test_exp_touches_nothing_beside_its_arrays(isa, at_end, rng):
         np.testing.assert_allclose(y, np.exp(plain), 1e-6)
 
 
-# ---------------------------------------------------------------- a cache of float16
+# ---------------------------------------------------------------- a cache of float16, or of Q8_0
+
+
+@pytest.mark.parametrize("T", [1, GEMV_TOKENS + 1])
+def test_every_scale_and_every_byte_is_read_rightly(isa, T):
+    """As above: the 63,488 finite scales, with all bytes among the numbers of the 8 blocks of a head."""
+    d = np.arange(1 << 16, dtype=np.uint16)
+    d = d[np.isfinite(d.view(np.float16))].reshape(1, 1, 248, 8 * 32)
+    blocks = np.empty((1, 1, 248, 256, 34), np.uint8)
+    blocks[..., :2] = d[..., None].view(np.uint8)
+    blocks[..., 2:] = np.arange(256, dtype=np.uint8).reshape(8, 32)[np.arange(256) % 8]
+    v = np.repeat(blocks.reshape(1, 1, 248 * 32, 8 * 34), T, axis=1)
+    q = np.zeros((1, T, 248 * 32, 256), np.float32)
+    got = c_attention(2, q, np.zeros_like(v), v)
+    np.testing.assert_array_equal(got[:, 0], in_float64(v[:, 0]).astype(np.float32))
 
 
 @pytest.mark.parametrize("T", [1, GEMV_TOKENS + 1])

@@ -6,18 +6,20 @@ may be rounded either way. A step is 1 / 8191 of the largest number of its block
 
 import threading
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 from helpers.kernels import HALVES, Guarded, bits, for_each, seeds
-from hypothesis import example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
 
 from numpy_llama.backend import build, kernels
-from numpy_llama.backend.formats import FORMATS, StoredTensor
+from numpy_llama.backend.formats import FORMATS, MAX_F16, QK, StoredTensor, quantize_q8_0
 from numpy_llama.backend.fused import FusedBlock, fuse, fused_weights
 from numpy_llama.backend.kernels import Kernels, KernelWeight
+from numpy_llama.backend.quantized_cache import QuantizedKVCache
 from numpy_llama.cache import KVCache
 from numpy_llama.config import ModelArgs
 from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsError, ParameterError
@@ -69,9 +71,10 @@ def two_models(args: ModelArgs, weights, threads: int, exact: bool) -> tuple[Tra
 
 
 @st.composite
-def configurations(draw):
+def configurations(draw, heads_of=8):
     """Rows that are whole blocks, as C takes them; some of them whole blocks of K formats."""
-    head_dim = draw(st.sampled_from([32, 40, 48, 64, 80, 96, 128, 256]))
+    head_dims = [32, 40, 48, 64, 80, 96, 128, 256]
+    head_dim = draw(st.sampled_from([n for n in head_dims if n % heads_of == 0]))
     n_kv_heads, n_rep = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     while n_kv_heads * n_rep * head_dim % 32:
         n_rep += 1
@@ -82,7 +85,8 @@ def configurations(draw):
 
 def run(model: Transformer, x, lengths, dtype=np.float32) -> tuple[np.ndarray, KVCache]:
     """x (1, T, D) through the first layer, in chunks of these lengths."""
-    cache, at, parts = KVCache(model.args, 1, CONTEXT, dtype), 0, []
+    kind = QuantizedKVCache if dtype == np.uint8 else KVCache
+    cache, at, parts = kind(model.args, 1, CONTEXT, np.float32 if dtype == np.uint8 else dtype), 0, []
     for T in lengths:
         chunk = x[:, at : at + T]
         parts.append(model.layers[0](chunk, at, model.freqs_cis[at : at + T], cache))
@@ -142,6 +146,69 @@ def test_a_cache_of_float16(isa, args, lengths, seed):
     ]:
         assert_near(mine, theirs.astype(np.float32), 2 * U16)
         assert (mine != theirs).mean() < 0.05
+
+
+# Half a step of Q8_0, of a block's largest number; and rounding d to float16 moves it by 127 times 2^-11.
+HALF_STEP = 1 / 254 + U16
+
+
+@for_each
+@given(configurations(32), lengths, st.sampled_from([1e-38, 1e-5, 1, 1e6]), seeds)
+@example(SMALL, [1, 9, 1], 1, 0)
+def test_a_cache_of_8_bits(isa, args, lengths, scale, seed):
+    """What is stored is what NumPy makes of the same float32 numbers, bit for bit; small and large ones."""
+    rng = np.random.default_rng(seed)
+    weights = mixed_weights(rng, args)
+    wv = weights["layers.0.attention.wv.weight"]
+    weights["layers.0.attention.wv.weight"] = StoredTensor.quantize(
+        wv.dequantize() * np.float32(scale), "F32"
+    )
+    compiled, ordinary = two_models(args, weights, 2, exact=True)
+    x = rng.standard_normal((1, T := sum(lengths), args.dim), dtype=np.float32)
+    in_float32 = run(compiled, x, lengths)[1]
+    assume(max(np.abs(a[0, 0, :, :T]).max() for a in (in_float32.k, in_float32.v)) < 127 * MAX_F16)
+    y, cache = run(compiled, x, lengths, np.uint8)
+    assert type(compiled.layers[0]) is FusedBlock and compiled.layers[0].fuses(cache)
+    for mine, theirs in [(cache.k, in_float32.k), (cache.v, in_float32.v)]:
+        expected = quantize_q8_0(theirs[0, 0, :, :T].reshape(-1, args.head_dim))
+        np.testing.assert_array_equal(mine[0, 0, :, :T].reshape(expected.shape), expected)
+    assert_near(y, run(ordinary, x, lengths, np.uint8)[0], 3 * HALF_STEP)
+
+
+few = settings(max_examples=max(for_each.max_examples // 4, 2))
+
+
+@few
+@given(
+    configurations(32),
+    st.lists(st.integers(1, 30), min_size=2, max_size=4),
+    st.integers(1, 3),
+    st.sampled_from([(1, 1 << 27), (3, 1 << 27), (2, 1000)]),
+    seeds,
+)
+def test_a_batch_in_8_bits_is_each_sequence_alone(isa, args, starts, T, threads_and_work, seed):
+    """As in float32, below; with any number of threads, and in short calls."""
+    rng = np.random.default_rng(seed)
+    weights, (threads, work) = mixed_weights(rng, args), threads_and_work
+    model, other = (two_models(args, weights, n, exact=True)[0] for n in (2, threads))
+    x = rng.standard_normal((len(starts), max(starts) + T, args.dim), dtype=np.float32)
+    rows = list(zip(x, starts, strict=True))
+    new = np.concatenate([one[None, n : n + T] for one, n in rows])
+    angles = np.stack([model.freqs_cis[n : n + T] for n in starts])
+    alone = [run(model, one[None], [n, T], np.uint8)[0][:, n : n + T] for one, n in rows]
+    caches = [run(model, one[None], [n], np.uint8)[1] for one, n in rows]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "WORK_PER_CALL", work)
+        y = other.layers[0](new, np.array(starts), angles, BatchCache(caches))
+    np.testing.assert_array_equal(bits(y), bits(np.concatenate(alone)))
+
+
+def test_caches_of_two_kinds_go_the_ordinary_way(rng):
+    """C takes the format of all of them from the first."""
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
+    kinds = QuantizedKVCache(SMALL, 1, 6), KVCache(SMALL, 1, 6, np.float16), KVCache(SMALL, 1, 6)
+    assert all(model.layers[0].fuses(one) for one in kinds)
+    assert not any(model.layers[0].fuses(BatchCache(two)) for two in combinations(kinds, 2))
 
 
 @for_each
@@ -219,11 +286,16 @@ def test_a_gate_far_below_zero_is_shut(isa, rng):
     np.testing.assert_array_equal(run(two_models(SMALL, weights, 2, exact=True)[0], x, [2])[0], x)
 
 
+def in_q8_0(x: np.ndarray) -> np.ndarray:
+    return quantize_q8_0(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
 def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rng):
     for T, start, head_dim, half_split in [(1, 0, 32, False), (3, 5, 40, True), (6, 2, 16, False)]:
+        head_dim = -(-head_dim // QK) * QK if dtype == np.uint8 else head_dim
         args = replace(SMALL, n_heads=4, head_dim=head_dim)
         weights = mixed_weights(rng, args, half_split)
         guarded, chosen = Guarded(), Kernels(2, exact)
@@ -239,7 +311,8 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         norms = [guarded.copy(norm, at_end) for norm in layer.kept[1]]
         layer.struct.attention_norm, layer.struct.ffn_norm = (ffi.from_buffer("float[]", n) for n in norms)
         x = rng.standard_normal((1, T, args.dim), dtype=np.float32)
-        caches = [rng.standard_normal((2, start + T, head_dim)).astype(dtype) for _ in "kv"]
+        caches = [rng.standard_normal((2, start + T, head_dim), dtype=np.float32) for _ in "kv"]
+        caches = [in_q8_0(cache) if dtype == np.uint8 else cache.astype(dtype) for cache in caches]
         angles = model.freqs_cis[start : start + T]
         expected = chosen.layers([layer], x, [start], angles, *([cache[None].copy()] for cache in caches))
         arrays = np.full_like(x, np.nan), x, np.ascontiguousarray(angles, np.complex64), *caches
@@ -251,7 +324,7 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         pointers = ffi.new("void *[]", [k_]), ffi.new("void *[]", [v_])
         head_stride, starts = ffi.new("int64_t[]", [(start + T) * head_dim]), ffi.new("int64_t[]", [start])
         structs, layer_stride = ffi.new("nl_layer_weights *[]", [layer.struct]), ffi.new("int64_t[1]")
-        code = FORMATS["F16" if dtype == np.float16 else "F32"].code
+        code = FORMATS[kernels.CACHED[np.dtype(dtype)]].code
         arguments = ffi.new("nl_layers_args *")
         arguments.y, arguments.x, arguments.freqs_cis = y_, x_, angles_
         arguments.weights, arguments.scratch, arguments.B, arguments.T = structs, scratch_, 1, T
@@ -261,12 +334,13 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         np.testing.assert_array_equal(bits(y), bits(expected))
 
 
-def test_what_is_not_finite_stays_so(isa, rng):
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
+def test_what_is_not_finite_stays_so(isa, rng, dtype):
     model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=True)
     x = rng.standard_normal((1, 3, SMALL.dim), dtype=np.float32)
     for bad in (np.nan, np.inf):
         x[0, 1, 5] = bad
-        y, _ = run(model, x, [3])
+        y, _ = run(model, x, [3], dtype)
         assert np.isfinite(y[0, 0]).all() and not np.isfinite(y[0, 1]).any()
 
 
@@ -290,12 +364,16 @@ def test_the_cache_refuses_what_it_always_refused(rng):
 
 
 @pytest.mark.parametrize("name", ["wk", "wv"])
-def test_what_float16_cannot_hold_is_refused(isa, rng, name):
+@pytest.mark.parametrize(
+    "kind, dtype, scale", [(KVCache, np.float16, 1e6), (QuantizedKVCache, np.float32, 1e9)]
+)
+def test_what_float16_cannot_hold_is_refused(isa, rng, name, kind, dtype, scale):
+    """The number itself, or a scale of Q8_0, which is a number by 127."""
     weights = mixed_weights(rng, SMALL)
     key = f"layers.0.attention.{name}.weight"
-    weights[key] = StoredTensor.quantize(weights[key].dequantize() * np.float32(1e6), "F32")
+    weights[key] = StoredTensor.quantize(weights[key].dequantize() * np.float32(scale), "F32")
     model, _ = two_models(SMALL, weights, 2, exact=False)
-    cache = KVCache(SMALL, 1, 6, np.float16)
+    cache = kind(SMALL, 1, 6, dtype)
     with pytest.raises(NumericsError, match=r"layer 0, positions 0\.\.2"):
         model.layers[0](
             rng.standard_normal((1, 3, SMALL.dim), dtype=np.float32), 0, model.freqs_cis[:3], cache

@@ -155,8 +155,8 @@ def scored_logits(model: nl.Transformer, ids: list[int], first: int) -> np.ndarr
 def compare(path: Path, cuts: list[list[int]], threads: int, python: str | None) -> dict[str, Score]:
     """The score of each way to compute one file."""
     first = len(cuts[0]) // 2 + 1
-    modes = {"exact": True, "default": False}
-    models = {name: nl.load(path, threads=threads, exact=exact).model for name, exact in modes.items()}
+    modes = {"exact": {"exact": True}, "default": {}, "cache in q8": {"cache_dtype": "q8"}}
+    models = {name: nl.load(path, threads=threads, **mode).model for name, mode in modes.items()}
     other = LlamaCpp(python, path, len(cuts[0]), threads) if python else None
     scores = {name: Score() for name in [*models, *(["llama.cpp"] if other else [])]}
     for done, ids in enumerate(cuts):

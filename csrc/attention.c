@@ -242,10 +242,13 @@ void exp_scalar(float *y, const float *x, int64_t n) {
  *     decode_scores            LANES            LANES / 4 keys, q    8 + 3 of 16    16 + 5 of 32
  *
  *     prefill_block   many rows: keys and values are packed once for all rows of the query block
- *     decode_block    up to NL_GEMV_TOKENS tokens, float16, Dh in whole tiles: memory is the limit.
+ *     decode_block    up to NL_GEMV_TOKENS tokens, F16 or Q8_0, Dh in whole tiles: memory is the limit.
  *                     Keys and values are read in place. The values are prefetched while the scores
  *                     are computed, and the next keys while the output is. Only these prefetches
  *                     assume that positions lie side by side, as in a KVCache.
+ *
+ * In Q8_0 a number is d * q, which is exact in float32. Prefill packs it, and decode computes it for keys.
+ * For values decode multiplies p * d by q: one more product for each block, not for each number.
  *
  * The order of each sum decides its last bits. It never depends on the other rows:
  *
@@ -293,7 +296,7 @@ VEC_INLINE vec vec_exp(vec x) {
     return vec_zero_below(x, lowest, vec_times_2_to(n, p));
 }
 
-/* Elements d .. d + LANES - 1 of the row at p. Those of Q8_0 are without their scale: they are q. */
+/* Elements d .. d + LANES - 1 of the row at p: a head, or a row of a panel. In Q8_0 they are q alone. */
 VEC_INLINE vec load_lanes(const int format, const uint8_t *p, uint64_t d) {
     switch (format) {
     case F32: return vec_load(p + 4 * d);
@@ -302,13 +305,13 @@ VEC_INLINE vec load_lanes(const int format, const uint8_t *p, uint64_t d) {
     return vec_from_i8(p + d / QK * format_of(Q8_0).bytes + format_of(Q8_0).quants + d % QK);
 }
 
-/* The same, multiplied by their scale. */
+/* The same; in Q8_0 they are d * q. */
 VEC_INLINE vec load_scaled(const int format, const uint8_t *p, uint64_t d) {
     const vec x = load_lanes(format, p, d);
     return format == Q8_0 ? vec_mul(x, vec_all_f16(p + d / QK * format_of(Q8_0).bytes)) : x;
 }
 
-/* c (rows, TILE_COLS) = alpha * c + a (rows, n) @ b[:, d : d + TILE_COLS].
+/* c (rows, TILE_COLS) = alpha * c + a (rows, n) @ b[:, d : d + TILE_COLS]. Where b is in Q8_0, it is q alone.
  * alpha has one number a row; NULL: c starts at 0. b_stride is in bytes. Unless `next` is NULL, as many bytes
  * as are read of b are prefetched from there. */
 VEC_INLINE void attention_micro_kernel(const int rows, float *c, int64_t c_stride, const float *alpha,

@@ -13,7 +13,7 @@
 #pragma once
 
 /* What a function returns when it could not do its work; 0: it did. NL_NO_MEMORY: none for its scratch.
- * NL_F16_OVERFLOW: float16 cannot hold a key or value. */
+ * NL_F16_OVERFLOW: float16 cannot hold a key or value, or a scale of Q8_0. */
 enum { NL_NO_MEMORY = -1, NL_UNKNOWN_FORMAT = -2, NL_F16_OVERFLOW = 1 };
 
 /* A weight format: a block of `weights` weights takes `bytes` bytes. The other numbers are where in the block
@@ -79,7 +79,8 @@ int nl_linear_quantized(float *y, const void *activations, int64_t T, const nl_m
  * linear_gemm.c in place of the one in vectors. The bits are the same. */
 int nl_linear_scalar_micro_kernel(float *y, const void *x, int64_t T, const nl_matrix *w, int exact);
 
-/* The arguments of nl_attention. Strides count elements, not bytes; the Dh elements of a head lie dense. */
+/* The arguments of nl_attention. Strides count elements, not bytes; the Dh elements of a head lie dense. In
+ * Q8_0 they are blocks as stored, not packed, and Dh and all strides are multiples of 32. */
 typedef struct {
     float *out;                         /* (B, T, H, Dh) */
     const float *q;                     /* (B, T, H, Dh) */

@@ -350,7 +350,7 @@ void swiglu_scalar(float *gate, const float *up, int64_t n) {
 }
 
 /* Each pair (a, b) is a complex number a + bi. It is multiplied by its c + di, unless freqs_cis is NULL, and
- * stored as F32, as F16 or in blocks of Q8_0. */
+ * stored in F32, F16 or Q8_0. */
 void store_head_scalar(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh) {
     float rotated[NL_MAX_DH];
     for (int64_t i = 0; i < Dh; i += 2) {

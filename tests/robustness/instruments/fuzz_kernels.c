@@ -242,13 +242,27 @@ void fuzz_linear_quantized(void) { linear_in(QUANTIZED); }
 
 /* ---------------------------------------------------------------- attention */
 
+static const int CACHED[] = {F32, F16, Q8_0};
+
+/* n keys or values in the format of a cache. x becomes the numbers that are stored. */
+static void *as_cached(int format, float *x, int64_t n) {
+    uint8_t *to = room(bytes_of(format, n));
+    if (format == F32) memcpy(to, x, (size_t)(4 * n));
+    for (int64_t i = 0; format == F16 && i < n; i++) store_u16(to + 2 * i, float_to_half(x[i]));
+    for (int64_t i = 0; format == Q8_0 && i < n; i += QK) quantize_q8_0(to + bytes_of(Q8_0, i), x + i);
+    load_head(x, format, to, n);
+    return to;
+}
+
 void fuzz_attention(void) {
     choose_isa();
-    const int half = (int)number(0, 1), kind = (int)number(0, KINDS - 1);
+    const int format = CACHED[number(0, 2)], kind = (int)number(0, KINDS - 1);
     const int64_t B = number(1, 2), T = number(1, number(0, 3) ? 5 : 20), S = T + number(0, 140);
     const int64_t K = number(1, 2), H = K * number(1, 3),
-                  Dh = number(0, 1) ? number(1, 6) * 16 : number(1, 50);
-    const int64_t by_head = number(0, 1), size = half ? 2 : 4, cut = number(0, T);
+                  Dh = format == Q8_0 ? number(1, 3) * QK
+                       : number(0, 1) ? number(1, 6) * 16
+                                      : number(1, 50);
+    const int64_t by_head = number(0, 1), cut = number(0, T);
     /* (B, S, K, Dh), or as a cache has it: (B, K, S, Dh) */
     const int64_t strides[3] = {S * K * Dh, by_head ? Dh : K * Dh, by_head ? S * Dh : Dh};
     float *q = floats(B * T * H * Dh, kind), *out = room(4 * B * T * H * Dh);
@@ -256,13 +270,7 @@ void fuzz_attention(void) {
     void *as_stored[2];
     for (int i = 0; i < 2; i++) {
         kv[i] = floats(B * S * K * Dh, kind);
-        as_stored[i] = kv[i];
-        if (!half) continue;
-        uint16_t *halves = as_stored[i] = room(B * S * K * Dh * size);
-        for (int64_t j = 0; j < B * S * K * Dh; j++) {
-            halves[j] = float_to_half(kv[i][j]);
-            kv[i][j] = half_to_float(halves[j]);
-        }
+        as_stored[i] = as_cached(format, kv[i], B * S * K * Dh);
     }
     for (int part = 0; part < 2; part++) {
         const nl_attention_args a = {
@@ -270,7 +278,7 @@ void fuzz_attention(void) {
             .q = q,
             .k = as_stored[0],
             .v = as_stored[1],
-            .format = half ? F16 : F32,
+            .format = format,
             .B = B,
             .T = T,
             .S = S,
@@ -315,10 +323,7 @@ void fuzz_attention(void) {
             check_near(found, sum[d] / all, bound * largest[d] + 1e-40, "attention is wrong");
         }
     }
-    for (int i = 0; i < 2; i++) {
-        if (half) free(as_stored[i]);
-        free(kv[i]);
-    }
+    for (int i = 0; i < 2; i++) free(as_stored[i]), free(kv[i]);
     free(q), free(out), free(scores), free(sum), free(largest);
 }
 
@@ -344,14 +349,14 @@ void fuzz_layer(void) {
     enum { MAX_B = 3 };
     choose_isa();
     const char *isa = nl_isa();
-    const int kind = (int)number(0, 1) ? REAL : ANY_BITS, half = (int)number(0, 1);
+    const int kind = (int)number(0, 1) ? REAL : ANY_BITS, cached = CACHED[number(0, 2)];
     const int64_t B = number(1, MAX_B), T = number(1, number(0, 3) ? 3 : 8), tokens = B * T;
     nl_layer_weights w = {.D = number(0, 3) ? number(1, 4) * 32 : 256, .K = number(1, 2), .eps = 1e-5f};
     w.F = number(0, 3) ? number(1, 4) * 32 : 256, w.H = w.K * number(1, 3),
     w.activation_bits = (int[]){8, 15, 32}[number(0, 2)];
-    w.Dh = 2 * number(1, 40);
+    w.Dh = cached == Q8_0 ? QK * number(1, 3) : 2 * number(1, 40);
     while (w.H * w.Dh % 32) w.Dh += 2;
-    const int64_t q = w.H * w.Dh, kv = w.K * w.Dh, size = half ? 2 : 4;
+    const int64_t q = w.H * w.Dh, kv = w.K * w.Dh;
     const int64_t shape[7][2] = {{q, w.D},   {kv, w.D},  {kv, w.D}, {w.D, q},
                                  {w.F, w.D}, {w.F, w.D}, {w.D, w.F}};
     const int same = (int)number(0, 1) ? F32 : Q8_0, mixed = (int)number(0, 1);
@@ -382,20 +387,18 @@ void fuzz_layer(void) {
     uint8_t *old[2][MAX_B];
     for (int64_t b = 0; b < B; b++)
         for (int i = 0; i < 2; i++) {
-            old[i][b] = room(w.K * head[b] * size);
-            for (int64_t j = 0; j < w.K * head[b]; j++) {
-                const float f = any_float(kind);
-                const uint16_t f16 = float_to_half(f);
-                memcpy(old[i][b] + j * size, half ? (const void *)&f16 : (const void *)&f, (size_t)size);
-            }
+            float *numbers = floats(w.K * head[b], kind);
+            old[i][b] = as_cached(cached, numbers, w.K * head[b]);
+            free(numbers);
         }
     int status[3];
     for (int run = 0; run < 3; run++) {
         layer_room *m = &made[run];
         m->y = room(4 * tokens * w.D), m->scratch = room(nl_layers_bytes(&w, tokens));
         for (int64_t b = 0; b < B; b++) {
-            m->keys[b] = memcpy(room(w.K * head[b] * size), old[0][b], (size_t)(w.K * head[b] * size));
-            m->values[b] = memcpy(room(w.K * head[b] * size), old[1][b], (size_t)(w.K * head[b] * size));
+            const int64_t bytes = bytes_of(cached, w.K * head[b]);
+            m->keys[b] = memcpy(room(bytes), old[0][b], (size_t)bytes);
+            m->values[b] = memcpy(room(bytes), old[1][b], (size_t)bytes);
         }
         if (run == 2) nl_use_isa("scalar");
         status[run] = 0;
@@ -405,7 +408,7 @@ void fuzz_layer(void) {
             .y = m->y,
             .x = x,
             .weights = weights,
-            .cache = {m->keys, m->values, half ? F16 : F32, w.Dh, head, one_layer, start},
+            .cache = {m->keys, m->values, cached, w.Dh, head, one_layer, start},
             .freqs_cis = freqs,
             .freqs_cis_stride = each_its_own ? angles : 0,
             .B = B,
@@ -428,8 +431,10 @@ void fuzz_layer(void) {
             check(isfinite(made[0].y[i]), "a layer is not finite");
         }
         check(memcmp(made[0].y, made[1].y, (size_t)(4 * tokens * w.D)) == 0, "in parts other bits");
-        /* a number that lies between two steps, of float16 or of the activations, may go either way */
-        const double bound = w.activation_bits == 8 ? 6e-2 : w.activation_bits == 32 && !half ? 1e-4 : 1e-2;
+        /* a number that lies between two steps, of the cache or of the activations, may go either way */
+        const double bound = w.activation_bits == 8 || cached == Q8_0   ? 6e-2
+                             : w.activation_bits == 32 && cached == F32 ? 1e-4
+                                                                        : 1e-2;
         check(error <= bound * largest, "a layer is wrong");
     }
     for (int run = 0; run < 3; run++) {

@@ -20,7 +20,7 @@ Install one, with Python's headers, and run the same command again:
 
 
 class BuildKernels(build_ext):
-    """The usual build, with a file on each CPU, and one clear message where there is no compiler."""
+    """The usual build, with a compiler on each CPU, and one clear message where there is none."""
 
     def build_extension(self, ext):
         compiler = self.compiler.compiler[0] if hasattr(self.compiler, "compiler") else "cl"

@@ -179,6 +179,12 @@ static int has_infinity(int format, const uint8_t *p, int64_t Dh) {
     return found;
 }
 
+static int all_finite(const float *x, int64_t n) {
+    int finite = 1;
+    for (int64_t i = 0; i < n; i++) finite &= isfinite(x[i]) != 0;
+    return finite;
+}
+
 /* For each of these heads: its elements in the model's order, rotated unless it is a value, and stored in q
  * or in the cache. Heads are numbered token by token: H of xq, K of xk, K of xv. */
 static void rope_and_cache(const layer_call *c, range heads) {
@@ -191,16 +197,21 @@ static void rope_and_cache(const layer_call *c, range heads) {
         const int64_t h = is_q ? head : is_v ? head - H - K : head - H;
         const float *stored = is_q ? c->xq + token * H * Dh : (is_v ? c->xv : c->xk) + token * K * Dh;
         const int64_t *order = is_q ? w->q_order : is_v ? NULL : w->k_order;
-        const int64_t at = c->layer * cache->layer_stride[b] + h * cache->head_stride[b] +
-                           (cache->start[b] + t) * cache->position_stride;
-        uint8_t *to = (uint8_t *)(is_v ? cache->values[b] : cache->keys[b]) + bytes_of(cache->format, at);
-        if (is_q) to = (uint8_t *)(c->q + (token * H + h) * Dh);
+        uint8_t *to = (uint8_t *)(is_q ? c->q : is_v ? cache->values[b] : cache->keys[b]);
+        if (is_q)
+            to += (token * H + h) * Dh * (int64_t)sizeof(float);
+        else
+            to += bytes_of(cache->format, c->layer * cache->layer_stride[b] + h * cache->head_stride[b] +
+                                              (cache->start[b] + t) * cache->position_stride);
+        const float *x = stored + h * Dh;
         float ordered[NL_MAX_DH];
-        if (order)
+        if (order) {
             for (int64_t d = 0; d < Dh; d++) ordered[d] = stored[order[h * Dh + d]];
-        c->kernel->store_head(to, is_q ? F32 : cache->format, order ? ordered : stored + h * Dh,
+            x = ordered;
+        }
+        c->kernel->store_head(to, is_q ? F32 : cache->format, x,
                               is_v ? NULL : c->a->freqs_cis + b * c->a->freqs_cis_stride + t * Dh, Dh);
-        if (!is_q && has_infinity(cache->format, to, Dh)) set_f16_overflow(c->status);
+        if (!is_q && has_infinity(cache->format, to, Dh) && all_finite(x, Dh)) set_f16_overflow(c->status);
     }
 }
 

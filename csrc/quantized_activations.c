@@ -191,7 +191,9 @@ VEC_INLINE void quantize_to_bytes(void *activations, const float *x, const int f
             const float dx = max[t] < 1e-30f ? 0 : max[t] / X_MAX_BYTES;
             ints one[QK / LANES], two[QK / LANES];
             for (int i = 0; i < QK / LANES; i++) {
-                const ints q = ints_from_vec(vec_mul(vec_load(from + i * LANES), inverse));
+                /* NaN becomes the smallest integer, then -X_MAX_BYTES: its dx is not finite */
+                const ints q = ints_max(ints_all(-X_MAX_BYTES),
+                                        ints_from_vec(vec_mul(vec_load(from + i * LANES), inverse)));
                 one[i] = ints_signed_right(ints_add(q, ints_all(64)), 7);
                 two[i] = ints_sub(q, ints_left(one[i], 7));
             }

@@ -309,8 +309,8 @@ def load(
     tokenizer = opened.tokenizer()
     with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
         opened.watch()
-    kinds = exact, activation_bits, cache_dtype
-    transformer = build(args, weights, dtype, backend, threads, progress, *kinds)
+    options = exact, activation_bits, cache_dtype
+    transformer = build(args, weights, dtype, backend, threads, progress, *options)
     room = plan.context_within(available)
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
 

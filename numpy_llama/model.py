@@ -103,9 +103,9 @@ class Transformer:
         linear: Function = F.linear,
         attention: Function = F.attention,
         cache_dtype: np.dtype[Any] | type | None = None,
-        cache: type[KVCache] = KVCache,
+        cache_type: type[KVCache] = KVCache,
     ):
-        self.args, self.cache = args, cache
+        self.args, self.cache_type = args, cache_type
         self.tok_embeddings = weights["tok_embeddings.weight"]
         self.layers = [TransformerBlock(args, i, weights, linear, attention) for i in range(args.n_layers)]
         self.norm = RMSNorm(weights["norm.weight"], args.norm_eps)
@@ -118,7 +118,7 @@ class Transformer:
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_seq_len` positions."""
         max_seq_len = self.args.max_seq_len if max_seq_len is None else max_seq_len
-        return self.cache(self.args, batch, max_seq_len, self.cache_dtype)
+        return self.cache_type(self.args, batch, max_seq_len, self.cache_dtype)
 
     def __call__(self, tokens: Any, start_pos: int = 0, cache: KVCache | None = None) -> Array:
         """Logits of the next token at every position: (B, T) ids -> (B, T, V)."""

@@ -1,7 +1,8 @@
-"""One C call for all transformer blocks, with the weights and the results of `TransformerBlock`.
+"""Neighbouring transformer blocks in one C call, with the weights and the results of `TransformerBlock`.
 
 A small model spends more time in Python, between the kernels, than in the kernels: a token passes 30
 layers, and each layer makes 20 calls. A block with an exchanged part runs its parts, as model.py does.
+A pass with much work is several calls, so that Ctrl-C waits less than 250 ms.
 """
 
 from itertools import groupby
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..cache import KVCache
 from ..config import Array
+from ..errors import MismatchError, ParameterError
 from ..model import Transformer, TransformerBlock
 from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
 from .quantized_cache import QuantizedKVCache
@@ -76,14 +78,19 @@ class FusedTransformer(Transformer):
 
 def stores(cache: Any) -> bool:
     """Whether C can store into this cache, or into all caches of a batch, which are of one kind."""
-    kinds = {(type(one), one.k.dtype) for one in getattr(cache, "caches", [cache])}
+    caches = getattr(cache, "caches", [cache])
+    kinds = {(type(one), getattr(getattr(one, "k", None), "dtype", None)) for one in caches}
     return len(kinds) == 1 and kinds <= CACHED
 
 
 def run(blocks: list[FusedBlock], x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
-    """Neighbouring blocks in one C call."""
+    """Neighbouring blocks in C: one call, or several if a call would be long."""
     caches, (B, T, _), first = getattr(cache, "caches", [cache]), x.shape, blocks[0].attention.layer
     starts, layers = np.atleast_1d(start_pos).tolist(), range(first, first + len(blocks))
+    if few := [len(one.filled) for one in caches if len(one.filled) < layers.stop]:
+        raise MismatchError(f"a cache of {few[0]} layers does not fit layer {layers.stop - 1} of the model")
+    if not x.size:
+        raise ParameterError("there is no token to compute")
     if sum(one.batch for one in caches) == B:
         at_layers, ends = slice(first, layers.stop), []
         for one, at in zip(caches, starts, strict=True):

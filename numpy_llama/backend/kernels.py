@@ -266,7 +266,7 @@ def pack(rows: Array, format: Format, threads: int) -> Array:
 
 
 class FusedWeights(InPlace):
-    """A TransformerBlock's sizes and weights in the struct that nl_layer takes, made once."""
+    """A TransformerBlock's sizes and weights in the struct that nl_layers takes, made once."""
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class FusedWeights(InPlace):
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
-        self.D, self.Dh = D, head_dim
+        self.D, self.K, self.Dh = D, K_Dh // head_dim, head_dim
         self.kept = weights, norms, orders  # what the struct points to
         self.formats = [w.format for w in weights]
         self.struct = ffi.new("nl_layer_weights *")
@@ -331,7 +331,7 @@ class Kernels(InPlace):
         self.threads, self.exact = int(threads), exact
         self.activation_bits = 32 if exact else int(activation_bits)
         self._share(WORK_FOR_THREADS)  # an impossible number fails before any weight is loaded
-        self._scratch: list[Any] = []  # of `layer`: one for each call that ran at the same time
+        self._scratch: list[Any] = []  # of `layers`: one for each call that ran at the same time
 
     def _share(self, work: int) -> int:
         """The number of threads for `work` multiply-adds."""
@@ -440,9 +440,19 @@ class Kernels(InPlace):
             )
         if any(other.sizes != w.sizes for other in weights):
             raise MismatchError("the layers of one call must have the same sizes")
+        wanted = len(weights), w.K, format.row_bytes(w.Dh)
+        for one in (*keys, *values):
+            if (*one.shape[:2], one.shape[3] * one.itemsize) != wanted or one.dtype != keys[0].dtype:
+                raise MismatchError(
+                    f"a cache of shape {one.shape} and {one.dtype} does not fit {len(weights)} layers "
+                    f"with n_kv_heads {w.K} and head_dim {w.Dh}"
+                )
         work = w.work(B * T, T * (sum(starts) + B * T)) * len(weights)
         threads = self._share(sum(work))
-        scratch = self._scratch.pop() if self._scratch else b""
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:  # none is left: the first call, or others run
+            scratch = b""
         if len(scratch) < (nbytes := lib.nl_layers_bytes(w.struct, B * T)):
             scratch = ffi.new("char[]", nbytes)
         # A struct of cffi keeps addresses only. The local names keep the arrays alive until C returns, and

@@ -23,12 +23,12 @@ class QuantizedKVCache(KVCache):
     """
 
     def __init__(self, args: ModelArgs, batch: int, max_seq_len: int, dtype: DTypeLike = np.float32):
+        super().__init__(args, batch, max_seq_len, np.uint8)
         if args.head_dim % Q8_0.block:
             raise UnsupportedError(
                 f"head_dim is {args.head_dim}, a cache in q8 needs a multiple of {Q8_0.block}: "
                 "leave out cache_dtype, on the command line --cache-dtype"
             )
-        super().__init__(args, batch, max_seq_len, np.uint8)
         shape = (*self.k.shape[:-1], Q8_0.row_bytes(args.head_dim))
         self.k, self.v = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
         self.dtype = np.dtype(dtype)

@@ -9,8 +9,7 @@
 
 model.py has no code for this. `Transformer.with_parts` makes a model with hooks around the named parts.
 Within the `with` block, and only in its thread or asyncio task, `llama.model` is that model. Other threads
-and tasks run the model without hooks. A transformer block stays one C call as long as no part in it has a
-hook.
+and tasks run the model without hooks. Neighbouring blocks without a hook stay one C call.
 """
 
 from collections.abc import Callable, Iterator, Sequence

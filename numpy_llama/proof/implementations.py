@@ -177,7 +177,7 @@ def compiled(isa: str) -> Implementation:
         return run
 
     class Transformer:
-        """The model on the C backend: each layer is one call."""
+        """The model on the C backend: all layers are one call."""
 
         def __init__(self, args: ModelArgs, weights: Mapping[str, Array]):
             from ..backend import build

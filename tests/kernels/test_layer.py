@@ -1,4 +1,4 @@
-"""One C call for a layer (csrc/layer.c) against the layer of model.py, on every instruction set.
+"""Layers in one C call (csrc/layer.c) against the layer of model.py, on every instruction set.
 
 In exact mode both round alike, except for the order of a few sums. A quantized activation between two steps
 may be rounded either way. A step is 1 / 8191 of the largest number of its block.
@@ -61,7 +61,7 @@ def mixed_weights(rng, args: ModelArgs, half_split: bool = False) -> dict[str, S
 
 
 def two_models(args: ModelArgs, weights, threads: int, exact: bool) -> tuple[Transformer, Transformer]:
-    """The same model, computed layer by layer and by the ordinary layers."""
+    """The same model, computed by csrc/layer.c and by the ordinary layers."""
     packed = {key: w.dequantize() if len(w.shape) == 1 else KernelWeight(w) for key, w in weights.items()}
     chosen = Kernels(threads, exact)
     return (
@@ -381,6 +381,43 @@ def test_what_float16_cannot_hold_is_refused(isa, rng, name, kind, dtype, scale)
     assert cache.filled == [0, 0]
 
 
+def test_the_layer_is_named_that_float16_cannot_hold(isa, rng):
+    """Of a pass that is one call."""
+    weights, key = mixed_weights(rng, SMALL), "layers.1.attention.wv.weight"
+    weights[key] = StoredTensor.quantize(weights[key].dequantize() * np.float32(1e6), "F32")
+    model, cache = two_models(SMALL, weights, 2, exact=False)[0], KVCache(SMALL, 1, 6, np.float16)
+    with pytest.raises(NumericsError, match=r"layer 1, positions 0\.\.2"):
+        model.hidden([[1, 2, 3]], 0, cache)
+    assert cache.filled == [3, 0]
+
+
+def test_a_cache_that_is_only_an_interface_runs_the_parts(rng):
+    class Other:
+        def __init__(self, cache):
+            self.update = cache.update
+
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=True)
+    expected = model.hidden([[1, 2, 3]], 0, KVCache(SMALL, 1, 6))
+    assert_near(model.hidden([[1, 2, 3]], 0, Other(KVCache(SMALL, 1, 6))), expected, LAYER_32)
+
+
+@pytest.mark.parametrize("change", [{"n_layers": 1}, {"n_kv_heads": 1}, {"head_dim": 16}])
+def test_a_cache_of_another_model_is_refused(rng, change):
+    """Before C is called, which would write beyond it."""
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
+    with pytest.raises(MismatchError, match="a cache of"):
+        model.hidden([[1, 2, 3]], 0, KVCache(replace(SMALL, **change), 1, 6))
+
+
+@pytest.mark.parametrize("B, T", [(1, 0), (0, 2)])
+def test_no_token_is_refused(rng, B, T):
+    model, _ = two_models(SMALL, mixed_weights(rng, SMALL), 2, exact=False)
+    with pytest.raises(ParameterError, match="there is no token"):
+        model.run_layers(
+            np.zeros((B, T, SMALL.dim), np.float32), 0, model.freqs_cis[:T], KVCache(SMALL, B, 6)
+        )
+
+
 @for_each
 @given(configurations(), st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 3), seeds)
 def test_a_batch_is_each_sequence_alone(isa, args, starts, T, seed):
@@ -453,6 +490,9 @@ def test_an_interrupted_call_counts_nothing(rng, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.layers[0](x, np.array([0, 2, 5, 6]), model.freqs_cis[:4, None], BatchCache(caches[1:]))
     assert [cache.filled for cache in caches] == [[6, 4], [0, 6], [2, 6], [5, 6], [6, 6]]
+    with pytest.raises(KeyboardInterrupt):
+        model.hidden([[1]], 3, caches[4])
+    assert caches[4].filled == [3, 3]
 
 
 def test_what_does_not_fit_is_refused(rng):

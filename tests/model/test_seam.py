@@ -168,7 +168,7 @@ def test_a_part_of_another_layer_has_its_own_row_of_the_cache(model, name):
 
 
 NO_PARTS = {
-    "": r"no part '' in the model; there are args, cache, tok_embeddings, layers, norm, ",
+    "": r"no part '' in the model; there are args, cache_type, tok_embeddings, layers, norm, ",
     "layer.0": r"no part 'layer' in the model; is it \"layers\"\?",
     "layers.2": r"no part '2' in 'layers'; there are 0, 1$",
     "layers.-1": r"no part '-1' in 'layers'; is it \"layers.1\"",

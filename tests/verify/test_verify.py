@@ -287,7 +287,7 @@ def test_a_wrong_product_is_named_by_layer_and_operation(operation, exact, tiny,
 
 
 def test_a_wrong_attention_and_a_wrong_layer_are_named(tiny, monkeypatch, capsys):
-    attention, layer = kernels.Kernels.attention, kernels.Kernels.layer
+    attention, layer = kernels.Kernels.attention, kernels.Kernels.layers
 
     def wrong(self, q, k, v):
         return attention(self, q, k, v) * np.float32(1 - 1e-3 * (q.shape[1] == 1))  # of one token only
@@ -299,7 +299,7 @@ def test_a_wrong_attention_and_a_wrong_layer_are_named(tiny, monkeypatch, capsys
     def wrong_layer(self, w, x, starts, *rest):
         return layer(self, w, x, starts, *rest) * np.float32(1 + 1e-2 * (self.exact and starts[0] > 0))
 
-    monkeypatch.setattr(kernels.Kernels, "layer", wrong_layer)
+    monkeypatch.setattr(kernels.Kernels, "layers", wrong_layer)
     assert "in layer 0, at layer (C, exact against" in verdict(capsys, 3, "-m", tiny)
 
 

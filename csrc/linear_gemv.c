@@ -39,6 +39,10 @@ enum { STREAMS = 4 };
 
 /* ---------------------------------------------------------------- floats: F32, F16, BF16 */
 
+/* The sums of up to FLOAT_TOKENS tokens, four for each, stay in registers. More tokens are multiplied in two
+ * halves: FLOAT_COLUMNS of them, a part of L1, by FOURS times four rows. */
+enum { FLOAT_TOKENS = LANES == 16 ? 6 : 4, FLOAT_COLUMNS = 512, FOURS = 4 };
+
 /* Pointers to row r and the three others. A row behind the end is replaced by the last one. */
 VEC_INLINE void row_pointers(const int format, const uint8_t *w[4], const linear_args *a, int64_t r,
                              int64_t quarter, int64_t end) {
@@ -58,41 +62,66 @@ VEC_INLINE vec floats_of(const int format, const uint8_t *p) {
     return vec_zero(); /* not reached: the others are blocks */
 }
 
-VEC_INLINE void gemv_floats_4_rows(const int format, const int64_t T, const linear_args *a, int64_t r,
-                                   int64_t quarter, int64_t end) {
+/* sum[t][i] += w[i] @ x[t], in lanes: n columns of four rows and of up to FLOAT_TOKENS tokens. */
+VEC_INLINE void add_floats(const int format, const int tokens, const int prefetch, vec (*sum)[4],
+                           const uint8_t *const w[4], const float *x, int64_t IN, int64_t n) {
     const int64_t bytes = block_bytes(format) / QK;
-    const float *x = a->x;
-    const uint8_t *w[4];
-    vec sum[GEMV_TOKENS][4];
-    for (int64_t t = 0; t < T; t++)
-        for (int i = 0; i < 4; i++) sum[t][i] = vec_zero();
-    row_pointers(format, w, a, r, quarter, end);
-    for (int64_t b = 0; b < a->w.IN; b += QK) {
-        for (int i = 0; i < 4; i++) prefetch_to_l1(w[i] + b * bytes + PREFETCH_AHEAD, QK * bytes);
+    vec s[FLOAT_TOKENS][4];
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < 4; i++) s[t][i] = sum[t][i];
+    for (int64_t b = 0; b < n; b += QK) {
+        for (int i = 0; i < (prefetch ? 4 : 0); i++)
+            prefetch_to_l1(w[i] + b * bytes + PREFETCH_AHEAD, QK * bytes);
         for (int64_t k = b; k < b + QK; k += LANES)
             for (int i = 0; i < 4; i++) {
                 const vec floats = floats_of(format, w[i] + k * bytes);
-                for (int64_t t = 0; t < T; t++)
-                    sum[t][i] = vec_fma(floats, vec_load(x + t * a->w.IN + k), sum[t][i]);
+                for (int t = 0; t < tokens; t++) s[t][i] = vec_fma(floats, vec_load(x + t * IN + k), s[t][i]);
             }
     }
-    for (int64_t t = 0; t < T; t++) {
-        float four[4];
-        vec_store_sums(four, sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
-        for (int i = 0; i < 4; i++)
-            if (r + i * quarter < end) a->y[t * a->w.OUT + r + i * quarter] = four[i];
-    }
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < 4; i++) sum[t][i] = s[t][i];
+}
+
+/* Rows r .. r + fours - 1 of each quarter. */
+VEC_INLINE void gemv_floats_rows(const int format, const int T, const linear_args *a, int64_t r,
+                                 int64_t fours, int64_t quarter, int64_t end) {
+    const int64_t IN = a->w.IN, columns = T > FLOAT_TOKENS ? FLOAT_COLUMNS : IN;
+    const int half = T > FLOAT_TOKENS ? (T + 1) / 2 : T;
+    vec sum[FOURS][GEMV_TOKENS][4];
+    for (int64_t j = 0; j < fours; j++)
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < 4; i++) sum[j][t][i] = vec_zero();
+    for (int64_t b = 0; b < IN; b += columns)
+        for (int64_t j = 0; j < fours; j++) {
+            const int64_t n = IN - b < columns ? IN - b : columns;
+            const float *x = (const float *)a->x + b;
+            const uint8_t *w[4];
+            row_pointers(format, w, a, r + j, quarter, end);
+            for (int i = 0; i < 4; i++) w[i] += b * (block_bytes(format) / QK);
+            add_floats(format, half, 1, sum[j], w, x, IN, n);
+            if (half < T) add_floats(format, T - half, 0, sum[j] + half, w, x + half * IN, IN, n);
+        }
+    for (int64_t j = 0; j < fours; j++)
+        for (int t = 0; t < T; t++) {
+            float four[4];
+            vec_store_sums(four, sum[j][t][0], sum[j][t][1], sum[j][t][2], sum[j][t][3]);
+            for (int i = 0; i < 4; i++)
+                if (r + j + i * quarter < end) a->y[t * a->w.OUT + r + j + i * quarter] = four[i];
+        }
 }
 
 /* Each number of tokens is a constant to its loop, so that its sums are registers. */
 VEC_INLINE void gemv_floats(const int format, const linear_args *a, int64_t begin, int64_t end) {
-    const int64_t quarter = (end - begin + 3) / 4;
-    for (int64_t r = begin; r < begin + quarter; r++) switch (a->T) {
+    const int64_t quarter = (end - begin + 3) / 4, step = a->T > FLOAT_TOKENS ? FOURS : 1;
+    for (int64_t i = 0; i < quarter; i += step) {
+        const int64_t fours = quarter - i < step ? quarter - i : step;
+        switch (a->T) {
 #define CASE(T)                                                                                              \
-    case T: gemv_floats_4_rows(format, T, a, r, quarter, end); break;
+    case T: gemv_floats_rows(format, T, a, begin + i, fours, quarter, end); break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
         }
+    }
 }
 
 /* ---------------------------------------------------------------- quantized activations: bytes */

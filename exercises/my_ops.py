@@ -172,3 +172,94 @@ def dequantize_q4_0(rows):
 def quantize_q4_0(x):
     """(rows, n) float32 -> (rows, n / 32 * 18) bytes."""
     raise NotImplementedError
+
+
+# dy is the gradient of the loss by y, and has the shape of y. A gradient has the shape of what it belongs to.
+
+
+# Chapter 15: nll = lse - logit of the target, lse = log sum_j exp(logit_j). It must also work where a logit
+# is 1e4. A target that is no column of the logits is an error.
+def cross_entropy(logits, targets):
+    """(N, V), (N,) whole numbers -> nll (N,), lse (N,)."""
+    raise NotImplementedError
+
+
+# Chapter 15: dlogits = (softmax - onehot) * dnll, with softmax = exp(logits - lse).
+def cross_entropy_backward(dnll, logits, targets, lse):
+    """(N,), (N, V), (N,), (N,) -> (N, V)."""
+    raise NotImplementedError
+
+
+# Chapter 15: the log-probability of each target, 0 where the mask is 0. There the target may be any number.
+# Compute output(rows of h) for at most `chunk` rows that count at a time.
+def log_probs(h, output, targets, mask, chunk=256):
+    """(..., D), a function (n, D) -> (n, V), (...), (...) -> (...)."""
+    raise NotImplementedError
+
+
+# Chapter 15: loss = sum weights * nll, over the rows of a weight that is not 0, `chunk` at a time.
+# output.backward(dlogits, rows of h) gives dh of these rows, and a dict of gradients. Sum the dicts. If no
+# row has a weight, take a chunk of no rows. The dh of the other rows is 0.
+def head_loss(h, output, targets, weights, chunk=256):
+    """(..., D), a part, (...), (...) -> loss, dh (..., D), gradients."""
+    raise NotImplementedError
+
+
+# Chapter 16: y = x W^T, so dx = dy W.
+def linear_dx(dy, w):
+    """(..., OUT), (OUT, IN) -> (..., IN)."""
+    raise NotImplementedError
+
+
+# Chapter 16: dW = dy^T x, summed over all rows.
+def linear_dw(dy, x):
+    """(..., OUT), (..., IN) -> (OUT, IN)."""
+    raise NotImplementedError
+
+
+# Chapter 16: add each row of dx to the row of its token. A token may occur twice.
+def embedding_backward(dx, tokens, vocab_size):
+    """(B, T, D), (B, T) whole numbers -> (V, D)."""
+    raise NotImplementedError
+
+
+# Chapter 16: dx = r (g - xh mean(g xh)) and dweight = sum dy xh, with r = 1 / sqrt(mean(x^2) + eps), xh = x r
+# and g = dy weight.
+def rms_norm_backward(dy, x, weight, eps):
+    """(..., D), (..., D), (D,) -> dx (..., D), dweight (D,)."""
+    raise NotImplementedError
+
+
+# Chapter 16: turn each pair back, by the conjugate of its complex number.
+def apply_rotary_emb_backward(dy, freqs_cis):
+    """(B, T, H, Dh), complex (T, Dh / 2) or (B, T, Dh / 2) -> (B, T, H, Dh)."""
+    raise NotImplementedError
+
+
+# Chapter 16: s = gate sig up with sig = 1 / (1 + exp(-gate)): dgate = ds up sig (1 + gate (1 - sig)), and
+# dup = ds gate sig. A warning of NumPy counts as a failure.
+def swiglu_backward(ds, gate, up):
+    """(...), (...), (...) -> dgate (...), dup (...)."""
+    raise NotImplementedError
+
+
+# Chapter 17: attention within documents. Token t sees the positions first[t]..t of its row. lse is the log of
+# the sum of the exponentials of its scores. A number of heads that is no multiple of K is an error.
+def attention_saving(q, k, v, first):
+    """(B, T, H, Dh), (B, T, K, Dh), (B, T, K, Dh), (B, T) -> out (B, T, H, Dh), lse (B, H, T)."""
+    raise NotImplementedError
+
+
+# Chapter 17: p = exp(scores - lse); dv = p^T dout; dp = dout v^T; ds = p (dp - sum(dout out)) / sqrt(Dh);
+# dq = ds k; dk = ds^T q. dk and dv are summed over the query heads that share a key head.
+def attention_backward(dout, q, k, v, out, lse, first):
+    """The shapes of attention_saving -> dq, dk, dv, in the shapes of q, k, v."""
+    raise NotImplementedError
+
+
+# Chapter 17: through a block from its last line to its first. `saved` has x, q, k, v, out, lse, h, gate, up:
+# block_forward in backward.py shows where each comes from. A part of the block, such as block.attention.wq,
+# has backward(dy, x) -> dx, {"weight": dw}. block.attention.attention.backward is attention_backward.
+def block_backward(block, dy, saved, freqs_cis, first):
+    """(B, T, D) -> dx (B, T, D), {"attention.wq.weight": (H Dh, D), ...}."""
+    raise NotImplementedError

@@ -8,6 +8,7 @@ A result beyond its bound is a `Miss`. It keeps both sides for the report.
 """
 
 import math
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ MODEL_64 = 1e-11
 
 # A whole tiny model in float32, relative to the largest logit: the bounds of its sums, added over layers.
 MODEL_32 = 5e-6
+
+# The gradients of a whole tiny model, relative to the largest of each weight: the rounding of MODEL_64 and of
+# MODEL_32, once more on the way back.
+GRADIENT_64 = 1e-11
+GRADIENT_32 = 2e-5
 
 # A prompt in chunks against the prompt at once: BLAS sums in another order for another shape.
 CHUNKS_64 = 1e-12
@@ -79,6 +85,10 @@ def shown(x: object, every_digit: bool = False) -> str:
     """A number or an array as text. A large array is cut to its ends."""
     if isinstance(x, dict):
         return f"{len(x)} named arrays"
+    if type(x) is tuple:
+        return ",\n".join(shown(part, every_digit) for part in x)
+    if is_dataclass(x):
+        return f"a {type(x).__name__}"
     if isinstance(x, np.ndarray) and x.size:
         digits: dict[str, Any] = {"floatmode": "unique"} if every_digit else {"precision": 8}
         text = np.array2string(x, **digits, threshold=16, edgeitems=2, max_line_width=88, separator=", ")

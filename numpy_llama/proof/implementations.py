@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .. import cache, functional, model
+from .. import backward, cache, functional, learner, model
 from ..backend import formats
 from ..config import Array, ModelArgs
 from ..errors import BuildError
@@ -46,10 +46,20 @@ OPERATIONS = {
     ),
     cache: ("KVCache",),
     model: ("Transformer",),
+    backward: (
+        *("linear_dx", "linear_dw", "embedding_backward", "rms_norm_backward"),
+        *("apply_rotary_emb_backward", "swiglu_backward", "attention_saving", "attention_backward"),
+        *("cross_entropy", "cross_entropy_backward", "head_loss", "log_probs"),
+        *("block_forward", "block_backward"),
+    ),
+    learner: ("Learner",),
 }
 NAMES = [name for names in OPERATIONS.values() for name in names]
-# Operations whose result is an array in the precision of the arguments.
-ARRAYS = {*OPERATIONS[functional], *OPERATIONS[sampling], "quantize_activations"} - {"greedy", "sample"}
+# Operations whose results are this number of arrays, in the precision of the arguments.
+ARRAYS = dict.fromkeys({*OPERATIONS[functional], *OPERATIONS[sampling]} - {"greedy", "sample"}, 1)
+ARRAYS |= dict.fromkeys(("quantize_activations", *OPERATIONS[backward][:5], "log_probs"), 1)
+ARRAYS |= {"cross_entropy_backward": 1, "attention_backward": 3}
+ARRAYS |= dict.fromkeys(("rms_norm_backward", "swiglu_backward", "attention_saving", "cross_entropy"), 2)
 
 
 class Call(NamedTuple):
@@ -110,6 +120,8 @@ class Kept:
 
 
 def copied(x: Any) -> Any:
+    if type(x) is tuple:
+        return tuple(copied(part) for part in x)
     return x.copy() if isinstance(x, np.ndarray) else x
 
 
@@ -120,21 +132,41 @@ def is_other(x: object, was: Any) -> bool:
 
 def check_kind(name: str, arguments: tuple[Any, ...], result: Any) -> None:
     """Raise an error that names the operation if its result is no array, or has another precision."""
-    if name in ARRAYS and not isinstance(result, np.ndarray | np.generic):
+    if name not in ARRAYS:
+        return
+    results, n = (result,) if ARRAYS[name] == 1 else result, ARRAYS[name]
+    if type(results) is not tuple or len(results) != n or not all(map(is_array, results)):
         what = "nothing (is a return missing?)" if result is None else f"a {type(result).__name__}"
-        raise AssertionError(f"{name} gave {what}, an array is wanted")
+        raise AssertionError(f"{name} gave {what}, {'an array is' if n == 1 else f'{n} arrays are'} wanted")
     floats = {x.dtype for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
-    if name in ARRAYS and len(floats) == 1 and result.dtype.kind == "f" and result.dtype not in floats:
-        raise AssertionError(f"{floats.pop()} went in, {result.dtype} came out")
+    for one in results:
+        if len(floats) == 1 and one.dtype.kind == "f" and one.dtype not in floats:
+            raise AssertionError(f"{floats.pop()} went in, {one.dtype} came out")
+
+
+def is_array(x: object) -> bool:
+    return isinstance(x, np.ndarray | np.generic)
 
 
 def numpy_implementation(
     name: str = "numpy", modules: Mapping[ModuleType, tuple[str, ...]] = OPERATIONS
 ) -> Implementation:
     """The functions of this package, which are the definition."""
-    return Implementation(
-        name, {one: getattr(module, one) for module, names in modules.items() for one in names}
-    )
+    found = {one: getattr(module, one) for module, names in modules.items() for one in names}
+    return Implementation(name, found | {"Learner": Learner})
+
+
+class Learner(learner.Learner):
+    """A learner of these weights."""
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        weights: Mapping[str, Array],
+        functions: learner.Functions | None = None,
+        frozen: bool = False,
+    ):
+        super().__init__(model.Transformer(args, weights), functions, frozen)
 
 
 def torch_implementation() -> Implementation:

@@ -73,6 +73,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T) -> (B, T, V)."""
+        return self.with_graph(tokens)
+
+    def with_graph(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The same logits, for autograd."""
         h = self.tok_embeddings(tokens)
         freqs_cis = rotary_table(self.args, tokens.shape[1], h.dtype)
         for layer in self.layers:

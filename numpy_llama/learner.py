@@ -244,9 +244,10 @@ def check_block(name: str, layer: Any) -> None:
 
 def check_gradient(name: str, part: Any) -> None:
     """UnsupportedError unless the part has a gradient."""
-    if not callable(getattr(part, "backward", None)) or not hasattr(part, "learned"):
+    wanted = ["backward", "learned", *(["saving"] if name.endswith("attention.attention") else [])]
+    if missing := [one for one in wanted if not hasattr(part, one)]:
         raise UnsupportedError(
-            f"{name} is {escape(part, 60)}, which has no gradient: give it backward(dy, x) and learned"
+            f"{name} is {escape(part, 60)}: it has no gradient, it lacks {', '.join(missing)}"
         )
 
 

@@ -167,6 +167,18 @@ def test_a_target_without_weight_does_not_count(ops, source, shape, chunk, maske
     assert_same(found[1][head.weights == 0], np.zeros(((head.weights == 0).sum(), shape[2])))
 
 
+@law("head_loss log_probs", sources, heads, chunk_sizes)
+def test_the_head_leaves_its_arguments_alone(ops, source, shape, chunk):
+    """h, the weight, targets and weights are what they were."""
+    head = Head(source, *shape)
+    arrays = head.h, head.w, head.targets, head.weights
+    before = [x.copy() for x in arrays]
+    ops.head_loss(head.h, head.output, head.targets, head.weights, chunk)
+    ops.log_probs(head.h, head.output, head.targets, head.weights, chunk)
+    for x, was in zip(arrays, before, strict=True):
+        assert_same(x, was)
+
+
 class Counting(TrainedLinear):
     """An output that keeps the numbers of rows that it is asked for."""
 

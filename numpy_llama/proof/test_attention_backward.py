@@ -4,13 +4,17 @@ FlashAttention-2 (Dao 2023): the weights of attention are never stored. The laws
 test_gradients.py, such as the comparison with autograd.
 """
 
+import functools
+
 import numpy as np
 from hypothesis import strategies as st
 
-from . import torch_ops
+from . import laws, torch_ops
 from .bounds import EXP_32, U32, assert_same, assert_within, g, unit
 from .gradients import attention_inputs, bound, documents, saving, score_error, widened
-from .laws import assert_refused, assert_that, law, small_sizes, sources
+from .laws import assert_refused, assert_that, small_sizes, sources
+
+law = functools.partial(laws.law, share=1 / 4)  # of the examples: the laws are many
 
 
 class Shape:
@@ -71,7 +75,7 @@ def test_the_definition(ops, source, n):
     assert_saving(ops.attention_saving(q, k, v, first), wanted, q, k, v)
 
 
-@law("attention_saving", sources, shapes(), share=1 / 2)
+@law("attention_saving", sources, shapes())
 def test_saving_as_pytorch(ops, source, n):
     """It gives torch's scaled_dot_product_attention and logsumexp, with the mask of the documents."""
     q, k, v, first = drawn(source, n)
@@ -79,7 +83,7 @@ def test_saving_as_pytorch(ops, source, n):
     assert_saving(ops.attention_saving(q, k, v, first), wanted, q, k, v, 2)
 
 
-@law("attention_saving", sources, shapes(), share=1 / 4)
+@law("attention_saving", sources, shapes(), share=1 / 8)
 def test_saving_in_float32(ops, source, n):
     """In float32, within the rounding of its scores and sums."""
     q, k, v, first = drawn(source, n)
@@ -90,7 +94,7 @@ def test_saving_in_float32(ops, source, n):
     assert_saving(found, wanted, q, k, v, 2)
 
 
-@law("attention_saving attention", sources, shapes(cuts=st.just(0)), share=1 / 2)
+@law("attention_saving attention", sources, shapes(cuts=st.just(0)))
 def test_one_document_is_attention(ops, source, n):
     """Where first is 0 it is `attention`, which the model predicts with."""
     q, k, v, first = drawn(source, n)
@@ -98,7 +102,7 @@ def test_one_document_is_attention(ops, source, n):
     assert_within(out, ops.attention(q, k, v), 2 * saving_bounds(q, k, v)[0])
 
 
-@law("attention_saving", sources, shapes(T=st.integers(1, 70)), share=1 / 4)
+@law("attention_saving", sources, shapes(T=st.integers(1, 70)))
 def test_saving_leaves_its_arguments_alone(ops, source, n):
     """q, k, v and first are what they were, and the same call gives the same bits."""
     arguments = drawn(source, n)
@@ -118,7 +122,7 @@ def test_every_query_head_has_a_key_head(ops, source, T):
 # --- what is seen -----------------------------------------------------------------------------------------
 
 
-@law("attention_saving attention_backward", sources, shapes(T=st.integers(2, 70)), share=1 / 2)
+@law("attention_saving attention_backward", sources, shapes(T=st.integers(2, 70)))
 def test_packed_documents_are_separate_ones(ops, source, n):
     """Documents in one row give what each gives alone, forward and backward."""
     n.B = 1
@@ -136,7 +140,12 @@ def test_packed_documents_are_separate_ones(ops, source, n):
             assert_within(one[:, at], other, 2 * slack[:, at])
 
 
-@law("attention_saving attention_backward", sources, shapes(T=st.integers(2, 70), cuts=st.integers(1, 4)))
+@law(
+    "attention_saving attention_backward",
+    sources,
+    shapes(T=st.integers(2, 70), cuts=st.integers(1, 4)),
+    share=1 / 4,
+)
 def test_documents_do_not_see_each_other(ops, source, n):
     """NaN in a document comes out in it, and in its gradients, and nowhere else."""
     n.B = 1
@@ -193,7 +202,7 @@ def test_a_token_that_sees_itself_alone(ops, source, n):
 # --- heads and rows ---------------------------------------------------------------------------------------
 
 
-@law("attention_backward", sources, shapes(n_rep=st.integers(2, 3)), share=1 / 2)
+@law("attention_backward", sources, shapes(n_rep=st.integers(2, 3)))
 def test_shared_heads_sum(ops, source, n):
     """dk and dv of a key head are the sums over the query heads that share it, as if each had its own."""
     q, k, v, first = drawn(source, n)
@@ -206,7 +215,7 @@ def test_shared_heads_sum(ops, source, n):
         assert_within(found, widened(each).reshape(n.B, n.T, n.K, n.n_rep, n.Dh).sum(axis=3), 2 * slack)
 
 
-@law("attention_backward", sources, shapes(B=st.just(2)), share=1 / 2)
+@law("attention_backward", sources, shapes(B=st.just(2)))
 def test_rows_do_not_see_each_other(ops, source, n):
     """Each row of a batch gives what it gives alone, with documents of its own."""
     q, k, v, first = drawn(source, n)
@@ -220,7 +229,7 @@ def test_rows_do_not_see_each_other(ops, source, n):
 # --- what softmax forgets ---------------------------------------------------------------------------------
 
 
-@law("attention_backward", sources, shapes(), share=1 / 2)
+@law("attention_backward", sources, shapes())
 def test_a_vector_added_to_all_keys_would_change_nothing(ops, source, n):
     """So the dk of a document sum to 0, for each key head."""
     q, k, v, first = drawn(source, n)
@@ -228,7 +237,7 @@ def test_a_vector_added_to_all_keys_would_change_nothing(ops, source, n):
     assert_within(widened(dk).sum(axis=1), np.zeros((n.B, n.K, n.Dh)), 2 * allowed.sum(axis=1))
 
 
-@law("attention_backward", sources, shapes(), share=1 / 2)
+@law("attention_backward", sources, shapes())
 def test_equal_values_leave_nothing_to_choose(ops, source, n):
     """If all values are the same, no weight matters: dq = dk = 0."""
     q, k, v, _ = drawn(source, n)

@@ -4,14 +4,18 @@ f is the function, J its matrix of derivatives at x, and dy the gradient of the 
 `x_backward` computes J^T dy.
 """
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from . import torch_ops
+from . import laws, torch_ops
 from .bounds import assert_same, assert_within
 from .gradients import CASES, bound, case_of, central_differences, narrowed, widened
-from .laws import assert_that, law, small_sizes, sources
+from .laws import assert_that, small_sizes, sources
+
+law = functools.partial(laws.law, share=1 / 4)  # of the examples: the laws are many
 
 sizes = st.one_of(st.integers(1, 9), st.sampled_from([16, 33, 65, 130]))
 widths = st.one_of(st.integers(1, 9), st.sampled_from([16, 33]))
@@ -41,7 +45,7 @@ def assert_all_within(found, wanted, bounds):
 
 
 @each
-@law("{name}", sources, tiny_sizes, tiny_sizes, small_sizes, share=1 / 2)
+@law("{name}", sources, tiny_sizes, tiny_sizes, small_sizes, share=1 / 5)
 def test_it_is_the_slope(ops, name, source, a, b, c):
     """Each gradient is (loss(x + e) - loss(x - e)) / 2e, for a small change e of each number."""
     case = case_of(name, source, a, b, c)
@@ -51,7 +55,7 @@ def test_it_is_the_slope(ops, name, source, a, b, c):
 
 
 @each
-@law("{name}", sources, sizes, widths, small_sizes, share=1 / 2)
+@law("{name}", sources, sizes, widths, small_sizes)
 def test_as_autograd(ops, name, source, a, b, c):
     """It gives what PyTorch's autograd gives, within the rounding of its sums."""
     arguments = case_of(name, source, a, b, c).arguments
@@ -60,7 +64,7 @@ def test_as_autograd(ops, name, source, a, b, c):
 
 
 @each
-@law("{name}", sources, sizes, widths, small_sizes, share=1 / 4)
+@law("{name}", sources, sizes, widths, small_sizes, share=1 / 8)
 def test_in_float32(ops, name, source, a, b, c):
     """The same in float32, against autograd in float64."""
     arguments = tuple(narrowed(x) for x in case_of(name, source, a, b, c).arguments)
@@ -70,7 +74,7 @@ def test_in_float32(ops, name, source, a, b, c):
 
 
 @each
-@law("{name}", sources, sizes, widths, small_sizes, share=1 / 4)
+@law("{name}", sources, sizes, widths, small_sizes, share=1 / 8)
 def test_it_is_the_transpose_of_the_derivative(ops, name, source, a, b, c):
     """<dy, J v> = <J^T dy, v> for any change v of the inputs."""
     case, step = case_of(name, source, a, b, c), 1e-5
@@ -91,7 +95,7 @@ def test_it_is_the_transpose_of_the_derivative(ops, name, source, a, b, c):
 
 
 @each
-@law("{name}", sources, sizes, widths, small_sizes, share=1 / 4)
+@law("{name}", sources, sizes, widths, small_sizes, share=1 / 8)
 def test_it_is_linear_in_dy(ops, name, source, a, b, c):
     """Twice dy gives twice the gradients, to the last bit; a sum gives the sum."""
     dy, *others = case_of(name, source, a, b, c).arguments
@@ -105,7 +109,7 @@ def test_it_is_linear_in_dy(ops, name, source, a, b, c):
 
 
 @each
-@law("{name}", sources, small_sizes, small_sizes, small_sizes, share=1 / 4)
+@law("{name}", sources, small_sizes, small_sizes, small_sizes, share=1 / 10)
 def test_without_dy_nothing_changes(ops, name, source, a, b, c):
     """dy = 0 gives gradients of 0."""
     dy, *others = case_of(name, source, a, b, c).arguments
@@ -114,7 +118,7 @@ def test_without_dy_nothing_changes(ops, name, source, a, b, c):
 
 
 @each
-@law("{name}", sources, small_sizes, small_sizes, small_sizes, share=1 / 4)
+@law("{name}", sources, small_sizes, small_sizes, small_sizes, share=1 / 10)
 def test_it_takes_any_layout(ops, name, source, a, b, c):
     """Numbers that lie apart in memory, or in Fortran's order, give the same gradients."""
     arguments = case_of(name, source, a, b, c).arguments
@@ -129,7 +133,7 @@ def test_it_takes_any_layout(ops, name, source, a, b, c):
 
 
 @each
-@law("{name}", sources, small_sizes, small_sizes, small_sizes, share=1 / 4)
+@law("{name}", sources, small_sizes, small_sizes, small_sizes, share=1 / 10)
 def test_it_has_no_memory(ops, name, source, a, b, c):
     """Called again it gives the same bits, in arrays of its own, and its arguments are what they were."""
     arguments = case_of(name, source, a, b, c).arguments
@@ -184,7 +188,9 @@ def test_a_longer_x_changes_nothing(ops, source, T, D):
     assert_within((dx.astype(np.float64) * x).sum(-1), np.zeros(T), 2 * (allowed * x).sum(-1))
 
 
-@law("apply_rotary_emb_backward apply_rotary_emb", sources, small_sizes, small_sizes, small_sizes)
+@law(
+    "apply_rotary_emb_backward apply_rotary_emb", sources, small_sizes, small_sizes, small_sizes, share=1 / 4
+)
 def test_turning_back_undoes_the_turn(ops, source, T, H, half):
     """The gradient of a turned vector is turned back: backward(forward(x)) = x, where no scaling is."""
     freqs_cis = np.exp(1j * source.rng.uniform(-9, 9, (T, half)))

@@ -15,7 +15,7 @@ from .gradients import documents
 from .laws import Source, assert_that, law, seeds
 from .tiny import configurations, random_tokens, random_weights
 
-whole = functools.partial(law, share=1 / 5)
+whole = functools.partial(law, share=1 / 10)
 cuts = st.integers(0, 4)
 lengths = st.integers(1, 24)
 

@@ -34,7 +34,7 @@ def chapter(name, module):
 def needs(function):
     """The operations that a law is about, or "" where the function is none."""
     for decorator in function.decorator_list:
-        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "law":
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") in ("law", "whole"):
             return ", ".join(decorator.args[0].value.split())
     return ""
 

@@ -136,7 +136,8 @@ def check_kind(name: str, arguments: tuple[Any, ...], result: Any) -> None:
         return
     results, n = (result,) if ARRAYS[name] == 1 else result, ARRAYS[name]
     if type(results) is not tuple or len(results) != n or not all(map(is_array, results)):
-        what = "nothing (is a return missing?)" if result is None else f"a {type(result).__name__}"
+        what = "one array" if is_array(result) else f"a {type(result).__name__}"
+        what = "nothing (is a return missing?)" if result is None else what
         raise AssertionError(f"{name} gave {what}, {'an array is' if n == 1 else f'{n} arrays are'} wanted")
     floats = {x.dtype for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
     for one in results:

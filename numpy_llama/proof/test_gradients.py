@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from . import laws, torch_ops
-from .bounds import assert_same, assert_within
+from .bounds import Miss, assert_same, assert_within
 from .gradients import CASES, bound, case_of, central_differences, narrowed, widened
 from .laws import assert_that, small_sizes, sources
 
@@ -40,8 +40,13 @@ def expected(name, arguments):
 
 
 def assert_all_within(found, wanted, bounds):
-    for one, other, allowed in zip(found, wanted, bounds, strict=True):
-        assert_within(one, other, allowed)
+    """Each result within its bound. A miss names the result, if there are several."""
+    for i, (one, other, allowed) in enumerate(zip(found, wanted, bounds, strict=True), 1):
+        try:
+            assert_within(one, other, allowed)
+        except Miss as miss:
+            miss.why += f" in result {i} of {len(found)}" if len(found) > 1 else ""
+            raise
 
 
 @each

@@ -18,7 +18,8 @@ JUDGES = {
     + " tests/model/test_model.py",
     "numpy_llama/backward.py": " ".join(
         f"{LAWS}test_{name}.py" for name in ("gradients", "loss", "attention_backward", "learning")
-    ),
+    )
+    + " tests/model/test_learner.py",
     "numpy_llama/rope.py": f"{LAWS}test_rope.py tests/model/test_rope_scalings.py",
     "numpy_llama/generation/sampling.py": f"{LAWS}test_sampling.py tests/generation/test_sampling.py",
     "numpy_llama/backend/formats.py": f"{LAWS}test_quantisation.py "

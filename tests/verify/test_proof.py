@@ -146,6 +146,23 @@ REPORTED = {
         "import numpy as np\ndef softmax(x):\n    e = np.exp(x)\n    return e / e.sum(-1, keepdims=True)\n",
         ["softmax(x = [[    0.,  1000., -1000.]], float32 of shape (1, 3))", "gave   [[ 0., nan,  0.]]"],
     ),
+    "a gradient": (
+        "import numpy as np\n"
+        "def embedding_backward(dx, tokens, vocab_size):\n"
+        "    dweight = np.zeros((vocab_size, dx.shape[-1]), dx.dtype)\n"
+        "    dweight[tokens] += dx\n"
+        "    return dweight\n"
+        "def rms_norm_backward(dy, x, weight, eps):\n"
+        "    r = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)\n"
+        "    return dy * weight * r, (dy * x * r).reshape(-1, x.shape[-1]).sum(axis=0)\n"
+        "def swiglu_backward(ds, gate, up):\n    return ds * up\n",
+        [
+            "embedding_backward does not keep this law:\n  Each gradient is (loss(x + e) - loss(x - e)) / 2e",
+            "vocab_size = 1,)\n  gave ",
+            " allowed in result 1 of 2\n",
+            "swiglu_backward gave one array, 2 arrays are wanted",
+        ],
+    ),
     "leaving": (
         "import sys\ndef silu(x):\n    sys.exit(1)\n",
         ["raised SystemExit: 1", "my_ops.py, line 3"],
@@ -156,7 +173,7 @@ REPORTED = {
 @pytest.mark.parametrize("fault", REPORTED)
 def test_what_is_shown_is_what_was_given(tmp_path, fault):
     ops, messages = REPORTED[fault]
-    done = hold(tmp_path, ops, "-k", "formula or as_pytorch or comes_back or overflow")
+    done = hold(tmp_path, ops, "-k", "formula or as_pytorch or comes_back or overflow or slope")
     assert done.returncode == 1
     for words in messages:
         assert words in done.stdout

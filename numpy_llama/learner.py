@@ -166,10 +166,10 @@ class Learner(Transformer):
         freqs_cis = F.freqs_cis_at(self.freqs_cis, positions, 1)[:, :, 0]  # (B, T, Dh / 2)
         for name, part in self._parts():
             check_gradient(name, part)
-        saved = []
-        for layer in self.layers:
+        saved, lowest = [], self._lowest()
+        for i, layer in enumerate(self.layers):
             x, kept = self.functions.block_forward(layer, x, freqs_cis, first)
-            saved.append(kept)
+            saved.append(kept if i >= lowest else None)
         return Pass(tokens, first, freqs_cis, x, saved)
 
     def log_probs(self, run: Pass, targets: Array, mask: Array) -> Array:
@@ -193,8 +193,9 @@ class Learner(Transformer):
         add(gradients, own, "tok_embeddings." if self._is_tied() else "output.")
         dx, own = self.norm.backward(dx, run.h)  # type: ignore[attr-defined]
         add(gradients, own, "norm.")
-        for i, layer in reversed(list(enumerate(self.layers))):
-            dx, own = self.functions.block_backward(layer, dx, run.saved.pop(), run.freqs_cis, run.first)
+        for i in reversed(range(self._lowest(), len(self.layers))):
+            kept = run.saved.pop()
+            dx, own = self.functions.block_backward(self.layers[i], dx, kept, run.freqs_cis, run.first)
             add(gradients, own, f"layers.{i}.")
         if not self.frozen:
             dweight = B.embedding_backward(dx, run.tokens, len(self.tok_embeddings))
@@ -211,8 +212,13 @@ class Learner(Transformer):
         """The name and the part, of all that compute, in the order of the forward pass."""
         for i, layer in enumerate(self.layers):
             check_block(f"layers.{i}", layer)
-            yield from ((f"layers.{i}.{name}", attrgetter(name)(layer)) for name in BLOCK)
+            yield from ((f"layers.{i}.{name}", part) for name, part in block_parts(layer))
         yield from (("norm", self.norm), ("output", self.output))
+
+    def _lowest(self) -> int:
+        """The lowest layer that learns: those below it need no gradient."""
+        learned = [i for i, layer in enumerate(self.layers) if any(p.learned for _, p in block_parts(layer))]
+        return min(learned, default=len(self.layers)) if self.frozen else 0
 
     def _is_tied(self) -> bool:
         """Whether the output's weight is the embedding: its gradient is the sum of both."""
@@ -230,6 +236,11 @@ class Learner(Transformer):
         if part == f.attention:
             return SavingAttention(part, f.attention_saving, f.attention_backward)
         return part
+
+
+def block_parts(layer: Any) -> Iterator[tuple[str, Any]]:
+    """The name and the part, of all in a block."""
+    yield from ((name, attrgetter(name)(layer)) for name in BLOCK)
 
 
 def check_block(name: str, layer: Any) -> None:

@@ -62,6 +62,38 @@ def test_a_pass_is_followed_once(learner, batch):
         learner.backward(run, *batch[1:])
 
 
+class Scaled:
+    """A part of one number: y = scale * base(x)."""
+
+    learned = ("scale",)
+
+    def __init__(self, base):
+        self.base, self.scale = base, np.ones(1, np.float32)
+
+    def __call__(self, x):
+        return self.scale * self.base(x)
+
+    def backward(self, dy, x):
+        dx, _ = self.base.backward(self.scale * dy, x)
+        return dx, {"scale": (dy * self.base(x)).sum(keepdims=True).reshape(1)}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_below_the_lowest_part_that_learns_nothing_is_kept_or_computed(model, batch, layer):
+    """Its gradient is what it is when all layers are followed."""
+    frozen = Learner(model, frozen=True)
+    name = f"layers.{layer}.feed_forward.w_down"
+    one = frozen.with_parts({name: Scaled(frozen.layers[layer].feed_forward.w_down)})
+    lowest = frozen.layers[0].attention.wv
+    both = one.with_parts({"layers.0.attention.wv": Scaled(lowest)})
+    run = one.forward(batch[0])
+    assert [kept is None for kept in run.saved] == [True] * layer + [False] * (2 - layer)
+    _, found = one.backward(run, *batch[1:])
+    _, wanted = both.loss_and_gradients(*batch)
+    assert found.keys() == one.parameters().keys() == {f"{name}.scale"}
+    assert found[f"{name}.scale"] == wanted[f"{name}.scale"]
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 

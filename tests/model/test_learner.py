@@ -153,8 +153,11 @@ def test_what_does_not_fit_is_refused(learner, batch, rng):
         learner.backward(run, batch[1][:, 1:], batch[2])
     with pytest.raises(MismatchError, match=r"weights are of shape"):
         learner.log_probs(run, batch[1], batch[2][:1])
-    with pytest.raises(ParameterError, match=f"targets from -1 to .*must lie in 0..{TINY.vocab_size - 1}"):
-        learner.backward(run, np.where(batch[1] == batch[1][0, 0], -1, batch[1]), batch[2])
+    for bad in (-1, TINY.vocab_size):
+        targets = np.where(batch[1] == batch[1][0, 0], bad, batch[1])
+        found = f"targets from {targets.min()} to {targets.max()}, they must lie in 0..{TINY.vocab_size - 1}"
+        with pytest.raises(ParameterError, match=found):
+            learner.backward(run, targets, batch[2])
     with pytest.raises(ParameterError, match="token ids"):
         learner.forward(batch[0] - TINY.vocab_size)
     with pytest.raises(ParameterError, match="at least one"):

@@ -14,12 +14,9 @@ What this file promises: OUT is either the old file or the whole new file, read 
 names which of the two. A full disk, Ctrl-C, a kill or a loss of power leaves a file of another name.
 """
 
-import errno
 import hashlib
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,11 @@ import numpy as np
 from ..backend import Progress
 from ..backend.formats import CACHE_LINE, FORMATS, PACKED, PACKED_ROWS, Format, StoredTensor
 from ..config import ModelArgs
-from ..errors import FormatError, MismatchError, NumericsError, ParameterError, ResourceLimitError
+from ..errors import MismatchError, NumericsError, ParameterError
 from ..text.chat import CHAT_FORMATS
 from ..text.tokenizer import UNUSED
 from .base import Checkpoint, TensorInfo
+from .files import sync, write_file
 from .gguf.model import GGUFCheckpoint
 from .gguf.write import layout, write_tensor
 from .names import tensor_names
@@ -55,14 +53,16 @@ def convert(
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
     packed: bool = False,
+    weights: Mapping[str, StoredTensor] | None = None,
 ) -> Path:
     """Write `source` to the file `out`; -> its path. progress(what, done, total) counts bytes.
 
-    dtype: one of DTYPES, or None for a packed file whose weights keep their formats.
+    dtype: one of DTYPES, or None for a packed file whose weights keep their formats. weights: others than
+    those of the source; they too may keep their formats.
     """
-    if dtype not in DTYPES and not (dtype is None and packed):
+    if dtype not in DTYPES and not (dtype is None and (packed or weights is not None)):
         raise ParameterError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
-    weights, out = source.weights(), Path(os.path.realpath(out))
+    weights, out = source.weights() if weights is None else weights, Path(os.path.realpath(out))
     if out.exists():
         check_replaceable(source, out)
     source.watch()
@@ -94,20 +94,10 @@ def convert(
                     progress("converting", done := done + piece.nbytes, total)
                 sums.append(digest.digest())
                 source.check_unchanged()
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         verify(GGUFCheckpoint(part), source.args, infos, sums, progress)
 
-    try:
-        if (free := shutil.disk_usage(out.parent).free) < total:
-            raise ResourceLimitError(f"{out} needs {total:,} bytes, the disk has {free:,} left")
-        _replace(out, write)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise ResourceLimitError(
-                f"{out} was not written: {error.strerror}; nothing was changed"
-            ) from None
-        raise FormatError(f"{out} cannot be written: {error.strerror}") from None
+    write_file(out, total, write)
     return out
 
 
@@ -140,33 +130,6 @@ def check_replaceable(source: Checkpoint, out: Path) -> None:
     used = [os.path.realpath(path) for path in [*(file.path for file in source.files), *source.beside()]]
     if str(out) in used:
         raise ParameterError(f"{out} is part of what is to be converted: give another name for the result")
-
-
-def _replace(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `out`, and rename it to `out` when it is whole."""
-    part = out.with_name(f".{out.name[:200]}.{secrets.token_hex(4)}.part")
-    try:
-        write(part)
-        os.replace(part, out)
-    except BaseException as error:
-        try:
-            part.unlink(missing_ok=True)
-        except OSError as left:
-            if isinstance(error, Exception):
-                what = f"{error}; {part.name} is left beside it, it cannot be removed: {left.strerror}"
-                raise FormatError(f"{out} was not written: {what}") from None
-        raise
-    try:
-        folder = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too survives a loss of power
-        finally:
-            os.close(folder)
-    except OSError as error:
-        what = f"its folder cannot be synchronized with the disk: {error.strerror}"
-        raise FormatError(
-            f"{out} was written and is whole, but {what}; after a loss of power the old file may be back"
-        ) from None
 
 
 def converted(

@@ -7,7 +7,11 @@ because a read could block. Other programs can still change a mapped file: `chec
 import errno
 import mmap
 import os
+import secrets
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -86,3 +90,53 @@ class MappedFile:
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def sync(file: BinaryIO) -> None:
+    """Everything that was written to the file is on the disk after this."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_file(out: Path, nbytes: int, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file of about `nbytes` bytes beside `out`, and rename it to `out` when it is whole.
+
+    ResourceLimitError if the disk has no room, FormatError if the file cannot be written. `out` is then what
+    it was.
+    """
+    try:
+        if (free := shutil.disk_usage(out.parent).free) < nbytes:
+            raise ResourceLimitError(f"{out} needs {nbytes:,} bytes, the disk has {free:,} left")
+        _replace(out, write)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise ResourceLimitError(
+                f"{out} was not written: {error.strerror}; nothing was changed"
+            ) from None
+        raise FormatError(f"{out} cannot be written: {error.strerror}") from None
+
+
+def _replace(out: Path, write: Callable[[Path], None]) -> None:
+    part = out.with_name(f".{out.name[:200]}.{secrets.token_hex(4)}.part")
+    try:
+        write(part)
+        os.replace(part, out)
+    except BaseException as error:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError as left:
+            if isinstance(error, Exception):
+                what = f"{error}; {part.name} is left beside it, it cannot be removed: {left.strerror}"
+                raise FormatError(f"{out} was not written: {what}") from None
+        raise
+    try:
+        folder = os.open(out.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too survives a loss of power
+        finally:
+            os.close(folder)
+    except OSError as error:
+        what = f"its folder cannot be synchronized with the disk: {error.strerror}"
+        raise FormatError(
+            f"{out} was written and is whole, but {what}; after a loss of power the old file may be back"
+        ) from None

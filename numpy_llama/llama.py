@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike
 
 from . import checkpoint
 from .backend import Progress, build, check_options
+from .checkpoint.adapters import read_adapters
 from .checkpoint.download import DEFAULT_MODEL, checked_progress, locate
 from .checkpoint.memory import available_memory, gib, memory_plan
 from .config import LIMITS, ModelArgs
@@ -284,6 +285,7 @@ def load(
     max_seq_len: int | None = None,
     activation_bits: int = 8,
     cache_dtype: str | None = None,
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
 ) -> Llama:
     """Load a model from a file, a folder, or by a name of `pull`, which is fetched on first use.
 
@@ -294,8 +296,9 @@ def load(
     kernels' float16. exact: they use unrounded float32 activations and a float32 cache, for reference work.
     The NumPy backend is always exact, except for a cache in "q8". max_seq_len: a context smaller than the
     file's; with a dynamic RoPE scaling it may be larger. Its size chooses between LongRoPE's two sets of
-    angles (`numpy-llama info` prints which). progress(what, done, total): called with counts of bytes. A
-    model that does not fit into memory is a ResourceLimitError before loading begins.
+    angles (`numpy-llama info` prints which). adapter: a LoRA adapter that runs beside the model, or a list
+    whose updates are added; "PATH:0.5" takes half of one. progress(what, done, total): called with counts of
+    bytes. A model that does not fit into memory is a ResourceLimitError before loading begins.
     """
     check_options(dtype, backend, exact, cache_dtype)
     progress = checked_progress(progress)
@@ -303,13 +306,16 @@ def load(
     args, weights = opened.args, opened.weights()
     if max_seq_len is not None:
         args = with_context(args, max_seq_len, opened.path)
+    adapters = read_adapters(adapter, args, weights)
     plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype)
+    updates = [x for one in adapters for low in one.values() for x in (low.a, low.b)]
+    plan = replace(plan, made=plan.made + sum(x.nbytes for x in updates))
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
     with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
         opened.watch()
-    options = exact, activation_bits, cache_dtype
+    options = exact, activation_bits, cache_dtype, adapters
     transformer = build(args, weights, dtype, backend, threads, progress, *options)
     room = plan.context_within(available)
     return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)

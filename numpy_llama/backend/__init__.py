@@ -8,7 +8,7 @@ formats.py         the weight formats, read and written in NumPy
 limits.py          the CPUs and threads that this process may use
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,9 +17,10 @@ from numpy.typing import DTypeLike
 from ..cache import KVCache
 from ..config import ModelArgs
 from ..errors import ParameterError, UnsupportedError, escape
+from ..lora import LowRank, adapted
 from ..model import Transformer
 from . import interruptible
-from .formats import StoredTensor
+from .formats import QK, StoredTensor
 from .quantized_cache import QuantizedKVCache
 
 Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, bytes in all
@@ -56,6 +57,7 @@ def build(
     exact: bool = False,
     activation_bits: int = 8,
     cache_dtype: str | None = None,
+    adapters: Sequence[Mapping[str, LowRank]] = (),
 ) -> Transformer:
     """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
 
@@ -66,7 +68,8 @@ def build(
     cache, kept = cache_of(backend, dtype, exact, cache_dtype)
     if backend == "numpy":
         expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
-        return Transformer(args, expanded, interruptible.linear, interruptible.attention, kept, cache)
+        model = Transformer(args, expanded, interruptible.linear, interruptible.attention, kept, cache)
+        return adapted(model, adapters, lambda x: x.astype(dtype or np.float32))
     if dtype is not None and np.dtype(dtype) == np.float64:
         raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
 
@@ -85,7 +88,17 @@ def build(
 
     prepared = _each(weights, prepare, progress)
     model = Transformer(args, prepared, kernels.linear, kernels.attention, kept, cache)
+    blocks = [{name: _whole_blocks(one) for name, one in adapter.items()} for adapter in adapters]
+    of_lora = Kernels(threads, exact=True).linear  # a token has the same bits in any number of tokens
+    model = adapted(model, blocks, lambda x: KernelWeight(StoredTensor.quantize(x, "F32")), of_lora)
     return fuse(model, kernels)
+
+
+def _whole_blocks(update: LowRank) -> LowRank:
+    """The same update with rows and columns of zeros: the kernels take a rank that is a multiple of 32."""
+    a, b, scale = update
+    pad = -len(a) % QK
+    return LowRank(np.pad(a, ((0, pad), (0, 0))), np.pad(b, ((0, 0), (0, pad))), scale)
 
 
 def _each(

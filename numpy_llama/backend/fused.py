@@ -14,7 +14,7 @@ import numpy as np
 from ..cache import KVCache
 from ..config import Array
 from ..errors import MismatchError, ParameterError
-from ..model import Transformer, TransformerBlock
+from ..model import Linear, Transformer, TransformerBlock
 from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
 from .quantized_cache import QuantizedKVCache
 
@@ -135,6 +135,8 @@ def fuse(model: Transformer, kernels: Kernels) -> Transformer:
 def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | None:
     """A block's weights in the form of nl_layers; None if it cannot take their sizes."""
     a, f = block.attention, block.feed_forward
+    if any(type(part) is not Linear for part in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)):
+        return None
     weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
     norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]
     whole = all(w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights))

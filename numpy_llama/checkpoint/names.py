@@ -6,6 +6,7 @@ explained in config.py. A matrix is (OUT, IN) in all four schemes.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,17 @@ def tensor_names(args: ModelArgs, scheme: str) -> dict[str, str]:
         ours_prefix, prefix = LAYER_PREFIX[0].format(i=i), LAYER_PREFIX[theirs].format(i=i)
         names |= {f"{ours_prefix}{row[0]}.weight": f"{prefix}{row[theirs]}.weight" for row in LAYER}
     return names
+
+
+def our_name(theirs: str, scheme: str) -> str | None:
+    """Our name of the weight that `scheme` calls `theirs`, of any model; None if none is called so."""
+    at, prefix, (stem, _, last) = SCHEMES.index(scheme), "", theirs.rpartition(".")
+    rows: tuple[tuple[Any, ...], ...] = MODEL
+    layers = re.escape(LAYER_PREFIX[at].removesuffix("{i}."))
+    if layer := re.fullmatch(rf"{layers}(0|[1-9]\d{{0,5}})\.(.+)", stem, re.ASCII):
+        rows, prefix, stem = LAYER, LAYER_PREFIX[0].format(i=layer[1]), layer[2]
+    ours = [row[0] for row in rows if row[at] == stem and last == "weight"]
+    return f"{prefix}{ours[0]}.weight" if ours else None
 
 
 def expected_shape(our_name: str, args: ModelArgs) -> tuple[int, ...]:

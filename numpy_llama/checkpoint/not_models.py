@@ -5,7 +5,7 @@ import re
 WANTED = "a GGUF, a llama2.c .bin, or a folder with params.json (Meta) or config.json (Hugging Face)"
 FOLDER = "name its folder, with params.json (Meta) or config.json (Hugging Face) in it"
 TOKENIZER = "it has no weights; name the model, which finds its tokenizer by itself"
-ADAPTER = "merge it into its base model (PEFT's merge_and_unload) and name that"
+ADAPTER = "name its base model, and this with --adapter, in Python load(base, adapter=...)"
 UNPACK = "unpack it and name the model in it"
 OTHER = f"wanted {WANTED}"
 

@@ -38,6 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         metavar="MODEL",
         help="a file, a folder, or a name that `pull` fetches [%(default)s]",
     )
+    add_adapter_argument(group)
     group.add_argument(
         "-t",
         "--threads",
@@ -70,6 +71,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         "--exact",
         action="store_true",
         help="keep activations, keys and values in float32; slower, for reference work",
+    )
+
+
+def add_adapter_argument(parser: argparse._ActionsContainer, required: bool = False) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=required,
+        metavar="PATH",
+        help="a LoRA adapter for the model: a folder of PEFT, or a GGUF file; PATH:0.5 takes half of it "
+        "(may be repeated: the updates are added)",
     )
 
 
@@ -179,7 +191,7 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
-        names = ("backend", "threads", "exact", "max_seq_len", "activation_bits", "cache_dtype")
+        names = ("backend", "threads", "exact", "max_seq_len", "activation_bits", "cache_dtype", "adapter")
         options = {name: getattr(args, name) for name in names}
         llama = load(args.model, progress=progress, **options)
     ids, rows = llama.tokenizer.n_used, llama.model.args.vocab_size

@@ -1,13 +1,14 @@
-"""Show the contents of a model, and the memory that it needs, from the headers of its files alone."""
+"""Show the contents of a model or an adapter, and the memory that it needs, from its headers alone."""
 
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from math import prod
 
 from ..checkpoint import open_checkpoint
+from ..checkpoint.adapters import Adapter, is_adapter, open_adapter
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.download import DEFAULT_MODEL, locate
 from ..checkpoint.memory import LEAST_CONTEXT, MemoryPlan, available_memory, gib, memory_plan
@@ -21,13 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
+        help="a file, a folder, an adapter, or a name that `pull` fetches [%(default)s]",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
         path = locate(args.model, progress)
+    if is_adapter(path):
+        show_adapter(open_adapter(path))
+        return
     checkpoint = open_checkpoint(path)
     weights = checkpoint.weights()  # checks names and shapes against the arguments before anything is printed
     for name, value in [*contents(checkpoint), *arguments(checkpoint), *text(checkpoint)]:
@@ -38,6 +42,34 @@ def run(args: argparse.Namespace) -> None:
     print()
     for name, shape, type_name, n in kinds(checkpoint):
         print(f"{name:<44} {shape:<14} {type_name:<11} {n}")
+
+
+def show_adapter(adapter: Adapter) -> None:
+    """The base, the rank, the scale and the weights that it changes."""
+    pairs, file = adapter.pairs, adapter.file
+    parameters = sum(prod(file.tensors[name].shape) for pair in pairs.values() for name in (pair.a, pair.b))
+    rows = {
+        "adapter": f"{printable(str(adapter.path))} (LoRA)",
+        "format": f"{adapter.format}, {file.file.size:,} bytes",
+        "base model": "not named" if adapter.base is None else escape(adapter.base)[1:-1],
+        "rank": _range([adapter.rank(name) for name in pairs]),
+        "scale": _range([pair.scale for pair in pairs.values()]),
+        "changes": f"{len(pairs)} weights",
+        "parameters": f"{parameters:,}, {gib(4 * parameters)} in memory",
+    }
+    for name, value in rows.items():
+        print(f"{name:<16} {value}")
+    print()
+    shapes = {name: adapter.shapes(pair) for name, pair in pairs.items()}
+    kinds = Counter((re.sub(r"\b\d+\b", "N", name), shapes[name]) for name in pairs)
+    for (name, (a, b)), n in kinds.items():
+        print(f"{name:<44} A {' x '.join(map(str, a)):<14} B {' x '.join(map(str, b)):<14} {n}")
+
+
+def _range(values: Sequence[float]) -> str:
+    """One number, or the least and the largest."""
+    least, most = f"{min(values):g}", f"{max(values):g}"
+    return least if least == most else f"{least} to {most}"
 
 
 def contents(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

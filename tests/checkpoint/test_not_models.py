@@ -55,12 +55,15 @@ FILES = {
     "a list": (lambda: b"[1, 2]", "JSON: name its folder"),
     "adapter_config.json": (
         lambda: json.dumps({"base_model_name_or_path": "x", "peft_type": "LORA"}, indent=2).encode(),
-        r"an adapter's settings \(LoRA\): merge it",
+        r"an adapter's settings \(LoRA\): name its base",
     ),
-    "adapter": (lambda: safetensors.numpy.save({LORA: np.ones((2, 2))}), r"an adapter \(LoRA\): merge it"),
+    "adapter": (
+        lambda: safetensors.numpy.save({LORA: np.ones((2, 2))}),
+        r"an adapter \(LoRA\): name its base",
+    ),
     "old adapter": (
         lambda: written(lambda file: torch.save({LORA: torch.ones(2, 2)}, file)),
-        r"an adapter \(LoRA\): merge it into its base model \(PEFT's merge_and_unload\)",
+        r"an adapter \(LoRA\): name its base model, and this with --adapter",
     ),
     "safetensors": (lambda: safetensors.numpy.save({"w": np.ones(2)}), "safetensors: name its folder"),
     "torch": (
@@ -119,9 +122,9 @@ def test_half_a_model_of_llama2c_is_one(tmp_path):
 
 def test_an_adapter_is_named_in_a_folder_and_in_gguf(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(FormatError, match=r"holds an adapter \(LoRA\): merge it"):
+    with pytest.raises(FormatError, match=r"holds an adapter \(LoRA\): name its base"):
         open_checkpoint(tmp_path)
     path = tmp_path / "lora.gguf"
     path.write_bytes(gguf_bytes({"general.architecture": "llama", "general.type": "adapter"}, {}))
-    with pytest.raises(UnsupportedError, match=r"lora\.gguf holds an adapter \(LoRA\): merge it"):
+    with pytest.raises(UnsupportedError, match=r"lora\.gguf holds an adapter \(LoRA\): name its base"):
         open_checkpoint(path).weights()

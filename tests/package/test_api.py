@@ -66,7 +66,7 @@ ODD = {
 
 
 CALLS = {
-    nl.load: "model dtype backend threads progress cache_dtype",
+    nl.load: "model dtype backend threads progress cache_dtype adapter",
     nl.load_tokenizer: "path",
     nl.pull: "name progress",
     nl.Llama: "model tokenizer max_context check_unchanged",

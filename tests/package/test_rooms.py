@@ -20,7 +20,7 @@ FLOORS = [
     {"llama"},
     {"checkpoint"},
     {"backend", "generation"},
-    {"learner"},
+    {"learner", "lora"},
     {"model", "backward"},
     {"functional", "cache", "rope", "parts"},
     {"config", "text"},

@@ -24,6 +24,7 @@ from . import (
     generate,
     info,
     lens,
+    merge,
     ops,
     perplexity,
     pull,
@@ -33,7 +34,7 @@ from . import (
 )
 
 VERBS = (
-    *(generate, chat, info, tokenize, convert, pull, bench, perplexity, verify, doctor),
+    *(generate, chat, info, tokenize, convert, merge, pull, bench, perplexity, verify, doctor),
     *(ops, trace, attention, lens),
 )
 

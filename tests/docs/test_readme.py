@@ -8,7 +8,13 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.adapters import write_peft
+from numpy_llama.checkpoint.names import expected_shape, tensor_names
+from numpy_llama.lora import LowRank
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -96,10 +102,24 @@ def test_the_commands_run(line, smollm2_path, tmp_path):
     """Each as it is shown, on files of those names; the benchmark on little input."""
     for name in ("model.gguf", "Meta-Llama-3-8B"):
         (tmp_path / name).symlink_to(smollm2_path)
+    if "my-adapter" in line:
+        write_adapter(tmp_path / "my-adapter", smollm2_path)
     shutil.copy(ROOT / "docs" / "course" / "wikitext.txt", tmp_path / "wiki.test.raw")
     less = " -p 16 -n 2 -r 1" if line.startswith("numpy-llama bench") else ""
-    printed = run(["sh", "-c", line.partition("#")[0] + less], tmp_path, silent=" convert " not in line)
-    assert printed or (tmp_path / line.split()[3]).exists()  # what `convert` wrote
+    writes = re.match(r"numpy-llama (convert \S+|merge .* --out) (\S+)", line)
+    printed = run(["sh", "-c", line.partition("#")[0] + less], tmp_path, silent=not writes)
+    assert printed or (tmp_path / writes[2]).exists()
+
+
+def write_adapter(folder: Path, base: Path) -> None:
+    """A small random adapter of the default model."""
+    args, rng = open_checkpoint(base).args, np.random.default_rng(0)
+    sizes = {name: expected_shape(name, args) for name in tensor_names(args, "ours") if "wq" in name}
+    updates = {
+        name: LowRank(*(0.02 * rng.normal(size=size).astype("f4") for size in ((4, IN), (OUT, 4))), 1.0)
+        for name, (OUT, IN) in sizes.items()
+    }
+    write_peft(folder, updates, args, "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_benchmarks():

@@ -104,6 +104,9 @@ typedef struct {
     float eps;                   /* of both norms */
     int activation_bits;         /* 8 or 15: x is rounded; 32: it is not */
     nl_matrix weight[7];         /* wq wk wv wo w_gate w_up w_down */
+    nl_matrix lora_a[7];         /* (r, IN) F32: the weight is used as weight + lora_b @ lora_a */
+    nl_matrix lora_b[7];         /* (OUT, r) F32, r a multiple of 32; data is NULL: the weight as it is */
+    int64_t rank;                /* the largest r */
     const int64_t *q_order;      /* (H * Dh,) output i of wq is its row q_order[i]; NULL: row i */
     const int64_t *k_order;      /* (K * Dh,) the same for wk */
 } nl_layer_weights;

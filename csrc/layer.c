@@ -23,6 +23,9 @@
  *     NL_QUANTIZE_SWIGLU            gate, quantized                            tokens
  *     NL_W_DOWN_ADD_RESIDUAL        y                                          rows of w_down
  *
+ * A weight may have an update by LoRA: it is used as weight + lora_b @ lora_a. The step that quantizes x
+ * computes low = x @ lora_a.T too, and the step that multiplies adds low @ lora_b.T.
+ *
  * Compiled once as it stands: the steps, with their loop over threads, and the scalar forms. Compiled once
  * more for each instruction set: the part under VECTOR_FORMS (README.md). tests/kernels/test_layer.py
  * compares every form with the layer of model.py. */
@@ -54,6 +57,8 @@ typedef struct {
     float *attention_output;   /* (tokens, H * Dh) */
     float *h;                  /* (tokens, D) */
     float *gate, *up;          /* (tokens, F) */
+    float *low;                /* up to three of (tokens, rank): x @ lora_a.T */
+    float *update;             /* of wq wk wv, or of w_gate w_up: low @ lora_b.T */
     uint8_t *quantized_normed; /* up to three: one for each format of the weights that multiply it */
     uint8_t *quantized_wide;   /* attention_output, then gate */
     int *status;               /* NL_F16_OVERFLOW when float16 cannot hold a key or value */
@@ -92,6 +97,9 @@ static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
     c->h = allocate(&end, column * w->D);
     c->gate = allocate(&end, column * w->F);
     c->up = allocate(&end, column * w->F);
+    const int64_t outputs = H_Dh + 2 * K_Dh > 2 * w->F ? H_Dh + 2 * K_Dh : 2 * w->F;
+    c->low = allocate(&end, 3 * column * w->rank);
+    c->update = allocate(&end, w->rank ? column * (outputs > w->D ? outputs : w->D) : 0);
     c->quantized_normed = allocate(&end, 3 * nl_activations_bytes(c->tokens, w->D));
     c->quantized_wide = allocate(&end, nl_activations_bytes(c->tokens, wide));
     return end;
@@ -126,8 +134,50 @@ static uint8_t *quantized_for(const layer_call *c, int weight) {
     return c->quantized_normed + place * nl_activations_bytes(c->tokens, c->w->D);
 }
 
-/* Quantizes the rows `tokens` of x for the weights first .. last, once for each of their formats. */
-static void quantize(const layer_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
+/* ---------------------------------------------------------------- LoRA: y += (x @ lora_a.T) @ lora_b.T
+ *
+ * It is multiplied in the exact way, so a token has the same bits in any number of tokens. */
+
+static float *low_of(const layer_call *c, int weight) {
+    return c->low + (weight - FIRST_WITH_SAME_X[weight]) * c->tokens * c->w->rank;
+}
+
+/* low[tokens] = x[tokens] @ lora_a.T for the weights first .. last. */
+static void project(const layer_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
+    for (int weight = first; weight <= last; weight++) {
+        const nl_matrix a = c->w->lora_a[weight];
+        const linear_args args = {.y = low_of(c, weight) + tokens.begin * a.OUT,
+                                  .x = x + tokens.begin * IN,
+                                  .T = tokens.end - tokens.begin,
+                                  .w = a};
+        if (a.data && tokens.begin < tokens.end) c->kernel->linear_exact(&args, 0, a.OUT);
+    }
+}
+
+/* y[:, columns] += x[:, columns], both (tokens, OUT) */
+static void add(const layer_call *c, range columns, int64_t OUT, float *y, const float *x) {
+    for (int64_t t = 0; t < c->tokens; t++)
+        for (int64_t i = columns.begin; i < columns.end; i++) y[t * OUT + i] += x[t * OUT + i];
+}
+
+/* y[:, rows] += low @ lora_b[rows].T. Each weight has its own part of `update`: threads do not wait for one
+ * another between two weights. */
+static void add_update(const layer_call *c, range rows, float *y, int weight) {
+    const nl_matrix b = c->w->lora_b[weight];
+    const int64_t H_Dh = c->w->H * c->w->Dh, K_Dh = c->w->K * c->w->Dh;
+    const int64_t place = weight == WK ? H_Dh : weight == WV ? H_Dh + K_Dh : weight == W_UP ? c->w->F : 0;
+    const linear_args args = {
+        .y = c->update + c->tokens * place, .x = low_of(c, weight), .T = c->tokens, .w = b};
+    c->kernel->linear_exact(&args, rows.begin, rows.end);
+    add(c, rows, b.OUT, y, args.y);
+}
+
+/* ---------------------------------------------------------------- the steps */
+
+/* Quantizes the rows `tokens` of x for the weights first .. last, once for each of their formats, and
+ * projects them for their updates. */
+static void prepare(const layer_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
+    project(c, tokens, x, IN, first, last);
     const int64_t group = group_tokens(c->tokens);
     for (int weight = first; weight <= last; weight++)
         if (takes_quantized(c, weight) && first_in_same_format(c, weight) == weight)
@@ -136,18 +186,16 @@ static void quantize(const layer_call *c, range tokens, const float *x, int64_t 
                                                 c->w->activation_bits, c->tokens, IN, t / group);
 }
 
-/* ---------------------------------------------------------------- the steps */
-
-/* normed[tokens] = rms_norm(x[tokens], norm_weight), and quantized for the weights first .. last. */
-static void norm_and_quantize(const layer_call *c, range tokens, const float *x, const float *norm_weight,
-                              int first, int last) {
+/* normed[tokens] = rms_norm(x[tokens], norm_weight), and prepared for the weights first .. last. */
+static void norm_and_prepare(const layer_call *c, range tokens, const float *x, const float *norm_weight,
+                             int first, int last) {
     const int64_t D = c->w->D;
     for (int64_t t = tokens.begin; t < tokens.end; t++)
         c->kernel->norm(c->normed + t * D, x + t * D, norm_weight, c->w->eps, D);
-    quantize(c, tokens, c->normed, D, first, last);
+    prepare(c, tokens, c->normed, D, first, last);
 }
 
-/* y[:, rows] = x @ weight[rows].T */
+/* y[:, rows] = x @ weight[rows].T, and its update */
 static void multiply(const layer_call *c, range rows, float *y, const float *x, int weight) {
     const int quantized = takes_quantized(c, weight);
     const linear_args a = {.y = y,
@@ -155,14 +203,9 @@ static void multiply(const layer_call *c, range rows, float *y, const float *x, 
                            .T = c->tokens,
                            .w = c->w->weight[weight]};
     linear_rows *const linear = c->w->activation_bits == 32 ? c->kernel->linear_exact : c->kernel->linear;
-    if (rows.begin < rows.end) (quantized ? c->kernel->linear_quantized : linear)(&a, rows.begin, rows.end);
-}
-
-/* y[:, columns] += residual[:, columns] */
-static void add_residual(const layer_call *c, range columns, float *y, const float *residual) {
-    const int64_t D = c->w->D;
-    for (int64_t t = 0; t < c->tokens; t++)
-        for (int64_t d = columns.begin; d < columns.end; d++) y[t * D + d] += residual[t * D + d];
+    if (rows.begin == rows.end) return;
+    (quantized ? c->kernel->linear_quantized : linear)(&a, rows.begin, rows.end);
+    if (c->w->lora_b[weight].data) add_update(c, rows, y, weight);
 }
 
 static void set_f16_overflow(int *status) {
@@ -225,7 +268,7 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
     const range rows_of_kv = range_of(K_Dh, QK, worker, workers);
     switch (step) {
     case NL_ATTENTION_NORM: /* self.attention_norm(x) */
-        norm_and_quantize(c, tokens, c->x, w->attention_norm, WQ, WV);
+        norm_and_prepare(c, tokens, c->x, w->attention_norm, WQ, WV);
         break;
     case NL_QKV: /* xq = self.wq(x);  xk = self.wk(x);  xv = self.wv(x) */
         multiply(c, rows_of_q, c->xq, c->normed, WQ);
@@ -239,14 +282,14 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
         break;
     /* NL_ATTENTION is not here: nl_layers calls nl_attention, which has threads of its own. */
     case NL_QUANTIZE_ATTENTION_OUTPUT: /* (model.py has no such line) */
-        quantize(c, tokens, c->attention_output, H_Dh, WO, WO);
+        prepare(c, tokens, c->attention_output, H_Dh, WO, WO);
         break;
     case NL_WO_ADD_RESIDUAL: /* h = x + self.wo(...) */
         multiply(c, rows_of_D, c->h, c->attention_output, WO);
-        add_residual(c, rows_of_D, c->h, c->x);
+        add(c, rows_of_D, D, c->h, c->x);
         break;
     case NL_FFN_NORM: /* self.ffn_norm(h) */
-        norm_and_quantize(c, tokens, c->h, w->ffn_norm, W_GATE, W_UP);
+        norm_and_prepare(c, tokens, c->h, w->ffn_norm, W_GATE, W_UP);
         break;
     case NL_GATE_UP_SWIGLU: /* F.swiglu(self.w_gate(x), self.w_up(x)) */
         multiply(c, rows_of_F, c->gate, c->normed, W_GATE);
@@ -256,11 +299,11 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
                               rows_of_F.end - rows_of_F.begin);
         break;
     case NL_QUANTIZE_SWIGLU: /* (model.py has no such line) */
-        quantize(c, tokens, c->gate, F, W_DOWN, W_DOWN);
+        prepare(c, tokens, c->gate, F, W_DOWN, W_DOWN);
         break;
     case NL_W_DOWN_ADD_RESIDUAL: /* return h + self.w_down(...) */
         multiply(c, rows_of_D, c->a->y, c->gate, W_DOWN);
-        add_residual(c, rows_of_D, c->a->y, c->h);
+        add(c, rows_of_D, D, c->a->y, c->h);
         break;
     }
 }

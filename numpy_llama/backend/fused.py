@@ -14,8 +14,10 @@ import numpy as np
 from ..cache import KVCache
 from ..config import Array
 from ..errors import MismatchError, ParameterError
+from ..lora import LoRALinear
 from ..model import Linear, Transformer, TransformerBlock
-from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
+from .formats import StoredTensor
+from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels, KernelWeight
 from .quantized_cache import QuantizedKVCache
 
 CACHED = {
@@ -117,12 +119,18 @@ def parts_of(block: TransformerBlock) -> tuple[Any, ...]:
     """Everything that nl_layers computes with: the block's parts, and their attributes."""
     a, f, norm, ffn_norm = block.attention, block.feed_forward, block.attention_norm, block.ffn_norm
     q, k, v, o, gate, up, down = a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down
+    linears = q, k, v, o, gate, up, down
     return (
-        *(type(a), type(f), norm, ffn_norm, q, k, v, o, gate, up, down, a.attention),
+        *(type(a), type(f), norm, ffn_norm, *linears, a.attention),
         *(a.n_heads, a.n_kv_heads, a.head_dim, norm.weight, norm.eps, ffn_norm.weight, ffn_norm.eps),
-        *(q.weight, q.linear, k.weight, k.linear, v.weight, v.linear, o.weight, o.linear),
-        *(gate.weight, gate.linear, up.weight, up.linear, down.weight, down.linear),
+        *(attribute for linear in linears for attribute in _attributes(linear)),
     )
+
+
+def _attributes(linear: Any) -> tuple[Any, ...]:
+    """What a Linear or a LoRALinear computes with."""
+    below = _attributes(linear.base) if isinstance(linear, LoRALinear) else ()
+    return (*getattr(linear, "__dict__", {}).values(), *below)
 
 
 def fuse(model: Transformer, kernels: Kernels) -> Transformer:
@@ -135,11 +143,21 @@ def fuse(model: Transformer, kernels: Kernels) -> Transformer:
 def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | None:
     """A block's weights in the form of nl_layers; None if it cannot take their sizes."""
     a, f = block.attention, block.feed_forward
-    if any(type(part) is not Linear for part in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)):
+    linears: tuple[Any, ...] = (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)
+    if not all(type(part.base if type(part) is LoRALinear else part) is Linear for part in linears):
         return None
-    weights = [linear.weight for linear in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
+    weights = [part.weight for part in linears]
     norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]
     whole = all(w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights))
     if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
         return None
-    return FusedWeights(weights, norms, block.attention_norm.eps, a.head_dim, kernels.activation_bits)
+    updates = [_update(part) if isinstance(part, LoRALinear) else None for part in linears]
+    eps, bits = block.attention_norm.eps, kernels.activation_bits
+    return FusedWeights(weights, norms, eps, a.head_dim, bits, updates)
+
+
+def _update(part: LoRALinear) -> tuple[KernelWeight, KernelWeight]:
+    """A, and B with the scale in it. Its rows have the order of the base's rows."""
+    b, order = part.lora_b[:], part.weight.row_order
+    b = np.float32(part.scale) * (b if order is None else b[np.argsort(order)])
+    return part.lora_a, KernelWeight(StoredTensor.quantize(b, "F32"))

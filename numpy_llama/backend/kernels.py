@@ -275,18 +275,25 @@ class FusedWeights(InPlace):
         eps: float,
         head_dim: int,
         activation_bits: int,
+        updates: Sequence[tuple[KernelWeight, KernelWeight] | None] = (None,) * 7,
     ):
+        """updates: A and B of LoRA for each weight, in F32 with the scale in B. None: it has none."""
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
         self.D, self.K, self.Dh = D, K_Dh // head_dim, head_dim
-        self.kept = weights, norms, orders  # what the struct points to
+        self.kept = weights, norms, orders, updates  # what the struct points to
         self.formats = [w.format for w in weights]
         self.struct = ffi.new("nl_layer_weights *")
         self.struct.D, self.struct.F, self.struct.Dh = D, F, head_dim
         self.struct.H, self.struct.K = H_Dh // head_dim, K_Dh // head_dim
         self.struct.eps, self.struct.activation_bits = eps, activation_bits
         self.struct.weight = [w.matrix[0] for w in weights]
+        ranks = [0 if pair is None else len(pair[0]) for pair in updates]
+        self.struct.rank = max(ranks)
+        for i, pair in enumerate(updates):
+            if pair is not None:
+                self.struct.lora_a[i], self.struct.lora_b[i] = (w.matrix[0] for w in pair)
         self.struct.attention_norm, self.struct.ffn_norm = (
             ffi.from_buffer("float[]", norm) for norm in norms
         )
@@ -294,13 +301,14 @@ class FusedWeights(InPlace):
             ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in orders
         )
         # Multiply-adds of a step for each token; of NL_ATTENTION for each position that a token sees.
-        self.sizes = D, F, H_Dh, K_Dh, head_dim
+        self.sizes = D, F, H_Dh, K_Dh, head_dim, max(ranks)
+        work = [sum(w.shape) * r + w.shape[0] * w.shape[1] for w, r in zip(weights, ranks, strict=True)]
         work_of_step = {
-            lib.NL_QKV: (H_Dh + 2 * K_Dh) * D,
+            lib.NL_QKV: sum(work[:3]),
             lib.NL_ATTENTION: 2 * H_Dh,
-            lib.NL_WO_ADD_RESIDUAL: H_Dh * D,
-            lib.NL_GATE_UP_SWIGLU: 2 * F * D,
-            lib.NL_W_DOWN_ADD_RESIDUAL: F * D,
+            lib.NL_WO_ADD_RESIDUAL: work[3],
+            lib.NL_GATE_UP_SWIGLU: sum(work[4:6]),
+            lib.NL_W_DOWN_ADD_RESIDUAL: work[6],
         }
         self.steps = [work_of_step.get(step, 0) for step in range(lib.NL_STEPS)]
 

@@ -18,6 +18,8 @@
         .quantize_activations = quantize_activations_##ISA,                                                  \
         .attention = attention_##OTHER,                                                                      \
         .norm = norm_##OTHER,                                                                                \
+        .project = project_##OTHER,                                                                          \
+        .update = update_##OTHER,                                                                            \
         .swiglu = swiglu_##OTHER,                                                                            \
         .store_head = store_head_##OTHER,                                                                    \
         .exp = exp_##OTHER,                                                                                  \

@@ -47,6 +47,9 @@ typedef void quantize_group(void *activations, const float *x, int format, int b
 typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t span_begin, float *memory,
                             float *scratch);
 typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
+typedef void project_token(float *low, const float *x, const nl_lora *lora, int64_t IN);
+typedef void update_token(float *y, const float *low, const nl_lora *lora, int64_t OUT, int64_t begin,
+                          int64_t end);
 typedef void swiglu_many(float *gate, const float *up, int64_t n);
 typedef void store_one_head(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh);
 typedef void exp_many(float *y, const float *x, int64_t n);
@@ -61,6 +64,8 @@ typedef struct {
     quantize_group *quantize_activations;
     attention_span *attention;
     norm_token *norm;
+    project_token *project;
+    update_token *update;
     swiglu_many *swiglu;
     store_one_head *store_head;
     exp_many *exp;
@@ -76,6 +81,8 @@ const kernels *chosen_kernels(void);
     quantize_group quantize_activations_##ISA;                                                               \
     attention_span attention_##ISA;                                                                          \
     norm_token norm_##ISA;                                                                                   \
+    project_token project_##ISA;                                                                             \
+    update_token update_##ISA;                                                                               \
     swiglu_many swiglu_##ISA;                                                                                \
     store_one_head store_head_##ISA;                                                                         \
     exp_many exp_##ISA;                                                                                      \

@@ -95,6 +95,13 @@ typedef struct {
  *   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
 int nl_attention(const nl_attention_args *a, int threads);
 
+/* An update by LoRA: the weight is used as weight + b.T @ a. */
+typedef struct {
+    const float *a; /* (r, IN) */
+    const float *b; /* (r, OUT) with the scale in it */
+    int64_t r;      /* 0: no update */
+} nl_lora;
+
 /* One TransformerBlock: its sizes and weights. D, F and H * Dh are multiples of 32. Dh is even, at most
  * NL_MAX_DH. */
 typedef struct {
@@ -104,9 +111,8 @@ typedef struct {
     float eps;                   /* of both norms */
     int activation_bits;         /* 8 or 15: x is rounded; 32: it is not */
     nl_matrix weight[7];         /* wq wk wv wo w_gate w_up w_down */
-    nl_matrix lora_a[7];         /* (r, IN) F32: the weight is used as weight + lora_b @ lora_a */
-    nl_matrix lora_b[7];         /* (OUT, r) F32, r a multiple of 32; data is NULL: the weight as it is */
-    int64_t rank;                /* the largest r */
+    nl_lora lora[7];             /* their updates */
+    int64_t rank;                /* the largest r of them */
     const int64_t *q_order;      /* (H * Dh,) output i of wq is its row q_order[i]; NULL: row i */
     const int64_t *k_order;      /* (K * Dh,) the same for wk */
 } nl_layer_weights;

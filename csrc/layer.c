@@ -23,8 +23,8 @@
  *     NL_QUANTIZE_SWIGLU            gate, quantized                            tokens
  *     NL_W_DOWN_ADD_RESIDUAL        y                                          rows of w_down
  *
- * A weight may have an update by LoRA: it is used as weight + lora_b @ lora_a. The step that quantizes x
- * computes low = x @ lora_a.T too, and the step that multiplies adds low @ lora_b.T.
+ * A weight may have an update by LoRA (nl_lora). The step that quantizes x computes low = x @ a.T too, and
+ * the step that multiplies adds low @ b.
  *
  * Compiled once as it stands: the steps, with their loop over threads, and the scalar forms. Compiled once
  * more for each instruction set: the part under VECTOR_FORMS (README.md). tests/kernels/test_layer.py
@@ -57,8 +57,7 @@ typedef struct {
     float *attention_output;   /* (tokens, H * Dh) */
     float *h;                  /* (tokens, D) */
     float *gate, *up;          /* (tokens, F) */
-    float *low;                /* up to three of (tokens, rank): x @ lora_a.T */
-    float *update;             /* of wq wk wv, or of w_gate w_up: low @ lora_b.T */
+    float *low;                /* up to three of (tokens, rank): x @ a.T of LoRA */
     uint8_t *quantized_normed; /* up to three: one for each format of the weights that multiply it */
     uint8_t *quantized_wide;   /* attention_output, then gate */
     int *status;               /* NL_F16_OVERFLOW when float16 cannot hold a key or value */
@@ -97,9 +96,7 @@ static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
     c->h = allocate(&end, column * w->D);
     c->gate = allocate(&end, column * w->F);
     c->up = allocate(&end, column * w->F);
-    const int64_t outputs = H_Dh + 2 * K_Dh > 2 * w->F ? H_Dh + 2 * K_Dh : 2 * w->F;
     c->low = allocate(&end, 3 * column * w->rank);
-    c->update = allocate(&end, w->rank ? column * (outputs > w->D ? outputs : w->D) : 0);
     c->quantized_normed = allocate(&end, 3 * nl_activations_bytes(c->tokens, w->D));
     c->quantized_wide = allocate(&end, nl_activations_bytes(c->tokens, wide));
     return end;
@@ -134,42 +131,28 @@ static uint8_t *quantized_for(const layer_call *c, int weight) {
     return c->quantized_normed + place * nl_activations_bytes(c->tokens, c->w->D);
 }
 
-/* ---------------------------------------------------------------- LoRA: y += (x @ lora_a.T) @ lora_b.T
- *
- * It is multiplied in the exact way, so a token has the same bits in any number of tokens. */
+/* ---------------------------------------------------------------- LoRA: y += (x @ a.T) @ b */
 
+/* low of a weight: (tokens, r). */
 static float *low_of(const layer_call *c, int weight) {
     return c->low + (weight - FIRST_WITH_SAME_X[weight]) * c->tokens * c->w->rank;
 }
 
-/* low[tokens] = x[tokens] @ lora_a.T for the weights first .. last. */
+/* low[tokens] = x[tokens] @ a.T for the weights first .. last */
 static void project(const layer_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
     for (int weight = first; weight <= last; weight++) {
-        const nl_matrix a = c->w->lora_a[weight];
-        const linear_args args = {.y = low_of(c, weight) + tokens.begin * a.OUT,
-                                  .x = x + tokens.begin * IN,
-                                  .T = tokens.end - tokens.begin,
-                                  .w = a};
-        if (a.data && tokens.begin < tokens.end) c->kernel->linear_exact(&args, 0, a.OUT);
+        const nl_lora *lora = &c->w->lora[weight];
+        for (int64_t t = tokens.begin; lora->r && t < tokens.end; t++)
+            c->kernel->project(low_of(c, weight) + t * lora->r, x + t * IN, lora, IN);
     }
 }
 
-/* y[:, columns] += x[:, columns], both (tokens, OUT) */
-static void add(const layer_call *c, range columns, int64_t OUT, float *y, const float *x) {
-    for (int64_t t = 0; t < c->tokens; t++)
-        for (int64_t i = columns.begin; i < columns.end; i++) y[t * OUT + i] += x[t * OUT + i];
-}
-
-/* y[:, rows] += low @ lora_b[rows].T. Each weight has its own part of `update`: threads do not wait for one
- * another between two weights. */
-static void add_update(const layer_call *c, range rows, float *y, int weight) {
-    const nl_matrix b = c->w->lora_b[weight];
-    const int64_t H_Dh = c->w->H * c->w->Dh, K_Dh = c->w->K * c->w->Dh;
-    const int64_t place = weight == WK ? H_Dh : weight == WV ? H_Dh + K_Dh : weight == W_UP ? c->w->F : 0;
-    const linear_args args = {
-        .y = c->update + c->tokens * place, .x = low_of(c, weight), .T = c->tokens, .w = b};
-    c->kernel->linear_exact(&args, rows.begin, rows.end);
-    add(c, rows, b.OUT, y, args.y);
+/* y[:, rows] += low @ b[:, rows] */
+static void update(const layer_call *c, range rows, float *y, int weight) {
+    const nl_lora *lora = &c->w->lora[weight];
+    const int64_t OUT = c->w->weight[weight].OUT;
+    for (int64_t t = 0; lora->r && t < c->tokens; t++)
+        c->kernel->update(y + t * OUT, low_of(c, weight) + t * lora->r, lora, OUT, rows.begin, rows.end);
 }
 
 /* ---------------------------------------------------------------- the steps */
@@ -203,9 +186,15 @@ static void multiply(const layer_call *c, range rows, float *y, const float *x, 
                            .T = c->tokens,
                            .w = c->w->weight[weight]};
     linear_rows *const linear = c->w->activation_bits == 32 ? c->kernel->linear_exact : c->kernel->linear;
-    if (rows.begin == rows.end) return;
-    (quantized ? c->kernel->linear_quantized : linear)(&a, rows.begin, rows.end);
-    if (c->w->lora_b[weight].data) add_update(c, rows, y, weight);
+    if (rows.begin < rows.end) (quantized ? c->kernel->linear_quantized : linear)(&a, rows.begin, rows.end);
+    update(c, rows, y, weight);
+}
+
+/* y[:, columns] += residual[:, columns] */
+static void add_residual(const layer_call *c, range columns, float *y, const float *residual) {
+    const int64_t D = c->w->D;
+    for (int64_t t = 0; t < c->tokens; t++)
+        for (int64_t d = columns.begin; d < columns.end; d++) y[t * D + d] += residual[t * D + d];
 }
 
 static void set_f16_overflow(int *status) {
@@ -286,7 +275,7 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
         break;
     case NL_WO_ADD_RESIDUAL: /* h = x + self.wo(...) */
         multiply(c, rows_of_D, c->h, c->attention_output, WO);
-        add(c, rows_of_D, D, c->h, c->x);
+        add_residual(c, rows_of_D, c->h, c->x);
         break;
     case NL_FFN_NORM: /* self.ffn_norm(h) */
         norm_and_prepare(c, tokens, c->h, w->ffn_norm, W_GATE, W_UP);
@@ -303,7 +292,7 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
         break;
     case NL_W_DOWN_ADD_RESIDUAL: /* return h + self.w_down(...) */
         multiply(c, rows_of_D, c->a->y, c->gate, W_DOWN);
-        add(c, rows_of_D, D, c->a->y, c->h);
+        add_residual(c, rows_of_D, c->a->y, c->h);
         break;
     }
 }
@@ -398,6 +387,24 @@ void norm_scalar(float *y, const float *x, const float *weight, float eps, int64
     for (int64_t d = 0; d < D; d++) y[d] = x[d] / root * weight[d];
 }
 
+/* low[i] = x . a[i] */
+void project_scalar(float *low, const float *x, const nl_lora *lora, int64_t IN) {
+    for (int64_t i = 0; i < lora->r; i++) {
+        float sum = 0;
+        for (int64_t d = 0; d < IN; d++) sum += x[d] * lora->a[i * IN + d];
+        low[i] = sum;
+    }
+}
+
+/* y[begin:end] += sum of low[i] * b[i, begin:end] */
+void update_scalar(float *y, const float *low, const nl_lora *lora, int64_t OUT, int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; o++) {
+        float sum = 0;
+        for (int64_t i = 0; i < lora->r; i++) sum += low[i] * lora->b[i * OUT + o];
+        y[o] += sum;
+    }
+}
+
 /* gate = gate / (1 + exp(-gate)) * up. In float64, because exp(89) is beyond float32. */
 void swiglu_scalar(float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i++) gate[i] = (float)(gate[i] / (1 + exp(-(double)gate[i]))) * up[i];
@@ -429,6 +436,36 @@ VEC_TARGET void VEC(norm)(float *y, const float *x, const float *weight, float e
     const vec root = vec_all(sqrtf(vec_sum(squares) / (float)D + eps));
     for (int64_t d = 0; d < D; d += LANES)
         vec_store(y + d, vec_mul(vec_div(vec_load(x + d), root), vec_load(weight + d)));
+}
+
+/* IN is a multiple of 32, and so of 2 * LANES. Two sums hide half of an addition's latency. A
+ * token's sums have the same order in any number of tokens. */
+VEC_TARGET void VEC(project)(float *low, const float *x, const nl_lora *lora, int64_t IN) {
+    for (int64_t i = 0; i < lora->r; i++) {
+        const float *a = lora->a + i * IN;
+        vec even = vec_zero(), odd = vec_zero();
+        for (int64_t d = 0; d < IN; d += 2 * LANES) {
+            even = vec_fma(vec_load(x + d), vec_load(a + d), even);
+            odd = vec_fma(vec_load(x + d + LANES), vec_load(a + d + LANES), odd);
+        }
+        low[i] = vec_sum(vec_add(even, odd));
+    }
+}
+
+VEC_TARGET void VEC(update)(float *y, const float *low, const nl_lora *lora, int64_t OUT, int64_t begin,
+                            int64_t end) {
+    int64_t o = begin;
+    for (; o + 2 * LANES <= end; o += 2 * LANES) {
+        const float *b = lora->b + o;
+        vec first = vec_zero(), second = vec_zero();
+        for (int64_t i = 0; i < lora->r; i++, b += OUT) {
+            first = vec_fma(vec_all(low[i]), vec_load(b), first);
+            second = vec_fma(vec_all(low[i]), vec_load(b + LANES), second);
+        }
+        vec_store(y + o, vec_add(vec_load(y + o), first));
+        vec_store(y + o + LANES, vec_add(vec_load(y + o + LANES), second));
+    }
+    update_scalar(y, low, lora, OUT, o, end); /* K * Dh need not be a multiple of 2 * LANES */
 }
 
 /* gate / (1 + e^-gate) * up = gate / (one + one * e^-gate) * one * up, with `one` so small that nothing

@@ -20,7 +20,7 @@ from ..errors import ParameterError, UnsupportedError, escape
 from ..lora import LowRank, adapted
 from ..model import Transformer
 from . import interruptible
-from .formats import QK, StoredTensor
+from .formats import StoredTensor
 from .quantized_cache import QuantizedKVCache
 
 Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, bytes in all
@@ -88,17 +88,9 @@ def build(
 
     prepared = _each(weights, prepare, progress)
     model = Transformer(args, prepared, kernels.linear, kernels.attention, kept, cache)
-    blocks = [{name: _whole_blocks(one) for name, one in adapter.items()} for adapter in adapters]
     of_lora = Kernels(threads, exact=True).linear  # a token has the same bits in any number of tokens
-    model = adapted(model, blocks, lambda x: KernelWeight(StoredTensor.quantize(x, "F32")), of_lora)
+    model = adapted(model, adapters, lambda x: KernelWeight(StoredTensor.quantize(x, "F32")), of_lora)
     return fuse(model, kernels)
-
-
-def _whole_blocks(update: LowRank) -> LowRank:
-    """The same update with rows and columns of zeros: the kernels take a rank that is a multiple of 32."""
-    a, b, scale = update
-    pad = -len(a) % QK
-    return LowRank(np.pad(a, ((0, pad), (0, 0))), np.pad(b, ((0, 0), (0, pad))), scale)
 
 
 def _each(

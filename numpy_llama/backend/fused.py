@@ -16,8 +16,7 @@ from ..config import Array
 from ..errors import MismatchError, ParameterError
 from ..lora import LoRALinear
 from ..model import Linear, Transformer, TransformerBlock
-from .formats import StoredTensor
-from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels, KernelWeight
+from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
 from .quantized_cache import QuantizedKVCache
 
 CACHED = {
@@ -156,8 +155,8 @@ def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | N
     return FusedWeights(weights, norms, eps, a.head_dim, bits, updates)
 
 
-def _update(part: LoRALinear) -> tuple[KernelWeight, KernelWeight]:
-    """A, and B with the scale in it. Its rows have the order of the base's rows."""
+def _update(part: LoRALinear) -> tuple[Array, Array]:
+    """A, and B^T with the scale in it. The rows of B have the order of the base's rows."""
     b, order = part.lora_b[:], part.weight.row_order
     b = np.float32(part.scale) * (b if order is None else b[np.argsort(order)])
-    return part.lora_a, KernelWeight(StoredTensor.quantize(b, "F32"))
+    return np.array(part.lora_a[:]), np.ascontiguousarray(b.T)

@@ -275,9 +275,9 @@ class FusedWeights(InPlace):
         eps: float,
         head_dim: int,
         activation_bits: int,
-        updates: Sequence[tuple[KernelWeight, KernelWeight] | None] = (None,) * 7,
+        updates: Sequence[tuple[Array, Array] | None] = (None,) * 7,
     ):
-        """updates: A and B of LoRA for each weight, in F32 with the scale in B. None: it has none."""
+        """updates: of each weight LoRA's A (r, IN) and scale * B^T (r, OUT) in float32, or None."""
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
@@ -293,7 +293,8 @@ class FusedWeights(InPlace):
         self.struct.rank = max(ranks)
         for i, pair in enumerate(updates):
             if pair is not None:
-                self.struct.lora_a[i], self.struct.lora_b[i] = (w.matrix[0] for w in pair)
+                a, b = (ffi.from_buffer("float[]", x) for x in pair)
+                self.struct.lora[i] = {"a": a, "b": b, "r": ranks[i]}
         self.struct.attention_norm, self.struct.ffn_norm = (
             ffi.from_buffer("float[]", norm) for norm in norms
         )

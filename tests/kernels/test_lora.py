@@ -9,6 +9,7 @@ from helpers.tiny_models import float_weights
 from numpy_llama.backend import build
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.backend.fused import FusedBlock
+from numpy_llama.backend.kernels import KernelWeight
 from numpy_llama.checkpoint.names import expected_shape
 from numpy_llama.lora import LowRank
 from numpy_llama.model import RMSNorm
@@ -16,7 +17,8 @@ from numpy_llama.proof.tiny import TINY_BLOCKS
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
-ARGS = replace(TINY_BLOCKS, n_layers=3, max_seq_len=40)
+# K * Dh = 24 is no multiple of a register.
+ARGS = replace(TINY_BLOCKS, n_layers=3, n_kv_heads=1, head_dim=24, max_seq_len=40)
 IDS = np.random.default_rng(1).integers(0, ARGS.vocab_size, (2, 30))
 NAMES = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
 NAMES += ["feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down"]
@@ -82,10 +84,17 @@ def test_threads_and_chunks_change_no_bit(options, isa):
     np.testing.assert_array_equal(np.concatenate(found, axis=1), model(IDS))
 
 
-@pytest.mark.parametrize("attribute", ["lora_a", "lora_b", "scale", "base"])
+CHANGES = {
+    "lora_a": lambda part, other: KernelWeight(StoredTensor.quantize(-part.lora_a[:], "F32")),
+    "lora_b": lambda part, other: KernelWeight(StoredTensor.quantize(-part.lora_b[:], "F32")),
+    "scale": lambda part, other: 0.0,
+    "base": lambda part, other: other.base,
+}
+
+
+@pytest.mark.parametrize("attribute", CHANGES)
 def test_an_assigned_attribute_is_used(attribute):
     model = with_lora(EVERY)
-    before, part = model(IDS), model.layers[1].attention.wq
-    other = model.layers[1].attention.wo
-    setattr(part, attribute, 0.0 if attribute == "scale" else getattr(other, attribute))
+    before, part, other = model(IDS), model.layers[1].attention.wq, model.layers[2].attention.wq
+    setattr(part, attribute, CHANGES[attribute](part, other))
     assert np.abs(model(IDS) - before).max() > 1e-2 * np.abs(before).max()

@@ -367,6 +367,14 @@ void fuzz_layer(void) {
         w.weight[i] = (nl_matrix){packed(rows, format, OUT, IN), format, OUT, IN};
         if (w.weight[i].data != rows) free(rows);
     }
+    float *lora[7][2];
+    for (int i = 0; i < 7; i++) {
+        const int64_t OUT = shape[i][0], IN = shape[i][1], r = number(0, 1) * number(1, 20);
+        lora[i][0] = floats(r * IN, kind), lora[i][1] = floats(r * OUT, kind);
+        for (int64_t j = 0; j < (kind == REAL ? r * OUT : 0); j++) lora[i][1][j] /= (float)IN;
+        w.lora[i] = (nl_lora){lora[i][0], lora[i][1], r};
+        w.rank = r > w.rank ? r : w.rank;
+    }
     float *x = floats(tokens * w.D, kind), *norms[2];
     for (int i = 0; i < 2; i++) {
         norms[i] = floats(w.D, kind);
@@ -441,7 +449,7 @@ void fuzz_layer(void) {
         for (int64_t b = 0; b < B; b++) free(made[run].keys[b]), free(made[run].values[b]);
         free(made[run].y), free(made[run].scratch);
     }
-    for (int i = 0; i < 7; i++) free((void *)(uintptr_t)w.weight[i].data);
+    for (int i = 0; i < 7; i++) free((void *)(uintptr_t)w.weight[i].data), free(lora[i][0]), free(lora[i][1]);
     for (int64_t b = 0; b < B; b++) free(old[0][b]), free(old[1][b]);
     free(x), free(norms[0]), free(norms[1]), free(orders[0]), free(orders[1]), free(freqs);
 }

@@ -56,10 +56,10 @@ class Rounding:
     kept: float  # the share of the update that is left; 0 if the format cannot be written
 
     def __str__(self) -> str:
-        size = f"the update is {self.update:.2g} of the weight"
+        size = f"the update is {100 * self.update:.2g}% of the weight"
         if self.format.quantize is None:
             return f"{self.name}: {size}, and {self.format.name} can be read but not written"
-        left = f"rounding to {self.format.name} changes it by {self.rounding:.2g}"
+        left = f"rounding to {self.format.name} changes it by {100 * self.rounding:.2g}%"
         return f"{self.name}: {size}, {left}, and {max(self.kept, 0):.0%} of the update would be left"
 
 

@@ -41,5 +41,5 @@ def run(args: argparse.Namespace) -> None:
         updates = by_weight(read_adapters(args.adapter, source.args, source.weights()))
         found = merge(source, updates, args.out, args.dtype, args.threads, progress)
     size, kept = statistics.median(one.update for one in found), min(one.kept for one in found)
-    what = f"{len(found)} weights changed by {size:.2g} of their size"
+    what = f"{len(found)} weights changed by {100 * size:.2g}% of their size"
     common.note(f"{args.out}: {what}; at least {min(kept, 1):.0%} of each update is left after rounding")

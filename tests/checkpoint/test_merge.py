@@ -132,8 +132,8 @@ def test_four_bits_lose_a_small_update(tmp_path):
     print(refused.value)
     found = re.search(
         r"out\.gguf was not written: rounding would erase the update of 3 of 3 weights; (\S+): "
-        r"the update is (\S+)% of the weight, rounding to Q4_0 changes it by (\S+)%, and (\d+)% of the update "
-        r"would be left; --dtype q8 keeps (\d+)%",
+        r"the update is (\S+)% of the weight, rounding to Q4_0 changes it by (\S+)%, and (\d+)% of the "
+        r"update would be left; --dtype q8 keeps (\d+)%",
         str(refused.value),
     )
     name, size, rounding, left, kept = found.groups()
@@ -225,7 +225,8 @@ def test_the_command_merges(main, capsys, tmp_path):
     assert main(["merge", "-m", str(model), *adapters, "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
-    assert re.search(r"out\.gguf: 16 weights changed by [\d.e+]+% of their size; at least \d+% of each", said.err)
+    words = r"out\.gguf: 16 weights changed by [\d.e+]+% of their size; at least \d+% of each"
+    assert re.search(words, said.err)
     for given in ([str(out)], [str(model), *adapters]):
         assert main(["generate", "-m", *given, "-n", "12", "--exact", "Once"]) == 0
     once, twice = np.array_split(list(capsys.readouterr().out), 2)

@@ -89,6 +89,7 @@ CHANGES = {
     "lora_b": lambda part, other: KernelWeight(StoredTensor.quantize(-part.lora_b[:], "F32")),
     "scale": lambda part, other: 0.0,
     "base": lambda part, other: other.base,
+    "base.weight": lambda part, other: other.base.weight,
 }
 
 
@@ -96,5 +97,9 @@ CHANGES = {
 def test_an_assigned_attribute_is_used(attribute):
     model = with_lora(EVERY)
     before, part, other = model(IDS), model.layers[1].attention.wq, model.layers[2].attention.wq
-    setattr(part, attribute, CHANGES[attribute](part, other))
+    changed, value = part, CHANGES[attribute](part, other)
+    *steps, last = attribute.split(".")
+    for step in steps:
+        changed = getattr(changed, step)
+    setattr(changed, last, value)
     assert np.abs(model(IDS) - before).max() > 1e-2 * np.abs(before).max()

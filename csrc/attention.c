@@ -20,7 +20,7 @@
  *                 alpha = exp(m - new_m)
  *                 m, l, o = new_m, alpha * l + rowsum(p), alpha * o + p @ v
  *             merge the span's m, l, o into those of the spans before   merge_states
- *         out = o / l                                                   write_output
+ *         out = o / l;  lse = m + log(l)                                write_output
  *
  *     positions    0             KV_SPAN         2 KV_SPAN         S
  *     a query      |---------------|---------------|---------------|
@@ -70,6 +70,13 @@ INLINE int64_t row_offset(const nl_attention_args *a, const query_block *qb, int
     const int64_t t = a->begin + (qb->first + row) / qb->n_rep;
     const int64_t h = qb->kv_head * qb->n_rep + (qb->first + row) % qb->n_rep;
     return ((qb->b * a->T + t) * a->H + h) * a->Dh;
+}
+
+/* Its place in lse. */
+INLINE float *lse_at(const nl_attention_args *a, const query_block *qb, int64_t row) {
+    const int64_t t = a->begin + (qb->first + row) / qb->n_rep;
+    const int64_t h = qb->kv_head * qb->n_rep + (qb->first + row) % qb->n_rep;
+    return a->lse + (qb->b * a->H + h) * a->T + t;
 }
 
 /* The causal mask: a row sees positions 0 .. visible_positions - 1. */
@@ -126,12 +133,13 @@ static void merge_states(const nl_attention_args *a, const query_block *qb, floa
     }
 }
 
-/* out = o / l */
+/* out = o / l, lse = m + log(l) */
 static void write_output(const nl_attention_args *a, const query_block *qb, float *memory) {
     const softmax_state all = softmax_state_in(memory, qb->rows, a->Dh);
     for (int64_t row = 0; row < qb->rows; row++) {
         const float *o = all.o + row * padded(a->Dh), inverse_l = 1 / all.l[row];
         for (int64_t d = 0; d < a->Dh; d++) a->out[row_offset(a, qb, row) + d] = o[d] * inverse_l;
+        if (a->lse) *lse_at(a, qb, row) = all.m[row] + logf(all.l[row]);
     }
 }
 

@@ -13,8 +13,9 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ["avx512.c", "avx2.c", "avx_vnni.c", "dispatch.c"]  # first what takes longest to compile
-SOURCES += ["pack.c", "linear.c", "quantized_activations.c", "attention.c", "layer.c", "probe.c"]
-SOURCES += ["formats.c", "quantize.c", "watch.c", "team.c"]
+SOURCES += ["pack.c", "linear.c", "linear_backward.c", "quantized_activations.c", "attention.c"]
+SOURCES += ["attention_backward.c", "layer.c", "training.c", "probe.c", "formats.c", "quantize.c"]
+SOURCES += ["watch.c", "team.c"]
 
 COMPILE = [
     "-std=c11",

@@ -40,18 +40,58 @@ static inline int64_t activation_groups(int64_t T) { return (T + group_tokens(T)
 /* Room for a token in any layout: float32 is the largest. */
 static inline int64_t token_bytes(int64_t IN) { return IN * 4 + 64; }
 
+/* c (M, N) = a (M, K) @ b (K, N), or c += a @ b: linear_backward.c. Numbers of c and of a in the next row,
+ * and of a in the next column, lie so far apart. b is columns b_begin .. b_begin + N - 1 of a matrix. */
+typedef struct {
+    float *c;
+    int64_t c_row;
+    int add;
+    const float *a;
+    int64_t a_row, a_column; /* one of them is 1 */
+    nl_matrix b;             /* not transposed F32, F16 and BF16: any number of columns */
+    int transpose_b;
+    int64_t b_begin, M, N, K;
+} float_product;
+
+/* Threads share out whole groups of rows of c, which are whole tiles of every instruction set. */
+enum { ROW_GROUP = 12 };
+
+typedef struct {
+    int64_t begin, end;
+} range;
+
+/* The part of 0 .. total - 1 that one worker computes. It begins at a multiple of `step`. */
+static inline range range_of(int64_t total, int64_t step, int64_t worker, int64_t workers) {
+    const int64_t size = ((total + workers - 1) / workers + step - 1) / step * step;
+    const int64_t begin = worker * size < total ? worker * size : total;
+    return (range){begin, total - begin < size ? total : begin + size};
+}
+
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void quantize_group(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
                             int64_t group);
+typedef void pack_floats(const float_product *p, float *to, int64_t ps, range part);
+typedef void multiply_floats(const float_product *p, const float *packed_a, const float *packed_b, int64_t ps,
+                             range rows, range columns);
 /* memory = the softmax state of the index-th query block over the KV span that begins at span_begin. */
 typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t span_begin, float *memory,
                             float *scratch);
+/* Of one sequence and query head: dq, and a part of dk and dv (2, end - begin, Dh). */
+typedef void attention_backward_head(const nl_attention_backward_args *a, int64_t b, int64_t h, float *part,
+                                     float *scratch);
 typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
 typedef void project_token(float *low, const float *x, const nl_lora *lora, int64_t IN);
 typedef void update_token(float *y, const float *low, const nl_lora *lora, int64_t OUT, int64_t begin,
                           int64_t end);
 typedef void swiglu_many(float *gate, const float *up, int64_t n);
 typedef void store_one_head(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh);
+typedef void norm_backward_row(float *dx, float *dweight, const float *dy, const float *x,
+                               const float *weight, float eps, int64_t D);
+typedef void swiglu_backward_many(float *dgate, float *dup, const float *ds, const float *gate,
+                                  const float *up, int64_t n);
+typedef float cross_entropy_row(float *z, int64_t target, float weight, int64_t V);
+typedef void adamw_many(float *p, const float *g, float *m, float *v, const nl_adamw_step *s, int64_t n);
+typedef double squares_many(const float *x, int64_t n);
 typedef void exp_many(float *y, const float *x, int64_t n);
 typedef uint32_t read_all(const uint8_t *p, int64_t nbytes);
 typedef float fma_chains(int64_t operations);
@@ -62,12 +102,21 @@ typedef struct {
     linear_rows *linear_exact;
     linear_rows *linear_quantized;
     quantize_group *quantize_activations;
+    pack_floats *pack_a;
+    pack_floats *pack_b;
+    multiply_floats *multiply;
     attention_span *attention;
+    attention_backward_head *attention_backward;
     norm_token *norm;
     project_token *project;
     update_token *update;
     swiglu_many *swiglu;
     store_one_head *store_head;
+    norm_backward_row *norm_backward;
+    swiglu_backward_many *swiglu_backward;
+    cross_entropy_row *cross_entropy;
+    adamw_many *adamw;
+    squares_many *squares;
     exp_many *exp;
     read_all *read;
     fma_chains *fma;
@@ -79,12 +128,20 @@ const kernels *chosen_kernels(void);
 #define DECLARE(ISA)                                                                                         \
     linear_rows linear_##ISA, linear_exact_##ISA, linear_quantized_##ISA;                                    \
     quantize_group quantize_activations_##ISA;                                                               \
+    pack_floats pack_a_##ISA, pack_b_##ISA;                                                                  \
+    multiply_floats multiply_##ISA;                                                                          \
     attention_span attention_##ISA;                                                                          \
+    attention_backward_head attention_backward_##ISA;                                                        \
     norm_token norm_##ISA;                                                                                   \
     project_token project_##ISA;                                                                             \
     update_token update_##ISA;                                                                               \
     swiglu_many swiglu_##ISA;                                                                                \
     store_one_head store_head_##ISA;                                                                         \
+    norm_backward_row norm_backward_##ISA;                                                                   \
+    swiglu_backward_many swiglu_backward_##ISA;                                                              \
+    cross_entropy_row cross_entropy_##ISA;                                                                   \
+    adamw_many adamw_##ISA;                                                                                  \
+    squares_many squares_##ISA;                                                                              \
     exp_many exp_##ISA;                                                                                      \
     read_all read_##ISA;                                                                                     \
     fma_chains fma_##ISA;

@@ -171,6 +171,15 @@ INLINE void stored_block(const int format, uint8_t *to, const uint8_t *p, int64_
         memcpy(to + at, p + PACKED_ROWS * at + r * unit_bytes(format, at), (size_t)unit_bytes(format, at));
 }
 
+/* The block of row r that begins with weight i, as stored: `room` holds a block of packed rows. */
+INLINE const uint8_t *block_of(const int format, uint8_t *room, const nl_matrix *w, int64_t r, int64_t i) {
+    const int64_t row_bytes = bytes_of(format, w->IN), at = bytes_of(format, i);
+    if (!is_packed(format)) return (const uint8_t *)w->data + r * row_bytes + at;
+    const int64_t row = r % PACKED_ROWS;
+    stored_block(format, room, (const uint8_t *)w->data + (r - row) * row_bytes + at * PACKED_ROWS, row);
+    return room;
+}
+
 /* ---------------------------------------------------------------- one weight */
 
 /* The 6-bit scale and minimum of sub-block j of Q4_K and Q5_K, out of their 12 bytes. */

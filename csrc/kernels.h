@@ -60,6 +60,23 @@ int nl_linear(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t b
 int nl_linear_exact(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t begin, int64_t end,
                     int threads);
 
+/* The same as nl_linear_exact for many tokens, with x packed too. The bits are the same. linear_backward.c
+ *   begin is a multiple of NL_PANEL_ROWS.   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
+int nl_linear_y(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t begin, int64_t end,
+                int threads);
+
+/* dx[:, begin:end] = dy @ w[:, begin:end]      linear_backward.c
+ *   dy (T, OUT)   dx (T, N), N <= IN: the columns of w without padding.   begin is a multiple of
+ * NL_GRADIENT_COLUMNS.   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
+enum { NL_GRADIENT_COLUMNS = 256 };
+int nl_linear_dx(float *dx, const float *dy, int64_t T, const nl_matrix *w, int64_t N, int64_t begin,
+                 int64_t end, int threads);
+
+/* dw[begin:end] = dy[:, begin:end].T @ x, or += where `add` is 1
+ *   dy (T, OUT)   x (T, IN)   dw (OUT, IN), IN any number.   Returns 0 or NL_NO_MEMORY. */
+int nl_linear_dw(float *dw, const float *dy, const float *x, int64_t T, int64_t OUT, int64_t IN,
+                 int64_t begin, int64_t end, int add, int threads);
+
 /* Quantized activations: x rounded to 8 or 15 bits in blocks of 32.      quantized_activations.c
  *   bits = 8: but 15 for the blocks of a token whose numbers are the largest. F16 and BF16: always 14 bits.
  *   `activations` has room for nl_activations_bytes(T, IN) bytes. Not for F32.
@@ -89,11 +106,27 @@ typedef struct {
     int64_t B, T, S, H, K, Dh;          /* Dh at most NL_MAX_DH */
     int64_t k_strides[3], v_strides[3]; /* from one batch, one position, one head to the next */
     int64_t begin, end;                 /* the queries of T to compute */
+    float *lse; /* (B, H, T) log(sum(exp(scores))) of each softmax; NULL: not stored */
 } nl_attention_args;
 
 /* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
  *   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
 int nl_attention(const nl_attention_args *a, int threads);
+
+/* The arguments of nl_attention_backward. T = S, and all arrays are dense. */
+typedef struct {
+    float *dq, *dk, *dv;
+    const float *dout, *q, *k, *v, *out; /* dout, out, dq as q (B, T, H, Dh); dk, dv as k, v (B, T, K, Dh) */
+    const float *lse;                    /* (B, H, T), from nl_attention */
+    int64_t B, T, H, K, Dh;              /* Dh at most NL_MAX_DH */
+    int64_t begin, end;                  /* the keys of T whose part is computed */
+} nl_attention_backward_args;
+
+/* dq, dk, dv = attention_backward(dout, q, k, v, out, lse)      attention_backward.c
+ *   Computes dk[:, begin:end] and dv[:, begin:end]; dq += what these keys give, = where begin is 0. Calls go
+ * from the first keys to the last. begin is a multiple of NL_KEYS.   Returns 0 or NL_NO_MEMORY. */
+enum { NL_KEYS = 96 };
+int nl_attention_backward(const nl_attention_backward_args *a, int threads);
 
 /* An update by LoRA: the weight is used as weight + b.T @ a. */
 typedef struct {
@@ -162,6 +195,43 @@ enum {
  *   Returns 0, NL_NO_MEMORY, NL_UNKNOWN_FORMAT or NL_F16_OVERFLOW. */
 int64_t nl_layers_bytes(const nl_layer_weights *w, int64_t tokens);
 int nl_layers(const nl_layers_args *a, int first, int last, int64_t part, int64_t parts, int threads);
+
+/* y = rms_norm(x, weight, eps), and its gradient: dx, dweight = rms_norm_backward(dy, x, weight, eps).
+ *   y, x, dx, dy (rows, D)   weight, dweight (D,), D a multiple of 32.   Returns 0 or NL_NO_MEMORY.
+ *                                                                                              training.c */
+void nl_rms_norm(float *y, const float *x, const float *weight, float eps, int64_t rows, int64_t D,
+                 int threads);
+int nl_rms_norm_backward(float *dx, float *dweight, const float *dy, const float *x, const float *weight,
+                         float eps, int64_t rows, int64_t D, int threads);
+
+/* y = apply_rotary_emb(x, freqs_cis)
+ *   x, y (tokens, heads, Dh), which may be one array; freqs_cis (tokens, Dh / 2) complex. */
+void nl_rotate(float *y, const float *x, const float *freqs_cis, int64_t tokens, int64_t heads, int64_t Dh,
+               int threads);
+
+/* s = swiglu(gate, up), and its gradient: dgate, dup = swiglu_backward(ds, gate, up), n numbers each. */
+void nl_swiglu(float *s, const float *gate, const float *up, int64_t n, int threads);
+void nl_swiglu_backward(float *dgate, float *dup, const float *ds, const float *gate, const float *up,
+                        int64_t n, int threads);
+
+/* nll, lse = cross_entropy(logits, targets);  logits = cross_entropy_backward(weights, logits, targets, lse)
+ *   logits (rows, V)   nll, targets, weights (rows,), 0 <= targets < V. */
+void nl_cross_entropy(float *logits, float *nll, const int64_t *targets, const float *weights, int64_t rows,
+                      int64_t V, int threads);
+
+/* One step of AdamW for n parameters p with gradients g:
+ *     m = beta1 m + new1 g;  v = beta2 v + new2 g^2;  p = keep p - rate m / (sqrt(scale2 v) + eps) */
+typedef struct {
+    float beta1, new1, beta2, new2; /* new = 1 - beta */
+    float keep;                     /* 1 - lr * weight_decay */
+    float rate, scale2;             /* lr / (1 - beta1^t), 1 / (1 - beta2^t) */
+    float eps;
+} nl_adamw_step;
+void nl_adamw(float *p, const float *g, float *m, float *v, const nl_adamw_step *step, int64_t n,
+              int threads);
+
+/* sum = x @ x for n numbers.   Returns 0 or NL_NO_MEMORY. */
+int nl_squares(double *sum, const float *x, int64_t n, int threads);
 
 /* dst = quantize(dequantize(src))      quantize.c
  *   src, dst: `rows` rows of IN weights as stored, IN a multiple of both formats' blocks.

@@ -63,17 +63,6 @@ typedef struct {
     int *status;               /* NL_F16_OVERFLOW when float16 cannot hold a key or value */
 } layer_call;
 
-typedef struct {
-    int64_t begin, end;
-} range;
-
-/* The part of 0 .. total - 1 that one worker computes. It begins at a multiple of `step`. */
-static range range_of(int64_t total, int64_t step, int64_t worker, int64_t workers) {
-    const int64_t size = ((total + workers - 1) / workers + step - 1) / step * step;
-    const int64_t begin = worker * size < total ? worker * size : total;
-    return (range){begin, total - begin < size ? total : begin + size};
-}
-
 /* Memory for an array behind *end. It begins on a cache line. */
 static void *allocate(uint8_t **end, int64_t bytes) {
     uint8_t *begin = *end;

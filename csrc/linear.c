@@ -87,17 +87,6 @@ int nl_linear_scalar_micro_kernel(float *y, const void *x, int64_t T, const nl_m
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
-/* The block of row r that begins with weight b, as stored: `room` holds a block of packed rows. */
-INLINE const uint8_t *block_of(const int format, uint8_t *room, const nl_matrix *w, int64_t r, int64_t b) {
-    const int64_t bytes = block_bytes(format), place = b / block_weights(format);
-    const int64_t row_bytes = w->IN / block_weights(format) * bytes;
-    if (!is_packed(format)) return (const uint8_t *)w->data + r * row_bytes + place * bytes;
-    const int64_t row = r % PACKED_ROWS;
-    stored_block(format, room, (const uint8_t *)w->data + (r - row) * row_bytes + place * bytes * PACKED_ROWS,
-                 row);
-    return room;
-}
-
 INLINE void rows_scalar(const int format, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t OUT = a->w.OUT, IN = a->w.IN, weights = block_weights(format);
     for (int64_t r = begin; r < end; r++) {

@@ -7,7 +7,7 @@
 #include "formats.h"
 
 #define LANES 8
-#define TILE_ROWS 6 /* attention.c: rows x 2 registers of sums, 12 of the 16 */
+#define TILE_ROWS 6 /* attention.c, gradients: rows x 2 registers of sums, 12 of the 16 */
 
 /* The products of bytes are summed in 16 bits over BYTE_RUN fours, without an overflow (byte_dot has the
  * table). SIGNED_BYTES: the bytes of Q8_0 keep their sign. */
@@ -37,6 +37,7 @@ VEC_INLINE vec vec_add(vec a, vec b) { return _mm256_add_ps(a, b); }
 VEC_INLINE vec vec_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 VEC_INLINE vec vec_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 VEC_INLINE vec vec_div(vec a, vec b) { return _mm256_div_ps(a, b); }
+VEC_INLINE vec vec_sqrt(vec a) { return _mm256_sqrt_ps(a); }
 VEC_INLINE vec vec_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); } /* a * b + c, rounded once */
 VEC_INLINE vec vec_xor(vec a, vec b) { return _mm256_xor_ps(a, b); }             /* of their bits */
 VEC_INLINE vec vec_max(vec a, vec b) { return _mm256_max_ps(a, b); }             /* b where either is NaN */

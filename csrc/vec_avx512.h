@@ -7,7 +7,7 @@
 #define VEC(name) name##_avx512
 #define LANES 16
 #define MR 6         /* linear_gemm.c: tokens x 2 registers of sums, 12 of the 32 */
-#define TILE_ROWS 12 /* attention.c: rows x 2 registers of sums, 24 of the 32 */
+#define TILE_ROWS 12 /* attention.c, gradients: rows x 2 registers of sums, 24 of the 32 */
 
 /* vpdpbusd sums in 32 bits. Its weights have no sign. */
 #define BYTE_RUN(q) 8
@@ -26,6 +26,7 @@ VEC_INLINE vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }
 VEC_INLINE vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 VEC_INLINE vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 VEC_INLINE vec vec_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+VEC_INLINE vec vec_sqrt(vec a) { return _mm512_sqrt_ps(a); }
 VEC_INLINE vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 VEC_INLINE vec vec_xor(vec a, vec b) { return _mm512_xor_ps(a, b); }
 VEC_INLINE vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }

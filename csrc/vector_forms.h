@@ -10,8 +10,14 @@
 
 #include "linear.c"
 
+#include "linear_backward.c"
+
 #include "attention.c"
 
+#include "attention_backward.c"
+
 #include "layer.c"
+
+#include "training.c"
 
 #include "probe.c"

@@ -1,6 +1,7 @@
 """The backends: functional.py in NumPy, and the C kernels that tests hold equal to it.
 
 kernels.py         the C twins of `linear` and `attention`, and the weights they take
+training.py        the C twins of the gradients
 fused.py           neighbouring transformer blocks in one C call
 quantized_cache.py a KV cache of 8 bits
 interruptible.py   NumPy's `linear` and `attention` in short calls, for Ctrl-C

@@ -1,7 +1,7 @@
 """The C twins of `linear` and `attention`: same names, same meaning, weights used in place.
 
 What this file promises: every input is computed rightly, or refused with a clear error. C receives only
-arguments that csrc/kernels.h allows. No other file imports the extension.
+arguments that csrc/kernels.h allows. Only training.py beside it calls the extension too.
 
     kernels = Kernels(threads=2)
     w = KernelWeight(stored)            # once
@@ -385,6 +385,10 @@ class Kernels(InPlace):
 
     def attention(self, q: Array, k: Array, v: Array) -> Array:
         """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""
+        return self._attend(q, k, v)[0]
+
+    def _attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """`attention`, and the log of the sum of each softmax: -> (B, T, H, Dh), (B, H, T)."""
         B, T, H, Dh = q.shape
         S, K = k.shape[1:3]
         if k.shape != (B, S, K, Dh) or v.shape != k.shape or T > S or K == 0 or H % K:
@@ -395,11 +399,11 @@ class Kernels(InPlace):
             k, v = k.astype(np.float32), v.astype(np.float32)
         q = np.ascontiguousarray(q, np.float32)
         k, v = _dense_heads(k), _dense_heads(v)
-        out = np.empty_like(q)
+        out, lse = np.empty_like(q), np.empty((B, H, T), np.float32)
         if out.size == 0:
-            return out
+            return out, lse
         threads = self._share(2 * B * T * S * H * Dh)
-        # A struct of cffi keeps addresses only. The local names q, k, v and out keep the arrays alive.
+        # A struct of cffi keeps addresses only. The local names of the arrays keep them alive.
         arguments = ffi.new(
             "nl_attention_args *",
             {
@@ -411,6 +415,7 @@ class Kernels(InPlace):
                 **{"B": B, "T": T, "S": S, "H": H, "K": K, "Dh": Dh},
                 "k_strides": [stride // k.itemsize for stride in k.strides[:3]],
                 "v_strides": [stride // v.itemsize for stride in v.strides[:3]],
+                "lse": ffi.from_buffer("float[]", lse, require_writable=True),
             },
         )
         work = WORK_PER_CALL * (1 if isa() == "scalar" else ATTENTION_WORK)
@@ -420,7 +425,7 @@ class Kernels(InPlace):
             arguments.begin, arguments.end = begin, min(begin + queries, T)
             if lib.nl_attention(arguments, threads) != 0:
                 raise MemoryError("no memory for the scratch of the attention kernel")
-        return out
+        return out, lse
 
     def layers(
         self,

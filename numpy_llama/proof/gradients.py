@@ -70,7 +70,8 @@ def apply_rotary_emb_backward(source: Source, a: int, b: int, c: int) -> Case:
         1.5 * F.precompute_freqs_cis(2 * b, a + c, 1e4, dtype=source.dtype.type)[c:]
     )  # a YaRN's length
     x = source.array(*shape)
-    return Case((source.array(*shape), freqs_cis), lambda x: F.apply_rotary_emb(x, freqs_cis), (x,))
+    wide = widened(freqs_cis)  # differences are taken in float64
+    return Case((source.array(*shape), freqs_cis), lambda x: F.apply_rotary_emb(x, wide), (x,))
 
 
 def swiglu_backward(source: Source, a: int, b: int, c: int) -> Case:
@@ -189,16 +190,17 @@ def attention_backward_bound(
     seen = (first[:, None, :, None] <= at) & (at <= at[:, None])  # (B, 1, T, S)
     scores = np.einsum("bthd,bshd->bhts", q, np.repeat(k, H // K, axis=2)) / math.sqrt(Dh)
     p = np.where(seen, np.exp(np.where(seen, scores, 0) - lse[..., None]), 0)  # (B, H, T, S)
-    p += TINY * seen  # in float32 the exp of much less than 0 is 0
+    lost = TINY * seen  # in float32 the exp of much less than 0 is 0
     most = np.abs(dout).sum(axis=-1).swapaxes(1, 2) * np.abs(v).max(initial=0)  # (B, H, T)
-    ds = p * most[..., None] * (3 * share + 2 * g(Dh, u=u) + 2 * g(T * H // K, u=u) + 8 * u) / math.sqrt(Dh)
+    relative = 3 * share + 2 * g(Dh, u=u) + 2 * g(T * H // K, u=u) + 8 * u
+    ds = most[..., None] * (p * relative + lost) / math.sqrt(Dh)
 
     def by_key(weights: Array, x: Array) -> Array:
         summed = np.einsum("bhts,bthd->bshd", weights, np.abs(x))
         return summed.reshape(B, T, K, H // K, Dh).sum(axis=3)
 
     dq = np.einsum("bhts,bshd->bthd", ds, np.abs(np.repeat(k, H // K, axis=2)))
-    return dq, by_key(ds, q), by_key(p, dout) * (share + g(T * H // K, u=u))
+    return dq, by_key(ds, q), by_key(p * (share + g(T * H // K, u=u)) + lost, dout)
 
 
 def cross_entropy_backward_bound(u: float, dnll: Array, logits: Array, targets: Array, lse: Array) -> Arrays:

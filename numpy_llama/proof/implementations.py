@@ -188,8 +188,9 @@ def compiled_implementations() -> list[Implementation]:
 
 def compiled(isa: str) -> Implementation:
     from ..backend import kernels as module
+    from ..backend.training import TrainingKernels
 
-    kernels = module.Kernels(2, exact=True)
+    kernels, training = module.Kernels(2, exact=True), TrainingKernels(2)
 
     @contextmanager
     def chosen() -> Iterator[None]:
@@ -223,7 +224,12 @@ def compiled(isa: str) -> Implementation:
             with chosen():
                 return self.built(*arguments)
 
-    operations = {
+    def apply_rotary_emb_backward(dy: Array, freqs_cis: Array) -> Array:
+        return training.apply_rotary_emb(dy, freqs_cis.conj())
+
+    operations = {name: in_c(getattr(training, name)) for name in GRADIENTS_IN_C}
+    operations |= {
+        "apply_rotary_emb_backward": in_c(apply_rotary_emb_backward),
         "linear": in_c(kernels.linear),
         "attention": in_c(kernels.attention),
         "Transformer": Transformer,
@@ -232,6 +238,12 @@ def compiled(isa: str) -> Implementation:
     if isa == "scalar":  # all instruction sets share the conversions
         operations |= conversions(kernels)
     return Implementation(f"c-{isa}", operations, np.float32)
+
+
+GRADIENTS_IN_C = (
+    *("linear_dx", "linear_dw", "rms_norm_backward", "swiglu_backward"),
+    *("attention_saving", "attention_backward", "head_loss"),
+)
 
 
 def conversions(kernels: "Kernels") -> dict[str, Operation]:

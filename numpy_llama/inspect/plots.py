@@ -27,3 +27,16 @@ def attention_map(weights: np.ndarray, labels: Sequence[str], title: str = "") -
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
     return figure
+
+
+def loss_curve(train: Sequence[tuple[int, float]], valid: Sequence[tuple[int, float]] = ()) -> Figure:
+    """The losses (step, loss) of training and validation."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, series, style in (("training", train, "-"), ("validation", valid, "o-")):
+        if series:
+            axes.plot(*zip(*series, strict=True), style, label=name, markersize=4, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

@@ -94,19 +94,25 @@ def learning_rate(step: int, steps: int, highest: float, warmup: int = 0, lowest
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * share)) / 2
 
 
-def norm(gradients: Iterable[Array]) -> float:
-    """The length of all gradients together, as one vector. The sum over the pieces is kept in float64."""
-    squares = (np.einsum("i,i->", g, g) for gradient in gradients for g in _pieces(gradient))
-    return math.sqrt(math.fsum(map(float, squares)))
+def squares(x: Array) -> float:
+    """The sum of x^2, in float64."""
+    return math.fsum(float(np.square(piece, dtype=np.float64).sum()) for piece in _pieces(x))
 
 
-def clip(gradients: Mapping[str, Array], max_norm: float) -> float:
+def norm(gradients: Iterable[Array], squares: Callable[[Array], float] = squares) -> float:
+    """The length of all gradients together, as one vector. `squares` is the function above or its C twin."""
+    return math.sqrt(math.fsum(map(squares, gradients)))
+
+
+def clip(
+    gradients: Mapping[str, Array], max_norm: float, squares: Callable[[Array], float] = squares
+) -> float:
     """Scale the gradients in place by min(1, max_norm / (norm + 1e-6)) -> the norm before (Pascanu 2013).
 
-    max_norm 0 changes nothing.
+    max_norm 0 changes nothing, and a norm that is not finite is only returned.
     """
-    length = norm(gradients.values())
-    if max_norm and max_norm < length + 1e-6:
+    length = norm(gradients.values(), squares)
+    if max_norm and max_norm < length + 1e-6 < math.inf:
         for gradient in gradients.values():
             gradient *= max_norm / (length + 1e-6)
     return length

@@ -1,0 +1,44 @@
+"""The functions that training computes with, on one backend: NumPy's, or their C twins."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import functional as F
+from ..backend.formats import StoredTensor
+from ..config import Array, ModelArgs
+from ..learner import Functions, Learner, checkpointing
+from ..model import Function, Transformer
+from .optimizer import adamw, squares
+
+
+@dataclass(frozen=True)
+class Compute:
+    """One backend. `freeze` makes of a weight that does not learn what `linear` takes."""
+
+    backend: str
+    linear: Function
+    attention: Function
+    functions: Functions
+    adamw: Callable[..., None]
+    squares: Callable[[Array], float]
+    freeze: Callable[[StoredTensor], Any]
+    frozen_bytes: Callable[[StoredTensor], int]
+
+    def learner(
+        self, args: ModelArgs, weights: Mapping[str, Any], with_checkpointing: bool, frozen: bool = False
+    ) -> Learner:
+        """A model whose weights learn in place, or, with `frozen`, only the parts that are put in later."""
+        functions = checkpointing(self.functions) if with_checkpointing else self.functions
+        return Learner(Transformer(args, weights, self.linear, self.attention), functions, frozen)
+
+
+def numpy_compute() -> Compute:
+    def expanded(w: StoredTensor) -> int:
+        return 4 * math.prod(w.shape)
+
+    functions = Functions()
+    return Compute(
+        "numpy", F.linear, F.attention, functions, adamw, squares, StoredTensor.dequantize, expanded
+    )

@@ -1,0 +1,144 @@
+"""Fine-tuning a model that is given: LoRA beside its frozen weights, all weights, or preferences by DPO.
+
+lora    A and B learn; the weights stay as they are stored, in 4 bits or 8 too (Dettmers et al. 2023)
+dpo     the same, from pairs of answers; the reference is the model without A and B
+full    a float32 copy of all weights learns
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..backend.formats import StoredTensor
+from ..checkpoint.adapters import write_peft
+from ..checkpoint.base import Checkpoint
+from ..checkpoint.memory import available_memory
+from ..config import ModelArgs
+from ..errors import ContextOverflowError, ParameterError
+from .compute import Compute
+from .data import Data
+from .examples import Encoder, Rows, rows_of
+from .lora import lora_count, low_ranks, scale_of, with_lora
+from .models import float_weights
+from .objectives import DPO, NextToken, Objective
+from .optimizer import AdamW, Hyperparameters
+from .order import Order
+from .output import write_gguf
+from .plan import TrainingPlan, Work, planned
+from .run import Run, digest, open_folder
+from .trainer import Schedule, Trainer
+
+METHODS = ("lora", "full", "dpo")
+RESULT = "model.gguf"  # of full fine-tuning
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The adapter: its rank, alpha, kind of scale, and the matrices that it stands beside."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: Sequence[str]
+
+
+def finetune(
+    source: Checkpoint,
+    data: Data,
+    out: Path,
+    method: str,
+    compute: Compute,
+    hyperparameters: Hyperparameters,
+    schedule: Schedule,
+    lora: LoRA,
+    *,
+    beta: float = 0.1,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    resume: bool = False,
+    base: str | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[Run, TrainingPlan, Rows]:
+    """A run that is ready to begin, or to continue, in the folder `out`. `Rows` are those for training.
+
+    base: the name of the model, for the adapter's config.
+    """
+    args, stored = source.args, source.weights()
+    if (method == "dpo") != (data.kind == "preferences"):
+        wanted = "prompt, chosen and rejected" if method == "dpo" else "examples without preferences"
+        raise ParameterError(f"{data.train[0].where} has {data.kind}; --method {method} takes {wanted}")
+    if seq_len > args.max_seq_len:
+        raise ContextOverflowError(
+            f"--seq-len is {seq_len}, the context of {source.path} has {args.max_seq_len} tokens"
+        )
+    encoder = Encoder(source.tokenizer(), source.chat_format())
+    train = rows_of(data.train, encoder, seq_len, lambda done, total: progress("reading", done, total))
+    valid = rows_of(data.valid, encoder, seq_len)
+    if not train.rows:
+        raise ParameterError(f"{out}: no example has a target within --seq-len {seq_len}")
+    state = open_folder(out, resume)
+    order = Order(len(train.rows), batch_size, seed)
+    longest = sorted((sum(map(len, row)) for row in train.rows), reverse=True)
+    all_learns = method == "full"
+    different = {id(w): w for w in stored.values()}  # a tied weight has two names
+    if all_learns:
+        learned = sum(math.prod(w.shape) for w in different.values())
+        nbytes = 4 * learned
+    else:
+        learned = lora_count(args, lora.targets, lora.rank)
+        nbytes = sum(map(compute.frozen_bytes, different.values())) + 4 * learned
+    sizes = longest[0], sum(longest[: order.batch_size]), available_memory()
+    plan = planned(args, nbytes, learned, *sizes, source.path, state)
+
+    weights = float_weights(stored) if all_learns else frozen_weights(stored, compute)
+    learner = reference = compute.learner(args, weights, plan.checkpointing, frozen=not all_learns)
+    if not all_learns:
+        scale = scale_of(lora.rank, lora.alpha, lora.rslora)
+        learner = with_lora(reference, lora.targets, lora.rank, scale, seed)
+    objective: Objective = DPO(reference, beta) if method == "dpo" else NextToken()
+    optimizer = AdamW(learner.parameters(), hyperparameters, compute.adamw)
+    most, squares = plan.most_tokens, compute.squares
+    trainer = Trainer(learner, optimizer, train.rows, order, objective, schedule, most, squares)
+    options = {
+        "method": method,
+        "model": fingerprint(args, stored),
+        "data": digest(train.rows),
+        "seq_len": seq_len,
+        "batch_size": order.batch_size,
+        "seed": seed,
+        "iters": schedule.steps,
+        "warmup_iters": schedule.warmup,
+        "backend": compute.backend,
+        "most_tokens": plan.most_tokens,
+        "checkpointing": plan.checkpointing,
+        **asdict(hyperparameters),
+        **({} if all_learns else asdict(lora) | {"targets": list(lora.targets)}),
+        **({"beta": beta} if method == "dpo" else {}),
+    }
+
+    def write_result() -> None:
+        if all_learns:
+            write_gguf(out / RESULT, source, weights, None)
+        else:
+            write_peft(out, low_ranks(learner), args, base)
+
+    work = Work.of(args, all_learns, dpo=method == "dpo")
+    return Run(out, trainer, options, state, valid.rows, work.operations, write_result), plan, train
+
+
+def frozen_weights(stored: Mapping[str, StoredTensor], compute: Compute) -> dict[str, Any]:
+    """The weights of a model that does not learn, as the backend computes with them."""
+    made = {key: compute.freeze(w) for key, w in {id(w): w for w in stored.values()}.items()}
+    return {name: made[id(w)] for name, w in stored.items()}
+
+
+def fingerprint(args: ModelArgs, stored: Mapping[str, StoredTensor]) -> str:
+    """A short name of a model: its hyperparameters, and the format and the first bytes of each weight."""
+    found = hashlib.blake2b(repr(args).encode(), digest_size=16)
+    for name, w in sorted(stored.items()):
+        found.update(f"{name} {w.format.name} {w.shape}".encode() + w.stored_rows(slice(0, 1)).tobytes())
+    return found.hexdigest()

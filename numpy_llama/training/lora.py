@@ -1,0 +1,88 @@
+"""LoRA as a part that learns: a frozen weight and two small matrices beside it (Hu et al. 2021, section 4.1).
+
+y = W x + scale * B A x       A (r, IN) begins at random, B (OUT, r) at 0: at first the model is unchanged
+scale = alpha / r, or alpha / sqrt(r) (rank-stabilized, Kalajdzievski 2023)
+"""
+
+import math
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from ..backward import Gradients
+from ..checkpoint.names import LAYER, expected_shape
+from ..config import Array, ModelArgs
+from ..errors import ParameterError, escape
+from ..learner import FrozenLinear, Functions, Learner
+from ..lora import LoRALinear, LowRank
+
+# Each matrix of a layer by the name that PEFT uses: {"q_proj": "attention.wq", ...}.
+TARGETS = {row[2].rpartition(".")[2]: row[0] for row in LAYER if len(row[-1]) == 2}
+
+
+class TrainedLoRA(LoRALinear):
+    """LoRALinear whose A and B learn. The base does not, so its weight may be quantized."""
+
+    learned = ("lora_a", "lora_b")
+
+    def __init__(self, base: FrozenLinear, lora_a: Array, lora_b: Array, scale: float, functions: Functions):
+        super().__init__(base, lora_a, lora_b, scale, base.linear)
+        self.functions = functions
+
+    def backward(self, dy: Array, x: Array) -> tuple[Array, Gradients]:
+        """z = x A^T, dz = scale dy B: dx = dy W + dz A, dA = dz^T x, dB = scale dy^T z."""
+        f = self.functions
+        z, dz = self.linear(x, self.lora_a), self.scale * f.linear_dx(dy, self.lora_b)
+        dx = self.base.backward(dy, x)[0] + f.linear_dx(dz, self.lora_a)
+        return dx, {"lora_a": f.linear_dw(dz, x), "lora_b": self.scale * f.linear_dw(dy, z)}
+
+
+def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def checked_targets(targets: Sequence[str]) -> list[str]:
+    """Our names of these matrices of a layer, by PEFT's names. ParameterError if there is no such matrix."""
+    if unknown := [name for name in targets if name not in TARGETS]:
+        known = ", ".join(TARGETS)
+        raise ParameterError(f"a target is {escape(unknown[0], 60)}, it must be one of {known}")
+    return [TARGETS[name] for name in dict.fromkeys(targets)]
+
+
+def lora_count(args: ModelArgs, targets: Sequence[str], rank: int) -> int:
+    """How many numbers A and B have, in all layers."""
+    shapes = (expected_shape(f"layers.0.{name}.weight", args) for name in checked_targets(targets))
+    return args.n_layers * rank * sum(map(sum, shapes))
+
+
+def with_lora(
+    learner: Learner, targets: Sequence[str], rank: int, scale: float, seed: int = 0, dtype: Any = np.float32
+) -> Learner:
+    """A frozen learner with LoRA beside these matrices of each layer, by PEFT's names.
+
+    A is drawn as PEFT draws it, uniformly within 1 / sqrt(IN). B is 0.
+    """
+    names = checked_targets(targets)
+    rng, parts = np.random.default_rng(seed), dict[str, Any]()
+    for i, layer in enumerate(learner.layers):
+        for name in names:
+            base = attrgetter(name)(layer)
+            OUT, IN = base.weight.shape
+            a = rng.uniform(-(IN**-0.5), IN**-0.5, (rank, IN)).astype(dtype)
+            b = np.zeros((OUT, rank), dtype)
+            parts[f"layers.{i}.{name}"] = TrainedLoRA(base, a, b, scale, learner.functions)
+    return learner.with_parts(parts)  # type: ignore[return-value]  # a copy of its own class
+
+
+def low_ranks(learner: Learner) -> dict[str, LowRank]:
+    """What the adapter's files hold: A, B and the scale of each weight, by our name of the weight."""
+    parts = {name.removesuffix(".lora_a") for name in learner.parameters() if name.endswith(".lora_a")}
+    found = {}
+    for i, layer in enumerate(learner.layers):
+        for ours in TARGETS.values():
+            if (name := f"layers.{i}.{ours}") in parts:
+                part = attrgetter(ours)(layer)
+                found[f"{name}.weight"] = LowRank(part.lora_a, part.lora_b, part.scale)
+    return found

@@ -1,0 +1,112 @@
+"""The result of a run: a Hugging Face folder for a new model, a GGUF file for a model that was fine-tuned.
+
+Files are written beside their names and renamed, the weights last. An adapter is written by
+checkpoint/adapters.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend.formats import FORMATS, StoredTensor
+from ..checkpoint.base import Checkpoint
+from ..checkpoint.convert import convert
+from ..checkpoint.files import sync, write_file
+from ..checkpoint.names import interleaved_rows, tensor_names
+from ..checkpoint.safetensors_write import write_safetensors
+from ..config import Array, ModelArgs
+from ..text.tokenizer import Tokenizer
+
+F32 = FORMATS["F32"]
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file by these bytes."""
+
+    def write(part: Path) -> None:
+        with part.open("xb") as file:
+            file.write(data)
+            sync(file)
+
+    write_file(path, len(data), write)
+
+
+def write_hugging_face(
+    folder: Path, args: ModelArgs, weights: Mapping[str, Array], tokenizer: Tokenizer
+) -> None:
+    """config.json and model.safetensors of a model without a RoPE scaling. The tokenizer's file is there."""
+    names = tensor_names(args, "hf")
+    tied = weights["output.weight"] is weights["tok_embeddings.weight"]
+    if tied:
+        del names["output.weight"]
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_ids[0] if tokenizer.eos_ids else None,
+        "dtype": "float32",
+    }
+    write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    by_name = {theirs: (ours, weights[ours]) for ours, theirs in names.items()}
+
+    def pieces(name: str) -> Iterator[Array]:
+        ours, w = by_name[name]
+        heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(ours.split(".")[-2])
+        if heads is not None:
+            places = np.argsort(interleaved_rows(heads, args.head_dim))
+            w = w[places]  # row `places[i]` of ours is row i of theirs
+        yield np.ascontiguousarray(w, "<f4").reshape(-1).view(np.uint8)
+
+    write_safetensors(
+        folder / "model.safetensors", {name: (F32, w.shape) for name, (_, w) in by_name.items()}, pieces
+    )
+
+
+class TrainedCheckpoint(Checkpoint):
+    """A checkpoint with other weights of the same shapes, in float32."""
+
+    def __init__(self, source: Checkpoint, weights: Mapping[str, Array]):
+        self.source, self.trained = source, weights
+        self.format, self.path = source.format, source.path
+        self.files, self.tensors = source.files, source.tensors
+
+    @property
+    def args(self) -> ModelArgs:
+        return self.source.args
+
+    def weights(self) -> dict[str, StoredTensor]:
+        arrays = {id(w): w for w in self.trained.values()}
+        stored = {
+            key: StoredTensor(F32, w.shape, np.ascontiguousarray(w, "<f4").reshape(-1).view(np.uint8))
+            for key, w in arrays.items()
+        }
+        return {name: stored[id(w)] for name, w in self.trained.items()}
+
+    def tokenizer_path(self) -> Path:
+        return self.source.tokenizer_path()
+
+    def read_tokenizer(self) -> Tokenizer:
+        return self.source.tokenizer()
+
+    def chat_template(self) -> str | None:
+        return self.source.chat_template()
+
+
+def write_gguf(out: Path, source: Checkpoint, weights: Mapping[str, Array], threads: int | None) -> None:
+    """A model that was fine-tuned, with the tokenizer and the chat template of its source, in float32."""
+    convert(TrainedCheckpoint(source, weights), out, "f32", threads)

@@ -1,0 +1,125 @@
+"""What a step costs, computed before it runs: memory, which limits a micro-batch, and operations.
+
+    weights       as stored if they are frozen, float32 if they learn
+    learning      12 bytes for each number that learns: its gradient, m and v
+    activations   for each token and layer x, q, k, v, out, lse, h, gate, up (backward.Saved); with
+                  checkpointing x alone, and the others for one layer
+    scratch       logits of one chunk, temporary arrays of one layer, the interpreter
+
+A multiplication and an addition are two operations. Each matrix takes them once forward, once for dx and, if
+it learns, once for dW. Attention has two products forward and five backward, of the visible positions only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..backward import CHUNK
+from ..checkpoint.memory import BYTES_A_TOKEN, PYTHON, gib
+from ..config import ModelArgs
+from ..errors import ResourceLimitError
+from .examples import Row
+from .state import State
+
+SHARE = 0.8  # of the available memory that a plan may use: other programs need some too
+MOST_TOKENS = 1 << 14  # of a micro-batch: a larger one is not faster
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All numbers but the last two are bytes."""
+
+    weights: int
+    learning: int
+    scratch: int
+    activations: int  # of the largest micro-batch
+    most_tokens: int  # of a micro-batch
+    checkpointing: bool
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.learning + self.scratch + self.activations
+
+    def __str__(self) -> str:
+        how = ", each block computed twice" if self.checkpointing else ""
+        return (
+            f"{gib(self.peak)}: weights {gib(self.weights)}, gradients and moments {gib(self.learning)}, "
+            f"activations {gib(self.activations)} for {self.most_tokens} tokens at once{how}, "
+            f"scratch {gib(self.scratch)}"
+        )
+
+
+def training_plan(
+    args: ModelArgs,
+    weights: int,
+    learned: int,
+    seq_len: int,
+    step_tokens: int,
+    available: int,
+    source: object,
+) -> TrainingPlan:
+    """The plan with the largest micro-batch that fits; ResourceLimitError, with the numbers, if none does.
+
+    weights: their bytes. learned: how many numbers learn. seq_len, step_tokens: the inputs of the longest row
+    and of a step.
+    """
+    D, HDh, KDh = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    saved = 4 * (2 * D + 2 * HDh + 2 * KDh + 2 * args.hidden_dim + args.n_heads)  # of a layer, a token
+    layer = 4 * (6 * D + 4 * HDh + 4 * KDh + 6 * args.hidden_dim)  # temporary, a token
+    largest = max(args.hidden_dim * D, HDh * D)
+    scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + 4 * (3 * CHUNK * args.vocab_size + 2 * largest)
+    learning = 12 * learned
+    fixed, room = weights + learning + scratch, int(SHARE * available)
+    for checkpointing in (False, True):
+        token = layer + (4 * D * args.n_layers + saved if checkpointing else saved * args.n_layers)
+        most = min(step_tokens, MOST_TOKENS, max(0, room - fixed) // token)
+        if most >= min(seq_len, step_tokens):
+            return TrainingPlan(weights, learning, scratch, most * token, most, checkpointing)
+    raise ResourceLimitError(
+        f"training {source} takes {gib(fixed + seq_len * token)}: weights {gib(weights)}, gradients and "
+        f"moments {gib(learning)}, activations {gib(seq_len * token)} for a row of {seq_len} tokens, scratch "
+        f"{gib(scratch)}; {gib(available)} are available, of which {SHARE:.0%} may be used; give a smaller "
+        "--seq-len, a smaller model, or --method lora, which keeps the weights as they are stored"
+    )
+
+
+def planned(
+    args: ModelArgs,
+    weights: int,
+    learned: int,
+    seq_len: int,
+    step_tokens: int,
+    available: int,
+    source: object,
+    state: State | None,
+) -> TrainingPlan:
+    """`training_plan`; a resumed run keeps its micro-batches, because other sums would have other bits."""
+    plan = training_plan(args, weights, learned, seq_len, step_tokens, available, source)
+    if state is None:
+        return plan
+    most, checkpointing = state.options.get("most_tokens"), state.options.get("checkpointing")
+    return replace(plan, most_tokens=int(most or 1), checkpointing=bool(checkpointing))
+
+
+@dataclass(frozen=True)
+class Work:
+    """The operations of a step on this model. DPO computes the reference too, and each head once more."""
+
+    layers: int  # weights of all matrices in the layers
+    head: int
+    heads: int  # n_layers * n_heads * head_dim
+    all_learns: bool
+    dpo: bool = False
+
+    @classmethod
+    def of(cls, args: ModelArgs, all_learns: bool, dpo: bool = False) -> "Work":
+        D, HDh, KDh = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+        layer = 2 * D * HDh + 2 * D * KDh + 3 * D * args.hidden_dim
+        return cls(args.n_layers * layer, D * args.vocab_size, args.n_layers * HDh, all_learns, dpo)
+
+    def operations(self, rows: Sequence[Row]) -> int:
+        examples = [example for row in rows for example in row]
+        tokens, trained = sum(map(len, examples)), sum(int(one.trained.sum()) for one in examples)
+        pairs = sum(len(one) * (len(one) + 1) // 2 for one in examples)  # of a query and a visible key
+        times, products = (3 if self.all_learns else 2) + self.dpo, 7 + 2 * self.dpo
+        matrices = times * self.layers * tokens + (times + self.dpo) * self.head * trained
+        return 2 * matrices + 2 * products * self.heads * pairs

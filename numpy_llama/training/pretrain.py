@@ -1,0 +1,111 @@
+"""Pre-training: a new model of a given shape learns to predict the next token of texts."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import load_tokenizer
+from ..checkpoint.memory import available_memory
+from ..config import ModelArgs
+from ..errors import ParameterError, TokenizerError
+from ..text.tokenizer import Tokenizer
+from .compute import Compute
+from .data import Data
+from .examples import Encoder, rows_of
+from .models import new_weights, parameter_count, trained_tokenizer
+from .objectives import NextToken
+from .optimizer import AdamW, Hyperparameters
+from .order import Order
+from .output import write_bytes, write_hugging_face
+from .plan import TrainingPlan, Work, planned
+from .run import Run, digest, open_folder
+from .trainer import Schedule, Trainer
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # that a Hugging Face folder can have
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def pretrain(
+    data: Data,
+    out: Path,
+    shape: Callable[[int], ModelArgs],
+    compute: Compute,
+    hyperparameters: Hyperparameters,
+    schedule: Schedule,
+    *,
+    vocab_size: int | None = None,
+    tokenizer_path: Path | None = None,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[Run, TrainingPlan, Tokenizer]:
+    """A run that is ready to begin, or to continue, in the folder `out`.
+
+    shape(vocab_size) -> the hyperparameters of the model. The vocabulary is that of `tokenizer_path`, or has
+    `vocab_size` pieces and is made from the training texts.
+    """
+    if data.kind != "texts":
+        where = data.train[0].where
+        raise ParameterError(f"{where}: training from scratch takes texts; `finetune` takes other examples")
+    state = open_folder(out, resume)
+    if state is None:
+        _write_tokenizer(out, data, vocab_size, tokenizer_path)
+    tokenizer = load_tokenizer(out)
+    args = shape(tokenizer.vocab_size)
+    encoder = Encoder(tokenizer)
+    train = rows_of(data.train, encoder, seq_len, lambda done, total: progress("reading", done, total))
+    valid = rows_of(data.valid, encoder, seq_len)
+    if not train.rows:
+        raise ParameterError(f"{data.train[0].where}: the texts have no tokens to learn")
+    order = Order(len(train.rows), batch_size, seed)
+    learned = parameter_count(args)
+    sizes = seq_len, order.batch_size * seq_len, available_memory()
+    plan = planned(args, 4 * learned, learned, *sizes, "this model", state)
+    weights = new_weights(args, seed)
+    learner = compute.learner(args, weights, plan.checkpointing)
+    optimizer = AdamW(learner.parameters(), hyperparameters, compute.adamw)
+    most, squares = plan.most_tokens, compute.squares
+    trainer = Trainer(learner, optimizer, train.rows, order, NextToken(), schedule, most, squares)
+    options: Mapping[str, Any] = {
+        "model": {name: value for name, value in asdict(args).items() if name != "rope_scaling"},
+        "data": digest(train.rows),
+        "seq_len": seq_len,
+        "batch_size": order.batch_size,
+        "seed": seed,
+        "iters": schedule.steps,
+        "warmup_iters": schedule.warmup,
+        "backend": compute.backend,
+        "most_tokens": plan.most_tokens,
+        "checkpointing": plan.checkpointing,
+        **asdict(hyperparameters),
+    }
+
+    def write_result() -> None:
+        write_hugging_face(out, args, weights, tokenizer)
+
+    work = Work.of(args, all_learns=True)
+    run = Run(out, trainer, options, state, valid.rows, work.operations, write_result)
+    return run, plan, tokenizer
+
+
+def _write_tokenizer(out: Path, data: Data, vocab_size: int | None, path: Path | None) -> None:
+    """Put the files of a tokenizer into the folder of the run."""
+    if path is None:
+        texts = [record.values["text"] for record in data.train]
+        write_bytes(out / "tokenizer.model", trained_tokenizer(texts, vocab_size or 512))
+        return
+    folder, names = (path, TOKENIZER_FILES) if path.is_dir() else (path.parent, (path.name,))
+    name = next((name for name in names if name in TOKENIZER_FILES and (folder / name).is_file()), None)
+    if name is None:
+        wanted = " or ".join(TOKENIZER_FILES)
+        raise TokenizerError(f"{path} is not a tokenizer that a new folder can have: wanted {wanted}")
+    for file in (name, *BESIDE):
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, out / file)
+    found = load_tokenizer(out).vocab_size
+    if vocab_size not in (None, found):
+        raise ParameterError(f"--vocab-size is {vocab_size}, {path} has {found} tokens: leave it out")

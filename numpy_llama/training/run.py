@@ -1,0 +1,159 @@
+"""A run in its folder: it trains, writes log.csv, saves its state and its result, and can be continued.
+
+state.safetensors    everything that a resume needs (state.py)
+log.csv, loss.png    the numbers of each step, and their curve
+the result           a model or an adapter, written by `write_result`
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError, ParameterError
+from ..generation.generate import Session, generate
+from ..generation.sampling import Sampler
+from ..model import Transformer
+from ..text.tokenizer import Tokenizer
+from .examples import Example, Row
+from .log import Log, curve, picture
+from .state import State, save_state
+from .trainer import Step, Trainer
+
+STATE, LOG, PICTURE = "state.safetensors", "log.csv", "loss.png"
+FREE = ("iters", "warmup_iters")  # options that may differ when a run is resumed
+VALIDATION_ROWS = 64  # at most so many are used: validation takes a small part of the time
+SAMPLE_TOKENS = 64
+
+
+def open_folder(out: Path, resume: bool) -> State | None:
+    """The folder of a run: a new one, or one with a saved state to resume. -> that state.
+
+    With `resume` and without a state the run begins anew: it was killed before it saved one.
+    """
+    try:
+        if out.is_dir() and any(out.iterdir()) and not resume:
+            raise ParameterError(
+                f"{out} has files already: --resume continues its run, or give another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"{out} cannot be made: {error.strerror}") from None
+    for part in out.glob(".*.part"):  # of a run that was killed while it wrote
+        part.unlink(missing_ok=True)
+    return State(out / STATE) if (out / STATE).exists() else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A step, and the loss of validation if it was computed after it."""
+
+    step: Step
+    valid_loss: float | None
+    operations: int
+
+    def values(self) -> dict[str, Any]:
+        """A row of log.csv."""
+        s = self.step
+        values = {
+            "step": s.number,
+            "loss": s.loss,
+            "lr": s.lr,
+            "grad_norm": s.norm,
+            "tokens": s.tokens,
+            "targets": s.targets,
+            "seconds": round(s.seconds, 6),
+            "tokens_per_second": round(s.tokens / s.seconds, 3),
+            "gflops": round(self.operations / s.seconds / 1e9, 3),
+        }
+        return values | s.numbers | ({} if self.valid_loss is None else {"valid_loss": self.valid_loss})
+
+
+COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "targets", "seconds", "tokens_per_second", "gflops")
+
+
+class Run:
+    """A trainer with its folder. `options` decide its bits: a resumed run must have the same."""
+
+    def __init__(
+        self,
+        out: Path,
+        trainer: Trainer,
+        options: Mapping[str, Any],
+        state: State | None,
+        valid: Sequence[Row],
+        operations: Callable[[Sequence[Row]], int],
+        write_result: Callable[[], None],
+    ):
+        self.out, self.trainer, self.options, self.valid = (
+            out,
+            trainer,
+            dict(options),
+            valid[:VALIDATION_ROWS],
+        )
+        self.operations, self.write_result = operations, write_result
+        if state is not None:
+            state.check_options(options, FREE)
+            state.restore(trainer.optimizer)
+        self.saved = trainer.optimizer.t if state is not None else -1
+        columns = (*COLUMNS, *trainer.objective.numbers, "valid_loss")
+        self.log = Log(out / LOG, columns, after=trainer.optimizer.t)
+
+    def run(self, on_step: Callable[[Report], None], eval_every: int, save_every: int) -> None:
+        """Train to the end. Whatever ends the run between two steps, such as Ctrl-C, leaves a saved state."""
+        trainer, last = self.trainer, self.trainer.schedule.steps
+        try:
+            for step in trainer.steps():
+                evaluated = self.valid and (step.number % eval_every == 0 or step.number == last)
+                loss = trainer.evaluate(self.valid)[0] if evaluated else None
+                rows = [trainer.rows[i] for i in trainer.order(step.number - 1)]
+                report = Report(step, loss, self.operations(rows))
+                self.log.add(report.values())
+                if step.number % save_every == 0:
+                    self.save()
+                on_step(report)
+        except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+            self.save()
+            raise
+        self.save()
+        picture(self.out / PICTURE, self.log.series("loss"), self.log.series("valid_loss"))
+
+    def save(self) -> None:
+        """Write the state and then the result, unless they are those of this step already."""
+        if self.saved != self.trainer.optimizer.t:
+            save_state(self.out / STATE, self.trainer.optimizer, self.options)
+            self.write_result()
+            self.saved = self.trainer.optimizer.t
+
+    def curve(self) -> str:
+        return curve(self.log.series("loss"), self.log.series("valid_loss"))
+
+
+def digest(rows: Iterable[Row]) -> str:
+    """A short name of the rows, which other rows do not have."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        for example in row:
+            found.update(len(example).to_bytes(8, "little"))
+            found.update(example.ids.astype("<i4").tobytes() + example.trained.tobytes())
+    return found.hexdigest()
+
+
+def prompt_of(example: Example) -> list[int]:
+    """The ids before the first trained target."""
+    begin = int(example.trained.argmax()) + 1
+    return [int(i) for i in example.ids[:begin]]
+
+
+def sample(
+    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], temperature: float = 0.0, seed: int = 0
+) -> str:
+    """A continuation of these ids by the model as it is now."""
+    room = min(model.args.max_seq_len, len(prompt) + SAMPLE_TOKENS)
+    if len(prompt) >= room:
+        return ""
+    sampler, session = Sampler(temperature=temperature, seed=seed), Session(model, room)
+    ends, n_used = tokenizer.eos_ids, tokenizer.n_used
+    ids = list(generate(model, prompt, session, sampler, stop_ids=ends, vocab_size=n_used))
+    return tokenizer.decode(ids, start_of_text=tokenizer.bos_id == prompt[-1])

@@ -1,0 +1,147 @@
+"""A run: step by step, the gradients of its rows, clipping, AdamW.
+
+    for each step:  rows from order.py -> micro-batches -> gradients, added up -> clip -> AdamW
+
+A run is a function of its options alone. It stops with an error if a loss is not finite. While AdamW changes
+the numbers, a signal such as Ctrl-C waits: so they are whole whenever a run is interrupted.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from ..backward import Gradients
+from ..config import Array
+from ..errors import NumericsError
+from ..learner import Learner
+from .batch import inputs, micro_batches, targets
+from .examples import Row
+from .objectives import Numbers, Objective
+from .optimizer import AdamW, clip, learning_rate, squares
+from .order import Order
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a run: `steps` steps, of which the first `warmup` rise."""
+
+    steps: int
+    warmup: int = 0
+    lowest: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """The numbers of a step. `number` counts from 1."""
+
+    number: int
+    loss: float
+    lr: float
+    norm: float  # of the gradients before clipping
+    tokens: int  # inputs
+    targets: int  # that were trained
+    seconds: float
+    numbers: Numbers = field(default_factory=dict)  # of the objective
+
+
+class Trainer:
+    """A run in memory. `optimizer.t` is the number of steps that were made."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        optimizer: AdamW,
+        rows: Sequence[Row],
+        order: Order,
+        objective: Objective,
+        schedule: Schedule,
+        most_tokens: int,
+        squares: Callable[[Array], float] = squares,
+    ):
+        """`most_tokens`: inputs of a micro-batch, unless one row has more. `squares`: of optimizer.norm."""
+        self.learner, self.optimizer, self.rows, self.order = learner, optimizer, rows, order
+        self.objective, self.schedule, self.most_tokens, self.squares = (
+            objective,
+            schedule,
+            most_tokens,
+            squares,
+        )
+
+    def steps(self) -> Iterator[Step]:
+        """All steps up to the end of the schedule, one by one."""
+        while self.optimizer.t < self.schedule.steps:
+            yield self.step()
+
+    def step(self) -> Step:
+        """One step. NumericsError if the loss is not finite; the parameters stay as they are then."""
+        began, at = time.perf_counter(), self.optimizer.t
+        h, s = self.optimizer.hyperparameters, self.schedule
+        rows = [self.rows[i] for i in self.order(at)]
+        n, loss, gradients, numbers = self.objective.size(rows), 0.0, Gradients(), Numbers()
+        for group in micro_batches(rows, self.most_tokens):
+            with np.errstate(
+                over="ignore", invalid="ignore", divide="ignore"
+            ):  # the check names the examples
+                share, more = self.objective.gradients(self.learner, group, n, gradients)
+            self._check_finite(share, "the loss", group)
+            loss += share
+            numbers = {name: numbers.get(name, 0.0) + x for name, x in more.items()}
+        norm = clip(gradients, h.max_norm, self.squares)
+        self._check_finite(norm, "the length of the gradients", rows)
+        lr = learning_rate(at, s.steps, h.lr, s.warmup, s.lowest)
+        with undisturbed():
+            self.optimizer.step(gradients, lr)
+        seconds = time.perf_counter() - began
+        return Step(at + 1, loss, lr, norm, inputs(rows), targets(rows), seconds, numbers)
+
+    def evaluate(self, rows: Sequence[Row]) -> tuple[float, Numbers]:
+        """The loss and the further numbers of these rows, which are not trained."""
+        n, loss, numbers = self.objective.size(rows), 0.0, Numbers()
+        for group in micro_batches(rows, self.most_tokens):
+            share, more = self.objective.loss(self.learner, group, n)
+            loss += share
+            numbers = {name: numbers.get(name, 0.0) + x for name, x in more.items()}
+        return loss, numbers
+
+    def _check_finite(self, x: float, what: str, rows: Sequence[Row]) -> None:
+        if not math.isfinite(x):
+            places = list(dict.fromkeys(example.where for row in rows for example in row))
+            shown = "; ".join(places[:4]) + (f"; and {len(places) - 4} more" if len(places) > 4 else "")
+            raise NumericsError(
+                f"step {self.optimizer.t + 1}: {what} is {x}, on {shown}; the weights of the step before are "
+                "finite: look at these examples, or begin again with a lower --lr"
+            )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that would end the program wait until the end of this block."""
+    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        waiting.append((number, frame))
+
+    before: dict[int, Any] = {}
+    try:
+        for one in SIGNALS:
+            if callable(signal.getsignal(one)):  # neither the system's own nor ignored
+                before[one] = signal.signal(one, wait)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, frame in waiting[:1]:
+        before[number](number, frame)

@@ -1,0 +1,262 @@
+"""Training from scratch: the folder that comes out, runs that are resumed or killed, and PyTorch's losses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers.training import CORPUS, STEPS, begin, finish
+
+import numpy_llama as nl
+from numpy_llama.backend.formats import StoredTensor
+from numpy_llama.checkpoint import load_tokenizer, open_checkpoint
+from numpy_llama.errors import (
+    ConfigError,
+    FormatError,
+    MismatchError,
+    ParameterError,
+    ResourceLimitError,
+    TokenizerError,
+)
+from numpy_llama.training import run as runs
+from numpy_llama.training.models import float_weights, new_args, new_weights, trained_tokenizer
+from numpy_llama.training.optimizer import AdamW, Hyperparameters
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text(CORPUS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    finish(begin(out, corpus))
+    return out
+
+
+def same_files(left: Path, right: Path) -> bool:
+    names = ("state.safetensors", "model.safetensors", "config.json", "tokenizer.model")
+    return all((left / name).read_bytes() == (right / name).read_bytes() for name in names)
+
+
+def losses(out: Path) -> list[str]:
+    return [line.split(",")[1] for line in (out / "log.csv").read_text().splitlines()]
+
+
+def test_the_result_is_a_folder_that_runs_here_and_in_transformers(finished):
+    llama = nl.load(finished, backend="numpy")
+    assert llama.generate("The quick", max_tokens=3).tokens
+    ids = np.array([llama.tokenizer.encode("The old cat", bos=True)])
+    theirs = transformers.LlamaForCausalLM.from_pretrained(finished, dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(
+        llama.model(ids), logits, rtol=1e-4, atol=1e-5
+    )  # float32, sums in other orders
+
+
+def test_the_losses_of_a_run_fall_and_are_written(finished):
+    rows = [line.split(",") for line in (finished / "log.csv").read_text().splitlines()]
+    assert rows[0][:4] == ["step", "loss", "lr", "grad_norm"] and rows[0][-1] == "valid_loss"
+    assert [row[0] for row in rows[1:]] == [str(i) for i in range(1, STEPS + 1)]
+    assert float(rows[-1][1]) < float(rows[1][1]) and [bool(row[-1]) for row in rows[1:]] == [False, True] * 3
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_losses_are_pytorchs(finished, corpus, tmp_path):
+    """The same weights, rows and steps in transformers, with PyTorch's AdamW, clipping and schedule."""
+    run = begin(tmp_path / "run", corpus)
+    trainer, args = run.trainer, run.trainer.learner.args
+    run.write_result()
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    groups = [
+        {"params": matrices},
+        {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    h = trainer.optimizer.hyperparameters
+    optimizer = torch.optim.AdamW(groups, 1.0, (h.beta1, h.beta2), h.eps, h.weight_decay)
+    assert args.n_layers * 7 + 1 == len(matrices)  # the output is the embedding
+    for step in range(STEPS):
+        rows = [trainer.rows[i] for i in trainer.order(step)]
+        ours = trainer.step()
+        loss = 0
+        for example in (one for row in rows for one in row):
+            logits = theirs(torch.tensor(example.ids[None, :-1].astype(int))).logits[0]
+            target = torch.tensor(example.ids[1:].astype(int))
+            loss = loss + torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        loss = loss / sum(len(one) for row in rows for one in row)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), h.max_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = ours.lr
+        optimizer.step()
+        assert abs(ours.loss - loss.item()) < 2e-4  # float32; AdamW divides by the size of tiny gradients
+
+
+@pytest.mark.parametrize("at", range(1, STEPS))
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at, finished, corpus, tmp_path):
+    out = tmp_path / "run"
+
+    def interrupt(report):
+        if report.step.number == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begin(out, corpus).run(interrupt, eval_every=2, save_every=100)
+    resumed = begin(out, corpus, resume=True)
+    assert resumed.trainer.optimizer.t == at
+    finish(resumed)
+    assert same_files(out, finished) and losses(out) == losses(finished)
+
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from helpers.training import begin
+out, corpus, kill_at, place = sys.argv[2:]
+run = begin(Path(out), Path(corpus))
+renames = 0
+rename = os.replace
+def replace(source, to):
+    if str(to).endswith("state.safetensors"):
+        global renames
+        renames += 1
+        if renames == int(kill_at) and place == "before": os.kill(os.getpid(), 9)
+    rename(source, to)
+    if str(to).endswith("state.safetensors") and renames == int(kill_at): os.kill(os.getpid(), 9)
+os.replace = replace
+run.run(lambda report: None, eval_every=2, save_every=1)
+"""
+
+
+@pytest.mark.parametrize("kill_at, place", [(1, "before"), (3, "after")])
+def test_a_run_that_was_killed_while_saving_goes_on_with_the_same_bits(
+    kill_at, place, finished, corpus, tmp_path
+):
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[1]), str(out), str(corpus)]
+    done = subprocess.run([*command, str(kill_at), place], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    saved = kill_at - (place == "before")
+    resumed = begin(out, corpus, resume=True)
+    assert resumed.trainer.optimizer.t == saved
+    assert not [name for name in os.listdir(out) if name.endswith(".part")]
+    finish(resumed)
+    assert same_files(out, finished)
+
+
+def test_a_full_disk_ends_the_run_and_the_last_state_stands(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run = begin(out, corpus)
+    free = type("Usage", (), {"free": 100})
+
+    def fill(report):
+        if report.step.number == 3:
+            monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+
+    with pytest.raises(ResourceLimitError, match=r"state.safetensors needs .* bytes, the disk has 100 left"):
+        run.run(fill, eval_every=2, save_every=2)
+    monkeypatch.undo()
+    assert begin(out, corpus, resume=True).trainer.optimizer.t == 2
+
+
+def test_a_run_can_be_made_longer_but_not_changed(finished, corpus, tmp_path):
+    out = tmp_path / "run"
+    finish(begin(out, corpus))
+    longer = begin(out, corpus, resume=True, steps=STEPS + 1)
+    finish(longer)
+    assert longer.trainer.optimizer.t == STEPS + 1
+    with pytest.raises(MismatchError, match="begun with seed 3, and is now to have 4"):
+        begin(out, corpus, resume=True, seed=4)
+    (tmp_path / "corpus.txt").write_text(CORPUS.replace("fox", "box"))
+    with pytest.raises(MismatchError, match="begun with data"):
+        begin(out, tmp_path / "corpus.txt", resume=True)
+
+
+def test_a_folder_with_files_is_not_overwritten(finished, corpus):
+    with pytest.raises(ParameterError, match="has files already: --resume continues"):
+        begin(finished, corpus)
+
+
+def test_an_existing_tokenizer_is_copied(finished, corpus, tmp_path):
+    run = begin(tmp_path / "run", corpus, tokenizer_path=finished / "tokenizer.model", vocab_size=None)
+    assert run.trainer.learner.args.vocab_size == 300
+    assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
+    with pytest.raises(TokenizerError, match=r"wanted tokenizer.model or tokenizer.json"):
+        begin(tmp_path / "other", corpus, tokenizer_path=corpus)
+    with pytest.raises(ParameterError, match=r"--vocab-size is 301, .* has 300 tokens"):
+        begin(tmp_path / "third", corpus, tokenizer_path=finished, vocab_size=301)
+
+
+def test_only_texts_train_a_new_model(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    with pytest.raises(ParameterError, match="line 1: training from scratch takes texts"):
+        begin(tmp_path / "run", tmp_path / "data.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
+# --- what a run begins with ---
+
+
+def test_a_vocabulary_is_made_as_llamas(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(trained_tokenizer([CORPUS], 300))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    text = "The old fox, 1234!\n\n  日本 <s>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.add_bos
+    assert len(tokenizer.encode("1234")) == 5  # a space, and digits that stand alone
+    assert tokenizer.bos_id == 1 and tokenizer.eos_ids[0] == 2 and tokenizer.vocab_size == 300
+
+
+@pytest.mark.parametrize("size, found", [(100, "too small|smaller"), (5000, "too high|less|<=")])
+def test_an_impossible_vocabulary_is_refused_with_the_reason(size, found):
+    with pytest.raises(
+        TokenizerError, match=f"cannot make {size} pieces of the corpus: .*({found}).*--vocab-size"
+    ):
+        trained_tokenizer([CORPUS], size)
+
+
+def test_new_weights_keep_the_residual_stream_small():
+    args = new_args(64, 5, 8, 4, 512, 256)
+    assert (args.head_dim, args.hidden_dim) == (8, 192)
+    weights = new_weights(args, 0)
+    assert weights["output.weight"] is weights["tok_embeddings.weight"]
+    assert abs(weights["layers.0.attention.wq.weight"].std() / 0.02 - 1) < 0.05
+    assert abs(weights["layers.4.feed_forward.w_down.weight"].std() * np.sqrt(10) / 0.02 - 1) < 0.05
+    assert all(w.dtype == np.float32 for w in weights.values()) and (weights["norm.weight"] == 1).all()
+    with pytest.raises(ConfigError, match="n_heads is 8, it must be a multiple of n_kv_heads 3"):
+        new_args(64, 5, 8, 3, 512, 256)
+
+
+def test_weights_that_learn_are_float32_and_tied_ones_stay_one(finished):
+    weights = float_weights(open_checkpoint(finished).weights())
+    assert weights["output.weight"] is weights["tok_embeddings.weight"]
+    assert all(w.dtype == np.float32 and w.flags.writeable for w in weights.values())
+
+
+def test_weights_of_fewer_bits_move_by_steps_that_these_cannot_hold():
+    stored = StoredTensor.quantize(np.linspace(0.5, 1, 64, dtype=np.float32).reshape(2, 32), "BF16")
+    weights = float_weights({"w": stored})
+    before = weights["w"].copy()
+    AdamW(weights, Hyperparameters(1e-5)).step({"w": np.ones((2, 32), np.float32)}, 1e-5)
+    assert (weights["w"] < before).all()
+    assert (StoredTensor.quantize(weights["w"], "BF16").data == stored.data).mean() > 0.9
+
+
+def test_the_room_of_a_run_is_named_when_it_cannot_be_made(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FormatError, match="run cannot be made"):
+        begin(tmp_path / "file" / "run", corpus)
+    assert runs.open_folder(tmp_path / "new", True) is None

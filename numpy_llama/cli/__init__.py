@@ -21,6 +21,7 @@ from . import (
     common,
     convert,
     doctor,
+    finetune,
     generate,
     info,
     lens,
@@ -30,12 +31,13 @@ from . import (
     pull,
     tokenize,
     trace,
+    train,
     verify,
 )
 
 VERBS = (
     *(generate, chat, info, tokenize, convert, merge, pull, bench, perplexity, verify, doctor),
-    *(ops, trace, attention, lens),
+    *(train, finetune, ops, trace, attention, lens),
 )
 
 

@@ -383,7 +383,10 @@ def completion_json(completion: Completion) -> str:
 
 
 class _Bar:
-    """A progress bar on stderr if that is a terminal. The first `show` starts it, and `close` removes it."""
+    """A progress bar on stderr if that is a terminal. `show` starts it, and `close` removes it.
+
+    While it is shown, what is printed would go to stderr too: so `close` it before.
+    """
 
     def __init__(self, *columns: ProgressColumn):
         console = Console(stderr=True)
@@ -400,6 +403,8 @@ class _Bar:
     def close(self) -> None:
         if self.task is not None:
             self.bar.stop()
+            self.bar.remove_task(self.task)
+            self.task = None
 
 
 @contextmanager
@@ -445,5 +450,15 @@ def count_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
     bar = _Bar(TextColumn("{task.completed}/{task.total} " + unit))
     try:
         yield bar.show
+    finally:
+        bar.close()
+
+
+@contextmanager
+def step_bar() -> Iterator[_Bar]:
+    """A bar that counts steps of a training. It is closed for each line that is printed."""
+    bar = _Bar(TextColumn("{task.completed}/{task.total} steps"))
+    try:
+        yield bar
     finally:
         bar.close()

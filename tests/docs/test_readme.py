@@ -105,9 +105,15 @@ def test_the_commands_run(line, smollm2_path, tmp_path):
     if "my-adapter" in line:
         write_adapter(tmp_path / "my-adapter", smollm2_path)
     shutil.copy(ROOT / "docs" / "course" / "wikitext.txt", tmp_path / "wiki.test.raw")
-    less = " -p 16 -n 2 -r 1" if line.startswith("numpy-llama bench") else ""
-    writes = re.match(r"numpy-llama (convert \S+|merge .* --out) (\S+)", line)
-    printed = run(["sh", "-c", line.partition("#")[0] + less], tmp_path, silent=not writes)
+    shutil.copy(ROOT / "docs" / "course" / "wikitext.txt", tmp_path / "corpus.txt")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who wrote Faust?", "completion": "Goethe."}')
+    if "-m run1" in line:
+        (tmp_path / "run1").symlink_to(smollm2_path)
+    less = {"bench": " -p 16 -n 2 -r 1", "train": " --iters 1", "finetune": " --iters 1"}
+    writes = re.match(r"numpy-llama (convert \S+|(?:merge|train|finetune) .*--out) (\S+)", line)
+    command = line.partition("#")[0] + less.get(line.split()[1], "")
+    printed = run(["sh", "-c", command], tmp_path, silent=not writes)
     assert printed or (tmp_path / writes[2]).exists()
 
 

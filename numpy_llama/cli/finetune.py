@@ -1,0 +1,96 @@
+"""Fine-tune a model on examples of your own.
+
+DATA is a JSON-lines file, a folder with train.jsonl and valid.jsonl, or a plain text. The keys of a line
+decide its kind: messages; prompt and completion; text; or prompt, chosen and rejected for --method dpo. The
+default method, lora, trains an adapter beside the weights of MODEL. Its result is a folder as PEFT writes it.
+--method full trains all weights, in float32, into model.gguf. Ctrl-C saves the run; --resume continues it.
+"""
+
+import argparse
+
+from ..checkpoint import open_checkpoint
+from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..errors import ParameterError
+from ..training.data import read_data
+from ..training.finetune import METHODS, RESULT, LoRA, finetune
+from ..training.lora import TARGETS
+from . import common, runs
+
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "dpo": 5e-6}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", type=common.path, help="a file of examples, or a folder")
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
+    )
+    parser.add_argument("--method", choices=METHODS, default="lora", help="what learns, and from what [lora]")
+    runs.add_run_arguments(parser, iters=100, batch_size=4, seq_len=512)
+    shown = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    parser.add_argument("--lr", type=runs.number(0), metavar="X", help=f"learning rate [{shown}]")
+    group = parser.add_argument_group("adapter")
+    rank = common.whole_number(1)
+    group.add_argument("--rank", type=rank, default=8, metavar="R", help="the rank of A and B [8]")
+    group.add_argument(
+        "--alpha", type=runs.number(0), metavar="X", help="the scale is alpha / rank [twice the rank]"
+    )
+    group.add_argument("--rslora", action="store_true", help="the scale is alpha / sqrt(rank)")
+    group.add_argument(
+        "--targets",
+        default=",".join(TARGETS),
+        metavar="NAME,...",
+        help="the matrices of a layer that it stands beside [%(default)s]",
+    )
+    group.add_argument(
+        "--beta",
+        type=runs.number(0),
+        default=0.1,
+        metavar="X",
+        help="DPO: the price of leaving the reference [0.1]",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    targets = args.targets.split(",")
+    if unknown := [name for name in targets if name not in TARGETS]:
+        raise ParameterError(f"--targets has {unknown[0]!r}, wanted names among {', '.join(TARGETS)}")
+    data = read_data(args.data)
+    with common.transfer_bar() as progress:
+        source = open_checkpoint(locate(args.model, progress))
+    alpha = 2.0 * args.rank if args.alpha is None else args.alpha
+    rate = LEARNING_RATES[args.method] if args.lr is None else args.lr
+    with common.count_bar("examples") as progress:
+        training, plan, rows = finetune(
+            source,
+            data,
+            args.out,
+            args.method,
+            runs.compute_of(args),
+            runs.hyperparameters_of(args, rate, beta2=0.999),
+            runs.schedule_of(args),
+            LoRA(args.rank, alpha, args.rslora, targets),
+            beta=args.beta,
+            seq_len=args.seq_len,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            resume=args.resume,
+            base=args.model,
+            progress=progress,
+        )
+    learned = sum(p.size for p in training.trainer.optimizer.parameters.values())
+    common.note(f"{learned:,} numbers learn, from {len(rows.rows)} rows of {rows.tokens:,} tokens")
+    if rows.cut:
+        common.note(f"{rows.cut} examples are longer than --seq-len {args.seq_len} and are cut")
+    if rows.without_target:
+        common.note(f"{rows.without_target} examples have no target within --seq-len and are left out")
+    sampled = (training.valid or training.trainer.rows)[0]
+    runs.carry_out(training, plan, source.tokenizer(), args, sampled, temperature=0.0)
+    if args.method == "full":
+        common.note(f"the model is {args.out / RESULT}: numpy-llama chat -m {args.out / RESULT}")
+    else:
+        model = "" if args.model == DEFAULT_MODEL else f" -m {args.model}"
+        common.note(f"{args.out} is an adapter: numpy-llama chat{model} --adapter {args.out}")

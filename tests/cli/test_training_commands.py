@@ -1,0 +1,98 @@
+"""`train` and `finetune` as a user meets them: what they print and write, Ctrl-C and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers.command_line import PROGRAM, assert_refused, run
+from helpers.tiny_models import write_speaker
+from helpers.training import CORPUS
+
+SMALL = ["--dim", "16", "--layers", "1", "--heads", "2", "--kv-heads", "1", "--vocab-size", "300"]
+SMALL += ["--seq-len", "16", "--batch-size", "4", "--backend", "numpy"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "corpus.txt").write_text(CORPUS)
+    facts = [{"prompt": f"{i} is", "completion": f" {i + 1}"} for i in range(6)]
+    (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    write_speaker(folder / "model.gguf")
+    return folder
+
+
+def test_train_makes_a_model_that_generate_runs(folder, tmp_path):
+    out = str(tmp_path / "run1")
+    done = run("train", str(folder / "corpus.txt"), "--out", out, *SMALL, "--iters", "6", "--eval-every", "3")
+    assert done.returncode == 0, done.stderr.decode()
+    lines = done.stdout.decode().splitlines()
+    assert lines[0].split() == ["step", "loss", "valid", "lr", "norm", "tokens/s", "of", "FMA", "left"]
+    assert [line.split()[0] for line in lines if line[:7].strip().isdigit()] == ["1", "3", "6"]
+    assert any("sample: " in line for line in lines) and lines[-1].split() == ["step", "1", "6"]
+    notes = done.stderr.decode().splitlines()
+    assert "parameters" in notes[0] and "memory: " in notes[1] and "weights" in notes[1]
+    assert "log.csv" in notes[2] and f"generate -m {out}" in notes[3]
+    done = run("generate", "-m", out, "The", "-n", "3", "--json")
+    assert len(json.loads(done.stdout)["tokens"]) <= 3 and done.returncode == 0
+
+
+def test_finetune_makes_an_adapter_in_pefts_form(folder, tmp_path):
+    out = tmp_path / "adapter"
+    arguments = ["-m", str(folder / "model.gguf"), "--iters", "2", "--seq-len", "16", "--backend", "numpy"]
+    done = run("finetune", str(folder / "facts.jsonl"), "--out", str(out), *arguments, "--rank", "2")
+    assert done.returncode == 0, done.stderr.decode()
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    assert config["base_model_name_or_path"] == str(folder / "model.gguf")
+    assert f"--adapter {out}" in done.stderr.decode().splitlines()[-1]
+
+
+def test_ctrl_c_saves_and_resume_continues(folder, tmp_path):
+    arguments = ["train", str(folder / "corpus.txt"), "--out", str(tmp_path / "run"), *SMALL]
+    arguments += ["--iters", "100000", "--report-every", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([PROGRAM, *arguments], **pipes) as process:
+        while process.stdout.readline().split()[:1] != [b"5"]:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in stderr
+    assert b"is saved: --resume continues" in stderr
+    (step,) = [int(word) for word in stderr.split(b"stopped after step ")[1].split(b",")[:1]]
+    assert step >= 5
+    done = run(*arguments, "--iters", str(step + 1), "--resume")
+    assert f"resumed after step {step} of {step + 1}".encode() in done.stderr and done.returncode == 0
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) >= step
+
+
+@pytest.mark.parametrize(
+    "verb, data, options, code, found",
+    [
+        ("train", "none.txt", [], 1, "none.txt is no regular file"),
+        ("train", "corpus.txt", ["--kv-heads", "3"], 1, "must be a multiple of n_kv_heads 3"),
+        ("train", "corpus.txt", ["--vocab-size", "9"], 1, "give another --vocab-size"),
+        ("train", "corpus.txt", ["--lr", "-1"], 2, "'-1' is not a number, 0 or above"),
+        ("train", "facts.jsonl", [], 2, "line 1: training from scratch takes texts"),
+        ("finetune", "facts.jsonl", ["--targets", "q_proj,wq"], 2, "--targets has 'wq'"),
+        ("finetune", "facts.jsonl", ["--method", "dpo"], 2, "line 1 has completions; --method dpo"),
+        ("finetune", "odd.jsonl", [], 1, "odd.jsonl, line 2 is no JSON"),
+    ],
+)
+def test_a_mistake_is_one_line(verb, data, options, code, found, folder, tmp_path):
+    (folder / "odd.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    model = ["-m", str(folder / "model.gguf")] if verb == "finetune" else []
+    done = run(
+        verb, str(folder / data), "--out", str(tmp_path / "run"), *model, *options, "--backend", "numpy"
+    )
+    assert_refused(done, code, found)
+
+
+def test_a_folder_of_another_run_is_not_touched(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run("train", str(folder / "corpus.txt"), "--out", str(tmp_path), *SMALL)
+    assert_refused(done, 2, "has files already", "--resume")
+    assert os.listdir(tmp_path) == ["notes.txt"]

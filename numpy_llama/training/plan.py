@@ -21,7 +21,7 @@ from .examples import Row
 from .state import State
 
 SHARE = 0.8  # of the available memory that a plan may use: other programs need some too
-MOST_TOKENS = 1 << 14  # of a micro-batch: a larger one is not faster
+MOST_TOKENS = 2048  # of a micro-batch: a larger one takes more memory and is not faster
 
 
 @dataclass(frozen=True)

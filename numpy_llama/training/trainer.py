@@ -69,13 +69,9 @@ class Trainer:
         squares: Callable[[Array], float] = squares,
     ):
         """`most_tokens`: inputs of a micro-batch, unless one row has more. `squares`: of optimizer.norm."""
-        self.learner, self.optimizer, self.rows, self.order = learner, optimizer, rows, order
-        self.objective, self.schedule, self.most_tokens, self.squares = (
-            objective,
-            schedule,
-            most_tokens,
-            squares,
-        )
+        self.learner, self.optimizer, self.objective = learner, optimizer, objective
+        self.rows, self.order, self.schedule = rows, order, schedule
+        self.most_tokens, self.squares = most_tokens, squares
 
     def steps(self) -> Iterator[Step]:
         """All steps up to the end of the schedule, one by one."""
@@ -87,15 +83,14 @@ class Trainer:
         began, at = time.perf_counter(), self.optimizer.t
         h, s = self.optimizer.hyperparameters, self.schedule
         rows = [self.rows[i] for i in self.order(at)]
-        n, loss, gradients, numbers = self.objective.size(rows), 0.0, Gradients(), Numbers()
-        for group in micro_batches(rows, self.most_tokens):
-            with np.errstate(
-                over="ignore", invalid="ignore", divide="ignore"
-            ):  # the check names the examples
-                share, more = self.objective.gradients(self.learner, group, n, gradients)
+        gradients = Gradients()
+
+        def with_gradients(group: Sequence[Row], n: int) -> tuple[float, Numbers]:
+            share, numbers = self.objective.gradients(self.learner, group, n, gradients)
             self._check_finite(share, "the loss", group)
-            loss += share
-            numbers = {name: numbers.get(name, 0.0) + x for name, x in more.items()}
+            return share, numbers
+
+        loss, numbers = self._sum(rows, with_gradients)
         norm = clip(gradients, h.max_norm, self.squares)
         self._check_finite(norm, "the length of the gradients", rows)
         lr = learning_rate(at, s.steps, h.lr, s.warmup, s.lowest)
@@ -106,9 +101,16 @@ class Trainer:
 
     def evaluate(self, rows: Sequence[Row]) -> tuple[float, Numbers]:
         """The loss and the further numbers of these rows, which are not trained."""
+        return self._sum(rows, lambda group, n: self.objective.loss(self.learner, group, n))
+
+    def _sum(
+        self, rows: Sequence[Row], of: Callable[[Sequence[Row], int], tuple[float, Numbers]]
+    ) -> tuple[float, Numbers]:
+        """The loss and the further numbers of all micro-batches, added up."""
         n, loss, numbers = self.objective.size(rows), 0.0, Numbers()
         for group in micro_batches(rows, self.most_tokens):
-            share, more = self.objective.loss(self.learner, group, n)
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the sum is checked
+                share, more = of(group, n)
             loss += share
             numbers = {name: numbers.get(name, 0.0) + x for name, x in more.items()}
         return loss, numbers

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+from hypothesis import settings
 
 from numpy_llama.config import ModelArgs
 from numpy_llama.learner import Learner
@@ -17,6 +18,9 @@ from numpy_llama.training.optimizer import Hyperparameters
 from numpy_llama.training.pretrain import pretrain
 from numpy_llama.training.run import Run
 from numpy_llama.training.trainer import Schedule
+
+# Each example of these tests computes a model several times.
+some = settings(max_examples=max(settings().max_examples // 8, 4))
 
 
 def tiny_learner(seed: int = 0, dtype=np.float64, frozen: bool = False, args: ModelArgs = TINY) -> Learner:

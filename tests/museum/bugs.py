@@ -29,6 +29,8 @@ CHANCE = f"{LAWS}test_sampling.py"
 BACKWARD, LEARNER = "numpy_llama/backward.py", "numpy_llama/learner.py"
 GRADIENTS, LOSS, LEARNING = (f"{LAWS}test_{name}.py" for name in ("gradients", "loss", "learning"))
 TRAINED_ATTENTION = f"{LAWS}test_attention_backward.py"
+EXAMPLES, TRAINED = "numpy_llama/training/examples.py", "tests/training/test_examples.py"
+TRAINER = "tests/training/test_trainer.py"
 OURS = "a fault put in by hand, which no test noticed then"
 
 # The steps of Sampler.__call__, to be put into another order.
@@ -650,6 +652,119 @@ BUGS = [
         "        return self.linear_dx(dy, self.weight), {}",
         "        return 0 * self.linear_dx(dy, self.weight), {}",
         LEARNING,
+    ),
+    # --- training
+    Bug(
+        "the mean of the means of micro-batches",
+        "huggingface/transformers#34191; huggingface/trl#2175; ml-explore/mlx-lm#1544",
+        "numpy_llama/training/trainer.py",
+        "self.objective.gradients(self.learner, group, n, gradients)",
+        "self.objective.gradients(self.learner, group, self.objective.size(group) or 1, gradients)",
+        TRAINER,
+    ),
+    Bug(
+        "the last partial micro-batch is left out",
+        "huggingface/transformers#39659",
+        "numpy_llama/training/batch.py",
+        "    if group:\n        yield group",
+        "    if inputs(group) == most:\n        yield group",
+        TRAINER,
+    ),
+    Bug(
+        "packed examples see each other",
+        "huggingface/trl#1230",
+        "numpy_llama/training/batch.py",
+        "np.repeat(starts % shape[1], lengths)",
+        "np.repeat(0 * starts, lengths)",
+        TRAINER,
+    ),
+    Bug(
+        "a loss that is not finite goes on",
+        "Nerogar/OneTrainer#1147",
+        "numpy_llama/training/trainer.py",
+        "if not math.isfinite(x):",
+        "if math.isinf(x) and x < 0:",
+        TRAINER,
+    ),
+    Bug(
+        "the answer is trained from the first mark in a text on",
+        "huggingface/trl#598, #980, #1191, which search for the template's text",
+        EXAMPLES,
+        "begin, end = end_of(i, True), end_of(i + 1, False)",
+        "begin, end = end_of(i, True) - 3, end_of(i + 1, False)",
+        TRAINED,
+    ),
+    Bug(
+        "the stop token is not trained",
+        "huggingface/trl#5988; unslothai/unsloth#416",
+        EXAMPLES,
+        "trained[begin : stop + 1] = True",
+        "trained[begin:stop] = True",
+        TRAINED,
+    ),
+    Bug(
+        "BOS twice before a text",
+        "OpenRLHF/OpenRLHF#393; huggingface/trl#4481",
+        EXAMPLES,
+        "ids = tokenizer.encode(text, bos",
+        "ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text, bos",
+        TRAINED,
+    ),
+    Bug(
+        "no EOS after a text",
+        "axolotl-ai-cloud/axolotl#1616",
+        EXAMPLES,
+        "eos=bool(tokenizer.eos_ids)",
+        "eos=False",
+        TRAINED,
+    ),
+    Bug(
+        "examples without a target are kept",
+        "ml-explore/mlx-lm#1355",
+        EXAMPLES,
+        "if all(example.trained.any() for example in row):",
+        "if row:",
+        TRAINED,
+    ),
+    Bug(
+        "the first step learns nothing",
+        "karpathy/llama2.c, where the warm-up begins at 0",
+        "numpy_llama/training/optimizer.py",
+        "highest * (step + 1) / warmup",
+        "highest * step / warmup",
+        "tests/training/test_optimizer.py::test_the_learning_rate_rises_then_falls_and_is_never_0",
+    ),
+    Bug(
+        "a resumed run begins with the first data again",
+        "huggingface/transformers#46628; huggingface/accelerate#4071",
+        "numpy_llama/training/state.py",
+        "optimizer.t = self.step",
+        "optimizer.t = 0",
+        "tests/training/test_state.py",
+    ),
+    Bug(
+        "the old checkpoint is removed before the new one is whole",
+        "huggingface/transformers#27820; Lightning-AI/pytorch-lightning#688",
+        "numpy_llama/training/state.py",
+        "    write_safetensors(path, tensors",
+        "    path.unlink(missing_ok=True)\n    write_safetensors(path, tensors",
+        "tests/training/test_state.py",
+    ),
+    Bug(
+        "weights of few bits that no step can move",
+        "workofart/ml-by-hand#85",
+        "numpy_llama/training/models.py",
+        "np.array(w.dequantize(), np.float32)",
+        "np.array(w.dequantize(), np.float16)",
+        "tests/training/test_pretrain.py::test_weights_of_fewer_bits_move_by_steps_that_these_cannot_hold",
+    ),
+    Bug(
+        "the scale that is saved is not the one of the training",
+        "ggml-org/llama.cpp#2632",
+        "numpy_llama/training/lora.py",
+        "LowRank(part.lora_a, part.lora_b, part.scale)",
+        "LowRank(part.lora_a, part.lora_b, 1.0)",
+        "tests/training/test_finetune.py::test_the_adapter_that_is_saved_is_the_one_that_was_trained",
     ),
     # --- C
     Bug(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.tokenizers import TEXTS, byte_level, sentence_piece
+from helpers.training import some
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
+@some
 @given(st.lists(CONTENTS, min_size=2, max_size=6), st.booleans())
 def test_the_turns_of_the_assistant_are_trained_with_their_stop_tokens(contents, with_system):
     messages = [{"role": "system", "content": "<|im_start|>assistant\n"}] * with_system + turns(*contents)
@@ -57,6 +59,7 @@ def test_the_turns_of_the_assistant_are_trained_with_their_stop_tokens(contents,
     assert example.ids.tolist() == whole[: len(example.ids)]
 
 
+@some
 @given(st.lists(CONTENTS, min_size=2, max_size=6))
 def test_the_ids_before_an_answer_are_those_that_chat_begins_with(contents):
     (example,) = CHAT.answers(record(messages=turns(*contents)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.training import some
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ def drawn(rng, shapes, scale=1.0) -> dict[str, np.ndarray]:
     return {str(i): scale * rng.standard_normal(shape) for i, shape in enumerate(shapes)}
 
 
+@some
 @given(SEEDS, SHAPES, st.floats(1e-5, 1e-1), st.floats(0, 0.5), st.floats(0.5, 0.99), st.floats(0.5, 0.999))
 def test_adamw_is_pytorchs(seed, shapes, lr, decay, beta1, beta2):
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.training import random_rows, tiny_learner
+from helpers.training import random_rows, some, tiny_learner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +41,7 @@ def assert_same(left, right):
         np.testing.assert_allclose(gradient, right[1][name], **EQUAL, err_msg=name)
 
 
+@some
 @given(SEEDS, st.integers(1, 6), st.integers(1, 60))
 def test_micro_batches_change_nothing(seed, n, most):
     """Weighted by tokens, the last partial one too; rows whose targets are all masked give no NaN."""
@@ -49,6 +50,18 @@ def test_micro_batches_change_nothing(seed, n, most):
     assert_same(gradients_of(NextToken(), LEARNER, rows, most), whole)
 
 
+@some
+@given(SEEDS, st.integers(1, 40))
+def test_a_run_in_micro_batches_is_the_run_without(seed, most):
+    rows, results = random_rows(np.random.default_rng(seed), 5), []
+    for size in (most, 1000):
+        trainer = trainer_on(rows, tiny_learner(args=replace(TINY, n_layers=1)), most=size)
+        losses = [trainer.step().loss for _ in range(2)]
+        results.append((losses[1], {name: p.copy() for name, p in trainer.optimizer.parameters.items()}))
+    assert_same(*results)
+
+
+@some
 @given(SEEDS, st.integers(1, 4))
 def test_a_step_is_the_mean_over_all_trained_targets_of_examples_that_are_alone(seed, n):
     """So packed examples cannot see each other, and no place between two of them is a target."""
@@ -64,6 +77,7 @@ def test_a_step_is_the_mean_over_all_trained_targets_of_examples_that_are_alone(
     assert math.isclose(NextToken().loss(LEARNER, rows, targets(rows))[0], loss, rel_tol=1e-12)
 
 
+@some
 @given(SEEDS)
 def test_other_examples_of_a_row_change_no_gradient(seed):
     """The targets of one example alone are trained: its neighbours may be any."""
@@ -84,6 +98,7 @@ def test_a_step_without_any_target_is_finite():
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
 
 
+@some
 @given(SEEDS, st.integers(1, 5))
 def test_rows_of_one_length_are_rows_of_the_arrays(seed, n):
     rng = np.random.default_rng(seed)
@@ -135,6 +150,7 @@ def assert_gradients_are_slopes(objective, learner, rows, rng):
     assert math.isclose(loss, objective.loss(learner, rows, objective.size(rows))[0], rel_tol=1e-10)
 
 
+@some
 @given(SEEDS, st.integers(1, 3))
 def test_the_gradients_of_dpo_are_the_slopes_of_its_loss(seed, n):
     rng = np.random.default_rng(seed)
@@ -142,6 +158,7 @@ def test_the_gradients_of_dpo_are_the_slopes_of_its_loss(seed, n):
     assert_gradients_are_slopes(DPO(base, 0.3), learner, [pair(rng) for _ in range(n)], rng)
 
 
+@some
 @given(SEEDS)
 def test_the_gradients_of_lora_are_the_slopes_of_the_loss(seed):
     rng = np.random.default_rng(seed)
@@ -158,6 +175,7 @@ def test_dpo_begins_at_the_reference():
     assert numbers["rewards/margins"] == numbers["rewards/accuracies"] == 0.0
 
 
+@some
 @given(SEEDS, st.integers(1, 30))
 def test_micro_batches_change_nothing_in_dpo(seed, most):
     rng = np.random.default_rng(seed)
@@ -180,11 +198,11 @@ def test_dpo_makes_the_chosen_answers_likelier():
 # --- what ends a run ---
 
 
-def trainer_on(rows, learner=None, **schedule) -> Trainer:
+def trainer_on(rows, learner=None, most=1000, **schedule) -> Trainer:
     learner = learner or tiny_learner()
     optimizer = AdamW(learner.parameters(), Hyperparameters(1e-2))
     order, schedule = Order(len(rows), 2), Schedule(**{"steps": 4, **schedule})
-    return Trainer(learner, optimizer, rows, order, NextToken(), schedule, 1000)
+    return Trainer(learner, optimizer, rows, order, NextToken(), schedule, most)
 
 
 @pytest.mark.parametrize("spoilt, what", [("norm.weight", "the loss"), ("wq", "the length of the gradients")])

@@ -1,8 +1,14 @@
-"""Training: data, the optimizer, trainers, and the saved state of a run.
+"""Training: from a file of examples to a model or an adapter that has learnt from them.
 
-data         files of examples, split into training, validation and test
-examples     from text to token ids, and the targets that are trained
-order        which examples a step takes, computed from (seed, epoch, position)
-optimizer    AdamW, the learning rate of each step, clipping
-state        a run on disk: it is resumed with the same bits
+data, examples       files of examples; their token ids, and the targets that are trained
+order, batch         which rows a step takes, and their arrays in micro-batches
+objectives           what is minimized: the next token, or DPO
+optimizer            AdamW, the learning rate of each step, clipping
+trainer              a step, and all steps
+compute              NumPy's functions, or their C twins
+plan                 memory before it is taken, operations
+state, log, run      a run in its folder: it is resumed with the same bits
+models, lora         what learns: new weights, float32 copies, an adapter
+output               the files of the result
+pretrain, finetune   all of these together
 """

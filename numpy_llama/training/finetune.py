@@ -8,6 +8,7 @@ full    a float32 copy of all weights learns
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..checkpoint.adapters import write_peft
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.memory import available_memory
 from ..config import ModelArgs
-from ..errors import ContextOverflowError, ParameterError
+from ..errors import BuildError, ContextOverflowError, ParameterError
 from .compute import Compute
 from .data import Data
 from .examples import Encoder, Rows, rows_of
@@ -94,6 +95,8 @@ def finetune(
     sizes = longest[0], sum(longest[: order.batch_size]), available_memory()
     plan = planned(args, nbytes, learned, *sizes, source.path, state)
 
+    with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
+        source.watch()
     weights = float_weights(stored) if all_learns else frozen_weights(stored, compute)
     learner = reference = compute.learner(args, weights, plan.checkpointing, frozen=not all_learns)
     if not all_learns:
@@ -121,6 +124,7 @@ def finetune(
     }
 
     def write_result() -> None:
+        source.check_unchanged()
         if all_learns:
             write_gguf(out / RESULT, source, weights, None)
         else:

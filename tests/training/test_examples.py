@@ -122,6 +122,7 @@ def test_an_answer_trains_no_earlier_turn():
     assert trained_ids(example) == [*byte_level().encode("d"), end]
 
 
+@some
 @given(TEXTS, TEXTS, st.booleans())
 def test_a_completion_is_trained_with_eos_and_its_prompt_is_not(prompt, completion, add_bos):
     tokenizer = replace(byte_level(), add_bos=add_bos)
@@ -135,6 +136,7 @@ def test_a_completion_is_trained_with_eos_and_its_prompt_is_not(prompt, completi
     assert example.ids.tolist() == before + answer and trained_ids(example) == answer
 
 
+@some
 @given(TEXTS, TEXTS)
 def test_sentencepiece_reads_prompt_and_completion_as_one_text(prompt, completion):
     tokenizer = sentence_piece()
@@ -145,6 +147,7 @@ def test_sentencepiece_reads_prompt_and_completion_as_one_text(prompt, completio
     assert begin + 1 == len(before) or example.ids[begin + 1] != before[begin + 1]
 
 
+@some
 @given(TEXTS)
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentence_piece()], ids=["byte level", "sentencepiece"])
 @pytest.mark.parametrize("spelled", ["", "<s>", "</s>", "<|endoftext|>"])
@@ -191,6 +194,7 @@ def test_a_pair_is_left_out_as_a_whole():
     assert [trained_ids(example)[-1] for example in rows.rows[0]] == [byte_level().eos_ids[0]] * 2
 
 
+@some
 @given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 12))
 def test_packing_trains_each_target_once_from_the_text_before_it(lengths, seq_len):
     texts, ids = [], iter(range(10_000))

@@ -105,7 +105,7 @@ def test_the_losses_are_pytorchs(finished, corpus, tmp_path):
         assert abs(ours.loss - loss.item()) < 2e-4  # float32; AdamW divides by the size of tiny gradients
 
 
-@pytest.mark.parametrize("at", range(1, STEPS))
+@pytest.mark.parametrize("at", [1, 4])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at, finished, corpus, tmp_path):
     out = tmp_path / "run"
 

@@ -21,7 +21,7 @@ from .examples import Row
 from .state import State
 
 SHARE = 0.8  # of the available memory that a plan may use: other programs need some too
-MOST_TOKENS = 2048  # of a micro-batch: a larger one takes more memory and is not faster
+MOST_TOKENS = 2048  # of a micro-batch, unless one row has more: a larger one takes more memory
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..checkpoint.memory import gib, peak_memory
 from ..inspect.bench import Machine
 from ..text.tokenizer import Tokenizer
-from ..training.compute import Compute, numpy_compute
+from ..training.compute import Compute, c_compute, numpy_compute
 from ..training.examples import Row
 from ..training.optimizer import Hyperparameters
 from ..training.plan import TrainingPlan
@@ -63,7 +63,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, iters: int, batch_size: i
     ):
         group.add_argument(name, type=one, default=default, metavar="N", help=f"{what} [{default}]")
     group.add_argument("-t", "--threads", type=one, metavar="N", help="threads of the C kernels [all CPUs]")
-    group.add_argument("--backend", choices=["numpy"], default="numpy", help="plain NumPy [numpy]")
+    group.add_argument(
+        "--backend", choices=["c", "numpy"], default="c", help="the C kernels, or plain NumPy [c]"
+    )
 
 
 def schedule_of(args: argparse.Namespace) -> Schedule:
@@ -76,7 +78,7 @@ def hyperparameters_of(args: argparse.Namespace, lr: float, beta2: float) -> Hyp
 
 
 def compute_of(args: argparse.Namespace) -> Compute:
-    return numpy_compute()
+    return c_compute(args.threads) if args.backend == "c" else numpy_compute()
 
 
 def carry_out(

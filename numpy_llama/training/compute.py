@@ -42,3 +42,20 @@ def numpy_compute() -> Compute:
     return Compute(
         "numpy", F.linear, F.attention, functions, adamw, squares, StoredTensor.dequantize, expanded
     )
+
+
+def c_compute(threads: int | None = None) -> Compute:
+    """The C kernels, in float32. A weight that does not learn stays as it is stored."""
+    from ..backend.kernels import KernelWeight  # only here: NumPy's path runs without the extension
+    from ..backend.training import TrainingKernels
+
+    kernels = TrainingKernels(threads)
+
+    def freeze(w: StoredTensor) -> Any:
+        return KernelWeight(w, kernels.threads) if len(w.shape) == 2 else w.dequantize()
+
+    functions = kernels.functions()
+    return Compute(
+        *("c", kernels.linear, kernels.attention, functions),
+        *(kernels.adamw, kernels.squares, freeze, lambda w: w.nbytes),
+    )

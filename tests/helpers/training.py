@@ -10,7 +10,7 @@ from numpy_llama.config import ModelArgs
 from numpy_llama.learner import Learner
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import TINY, random_weights
-from numpy_llama.training.compute import numpy_compute
+from numpy_llama.training.compute import Compute, numpy_compute
 from numpy_llama.training.data import read_data
 from numpy_llama.training.examples import Example, Row
 from numpy_llama.training.models import new_args
@@ -51,15 +51,23 @@ CORPUS = "".join(
 STEPS = 6
 
 
-def shape(vocab_size: int) -> ModelArgs:
-    return new_args(16, 2, 2, 1, vocab_size, 24)
-
-
-def begin(out: Path, corpus: Path, resume: bool = False, steps: int = STEPS, **options) -> Run:
+def begin(
+    out: Path,
+    corpus: Path,
+    resume: bool = False,
+    steps: int = STEPS,
+    dim: int = 16,
+    compute: Compute | None = None,
+    **options,
+) -> Run:
     """A run that pre-trains a tiny model."""
+
+    def shape(vocab_size: int) -> ModelArgs:
+        return new_args(dim, 2, 2, 1, vocab_size, 24)
+
     options = {"vocab_size": 300, "seq_len": 24, "batch_size": 4, "seed": 3, "resume": resume} | options
-    hyperparameters, schedule = Hyperparameters(1e-2), Schedule(steps, 2)
-    return pretrain(read_data(corpus), out, shape, numpy_compute(), hyperparameters, schedule, **options)[0]
+    how = Hyperparameters(1e-2), Schedule(steps, 2)
+    return pretrain(read_data(corpus), out, shape, compute or numpy_compute(), *how, **options)[0]
 
 
 def finish(run: Run, **options) -> None:

@@ -770,9 +770,9 @@ BUGS = [
     Bug(
         "32-bit offsets into the weights",
         "karpathy/llama2.c#164",
-        "csrc/linear.c",
-        "r * row_bytes + place * bytes;",
-        "(int)(r * row_bytes) + place * bytes;",
+        "csrc/formats.h",
+        "return (const uint8_t *)w->data + r * row_bytes + at;",
+        "return (const uint8_t *)w->data + (int)(r * row_bytes) + at;",
         "tests/kernels/test_kernels.py::test_rows_beyond_4_gib_are_found",
     ),
     Bug(

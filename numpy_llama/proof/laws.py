@@ -34,7 +34,7 @@ PROFILES = {
         suppress_health_check=[HealthCheck.too_slow],
         report_multiple_bugs=False,  # one failure at a time
     )
-    for name, examples in {"dev": 50, "few": 12, "ci": 200, "nightly": 10_000}.items()
+    for name, examples in {"dev": 50, "few": 12, "ci": 100, "nightly": 10_000}.items()
 }
 _profile = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 PROFILE = PROFILES.get(_profile) or settings.get_profile(_profile)

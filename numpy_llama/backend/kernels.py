@@ -1,7 +1,7 @@
 """The C twins of `linear` and `attention`: same names, same meaning, weights used in place.
 
 What this file promises: every input is computed rightly, or refused with a clear error. C receives only
-arguments that csrc/kernels.h allows. Only training.py beside it calls the extension too.
+arguments that csrc/kernels.h allows. The extension is called here and in training.py.
 
     kernels = Kernels(threads=2)
     w = KernelWeight(stored)            # once

@@ -29,7 +29,7 @@ from .optimizer import AdamW, Hyperparameters
 from .order import Order
 from .output import write_gguf
 from .plan import TrainingPlan, Work, planned
-from .run import Run, digest, open_folder
+from .run import Run, open_folder
 from .trainer import Schedule, Trainer
 
 METHODS = ("lora", "full", "dpo")
@@ -109,16 +109,9 @@ def finetune(
     options = {
         "method": method,
         "model": fingerprint(args, stored),
-        "data": digest(train.rows),
         "seq_len": seq_len,
-        "batch_size": order.batch_size,
-        "seed": seed,
-        "iters": schedule.steps,
-        "warmup_iters": schedule.warmup,
         "backend": compute.backend,
-        "most_tokens": plan.most_tokens,
         "checkpointing": plan.checkpointing,
-        **asdict(hyperparameters),
         **({} if all_learns else asdict(lora) | {"targets": list(lora.targets)}),
         **({"beta": beta} if method == "dpo" else {}),
     }

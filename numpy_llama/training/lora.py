@@ -1,4 +1,4 @@
-"""LoRA as a part that learns: a frozen weight and two small matrices beside it (Hu et al. 2021, section 4.1).
+"""LoRA as a part that learns: a frozen weight and two small matrices (Hu et al. 2021, section 4.1).
 
 y = W x + scale * B A x       A (r, IN) begins at random, B (OUT, r) at 0: at first the model is unchanged
 scale = alpha / r, or alpha / sqrt(r) (rank-stabilized, Kalajdzievski 2023)

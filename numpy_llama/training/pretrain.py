@@ -20,7 +20,7 @@ from .optimizer import AdamW, Hyperparameters
 from .order import Order
 from .output import write_bytes, write_hugging_face
 from .plan import TrainingPlan, Work, planned
-from .run import Run, digest, open_folder
+from .run import Run, open_folder
 from .trainer import Schedule, Trainer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # that a Hugging Face folder can have
@@ -72,16 +72,9 @@ def pretrain(
     trainer = Trainer(learner, optimizer, train.rows, order, NextToken(), schedule, most, squares)
     options: Mapping[str, Any] = {
         "model": {name: value for name, value in asdict(args).items() if name != "rope_scaling"},
-        "data": digest(train.rows),
         "seq_len": seq_len,
-        "batch_size": order.batch_size,
-        "seed": seed,
-        "iters": schedule.steps,
-        "warmup_iters": schedule.warmup,
         "backend": compute.backend,
-        "most_tokens": plan.most_tokens,
         "checkpointing": plan.checkpointing,
-        **asdict(hyperparameters),
     }
 
     def write_result() -> None:

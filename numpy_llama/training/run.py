@@ -7,7 +7,7 @@ the result           a model or an adapter, written by `write_result`
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,24 @@ class Report:
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "targets", "seconds", "tokens_per_second", "gflops")
 
 
+def options_of(trainer: Trainer) -> dict[str, Any]:
+    """The options that a trainer has, whatever it trains."""
+    return {
+        "data": digest(trainer.rows),
+        "batch_size": trainer.order.batch_size,
+        "seed": trainer.order.seed,
+        "iters": trainer.schedule.steps,
+        "warmup_iters": trainer.schedule.warmup,
+        "most_tokens": trainer.most_tokens,
+        **asdict(trainer.optimizer.hyperparameters),
+    }
+
+
 class Run:
-    """A trainer with its folder. `options` decide its bits: a resumed run must have the same."""
+    """A trainer with its folder. `options` and the trainer's own decide the bits of the run.
+
+    A resumed run must have the same.
+    """
 
     def __init__(
         self,
@@ -86,15 +102,11 @@ class Run:
         operations: Callable[[Sequence[Row]], int],
         write_result: Callable[[], None],
     ):
-        self.out, self.trainer, self.options, self.valid = (
-            out,
-            trainer,
-            dict(options),
-            valid[:VALIDATION_ROWS],
-        )
+        self.out, self.trainer, self.valid = out, trainer, valid[:VALIDATION_ROWS]
+        self.options = {**options, **options_of(trainer)}
         self.operations, self.write_result = operations, write_result
         if state is not None:
-            state.check_options(options, FREE)
+            state.check_options(self.options, FREE)
             state.restore(trainer.optimizer)
         self.saved = trainer.optimizer.t if state is not None else -1
         columns = (*COLUMNS, *trainer.objective.numbers, "valid_loss")

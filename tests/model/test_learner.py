@@ -1,6 +1,6 @@
 """A model that learns: what it refuses, how much memory it takes, and whether it learns.
 
-What it computes is held to PyTorch in numpy_llama/proof/test_learning.py.
+numpy_llama/proof/test_learning.py compares its results with PyTorch.
 """
 
 import tracemalloc

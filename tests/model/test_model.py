@@ -1,6 +1,6 @@
 """The model: what its cache, its sizes and its calls refuse, and in which words.
 
-What it computes is held to PyTorch in numpy_llama/proof/test_model.py.
+numpy_llama/proof/test_model.py compares its results with PyTorch.
 """
 
 from dataclasses import MISSING, fields, replace

@@ -7,6 +7,7 @@ because a read could block. Other programs can still change a mapped file: `chec
 import errno
 import mmap
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -116,8 +117,31 @@ def write_file(out: Path, nbytes: int, write: Callable[[Path], None]) -> None:
         raise FormatError(f"{out} cannot be written: {error.strerror}") from None
 
 
+def part_beside(out: Path) -> Path:
+    """A new name beside `out`, for a file or a folder that becomes `out` when it is whole.
+
+    What processes that were killed have left beside `out` is removed: the name has the writer's number.
+    """
+    begin = f".{out.name[:200]}."
+    for left in out.parent.glob(".*.part"):
+        writer = re.fullmatch(re.escape(begin) + r"(\d+)-[0-9a-f]{8}\.part", left.name)
+        if writer and not _is_running(int(writer[1])):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return out.with_name(f"{begin}{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # no signal, only the check
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
 def _replace(out: Path, write: Callable[[Path], None]) -> None:
-    part = out.with_name(f".{out.name[:200]}.{secrets.token_hex(4)}.part")
+    part = part_beside(out)
     try:
         write(part)
         os.replace(part, out)

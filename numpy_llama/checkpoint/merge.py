@@ -13,7 +13,6 @@ is 1. An update of 1% has 0 left in 4 bits. A weight that was not on the grid be
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from ..errors import FormatError, MismatchError, ParameterError
 from ..lora import LowRank
 from .base import Checkpoint
 from .convert import BYTES_AT_ONCE, DTYPES, convert, finite, target_format
+from .files import part_beside
 from .huggingface import HuggingFaceCheckpoint
 from .names import tensor_names
 from .safetensors_file import RUNNABLE
@@ -203,8 +203,8 @@ def _write_folder(
         digests[theirs] = digest.digest()
         source.check_unchanged()
 
-    part = out.with_name(f".{out.name[:200]}.{secrets.token_hex(4)}.part")
     try:
+        part = part_beside(out)
         try:
             part.mkdir()
             for name in BESIDE:

@@ -1,5 +1,6 @@
 """LoRA adapters: the same logits as in PEFT, beside every format, on every backend, read and written."""
 
+import errno
 import json
 
 import gguf
@@ -16,7 +17,7 @@ import numpy_llama as nl
 from numpy_llama.backend import build
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.adapters import open_adapter, write_gguf, write_peft
-from numpy_llama.errors import ParameterError
+from numpy_llama.errors import FormatError, ParameterError, ResourceLimitError
 from numpy_llama.lora import LowRank, by_weight
 
 # Logits of two programs in float32, relative to the largest. Each layer's sums are rounded in another order.
@@ -97,6 +98,30 @@ def test_what_is_written_loads_in_peft(names, tmp_path):
     expected = adapters.logits(adapters.read(ARGS, weights, tmp_path), IDS)
     assert_near(found(weights, tmp_path, backend="numpy"), expected)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_config_never_stands_beside_the_weights_of_another_adapter(tmp_path, monkeypatch):
+    """Wherever writing ends, the folder is one adapter or none.
+
+    A config that stays the same always stands.
+    """
+    first, second = random_updates(5, SOME), random_updates(6, every_matrix(4))
+    write_peft(tmp_path, first, ARGS)
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(ResourceLimitError, match=r"adapter_model\.safetensors was not written"):
+        write_peft(tmp_path, first, ARGS)
+    assert_same(open_adapter(tmp_path).low_ranks(ARGS), first)
+    with pytest.raises(ResourceLimitError):
+        write_peft(tmp_path, second, ARGS)
+    with pytest.raises(FormatError, match=r"has no adapter_config\.json"):
+        open_adapter(tmp_path)
+    monkeypatch.undo()
+    write_peft(tmp_path, second, ARGS)
+    assert_same(open_adapter(tmp_path).low_ranks(ARGS), second)
 
 
 @pytest.mark.parametrize("names", WRITTEN)

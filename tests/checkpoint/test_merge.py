@@ -1,7 +1,10 @@
 """`merge`: the new model is the base with its adapters, in the base's formats where they hold the update."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -214,6 +217,20 @@ def test_a_folder_that_reads_back_differently_is_thrown_away(tmp_path, monkeypat
     with pytest.raises(MismatchError, match=r"was written wrongly: .* reads back differently"):
         merge(source, updates(LARGE), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("out", ["out", "out.gguf"])
+def test_what_a_killed_process_left_is_removed(out, tmp_path):
+    """Not what a process writes that is still running, and no other file."""
+    source = open_checkpoint(hf_base(tmp_path / "base"))
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    kept = [f".{out}.{os.getpid()}-0123abcd.part", f".other.{ended.pid}-0123abcd.part", f".{out}.part"]
+    for name in [*kept, f".{out}.{ended.pid}-0123abcd.part"]:
+        (tmp_path / name).touch()
+    (tmp_path / f".{out}.{ended.pid}-abcd0123.part").mkdir()
+    merge(source, updates(LARGE), tmp_path / out)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", out, *kept}
 
 
 def test_the_command_merges(main, capsys, tmp_path):

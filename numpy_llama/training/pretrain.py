@@ -10,10 +10,10 @@ from ..checkpoint import load_tokenizer
 from ..checkpoint.memory import available_memory
 from ..config import ModelArgs
 from ..errors import ParameterError, TokenizerError
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer, check_text
 from .compute import Compute
 from .data import Data
-from .examples import Encoder, rows_of
+from .examples import Encoder, naming, rows_of
 from .models import new_weights, parameter_count, trained_tokenizer
 from .objectives import NextToken
 from .optimizer import AdamW, Hyperparameters
@@ -58,7 +58,7 @@ def pretrain(
     args = shape(tokenizer.vocab_size)
     encoder = Encoder(tokenizer)
     train = rows_of(data.train, encoder, seq_len, lambda done, total: progress("reading", done, total))
-    valid = rows_of(data.valid, encoder, seq_len)
+    valid, test = (rows_of(records, encoder, seq_len) for records in (data.valid, data.test))
     if not train.rows:
         raise ParameterError(f"{data.train[0].where}: the texts have no tokens to learn")
     order = Order(len(train.rows), batch_size, seed)
@@ -81,14 +81,18 @@ def pretrain(
         write_hugging_face(out, args, weights, tokenizer)
 
     work = Work.of(args, all_learns=True)
-    run = Run(out, trainer, options, state, valid.rows, work.operations, write_result)
+    splits = valid.rows, test.rows
+    run = Run(out, trainer, options, state, *splits, work.operations, write_result)
     return run, plan, tokenizer
 
 
 def _write_tokenizer(out: Path, data: Data, vocab_size: int | None, path: Path | None) -> None:
     """Put the files of a tokenizer into the folder of the run."""
     if path is None:
-        texts = [record.values["text"] for record in data.train]
+        texts = []
+        for record in data.train:
+            with naming(record.where):
+                texts.append(check_text(record.values["text"]))
         write_bytes(out / "tokenizer.model", trained_tokenizer(texts, vocab_size or 512))
         return
     folder, names = (path, TOKENIZER_FILES) if path.is_dir() else (path.parent, (path.name,))

@@ -6,18 +6,20 @@ the result           a model or an adapter, written by `write_result`
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, ParameterError
+from ..errors import FormatError, NumericsError, ParameterError
 from ..generation.generate import Session, generate
 from ..generation.sampling import Sampler
 from ..model import Transformer
 from ..text.tokenizer import Tokenizer
 from .examples import Example, Row
 from .log import Log, curve, picture
+from .optimizer import norm
 from .state import State, save_state
 from .trainer import Step, Trainer
 
@@ -33,10 +35,14 @@ def open_folder(out: Path, resume: bool) -> State | None:
     With `resume` and without a state the run begins anew: it was killed before it saved one.
     """
     try:
-        if out.is_dir() and any(out.iterdir()) and not resume:
-            raise ParameterError(
-                f"{out} has files already: --resume continues its run, or give another --out"
-            )
+        if out.is_dir() and any(out.iterdir()):
+            is_run = any((out / name).exists() for name in (STATE, LOG))
+            if not is_run:
+                raise ParameterError(f"{out} has files, and no run that can be resumed: give another --out")
+            if not resume:
+                raise ParameterError(
+                    f"{out} has files already: --resume continues its run, or give another --out"
+                )
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FormatError(f"{out} cannot be made: {error.strerror}") from None
@@ -99,10 +105,11 @@ class Run:
         options: Mapping[str, Any],
         state: State | None,
         valid: Sequence[Row],
+        test: Sequence[Row],
         operations: Callable[[Sequence[Row]], int],
         write_result: Callable[[], None],
     ):
-        self.out, self.trainer, self.valid = out, trainer, valid[:VALIDATION_ROWS]
+        self.out, self.trainer, self.valid, self.test = out, trainer, valid[:VALIDATION_ROWS], test
         self.options = {**options, **options_of(trainer)}
         self.operations, self.write_result = operations, write_result
         if state is not None:
@@ -117,26 +124,36 @@ class Run:
         trainer, last = self.trainer, self.trainer.schedule.steps
         try:
             for step in trainer.steps():
-                evaluated = self.valid and (step.number % eval_every == 0 or step.number == last)
-                loss = trainer.evaluate(self.valid)[0] if evaluated else None
+                due = step.number % eval_every == 0 or step.number == last
+                if due:
+                    self._check_weights()
+                loss = trainer.evaluate(self.valid)[0] if due and self.valid else None
                 rows = [trainer.rows[i] for i in trainer.order(step.number - 1)]
                 report = Report(step, loss, self.operations(rows))
                 self.log.add(report.values())
                 if step.number % save_every == 0:
                     self.save()
                 on_step(report)
+            self.save()
         except (KeyboardInterrupt, SystemExit, BrokenPipeError):
             self.save()
             raise
-        self.save()
         picture(self.out / PICTURE, self.log.series("loss"), self.log.series("valid_loss"))
 
     def save(self) -> None:
         """Write the state and then the result, unless they are those of this step already."""
         if self.saved != self.trainer.optimizer.t:
+            self._check_weights()
             save_state(self.out / STATE, self.trainer.optimizer, self.options)
             self.write_result()
             self.saved = self.trainer.optimizer.t
+
+    def _check_weights(self) -> None:
+        """NumericsError if a weight is not finite: no loss has shown it yet."""
+        optimizer = self.trainer.optimizer
+        if not math.isfinite(norm(optimizer.parameters.values(), self.trainer.squares)):
+            what = f"after step {optimizer.t} a weight is not finite, and this step is not saved"
+            raise NumericsError(f"{self.out}: {what}: begin again with a lower --lr")
 
     def curve(self) -> str:
         return curve(self.log.series("loss"), self.log.series("valid_loss"))

@@ -120,8 +120,8 @@ class Trainer:
             places = list(dict.fromkeys(example.where for row in rows for example in row))
             shown = "; ".join(places[:4]) + (f"; and {len(places) - 4} more" if len(places) > 4 else "")
             raise NumericsError(
-                f"step {self.optimizer.t + 1}: {what} is {x}, on {shown}; the weights of the step before are "
-                "finite: look at these examples, or begin again with a lower --lr"
+                f"step {self.optimizer.t + 1}: {what} is {x}, on {shown}; "
+                "look at these examples, or begin again with a lower --lr"
             )
 
 

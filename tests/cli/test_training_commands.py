@@ -69,6 +69,28 @@ def test_ctrl_c_saves_and_resume_continues(folder, tmp_path):
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) >= step
 
 
+def test_the_loss_of_the_test_split_ends_a_run(folder, tmp_path):
+    """All of its rows, with the weights at the end; it is that of validation if the rows are the same."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_bytes((folder / "facts.jsonl").read_bytes())
+    out = tmp_path / "a b"
+    arguments = ["-m", str(folder / "model.gguf"), "--iters", "2", "--seq-len", "16", "--backend", "numpy"]
+    done = run("finetune", str(tmp_path / "data"), "--out", str(out), *arguments)
+    lines = done.stdout.decode().splitlines()
+    (valid,) = [line.split()[2] for line in lines if line[:7].strip() == "2"]
+    assert lines[-1] == f"test: loss {valid}, on 6 rows"
+    assert f"--adapter '{out}'" in done.stderr.decode().splitlines()[-1]
+
+
+def test_a_reader_that_ends_saves_the_run(folder, tmp_path):
+    command = f"{PROGRAM} train {folder / 'corpus.txt'} --out {tmp_path / 'run'} {' '.join(SMALL)}"
+    command += " --iters 100000 --report-every 1 | head -n 4"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    assert len(done.stdout.splitlines()) == 4 and (tmp_path / "run" / "state.safetensors").exists()
+    assert b"is saved: --resume continues" in done.stderr and b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "verb, data, options, code, found",
     [
@@ -94,5 +116,5 @@ def test_a_mistake_is_one_line(verb, data, options, code, found, folder, tmp_pat
 def test_a_folder_of_another_run_is_not_touched(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     done = run("train", str(folder / "corpus.txt"), "--out", str(tmp_path), *SMALL)
-    assert_refused(done, 2, "has files already", "--resume")
+    assert_refused(done, 2, "has files, and no run that can be resumed: give another --out")
     assert os.listdir(tmp_path) == ["notes.txt"]

@@ -84,6 +84,21 @@ def test_a_text_that_is_not_utf_8_is_named(tmp_path):
         read_data(tmp_path / "latin.txt")
 
 
+def test_files_of_windows_are_read(tmp_path):
+    """A byte order mark, lines that end in CRLF, names in capital letters."""
+    (tmp_path / "DATA.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b\\r\\nc"}\r\n')
+    assert [one.values["text"] for one in read_data(tmp_path / "DATA.JSONL").train] == ["a", "b\r\nc"]
+    (tmp_path / "DATA.TXT").write_bytes(
+        b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\n\r\nThree, the last and longest.\r\n<|endoftext|>\r\n"
+    )
+    data = read_data(tmp_path / "DATA.TXT")
+    first, last = data.train
+    assert (first.values["text"], first.where[-6:], last.where[-6:]) == (
+        *("One.\r\nTwo.", "line 1", "line 5"),
+    )
+    assert last.values["text"] + data.valid[0].values["text"] == "Three, the last and longest."
+
+
 def test_a_folder_has_its_own_splits(tmp_path):
     for split, n in (("train", 3), ("valid", 2), ("test", 1)):
         (tmp_path / f"{split}.jsonl").write_text(lines(*({"text": f"{split} {i}"} for i in range(n))))

@@ -20,8 +20,10 @@ from numpy_llama.errors import (
     ConfigError,
     FormatError,
     MismatchError,
+    NumericsError,
     ParameterError,
     ResourceLimitError,
+    TextError,
     TokenizerError,
 )
 from numpy_llama.training import run as runs
@@ -189,6 +191,54 @@ def test_a_run_can_be_made_longer_but_not_changed(finished, corpus, tmp_path):
 def test_a_folder_with_files_is_not_overwritten(finished, corpus):
     with pytest.raises(ParameterError, match="has files already: --resume continues"):
         begin(finished, corpus)
+
+
+def test_files_that_are_not_of_a_run_are_never_replaced(corpus, tmp_path):
+    """Not with `resume` either: config.json and model.safetensors may be a model that somebody needs."""
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(ParameterError, match="has files, and no run that can be resumed"):
+        begin(tmp_path, corpus, resume=True)
+    assert (tmp_path / "config.json").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
+
+
+def test_weights_that_are_not_finite_are_never_saved(corpus, tmp_path):
+    """After a step no loss has shown them yet."""
+    run = begin(tmp_path / "run", corpus, steps=5)
+
+    def spoil(report):
+        if report.step.number == 3:
+            run.trainer.learner.norm.weight[0] = np.inf
+            raise KeyboardInterrupt
+
+    with pytest.raises(NumericsError, match=r"after step 3 a weight is not finite.* lower --lr"):
+        run.run(spoil, eval_every=9, save_every=2)
+    assert begin(tmp_path / "run", corpus, steps=5, resume=True).trainer.optimizer.t == 2
+    run = begin(tmp_path / "other", corpus, steps=5)
+    run.trainer.optimizer.update = lambda p, *others: p.fill(np.nan)
+    with pytest.raises(NumericsError, match=r"after step 1 a weight is not finite"):
+        run.run(lambda report: None, eval_every=1, save_every=9)
+
+
+def test_an_interrupted_last_save_is_made_up_for(corpus, tmp_path, monkeypatch):
+    run = begin(tmp_path / "run", corpus, steps=2)
+    write, calls = run.write_result, []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        write()
+
+    run.write_result = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        finish(run, save_every=9)
+    assert run.saved == 2 and (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_half_a_surrogate_pair_is_named_with_its_line(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "a \\ud800"}\n')
+    with pytest.raises(TextError, match=r"line 2: character 2 of the text is U\+D800"):
+        begin(tmp_path / "run", tmp_path / "data.jsonl")
 
 
 def test_an_existing_tokenizer_is_copied(finished, corpus, tmp_path):

@@ -22,6 +22,7 @@ from ..config import Array, ModelArgs
 from ..errors import BuildError
 from ..generation import sampling
 from ..text import bpe
+from ..training import lora, objectives, optimizer
 
 if TYPE_CHECKING:
     from ..backend.kernels import Kernels
@@ -53,13 +54,16 @@ OPERATIONS = {
         *("block_forward", "block_backward"),
     ),
     learner: ("Learner",),
+    optimizer: ("adamw",),
+    lora: ("TrainedLoRA",),
+    objectives: ("dpo",),
 }
 NAMES = [name for names in OPERATIONS.values() for name in names]
 # Operations whose results are this number of arrays, in the precision of the arguments.
 ARRAYS = dict.fromkeys({*OPERATIONS[functional], *OPERATIONS[sampling]} - {"greedy", "sample"}, 1)
 ARRAYS |= dict.fromkeys(("quantize_activations", *OPERATIONS[backward][:5], "log_probs"), 1)
 ARRAYS |= {"cross_entropy_backward": 1, "attention_backward": 3}
-ARRAYS |= dict.fromkeys(("rms_norm_backward", "swiglu_backward", "attention_saving", "cross_entropy"), 2)
+ARRAYS |= dict.fromkeys(("rms_norm_backward", "swiglu_backward", "attention_saving", "cross_entropy", "dpo"), 2)
 
 
 class Call(NamedTuple):
@@ -227,7 +231,7 @@ def compiled(isa: str) -> Implementation:
     def apply_rotary_emb_backward(dy: Array, freqs_cis: Array) -> Array:
         return training.apply_rotary_emb(dy, freqs_cis.conj())
 
-    operations = {name: in_c(getattr(training, name)) for name in GRADIENTS_IN_C}
+    operations = {name: in_c(getattr(training, name)) for name in TRAINING_IN_C}
     operations |= {
         "apply_rotary_emb_backward": in_c(apply_rotary_emb_backward),
         "linear": in_c(kernels.linear),
@@ -240,9 +244,9 @@ def compiled(isa: str) -> Implementation:
     return Implementation(f"c-{isa}", operations, np.float32)
 
 
-GRADIENTS_IN_C = (
+TRAINING_IN_C = (
     *("linear_dx", "linear_dw", "rms_norm_backward", "swiglu_backward"),
-    *("attention_saving", "attention_backward", "head_loss", "block_forward", "block_backward"),
+    *("attention_saving", "attention_backward", "head_loss", "block_forward", "block_backward", "adamw"),
 )
 
 

@@ -60,6 +60,16 @@ class NextToken:
         return float(-found.sum(dtype=np.float64) / max(n, 1)), {}
 
 
+def dpo(gained: Array, beta: float) -> tuple[Array, Array]:
+    """-log sigmoid(u), u = beta (gained[:, 0] - gained[:, 1]), and the weights of the targets of each answer.
+
+    gained = lp - ref of chosen and rejected, (pairs, 2) -> losses (pairs,), weights (pairs, 2).
+    """
+    u = beta * (gained[:, 0] - gained[:, 1])
+    slope = beta * np.exp(-np.logaddexp(0, u))  # beta sigmoid(-u), which cannot overflow
+    return np.logaddexp(0, -u), np.stack([slope, -slope], axis=1)
+
+
 class DPO:
     """-log sigmoid(u), u = beta ((lp - ref) of chosen - (lp - ref) of rejected).
 
@@ -84,8 +94,8 @@ class DPO:
         batch, reference = batch_of(rows), self._log_probs(self.reference, rows)
         run = learner.forward(batch.tokens, batch.first)
         found = batch.sums(learner.log_probs(run, batch.targets, batch.trained))
-        slopes, loss, numbers = self._at(found - reference, n)
-        learner.backward(run, batch.targets, batch.spread(slopes) * batch.trained, gradients)
+        weights, loss, numbers = self._at(found - reference, n)
+        learner.backward(run, batch.targets, batch.spread(weights) * batch.trained, gradients)
         return loss, numbers
 
     def loss(self, learner: Learner, rows: Sequence[Row], n: int) -> tuple[float, Numbers]:
@@ -100,9 +110,10 @@ class DPO:
 
     def _at(self, gained: Array, n: int) -> tuple[Array, float, Numbers]:
         """From lp - ref of each answer: the weight of its targets, the loss, and TRL's numbers."""
-        rewards = self.beta * gained.reshape(-1, 2)  # (pairs, 2)
+        gained = gained.reshape(-1, 2)
+        losses, weights = dpo(gained, self.beta)
+        rewards = self.beta * gained
         u = rewards[:, 0] - rewards[:, 1]
-        slope = self.beta / n * np.exp(-np.logaddexp(0, u))  # beta / n * sigmoid(-u)
         sums = (rewards[:, 0].sum(), rewards[:, 1].sum(), (u > 0).sum(), u.sum())
         numbers = {name: float(x) / n for name, x in zip(self.numbers, sums, strict=True)}
-        return np.stack([slope, -slope], axis=1).reshape(-1), float(np.logaddexp(0, -u).sum()) / n, numbers
+        return weights.reshape(-1) / n, float(losses.sum()) / n, numbers

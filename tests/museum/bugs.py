@@ -768,6 +768,39 @@ BUGS = [
     ),
     # --- C
     Bug(
+        "the step is counted once for each parameter",
+        "flashlight/flashlight#143",
+        "numpy_llama/training/optimizer.py",
+        "        h, self.t = self.hyperparameters, self.t + 1\n        for name, p in self.parameters.items():\n",
+        "        h = self.hyperparameters\n        for name, p in self.parameters.items():\n            self.t += 1\n",
+        "tests/training/test_optimizer.py::test_adamw_is_pytorchs",
+    ),
+    Bug(
+        "decay goes through the moments",
+        "pytorch/pytorch#3740, which brings what Loshchilov and Hutter found",
+        "numpy_llama/training/optimizer.py",
+        "        p_ *= 1 - lr * weight_decay\n        p_ -= lr * scale1 * m_ /",
+        "        m_ += (1 - h.beta1) * weight_decay * p_\n        p_ -= lr * scale1 * m_ /",
+        f"{LAWS}test_training.py",
+    ),
+    Bug(
+        "LoRA is scaled by alpha, not by alpha / r",
+        "rasbt/LLMs-from-scratch#821; Blaizzy/mlx-vlm#841",
+        "numpy_llama/training/lora.py",
+        "if rslora else alpha / rank",
+        "if rslora else alpha",
+        "tests/training/test_finetune.py::test_an_adapter_begins_without_effect_and_has_the_shapes_of_its_matrices",
+    ),
+    Bug(
+        "DPO takes the mean over an answer's tokens",
+        "jingyaogong/minimind#298; linkedin/Liger-Kernel#693",
+        "numpy_llama/training/batch.py",
+        "        return np.add.reduceat(x.reshape(-1), self.starts, dtype=np.float64)",
+        "        lengths = np.diff(self.starts, append=self.tokens.size)\n"
+        "        return np.add.reduceat(x.reshape(-1), self.starts, dtype=np.float64) / lengths",
+        "tests/training/test_trainer.py",
+    ),
+    Bug(
         "32-bit offsets into the weights",
         "karpathy/llama2.c#164",
         "csrc/formats.h",

@@ -263,3 +263,36 @@ def attention_backward(dout, q, k, v, out, lse, first):
 def block_backward(block, dy, saved, freqs_cis, first):
     """(B, T, D) -> dx (B, T, D), {"attention.wq.weight": (H Dh, D), ...}."""
     raise NotImplementedError
+
+
+# Chapter 18: m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; and p loses lr weight_decay p and
+# lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps). h has beta1, beta2 and eps; t counts from 1.
+# Change p, m and v in place, and return nothing.
+def adamw(p, g, m, v, t, lr, weight_decay, h):
+    """Four arrays of one shape, a whole number, two numbers, the hyperparameters."""
+    raise NotImplementedError
+
+
+# Chapter 19: y = base(x) + scale B A x. base.backward(dy, x) gives dx of the base, and an empty dict. Take
+# nothing else of the base. functions.linear_dx and functions.linear_dw are those of chapter 16, or use yours.
+class TrainedLoRA:
+    """A frozen part with A (r, IN) and B (OUT, r) beside it."""
+
+    def __init__(self, base, lora_a, lora_b, scale, functions):
+        raise NotImplementedError
+
+    def __call__(self, x):
+        """(..., IN) -> (..., OUT)."""
+        raise NotImplementedError
+
+    def backward(self, dy, x):
+        """(..., OUT), (..., IN) -> dx (..., IN), {"lora_a": (r, IN), "lora_b": (OUT, r)}."""
+        raise NotImplementedError
+
+
+# Chapter 20: u = beta (gained[:, 0] - gained[:, 1]) for chosen and rejected. The loss is -log sigmoid(u). The
+# weights are beta sigmoid(-u) for the chosen answer, and minus that for the rejected one. It must also work
+# where u is 1e4. A warning of NumPy counts as a failure.
+def dpo(gained, beta):
+    """(pairs, 2) -> losses (pairs,), weights (pairs, 2)."""
+    raise NotImplementedError

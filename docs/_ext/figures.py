@@ -2,8 +2,10 @@
 
 import time
 
+import language
 import matplotlib.pyplot as plt  # which shows a cell's figure by itself
 import numpy as np
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 import numpy_llama as nl
 from numpy_llama import functional as F
@@ -12,8 +14,15 @@ from numpy_llama.backend.kernels import Kernels, KernelWeight, available_cpus, f
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.download import pull
 from numpy_llama.checkpoint.presets import PRESETS
+from numpy_llama.training.objectives import DPO
+from numpy_llama.training.optimizer import AdamW, Hyperparameters, learning_rate
+from numpy_llama.training.order import Order
+from numpy_llama.training.trainer import Schedule, Trainer
 
 INK, PALE, ACCENT = "#3b6ea5", "#9db8d3", "#d1603d"
+
+set_matplotlib_formats("svg")  # sharp at every size
+plt.rcParams |= {"figure.facecolor": "none", "axes.facecolor": "none"}  # the page has the ground: course.css
 
 
 def rope_circles():
@@ -304,3 +313,70 @@ def seconds(call, *arguments, runs=5):
         call(*arguments)
         times.append(time.perf_counter() - began)
     return sorted(times)[runs // 2]
+
+
+def descents(steps=120):
+    """The loss of the same tiny model by two optimizers, and the learning rate of each step."""
+
+    def sgd(p, g, m, v, t, lr, weight_decay, h):
+        p -= lr * g
+
+    _, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=[2, 1], layout="constrained")
+    for lr, style in ((0.3, ":"), (1.0, "-")):
+        left.plot(language.learnt(steps, lr, sgd)[1], color=ACCENT, ls=style, label=f"p - lr g, lr = {lr}")
+    left.plot(language.learnt(steps)[1], color=INK, label="AdamW, lr = 0.01")
+    left.axhline(np.log(len(language.WORDS)), color="grey", lw=0.8, ls="-.", label="all words alike")
+    left.axhline(language.FLOOR, color="grey", lw=0.8, ls="--", label="lowest possible")
+    left.set(xlabel="step", ylabel="loss, nats a token", ylim=(0, None))
+    left.legend(frameon=False)
+    right.plot([learning_rate(step, steps, 1e-2, 10) for step in range(steps)], color=INK)
+    right.set(xlabel="step", ylabel="learning rate")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def beside_a_weight(OUT=576, IN=576, r=16):
+    """A frozen matrix and the two matrices of LoRA beside it, in proportion."""
+    _, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    gap = 90
+    x_b, x_a = IN + 2 * gap, IN + 3 * gap + r
+    for x, height, width, color, name in [
+        (0, OUT, IN, PALE, f"W, frozen\n{OUT} x {IN} = {OUT * IN:,} numbers"),
+        (x_b, OUT, r, ACCENT, f"B\n{OUT} x {r}"),
+        (x_a, r, IN, ACCENT, f"A\n{r} x {IN}"),
+    ]:
+        axes.add_patch(plt.Rectangle((x, -height), width, height, fc=color, ec="none"))
+        inside = width > r and height > r
+        y = -height / 2 if inside else -height - 20
+        axes.text(x + width / 2, y, name, ha="center", va="center" if inside else "top", fontsize=10)
+    axes.text(IN + gap, -OUT / 2, "+ s", ha="center", va="center", fontsize=13)
+    axes.text(x_a + IN / 2, -OUT / 2, f"{r * (OUT + IN):,} numbers learn", ha="center", fontsize=10)
+    axes.set(xlim=(-10, x_a + IN + 10), ylim=(-OUT - 90, 20), aspect="equal")
+    axes.axis("off")
+
+
+def margins(steps=60):
+    """The rewards of both answers while DPO trains, and their difference."""
+    base = language.frozen_base()
+    learner = language.with_adapter(base)
+    optimizer = AdamW(learner.parameters(), Hyperparameters(3e-3, weight_decay=0.0))
+    rows, order, schedule = language.pairs(256, seed=3), Order(256, 16), Schedule(steps)
+    trainer = Trainer(learner, optimizer, rows, order, DPO(base), schedule, 4096)
+    found = [step.numbers for step in trainer.steps()]
+    _, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, color in (("margins", "#555555"), ("chosen", INK), ("rejected", ACCENT)):
+        axes.plot([numbers[f"rewards/{name}"] for numbers in found], color=color, label=name)
+    axes.axhline(0, color="grey", lw=0.8, ls=":")
+    axes.set(xlabel="step", ylabel="reward, or margin")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def rewards(curves):
+    """The mean reward of the samples of each step, by method."""
+    _, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for (name, found), color in zip(curves.items(), ("#555555", ACCENT, INK), strict=True):
+        axes.plot(found, color=color, label=name)
+    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

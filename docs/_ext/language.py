@@ -12,6 +12,7 @@ from numpy_llama import functional as F
 from numpy_llama.learner import Learner
 from numpy_llama.model import Transformer
 from numpy_llama.training.examples import Example
+from numpy_llama.training.lora import TARGETS, with_lora
 from numpy_llama.training.models import new_args, new_weights
 from numpy_llama.training.objectives import NextToken
 from numpy_llama.training.optimizer import AdamW, Hyperparameters, adamw
@@ -101,3 +102,20 @@ def frozen_base():
     """The learnt model as a base that does not learn, for adapters. It shares the weights of `learnt`."""
     weights = learnt()[0].parameters()
     return new_learner(frozen=True, weights=weights | {"output.weight": weights["tok_embeddings.weight"]})
+
+
+def with_adapter(base, rank=8, alpha=16):
+    """The base with LoRA beside every matrix of its layers."""
+    return with_lora(base, [*TARGETS], rank, alpha / rank)
+
+
+def pairs(n, seed):
+    """Two endings of one sentence: the chosen one names foxes, the rejected one another animal."""
+    rng, made = np.random.default_rng(seed), []
+    others = [animal for animal in ANIMALS if animal[0] != "fox"]
+    for _ in range(n):
+        words = sentence(rng)
+        number = NUMBERS.index(words[4])
+        endings = ["fox", "foxes"][number], others[rng.integers(len(others))][number]
+        made.append(tuple(example([*words[:6], animal, "."], begin=6) for animal in endings))
+    return made

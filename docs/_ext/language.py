@@ -1,10 +1,11 @@
 """A tiny language, and a tiny model of it: the experiments of chapters 18 to 20 take seconds.
 
 A sentence has eight words: number colour animal verb number colour animal and a full stop, as in "two red
-foxes see one black hen ." All sentences of the grammar are equally likely, so the lowest possible loss is known.
+foxes see one black hen ." All sentences are equally likely, so the lowest possible loss is known.
 """
 
 from functools import cache
+from itertools import chain
 
 import numpy as np
 
@@ -23,7 +24,7 @@ NUMBERS, COLOURS = ["one", "two"], ["red", "blue", "green", "black"]
 ANIMALS = [["dog", "dogs"], ["cat", "cats"], ["fox", "foxes"], ["hen", "hens"], ["cow", "cows"]]
 VERBS = [["sees", "see"], ["hears", "hear"], ["likes", "like"]]  # of one animal, of two
 BOS = "<s>"
-WORDS = [BOS, *NUMBERS, *COLOURS, *sum(ANIMALS, []), *sum(VERBS, []), "."]  # a word is a token
+WORDS = [BOS, *NUMBERS, *COLOURS, *chain(*ANIMALS, *VERBS), "."]  # a word is a token
 LENGTH = 8
 SENTENCES = len(VERBS) * (len(NUMBERS) * len(COLOURS) * len(ANIMALS)) ** 2
 FLOOR = np.log(SENTENCES) / LENGTH  # nats a token: no model can have a lower loss on new sentences

@@ -62,10 +62,8 @@ NAMES = [name for names in OPERATIONS.values() for name in names]
 # Operations whose results are this number of arrays, in the precision of the arguments.
 ARRAYS = dict.fromkeys({*OPERATIONS[functional], *OPERATIONS[sampling]} - {"greedy", "sample"}, 1)
 ARRAYS |= dict.fromkeys(("quantize_activations", *OPERATIONS[backward][:5], "log_probs"), 1)
-ARRAYS |= {"cross_entropy_backward": 1, "attention_backward": 3}
-ARRAYS |= dict.fromkeys(
-    ("rms_norm_backward", "swiglu_backward", "attention_saving", "cross_entropy", "dpo"), 2
-)
+ARRAYS |= {"cross_entropy_backward": 1, "attention_backward": 3, "dpo": 2}
+ARRAYS |= dict.fromkeys(("rms_norm_backward", "swiglu_backward", "attention_saving", "cross_entropy"), 2)
 
 
 class Call(NamedTuple):

@@ -84,7 +84,7 @@ class Adapted:
 
 @law("TrainedLoRA", sources, small_sizes, small_sizes, small_sizes, scales)
 def test_it_is_a_weight_with_a_small_update(ops, source, OUT, IN, r, scale):
-    """y = x M^T and dx = dy M with M = W + scale B A; dA = scale B^T dW and dB = scale dW A^T, dW = dy^T x."""
+    """y = x M^T and dx = dy M with M = W + scale B A; dA = scale B^T dW, dB = scale dW A^T, dW = dy^T x."""
     c = Adapted(ops, source, OUT, IN, r, scale)
     part, merged = c.part(c.base, c.b), c.w + scale * c.b @ c.a
     assert_within(part(c.x), c.x @ merged.T, c.allowed)
@@ -133,9 +133,12 @@ def test_the_weight_itself_is_not_needed(ops, source, OUT, IN, r, scale):
 
 @law("dpo", sources, small_sizes, betas)
 def test_the_weights_are_the_slopes_of_the_loss(ops, source, n, beta):
-    """loss = -log sigmoid(beta (chosen - rejected)). A weight is minus its slope, because it stands at -log p."""
+    """loss = -log sigmoid(beta (chosen - rejected)). A weight is minus its slope: it stands before -log p."""
+
+    def loss(x):
+        return np.logaddexp(0, -beta * (x[:, 0] - x[:, 1]))
+
     gained, h = source.normal(n, 2), 1e-5
-    loss = lambda x: np.logaddexp(0, -beta * (x[:, 0] - x[:, 1]))  # noqa: E731
     losses, weights = ops.dpo(gained, beta)
     assert_within(losses, loss(widened(gained)), 16 * unit(ops.dtype) * (1 + 2 * beta * np.abs(gained).max()))
     for i in range(2):

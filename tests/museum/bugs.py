@@ -771,8 +771,11 @@ BUGS = [
         "the step is counted once for each parameter",
         "flashlight/flashlight#143",
         "numpy_llama/training/optimizer.py",
-        "        h, self.t = self.hyperparameters, self.t + 1\n        for name, p in self.parameters.items():\n",
-        "        h = self.hyperparameters\n        for name, p in self.parameters.items():\n            self.t += 1\n",
+        "        h, self.t = self.hyperparameters, self.t + 1\n"
+        "        for name, p in self.parameters.items():\n",
+        "        h = self.hyperparameters\n"
+        "        for name, p in self.parameters.items():\n"
+        "            self.t += 1\n",
         "tests/training/test_optimizer.py::test_adamw_is_pytorchs",
     ),
     Bug(

@@ -1,6 +1,8 @@
 """The figures of the course. Each is drawn from the package's own functions."""
 
 import time
+import tracemalloc
+from dataclasses import replace
 
 import language
 import matplotlib.pyplot as plt  # which shows a cell's figure by itself
@@ -8,12 +10,14 @@ import numpy as np
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 import numpy_llama as nl
+from numpy_llama import backward, learner
 from numpy_llama import functional as F
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.backend.kernels import Kernels, KernelWeight, available_cpus, fma_probe, read_probe
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.download import pull
 from numpy_llama.checkpoint.presets import PRESETS
+from numpy_llama.proof.tiny import TINY, random_tokens, random_weights
 from numpy_llama.training.objectives import DPO
 from numpy_llama.training.optimizer import AdamW, Hyperparameters, learning_rate
 from numpy_llama.training.order import Order
@@ -303,6 +307,113 @@ def generations(names):
     left.set_yticks(places, names)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+
+
+def logit_gradient(text, target):
+    """The likeliest next tokens, and how the loss of `target` would move their logits."""
+    llama = model()
+    (wanted,) = llama.tokenizer.encode(target)
+    logits = llama.model(np.array([llama.tokenizer.encode(text)]))[0, -1:]
+    _, lse = backward.cross_entropy(logits, np.array([wanted]))
+    moved = -backward.cross_entropy_backward(np.ones(1), logits, np.array([wanted]), lse)[0]
+    best = np.argsort(-logits[0])[:12]
+    colors = [ACCENT if i == wanted else INK for i in best]
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    left.barh(range(len(best)), F.softmax(logits)[0, best], color=colors)
+    left.set(xlabel="probability")
+    left.set_yticks(range(len(best)), [repr(llama.tokenizer.piece(int(i)))[1:-1] for i in best], fontsize=9)
+    left.invert_yaxis()
+    right.barh(range(len(best)), moved[best], color=colors)
+    right.axvline(0, color="grey", lw=0.8)
+    right.set(xlabel="minus the gradient: the change of the logit")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+# The lines of a block from below to above, and what the gradient of each needs of the forward pass.
+MIRROR = [
+    ("attention_norm", "x", True),
+    ("wq, wk, wv", "attention_norm(x)", False),
+    ("RoPE", "", False),
+    ("attention", "q, k, v, out, lse", True),
+    ("wo", "out", True),
+    ("+", "", False),
+    ("ffn_norm", "h", True),
+    ("w_gate, w_up", "ffn_norm(h)", False),
+    ("swiglu", "gate, up", True),
+    ("w_down", "swiglu(gate, up)", False),
+    ("+", "", False),
+]
+
+
+def mirror():
+    """A block upwards, its gradients downwards, and between them what is kept or computed again."""
+    _, axes = plt.subplots(figsize=(8, 6.8))
+    forward, backwards, top = 0.0, 6.4, len(MIRROR) - 1
+    box = {"boxstyle": "round,pad=0.35", "fc": "white"}
+    middle = {"ha": "center", "va": "center", "fontsize": 10}
+    arrow = {"arrowstyle": "-|>", "shrinkA": 13, "shrinkB": 13, "lw": 1.4}
+    for y, (name, needed, kept) in enumerate(MIRROR):
+        axes.text(forward, y, name, bbox={**box, "ec": INK}, **middle)
+        axes.text(backwards, y, name, bbox={**box, "ec": ACCENT}, **middle)
+        if needed:
+            how = {"arrowstyle": "->", "color": "#555555", "ls": "-" if kept else ":"}
+            axes.annotate("", (backwards - 1.1, y), (forward + 1.1, y), arrowprops=how)
+            again = "" if kept else ", again"
+            axes.text(3.2, y + 0.13, needed + again, ha="center", va="bottom", fontsize=9, color="#333333")
+    for y in range(-1, top + 1):
+        axes.annotate("", (forward, y + 1), (forward, y), arrowprops={**arrow, "color": INK})
+        axes.annotate("", (backwards, y), (backwards, y + 1), arrowprops={**arrow, "color": ACCENT})
+    for low, high in ((-0.5, 5), (5.5, 10)):  # the residual stream goes past each of the two steps
+        past = {"arrowstyle": "-|>", "lw": 1.4}
+        beside = {**past, "color": INK, "connectionstyle": "bar,fraction=-0.3", "shrinkA": 0, "shrinkB": 9}
+        axes.annotate("", (forward, high), (forward, low), arrowprops=beside)
+        beside = {**past, "color": ACCENT, "connectionstyle": "bar,fraction=-0.3", "shrinkA": 9, "shrinkB": 0}
+        axes.annotate("", (backwards, low), (backwards, high), arrowprops=beside)
+    for x, below, above in ((forward, "x", "y"), (backwards, "dx", "dy")):
+        axes.text(x, -1.1, below, ha="center", va="top", fontsize=11)
+        axes.text(x, top + 1.05, above, ha="center", va="bottom", fontsize=11)
+    axes.set(xlim=(-2.9, 9.3), ylim=(-1.8, top + 1.7))
+    axes.axis("off")
+
+
+def memory_of_a_pass(n_layers=8, T=512):
+    """What is in memory after each block of a small model, forward and then backward, by what is kept."""
+    args = replace(TINY, dim=96, head_dim=24, hidden_dim=256, n_layers=n_layers, max_seq_len=T)
+    rng = np.random.default_rng(0)
+    small = nl.Transformer(args, random_weights(rng, args, np.float32))
+    tokens, weights = random_tokens(rng, args, 1, T), np.full((1, T), 1 / T, np.float32)
+    plain = learner.Functions()
+    _, axes = plt.subplots(figsize=(7, 3.2))
+    policies = {"Saved is kept": plain, "x is kept": learner.checkpointing(plain)}
+    for (name, functions), color in zip(policies.items(), (INK, ACCENT), strict=True):
+        found = []
+
+        def noting(block, found=found):
+            """The same function, which notes the memory in use after each call."""
+
+            def call(*arguments):
+                result = block(*arguments)
+                found.append(tracemalloc.get_traced_memory()[0])
+                return result
+
+            return call
+
+        noted = replace(
+            functions,
+            block_forward=noting(functions.block_forward),
+            block_backward=noting(functions.block_backward),
+        )
+        learning = learner.Learner(small, noted)
+        tracemalloc.start()
+        learning.loss_and_gradients(tokens, tokens, weights)
+        tracemalloc.stop()
+        axes.plot(np.array(found) / 1e6, "o-", ms=3, color=color, label=name)
+    axes.axvline(n_layers - 0.5, color="grey", lw=0.8, ls=":")
+    axes.set_xticks(range(2 * n_layers), [*range(n_layers), *reversed(range(n_layers))])
+    axes.set(xlabel="blocks forward, then blocks backward", ylabel="megabytes", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def seconds(call, *arguments, runs=5):

@@ -348,37 +348,35 @@ MIRROR = [
 
 def mirror():
     """A block upwards, its gradients downwards, and between them what is kept or computed again."""
-    _, axes = plt.subplots(figsize=(8, 6.8))
-    forward, backwards, top = 0.0, 6.4, len(MIRROR) - 1
-    box = {"boxstyle": "round,pad=0.35", "fc": "white"}
-    middle = {"ha": "center", "va": "center", "fontsize": 10}
-    arrow = {"arrowstyle": "-|>", "shrinkA": 13, "shrinkB": 13, "lw": 1.4}
-    for y, (name, needed, kept) in enumerate(MIRROR):
-        axes.text(forward, y, name, bbox={**box, "ec": INK}, **middle)
-        axes.text(backwards, y, name, bbox={**box, "ec": ACCENT}, **middle)
+    _, axes = plt.subplots(figsize=(8, 7.6))
+    top, sides = len(MIRROR), ((0.0, -1, INK, ("x", "y")), (6.4, 1, ACCENT, ("dx", "dy")))
+    for at, side, color, ends in sides:
+        arrow = {"arrowstyle": "-|>", "color": color, "lw": 1.4, "shrinkA": 11, "shrinkB": 11}
+        how = {"ha": "center", "va": "center", "fontsize": 10}
+        for y, (name, _, _) in enumerate(MIRROR):
+            axes.text(at, y, name, bbox={"boxstyle": "round,pad=0.35", "fc": "white", "ec": color}, **how)
+        for y, name in zip((-1, top), ends, strict=True):
+            axes.text(at, y, name, **{**how, "fontsize": 12})
+        for y in range(top + 1):
+            below, above = (at, y - 1), (at, y)
+            axes.annotate("", *((above, below) if side < 0 else (below, above)), arrowprops=arrow)
+        for low, high in ((-0.5, 5), (5.5, 10)):  # the residual stream, past each of the two steps
+            past = at + 1.75 * side
+            axes.plot([at, past, past, at + 0.4 * side], [low, low, high, high], color=color, lw=1.4)
+            tip = ((at + 0.25 * side, high), (past, high)) if side < 0 else ((at, low), (past, low))
+            axes.annotate("", *tip, arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0})
+    for y, (_, needed, kept) in enumerate(MIRROR):
         if needed:
             how = {"arrowstyle": "->", "color": "#555555", "ls": "-" if kept else ":"}
-            axes.annotate("", (backwards - 1.1, y), (forward + 1.1, y), arrowprops=how)
-            again = "" if kept else ", again"
-            axes.text(3.2, y + 0.13, needed + again, ha="center", va="bottom", fontsize=9, color="#333333")
-    for y in range(-1, top + 1):
-        axes.annotate("", (forward, y + 1), (forward, y), arrowprops={**arrow, "color": INK})
-        axes.annotate("", (backwards, y), (backwards, y + 1), arrowprops={**arrow, "color": ACCENT})
-    for low, high in ((-0.5, 5), (5.5, 10)):  # the residual stream goes past each of the two steps
-        past = {"arrowstyle": "-|>", "lw": 1.4}
-        beside = {**past, "color": INK, "connectionstyle": "bar,fraction=-0.3", "shrinkA": 0, "shrinkB": 9}
-        axes.annotate("", (forward, high), (forward, low), arrowprops=beside)
-        beside = {**past, "color": ACCENT, "connectionstyle": "bar,fraction=-0.3", "shrinkA": 9, "shrinkB": 0}
-        axes.annotate("", (backwards, low), (backwards, high), arrowprops=beside)
-    for x, below, above in ((forward, "x", "y"), (backwards, "dx", "dy")):
-        axes.text(x, -1.1, below, ha="center", va="top", fontsize=11)
-        axes.text(x, top + 1.05, above, ha="center", va="bottom", fontsize=11)
-    axes.set(xlim=(-2.9, 9.3), ylim=(-1.8, top + 1.7))
+            axes.annotate("", (4.9, y), (1.5, y), arrowprops=how)
+            label = needed if kept else f"{needed}, again"
+            axes.text(3.2, y + 0.1, label, ha="center", va="bottom", fontsize=9, color="#333333")
+    axes.set(xlim=(-2.2, 8.6), ylim=(-1.4, top + 0.4))
     axes.axis("off")
 
 
 def memory_of_a_pass(n_layers=8, T=512):
-    """What is in memory after each block of a small model, forward and then backward, by what is kept."""
+    """The most memory in use during each block of a small model, forward and then backward."""
     args = replace(TINY, dim=96, head_dim=24, hidden_dim=256, n_layers=n_layers, max_seq_len=T)
     rng = np.random.default_rng(0)
     small = nl.Transformer(args, random_weights(rng, args, np.float32))
@@ -390,11 +388,12 @@ def memory_of_a_pass(n_layers=8, T=512):
         found = []
 
         def noting(block, found=found):
-            """The same function, which notes the memory in use after each call."""
+            """The same function, which notes the most memory that was in use during each call."""
 
             def call(*arguments):
+                tracemalloc.reset_peak()
                 result = block(*arguments)
-                found.append(tracemalloc.get_traced_memory()[0])
+                found.append(tracemalloc.get_traced_memory()[1])
                 return result
 
             return call

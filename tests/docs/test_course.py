@@ -27,6 +27,16 @@ def test_each_word_is_explained_once_in_its_place():
     assert len(words) > 40 and words == sorted({*words})
 
 
+def test_every_gradient_is_quoted():
+    source = (ROOT / "numpy_llama" / "backward.py").read_text()
+    quoted = re.findall(
+        r"^```\{literalinclude\} .*/backward\.py\n:pyobject: (\w+)$",
+        "".join(path.read_text() for path in CHAPTERS),
+        re.MULTILINE,
+    )
+    assert sorted(quoted) == sorted(re.findall(r"^(?:def|class) (\w+)", source, re.MULTILINE))
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_has_its_parts(path):
     text = path.read_text()

@@ -50,6 +50,12 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("numpy-llama ")]
 
 
+def lessons() -> list[str]:
+    """The lines of the README that make data and train on them."""
+    lines = "\n".join(blocks(ROOT / "README.md", "sh")).replace(" && \\\n", " && ").splitlines()
+    return [line for line in lines if line.startswith("python examples/make_")]
+
+
 def run(command: list[str], folder: Path = ROOT, silent: bool = True) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
@@ -115,6 +121,18 @@ def test_the_commands_run(line, smollm2_path, tmp_path):
     command = line.partition("#")[0] + less.get(line.split()[1], "")
     printed = run(["sh", "-c", command], tmp_path, silent=not writes)
     assert printed or (tmp_path / writes[2]).exists()
+
+
+@pytest.mark.parametrize("line", lessons(), ids=lambda line: line.split()[1])
+def test_the_lines_that_train_run(line, smollm2_path, tmp_path):
+    """Data, a run and an answer, as they are shown; the run has one step."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    one_step, n = re.subn(
+        r"(numpy-llama (?:train|finetune) [^&]*?) &&", r"\1 --iters 1 --seq-len 64 &&", line
+    )
+    printed = run(["sh", "-c", one_step], tmp_path, silent=False)
+    assert n == 1 and printed.count("\n        sample: ") == 1
+    assert len(list(tmp_path.glob("*/log.csv"))) == 1
 
 
 def write_adapter(folder: Path, base: Path) -> None:

@@ -8,16 +8,17 @@
  * w has any format, and its weights are those of the exact way (linear.c): y has the bits of nl_linear_exact.
  * In the letters of BLIS:
  *
- *     for ps in 0, KS .. K                        KS = 512
- *         pack_a                                  a[:, ps: ps + KS] in tiles (KS, TILE_ROWS)
- *         pack_b                                  b[ps: ps + KS] in panels (KS, NR), which are floats
- *         barrier
- *         for ic in a thread's rows, MC           MC = 120: KS numbers of each are 240 KB, a part of L2
- *             for jr in its columns, NR           (MC, NR) numbers of c are 15 KB
- *                 for pc in ps, KC .. ps + KS     KC = 256: this part of a panel is 16 or 32 KB, in L1
- *                     for ir in ic, TILE_ROWS .. ic + MC
- *                         micro_kernel            c[ir: ir + TILE_ROWS, jr: jr + NR] += tile @ panel
- *         barrier
+ *     for each part of c                          PART = 3072 rows and columns at most
+ *         for ps in 0, KS .. K                    KS = 768
+ *             pack_a                              a[:, ps: ps + KS] in tiles (KS, TILE_ROWS)
+ *             pack_b                              b[ps: ps + KS] in panels (KS, NR), which are floats
+ *             barrier
+ *             for ic in a thread's rows, MC       MC = 120: KS numbers of each are 360 KB, a part of L2
+ *                 for jr in its columns, NR       (MC, NR) numbers of c are 15 KB
+ *                     for pc in ps, KC .. ps + KS KC = 256: this part of a panel is 16 or 32 KB, in L1
+ *                         for ir in ic, TILE_ROWS .. ic + MC
+ *                             micro_kernel        c[ir: ir + TILE_ROWS, jr: jr + NR] += tile @ panel
+ *             barrier
  *
  * Threads share the packing and then the parts of c. A number of c is summed by one thread: k ascending in
  * each KC, from 0; then the KC ascending, from 0 or from dw. The scalar form makes one long sum. So neither
@@ -32,9 +33,12 @@
 #include "formats.h"
 #include "vec.h"
 
-/* The k that are packed at once. More would leave L2; fewer would be more barriers, and passes over c. */
-enum { KS = 512 };
+/* The k that are packed at once. More would leave L2; fewer would be more barriers, and passes over c. A part
+ * of c has PART rows and columns at most: what is packed for it stays in the caches, and in pages that free
+ * keeps for the next call. */
+enum { KS = 768, PART = 3072 };
 _Static_assert(KS % KC == 0 && KS % NL_PANEL_ROWS == 0, "whole KC, and whole panels");
+_Static_assert(PART % ROW_GROUP == 0 && PART % QK_K == 0, "whole tiles, and whole blocks of b");
 /* k in a packed tile or panel. It is whole panels of linear_gemm.c, in which rows of b are unpacked. */
 INLINE int64_t packed_k(const float_product *p) {
     return p->K < KS ? (p->K + NL_PANEL_ROWS - 1) / NL_PANEL_ROWS * NL_PANEL_ROWS : KS;
@@ -62,10 +66,8 @@ static int64_t threads_across(const float_product *p, int64_t n) {
     return best;
 }
 
-static int multiply(const float_product *p, int threads) {
+static int multiply_part(const float_product *p, int threads) {
     const kernels *kernel = chosen_kernels();
-    if (!is_known(p->b.format)) return NL_UNKNOWN_FORMAT;
-    if (p->M <= 0 || p->N <= 0) return 0;
     const int64_t ks = packed_k(p);
     const int64_t a_floats = (p->M + ROW_GROUP) * ks, b_floats = (p->N + NL_PANEL_ROWS) * ks;
     float *packed_a = aligned_alloc(64, (size_t)(a_floats + b_floats) * sizeof(float));
@@ -90,6 +92,18 @@ static int multiply(const float_product *p, int threads) {
         }
     }
     free(packed_a);
+    return 0;
+}
+
+static int multiply(const float_product *p, int threads) {
+    if (!is_known(p->b.format)) return NL_UNKNOWN_FORMAT;
+    for (int64_t i = 0; i < p->M; i += PART)
+        for (int64_t j = 0; j < p->N; j += PART) {
+            float_product part = *p;
+            part.c += i * p->c_row + j, part.a += i * p->a_row, part.b_begin += j;
+            part.M = p->M - i < PART ? p->M - i : PART, part.N = p->N - j < PART ? p->N - j : PART;
+            if (multiply_part(&part, threads)) return NL_NO_MEMORY;
+        }
     return 0;
 }
 

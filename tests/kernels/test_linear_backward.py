@@ -21,8 +21,8 @@ from numpy_llama.proof.bounds import assert_within, g
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 sizes = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 47, 48, 49, 65]))
-# csrc/linear_backward.c: KC = 256 products are one sum, KS = 512 are packed at once, MC = 120 rows lie in L2.
-long = st.one_of(sizes, st.sampled_from([119, 121, 255, 256, 257, 300, 513]))
+# csrc/linear_backward.c: KC = 256 products are one sum, KS = 768 are packed at once, MC = 120 rows lie in L2.
+long = st.one_of(sizes, st.sampled_from([119, 121, 255, 256, 257, 300, 769]))
 
 
 # Eleven formats on each instruction set: a few examples of each are many in all.
@@ -39,7 +39,7 @@ def format(request):
     T=long, OUT=long, blocks=st.integers(1, 10), threads=st.integers(1, 4), by=st.integers(0, 15), seed=seeds
 )
 @example(T=121, OUT=257, blocks=9, threads=1, by=0, seed=0)
-@example(T=9, OUT=1030, blocks=1, threads=2, by=0, seed=0)  # packed three times
+@example(T=9, OUT=1550, blocks=1, threads=2, by=0, seed=0)  # packed three times
 @example(T=12, OUT=256, blocks=8, threads=3, by=1, seed=0)  # whole tiles, a whole panel of KC
 @example(T=9, OUT=33, blocks=2, threads=2, by=0, seed=0)  # a packed group and one row
 def test_dx_and_y_are_exact_on_exact_data(isa, format, T, OUT, blocks, threads, by, seed):
@@ -55,7 +55,7 @@ def test_dx_and_y_are_exact_on_exact_data(isa, format, T, OUT, blocks, threads, 
 @for_each
 @given(T=long, OUT=long, IN=long, threads=st.integers(1, 4), by=st.integers(0, 15), seed=seeds)
 @example(T=257, OUT=121, IN=33, threads=1, by=0, seed=0)
-@example(T=1030, OUT=13, IN=9, threads=2, by=0, seed=0)  # packed three times
+@example(T=1550, OUT=13, IN=9, threads=2, by=0, seed=0)  # packed three times
 @example(T=256, OUT=24, IN=64, threads=2, by=1, seed=0)
 def test_dw_is_exact_on_exact_data_and_adds(isa, T, OUT, IN, threads, by, seed):
     rng = np.random.default_rng(seed)
@@ -99,6 +99,18 @@ def test_products_give_the_same_bits_however_they_are_split(isa, format, T, OUT,
     np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(dx))
     parts = [one.linear_dw(part, x) for part in (dy[:, :cut], dy[:, cut:])]
     np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(dw))
+
+
+@pytest.mark.parametrize("name", ["F32", "Q4_K"])
+def test_products_of_more_than_one_part_are_exact(isa, name, rng):
+    """csrc/linear_backward.c: a part has PART = 3072 rows and columns at most."""
+    T, OUT, IN, k = 10, 3085, 3328, TrainingKernels(2)
+    w = exact_weight(rng, FORMATS[name], OUT, IN)
+    x, dy = (rng.integers(-8, 9, (T, n)).astype(np.float32) for n in (IN, OUT))
+    wide = w.dequantize(np.float64)
+    np.testing.assert_array_equal(k.linear(x, KernelWeight(w)), x.astype(np.float64) @ wide.T)
+    np.testing.assert_array_equal(k.linear_dx(dy, KernelWeight(w)), dy.astype(np.float64) @ wide)
+    np.testing.assert_array_equal(k.linear_dw(dy, x), dy.T.astype(np.float64) @ x)
 
 
 def test_products_give_the_same_bits_in_short_calls(isa, rng, monkeypatch):

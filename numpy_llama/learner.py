@@ -198,8 +198,12 @@ class Learner(Transformer):
             dx, own = self.functions.block_backward(self.layers[i], dx, kept, run.freqs_cis, run.first)
             add(gradients, own, f"layers.{i}.")
         if not self.frozen:
-            dweight = B.embedding_backward(dx, run.tokens, len(self.tok_embeddings))
-            add(gradients, {"tok_embeddings.weight": dweight})
+            ids, places = np.unique(run.tokens, return_inverse=True)  # of the few rows that were read
+            rows = B.embedding_backward(dx, places.reshape(run.tokens.shape), len(ids))
+            name = "tok_embeddings.weight"
+            if name not in gradients:
+                gradients[name] = np.zeros(self.tok_embeddings.shape, rows.dtype)
+            gradients[name][ids] += rows
         return loss, gradients
 
     def loss_and_gradients(

@@ -4,7 +4,8 @@
     learning      12 bytes for each number that learns: its gradient, m and v
     activations   for each token and layer x, q, k, v, out, lse, h, gate, up (backward.Saved); with
                   checkpointing x alone, and the others for one layer
-    scratch       logits of one chunk, temporary arrays of one layer, the interpreter
+    scratch       logits of one chunk (NumPy keeps three arrays of CHUNK rows, C one array of 2 CHUNK rows),
+                  temporary arrays of one layer, the interpreter
 
 A multiplication and an addition are two operations. Each matrix takes them once forward, once for dx and, if
 it learns, once for dW. Attention has two products forward and five backward, of the visible positions only.

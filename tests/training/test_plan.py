@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from helpers.training import tiny_learner
 
+from numpy_llama import backward
+from numpy_llama.backend import training
 from numpy_llama.checkpoint.memory import PYTHON
 from numpy_llama.errors import ResourceLimitError
 from numpy_llama.learner import Learner, checkpointing
@@ -61,6 +63,11 @@ def test_a_step_takes_no_more_memory_than_planned(with_checkpointing):
         tracemalloc.stop()
     expected = plan.peak - plan.weights - PYTHON
     assert expected / 4 < used < expected
+
+
+def test_the_logits_of_the_c_kernels_take_no_more_than_planned():
+    """The plan counts three arrays of CHUNK rows. C has one array, in which logits become dlogits."""
+    assert training.CHUNK <= 3 * backward.CHUNK
 
 
 def test_a_plan_takes_smaller_micro_batches_then_checkpointing_then_none():

@@ -1,8 +1,8 @@
-"""The contestants of against_peers.py, each in processes of its own.
+"""The contestants of the two races, each in processes of its own.
 
     PYTHON benchmarks/contestants.py NAME ARGUMENTS
 
-numpy_llama and llama.cpp run this file: it answers questions on standard input. ARGUMENTS are in JSON.
+All but ik_llama.cpp run this file: it answers questions on standard input. ARGUMENTS are in JSON.
 ik_llama.cpp runs its own llama-bench.
 """
 
@@ -19,6 +19,9 @@ from contextlib import suppress
 from typing import NamedTuple
 
 OURS, LLAMA_CPP, IK = "numpy_llama", "llama.cpp", "ik_llama.cpp"
+TRAINING, PYTORCH = "numpy_llama.training", "PyTorch"  # of training_against_pytorch.py
+RANK = 8  # of LoRA
+PROBE = 384_000_000  # operations of a thread
 
 
 class Test(NamedTuple):
@@ -113,10 +116,118 @@ class LlamaCpp:
         return time.perf_counter() - began
 
 
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Training:
+    """Steps of numpy_llama's Trainer on a model of random weights."""
+
+    def __init__(self, shape: list[int], rows: int, length: int, lora: bool, threads: int):
+        import numpy as np
+
+        from numpy_llama.backend import kernels
+        from numpy_llama.config import ModelArgs
+        from numpy_llama.training.compute import c_compute
+        from numpy_llama.training.examples import Example
+        from numpy_llama.training.lora import TARGETS, scale_of, with_lora
+        from numpy_llama.training.models import new_weights
+        from numpy_llama.training.objectives import NextToken
+        from numpy_llama.training.optimizer import AdamW, Hyperparameters
+        from numpy_llama.training.order import Order
+        from numpy_llama.training.plan import Work
+        from numpy_llama.training.trainer import Schedule, Trainer
+
+        args = ModelArgs(*shape, norm_eps=1e-6, rope_theta=1e4, max_seq_len=length)
+        self.kernels, self.threads, compute = kernels, threads, c_compute(threads)
+        learner = compute.learner(args, new_weights(args, seed=0), False, frozen=lora)
+        if lora:
+            learner = with_lora(learner, list(TARGETS), RANK, scale_of(RANK, RANK))
+        ids = np.random.default_rng(0).integers(0, args.vocab_size, (rows, length + 1))
+        examples = [(Example(row, np.ones(length, bool), "a row"),) for row in ids]
+        work = Work.of(args, all_learns=not lora).operations(examples)
+        self.trainer = Trainer(
+            learner,
+            AdamW(learner.parameters(), Hyperparameters(1e-4), compute.adamw),
+            examples,
+            Order(rows, rows),
+            NextToken(),
+            Schedule(1 << 30),
+            rows * length,
+            compute.squares,
+        )
+        self.about = lambda: f"numpy_llama, {kernels.isa()}"
+        self.operations = lambda: work
+        self.peak_memory = peak_memory
+
+    def step(self) -> float:
+        return self.trainer.step().seconds
+
+    def fma_peak(self) -> float:
+        """Float32 operations a second, of all threads together."""
+        began = time.perf_counter()
+        self.kernels.fma_probe(PROBE, self.threads)
+        return self.threads * PROBE / (time.perf_counter() - began)
+
+
+class PyTorch:
+    """The same steps in PyTorch, with the model of transformers."""
+
+    def __init__(self, shape: list[int], rows: int, length: int, lora: bool, threads: int):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.torch, self.peak_memory = torch, peak_memory
+        torch.set_num_threads(threads)
+        dim, layers, heads, kv_heads, head_dim, hidden_dim, vocab_size = shape
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=dim,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=head_dim,
+                intermediate_size=hidden_dim,
+                vocab_size=vocab_size,
+                max_position_embeddings=length,
+                tie_word_embeddings=True,
+            )
+        )
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            self.model = get_peft_model(
+                self.model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+            )
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+        ids = torch.randint(0, vocab_size, (rows, length + 1))
+        self.ids, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1).contiguous()
+
+    def about(self) -> str:
+        import transformers
+
+        return f"PyTorch {self.torch.__version__}, transformers {transformers.__version__}"
+
+    def step(self) -> float:
+        began = time.perf_counter()
+        logits = self.model(input_ids=self.ids, use_cache=False).logits
+        loss = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.targets)
+        loss.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - began
+
+
 def answer(name: str, arguments: list) -> None:
     """The loop of a contestant: a call a line, [name of a method, its arguments], and a result a line."""
     try:
-        contestant = {OURS: Ours, LLAMA_CPP: LlamaCpp}[name](*arguments)
+        contestant = {OURS: Ours, LLAMA_CPP: LlamaCpp, TRAINING: Training, PYTORCH: PyTorch}[name](*arguments)
         for line in sys.stdin:
             method, *values = json.loads(line)
             print(json.dumps(getattr(contestant, method)(*values)), flush=True)

@@ -625,8 +625,8 @@ BUGS = [
         "a tied embedding gets the gradient of the table alone",
         "ggml-org/llama.cpp#9065; huggingface/peft#2803",
         LEARNER,
-        '            add(gradients, {"tok_embeddings.weight": dweight})',
-        '            gradients["tok_embeddings.weight"] = dweight',
+        "            gradients[name][ids] += rows",
+        "            gradients[name] = B.embedding_backward(dx, run.tokens, len(self.tok_embeddings))",
         LEARNING,
     ),
     Bug(

@@ -29,7 +29,9 @@ BUILD = ROOT / "build" / "fuzz"
 CORPUS = HERE / "corpus"
 FILES = ("gguf", "safetensors", "torch", "pickle", "llama2c", "params", "config", "tokenizer_json")
 FILES += ("sentencepiece", "tiktoken", "template")
-KERNELS = ("linear", "linear_exact", "linear_quantized", "attention", "layer", "convert", "exp")
+INFERENCE = ("linear", "linear_exact", "linear_quantized", "attention", "layer", "convert", "exp")
+TRAINING = ("linear_dx", "linear_dw", "attention_backward", "training")
+KERNELS = INFERENCE + TRAINING
 SANITIZE = "-fsanitize=address,undefined"
 # Without OpenMP: sanitize.py looks for races.
 COMPILE = ["clang", "-std=c11", "-O1", "-g", "-ffp-contract=off", "-fno-sanitize-recover=all"]

@@ -327,6 +327,207 @@ void fuzz_attention(void) {
     free(q), free(out), free(scores), free(sum), free(largest);
 }
 
+/* ---------------------------------------------------------------- the gradients of linear */
+
+/* sum of n products a[i * by_a] b[i * by_b], within the rounding of the sum in any order, plus `old` */
+static void check_sum(float found, const float *a, int64_t by_a, const double *b, const double *size,
+                      int64_t by_b, int64_t n, double old, const char *what) {
+    double sum = old, sizes = fabs(old), largest = 0;
+    int finite = isfinite(old);
+    for (int64_t i = 0; i < n; i++) {
+        sum += (double)a[i * by_a] * b[i * by_b];
+        sizes += fabs((double)a[i * by_a]) * size[i * by_b];
+        largest = fmax(largest, fabs((double)a[i * by_a]));
+        finite &= isfinite(a[i * by_a]) && isfinite(b[i * by_b]);
+    }
+    if (!finite)
+        check(!isfinite(found), "what is not finite was lost");
+    else if (sizes < HUGE_SUM && largest < HUGE_X)
+        check_near(found, sum, 3 * (double)(n + 16) * U * sizes + (double)n * 1e-44, what);
+}
+
+void fuzz_linear_dx(void) {
+    choose_isa();
+    const int format = FORMATS[number(0, N_FORMATS - 1)], kind = (int)number(0, KINDS - 1);
+    const int64_t weights = block_weights(format), T = number(1, number(0, 3) ? 12 : 260);
+    const int64_t IN = number(1, is_k(format) ? 3 : 20) * weights, N = IN - number(0, weights - 1);
+    int64_t OUT = number(1, 300);
+    if (T * OUT * IN > 1 << 16) OUT = (1 << 16) / (T * IN) + 1;
+    uint8_t *rows = stored(format, OUT * IN, (int)number(0, KINDS - 1));
+    const nl_matrix w = {packed(rows, format, OUT, IN), format, OUT, IN};
+    float *dy = floats(T * OUT, kind), *x = floats(T * IN, kind), *dx = room(4 * T * N);
+    float *y = room(4 * T * OUT), *exact = room(4 * T * OUT);
+    const int64_t cut = number(0, N / NL_GRADIENT_COLUMNS) * NL_GRADIENT_COLUMNS;
+    if (cut) check(nl_linear_dx(dx, dy, T, &w, N, 0, cut, 1) == 0, "dx was refused");
+    if (cut < N) check(nl_linear_dx(dx, dy, T, &w, N, cut, N, 1) == 0, "dx was refused");
+    double *wide = room(8 * OUT * IN), *size = room(8 * OUT * IN);
+    for (int64_t r = 0; r < OUT; r++)
+        read_row(wide + r * IN, size + r * IN, format, rows + r * row_bytes(format, IN), IN);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t k = 0; k < N; k++)
+            check_sum(dx[t * N + k], dy + t * OUT, 1, wide + k, size + k, IN, OUT, 0, "dx is wrong");
+    check(nl_linear_y(y, x, T, &w, 0, OUT, 1) == 0, "y was refused");
+    check(nl_linear_exact(exact, x, T, &w, 0, OUT, 1) == 0, "y was refused");
+    for (int64_t i = 0; i < T * OUT; i++)
+        check(y[i] == exact[i] || (isnan(y[i]) && isnan(exact[i])), "y has other bits");
+    if (w.data != rows) free((void *)(uintptr_t)w.data);
+    free(rows), free(dy), free(x), free(dx), free(y), free(exact), free(wide), free(size);
+}
+
+void fuzz_linear_dw(void) {
+    choose_isa();
+    const int kind = (int)number(0, KINDS - 1), add = (int)number(0, 1);
+    const int64_t T = number(1, number(0, 3) ? 12 : 600), IN = number(1, 140);
+    int64_t OUT = number(1, 140);
+    if (T * OUT * IN > 1 << 16) OUT = (1 << 16) / (T * IN) + 1;
+    float *dy = floats(T * OUT, kind), *x = floats(T * IN, kind), *dw = floats(OUT * IN, kind);
+    float *old = memcpy(room(4 * OUT * IN), dw, (size_t)(4 * OUT * IN));
+    const int64_t cut = number(0, OUT);
+    for (int part = 0; part < 2; part++)
+        check(nl_linear_dw(dw, dy, x, T, OUT, IN, part ? cut : 0, part ? OUT : cut, add, 1) == 0,
+              "dw was refused");
+    double *wide = room(8 * T * IN), *size = room(8 * T * IN);
+    for (int64_t i = 0; i < T * IN; i++) wide[i] = x[i], size[i] = fabs(wide[i]);
+    for (int64_t o = 0; o < OUT; o++)
+        for (int64_t k = 0; k < IN; k++)
+            check_sum(dw[o * IN + k], dy + o, OUT, wide + k, size + k, IN, T, add ? old[o * IN + k] : 0,
+                      "dw is wrong");
+    free(dy), free(x), free(dw), free(old), free(wide), free(size);
+}
+
+/* ---------------------------------------------------------------- the rest of training
+ *
+ * The oracle is the scalar form. The numbers of both are near if all that is read is small. */
+
+enum { MAX_OUTPUTS = 3 };
+typedef struct {
+    float *output[MAX_OUTPUTS];
+    int64_t n[MAX_OUTPUTS];
+} outputs;
+
+static float *output_of(outputs *o, int i, const float *from, int64_t n) {
+    o->n[i] = n;
+    o->output[i] = room(4 * n);
+    return from ? memcpy(o->output[i], from, (size_t)(4 * n)) : o->output[i];
+}
+
+static void check_same(outputs *found, outputs *expected, int finite, double bound, const char *what) {
+    for (int i = 0; i < MAX_OUTPUTS; i++) {
+        double largest = 0;
+        for (int64_t j = 0; j < expected->n[i]; j++) largest = fmax(largest, fabs(expected->output[i][j]));
+        for (int64_t j = 0; finite && j < expected->n[i]; j++)
+            check_near(found->output[i][j], expected->output[i][j], bound * (largest + 1e-30), what);
+        free(found->output[i]), free(expected->output[i]);
+    }
+}
+
+void fuzz_attention_backward(void) {
+    choose_isa();
+    const char *isa = nl_isa();
+    const int kind = number(0, 1) ? REAL : ANY_BITS;
+    const int64_t B = number(1, 2), T = number(1, number(0, 3) ? 12 : 220), K = number(1, 2);
+    const int64_t H = K * number(1, 3), Dh = number(0, 1) ? number(1, 6) * 16 : number(1, 50);
+    const int64_t nq = B * T * H * Dh, nk = B * T * K * Dh, cut = number(0, (T - 1) / NL_KEYS) * NL_KEYS;
+    float *q = floats(nq, kind), *k = floats(nk, kind), *v = floats(nk, kind), *dout = floats(nq, kind);
+    outputs both[2] = {0};
+    for (int scalar = 0; scalar < 2; scalar++) {
+        if (scalar) nl_use_isa("scalar");
+        float *out = room(4 * nq), *lse = room(4 * B * H * T);
+        const nl_attention_args forward = {
+            .out = out,
+            .q = q,
+            .k = k,
+            .v = v,
+            .format = F32,
+            .B = B,
+            .T = T,
+            .S = T,
+            .H = H,
+            .K = K,
+            .Dh = Dh,
+            .k_strides = {T * K * Dh, K * Dh, Dh},
+            .v_strides = {T * K * Dh, K * Dh, Dh},
+            .end = T,
+            .lse = lse,
+        };
+        check(nl_attention(&forward, 1) == 0, "no memory");
+        outputs *o = &both[scalar];
+        nl_attention_backward_args a = {
+            .dq = output_of(o, 0, NULL, nq),
+            .dk = output_of(o, 1, NULL, nk),
+            .dv = output_of(o, 2, NULL, nk),
+            .dout = dout,
+            .q = q,
+            .k = k,
+            .v = v,
+            .out = out,
+            .lse = lse,
+            .B = B,
+            .T = T,
+            .H = H,
+            .K = K,
+            .Dh = Dh,
+        };
+        for (int part = cut ? 0 : 1; part < 2; part++) {
+            a.begin = part ? cut : 0, a.end = part ? T : cut;
+            check(nl_attention_backward(&a, 1) == 0, "no memory");
+        }
+        free(out), free(lse);
+    }
+    nl_use_isa(isa);
+    check_same(&both[0], &both[1], kind == REAL, 1e-4, "a gradient of attention is wrong");
+    free(q), free(k), free(v), free(dout);
+}
+
+enum { NORM, ROTATE, SWIGLU, CROSS_ENTROPY, ADAMW, SQUARES, OPERATIONS };
+
+void fuzz_training(void) {
+    choose_isa();
+    const char *isa = nl_isa();
+    const int operation = (int)number(0, OPERATIONS - 1), kind = number(0, 1) ? REAL : ANY_BITS;
+    const int64_t rows = number(1, 20), wide = number(1, 300);
+    const int64_t columns = operation == NORM     ? (wide + 31) / 32 * 32
+                            : operation == ROTATE ? (wide + 1) / 2 * 2
+                                                  : wide;
+    const int64_t n = rows * columns, heads = number(1, 3);
+    float *a = floats(n * heads, kind), *b = floats(n, kind), *c = floats(n, kind), *d = floats(n, kind);
+    int64_t *targets = room(8 * rows);
+    for (int64_t i = 0; i < rows; i++) targets[i] = number(0, columns - 1);
+    for (int64_t i = 0; kind == REAL && i < n; i++) d[i] = fabsf(d[i]); /* a mean of squares */
+    const nl_adamw_step step = {.9f, .1f, .99f, .01f, .999f, 1e-2f, 1.5f, 1e-8f};
+    outputs both[2] = {0};
+    for (int scalar = 0; scalar < 2; scalar++) {
+        if (scalar) nl_use_isa("scalar");
+        outputs *o = &both[scalar];
+        double sum = 0;
+        switch (operation) {
+        case NORM:
+            nl_rms_norm(output_of(o, 0, NULL, n), a, b, 1e-5f, rows, columns, 1);
+            nl_rms_norm_backward(output_of(o, 1, NULL, n), output_of(o, 2, NULL, columns), c, a, b, 1e-5f,
+                                 rows, columns, 1);
+            break;
+        case ROTATE: nl_rotate(output_of(o, 0, NULL, n * heads), a, b, rows, heads, columns, 1); break;
+        case SWIGLU:
+            nl_swiglu(output_of(o, 0, NULL, n), a, b, n, 1);
+            nl_swiglu_backward(output_of(o, 1, NULL, n), output_of(o, 2, NULL, n), c, a, b, n, 1);
+            break;
+        case CROSS_ENTROPY:
+            nl_cross_entropy(output_of(o, 0, a, n), output_of(o, 1, NULL, rows), targets, b, rows, columns,
+                             1);
+            break;
+        case ADAMW:
+            nl_adamw(output_of(o, 0, a, n), b, output_of(o, 1, c, n), output_of(o, 2, d, n), &step, n, 1);
+            break;
+        case SQUARES:
+            check(nl_squares(&sum, a, n, 1) == 0, "no memory");
+            *output_of(o, 0, NULL, 1) = (float)sum;
+        }
+    }
+    nl_use_isa(isa);
+    check_same(&both[0], &both[1], kind == REAL, 1e-4, "a kernel of training is wrong");
+    free(a), free(b), free(c), free(d), free(targets);
+}
+
 /* ---------------------------------------------------------------- a whole layer */
 
 typedef struct {

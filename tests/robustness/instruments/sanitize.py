@@ -18,8 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "tests" / "kernels"
-TESTED = "kernels quantized_activations micro_kernel attention_kernel layer convert_kernels"
-TESTS = [str((KERNELS / f"test_{name}.py").resolve(strict=True)) for name in TESTED.split()]
+TESTS = sorted(str(test) for test in KERNELS.glob("test_*.py"))
 # This test builds kernels with gcc, so here it would test no kernel under a sanitizer.
 NOT_THIS = "tests/kernels/test_kernels.py::test_the_kernels_build_and_agree_without_openmp"
 MISSING = "apt install gcc clang libclang-rt-14-dev libomp-14-dev (or of another version)"

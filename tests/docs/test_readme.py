@@ -43,17 +43,20 @@ def programs() -> list:
     return found
 
 
+def shell_lines(path: Path) -> list[str]:
+    """The lines of a page for the shell. A line that `&& \\` continues is one with the next."""
+    return "\n".join(blocks(path, "sh")).replace(" && \\\n", " && ").splitlines()
+
+
 def commands() -> list[str]:
     """Each line of a page that calls the program."""
-    pages = [ROOT / "README.md", *GUIDE, *REFERENCE]
-    lines = [line for path in pages for block in blocks(path, "sh") for line in block.splitlines()]
+    lines = [line for path in [ROOT / "README.md", *GUIDE, *REFERENCE] for line in shell_lines(path)]
     return [line for line in lines if line.startswith("numpy-llama ")]
 
 
 def lessons() -> list[str]:
     """The lines of the README that make data and train on them."""
-    lines = "\n".join(blocks(ROOT / "README.md", "sh")).replace(" && \\\n", " && ").splitlines()
-    return [line for line in lines if line.startswith("python examples/make_")]
+    return [line for line in shell_lines(ROOT / "README.md") if line.startswith("python examples/make_")]
 
 
 def run(command: list[str], folder: Path = ROOT, silent: bool = True) -> str:

@@ -483,10 +483,10 @@ def margins(steps=60):
 
 
 def rewards(curves):
-    """The mean reward of the samples of each step, by method."""
+    """The mean reward of the samples of each round, by method."""
     _, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for (name, found), color in zip(curves.items(), ("#555555", ACCENT, INK), strict=True):
         axes.plot(found, color=color, label=name)
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
+    axes.set(xlabel="round", ylabel="mean reward", ylim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

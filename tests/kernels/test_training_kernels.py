@@ -22,6 +22,7 @@ from numpy_llama.learner import FrozenLinear, Learner, checkpointing
 from numpy_llama.model import Transformer
 from numpy_llama.proof.bounds import EXP_32, MODEL_32, U32, assert_near, assert_within, g
 from numpy_llama.proof.tiny import TINY, random_tokens, random_weights
+from numpy_llama.training.optimizer import adamw
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 counts = st.one_of(st.integers(1, 70), st.sampled_from([(1 << 14) - 1, (1 << 14) + 5, 3 << 14]))
@@ -112,14 +113,6 @@ def test_targets_are_checked():
     for targets in ([0, 3], [-1, 0]):
         with pytest.raises(ParameterError, match=r"must lie in 0\.\.2"):
             TrainingKernels(1).cross_entropy(logits, np.array(targets), weights)
-
-
-def adamw(p, g, m, v, t, lr, weight_decay, h):
-    """One step of AdamW in float32, in the order of C (Loshchilov & Hutter 2019, algorithm 2)."""
-    m[...] = m * np.float32(h.beta1) + g * np.float32(1 - h.beta1)
-    v[...] = v * np.float32(h.beta2) + g * np.float32(1 - h.beta2) * g
-    root = np.sqrt(v * np.float32(1 / (1 - h.beta2**t))) + np.float32(h.eps)
-    p[...] = p * np.float32(1 - lr * weight_decay) - m * np.float32(lr / (1 - h.beta1**t)) / root
 
 
 @for_each

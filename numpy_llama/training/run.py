@@ -115,7 +115,7 @@ class Run:
         if state is not None:
             state.check_options(self.options, FREE)
             state.restore(trainer.optimizer)
-        self.saved = trainer.optimizer.t if state is not None else -1
+        self.saved = -1  # by this process: one that was killed may have saved its state without the result
         columns = (*COLUMNS, *trainer.objective.numbers, "valid_loss")
         self.log = Log(out / LOG, columns, after=trainer.optimizer.t)
 

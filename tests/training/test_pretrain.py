@@ -235,6 +235,15 @@ def test_an_interrupted_last_save_is_made_up_for(corpus, tmp_path, monkeypatch):
     assert run.saved == 2 and (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_result_that_a_killed_run_did_not_write_is_written_by_a_resumed_one(finished, corpus, tmp_path):
+    """The state of the last step is saved before the result."""
+    out = tmp_path / "run"
+    finish(begin(out, corpus))
+    (out / "model.safetensors").unlink()
+    finish(begin(out, corpus, resume=True))
+    assert same_files(out, finished)
+
+
 def test_half_a_surrogate_pair_is_named_with_its_line(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "a \\ud800"}\n')
     with pytest.raises(TextError, match=r"line 2: character 2 of the text is U\+D800"):

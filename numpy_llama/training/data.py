@@ -19,12 +19,14 @@ import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import MappedFile
 from ..checkpoint.json_file import parse_json
-from ..errors import FormatError, TextError, escape
+from ..errors import FormatError, TextError, TruncatedError, escape
 
 KINDS = {
     "preferences": ("prompt", "chosen", "rejected"),
@@ -81,8 +83,8 @@ def read_data(path: Path) -> Data:
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """The records of a file with a JSON object on each line. Empty lines are left out."""
-    file = MappedFile(path, "a file of examples")
-    for number, line in enumerate(iter(file.map.readline, b""), 1):
+    content = _content(path, "a file of examples")
+    for number, line in enumerate(iter(content.readline, b""), 1):
         where = f"{path}, line {number}"
         if len(line) > MAX_LINE:
             raise FormatError(f"{where} has {len(line)} bytes, at most {MAX_LINE} are read")
@@ -110,7 +112,7 @@ def record_of(values: Any, where: str) -> Record:
 def read_texts(path: Path) -> list[Record]:
     """The texts of a plain file. `where` names the line on which each begins."""
     try:
-        whole = str(MappedFile(path, "a text").map[:], "utf-8").removeprefix("\ufeff")
+        whole = str(_content(path, "a text").read(), "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise TextError(f"{path} is not UTF-8: {byte}") from None
@@ -122,6 +124,14 @@ def read_texts(path: Path) -> list[Record]:
             begin += (text[: len(text) - len(text.lstrip("\r\n"))]).count("\n")
             records.append(Record("texts", {"text": stripped}, f"{path}, line {begin}"))
     return records
+
+
+def _content(path: Path, wanted: str) -> mmap | BytesIO:
+    """The bytes of a file. An empty file cannot be mapped, and is one without examples."""
+    try:
+        return MappedFile(path, wanted).map
+    except TruncatedError:
+        return BytesIO()
 
 
 def split_records(records: list[Record]) -> list[list[Record]]:

@@ -58,7 +58,9 @@ def test_an_error_names_file_and_line(line, found, tmp_path):
     "name, content, found",
     [
         ("none.jsonl", None, "no regular file"),
-        ("empty.jsonl", "\n\n", "no examples"),
+        ("empty.jsonl", "", "empty.jsonl has no examples for training$"),
+        ("empty.txt", "", "empty.txt has no examples for training$"),
+        ("blank.jsonl", "\n\n", "no examples"),
         ("table.csv", "a,b", "wanted .jsonl or .txt, or a folder"),
         ("blank.txt", " \n", "no examples"),
         ("folder", {}, "no train.jsonl"),

@@ -2,8 +2,8 @@
 
     a folder      train.jsonl, and perhaps valid.jsonl and test.jsonl
     FILE.jsonl    an example on each line; every twentieth is for validation
-    FILE.txt      texts, with a line <|endoftext|> after each; every twentieth is for validation. If there
-                  are fewer than twenty, it is the last twentieth of the characters
+    FILE.txt      texts, with <|endoftext|> between them; every twentieth is for validation. If there are
+                  fewer than twenty, it is the last twentieth of the characters
 
 The keys of a line decide the kind of its example, and further keys are ignored:
 
@@ -16,7 +16,6 @@ A prompt and an answer are texts, or lists of messages. A message has a role and
 """
 
 import codecs
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -36,7 +35,7 @@ KINDS = {
 }
 TYPES: dict[str, type] = {"a text": str, "a list of messages": list}
 HELD_OUT = 20  # one of so many examples is for validation
-END_OF_TEXT = "<|endoftext|>"  # the line after a text, as in the files of TinyStories
+END_OF_TEXT = "<|endoftext|>"  # as in the files of TinyStories; it need not be a line of its own
 MAX_LINE = 64 << 20  # bytes
 
 
@@ -117,12 +116,12 @@ def read_texts(path: Path) -> list[Record]:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise TextError(f"{path} is not UTF-8: {byte}") from None
     records, line = [], 1
-    for text in re.split(rf"{re.escape(END_OF_TEXT)}\r?\n", whole):
-        begin, stripped = line, text.removesuffix(END_OF_TEXT).strip("\r\n")
-        line += text.count("\n") + 1
+    for text in whole.split(END_OF_TEXT):
+        stripped = text.strip("\r\n")
         if stripped.strip():
-            begin += (text[: len(text) - len(text.lstrip("\r\n"))]).count("\n")
+            begin = line + text[: len(text) - len(text.lstrip("\r\n"))].count("\n")
             records.append(Record("texts", {"text": stripped}, f"{path}, line {begin}"))
+        line += text.count("\n")
     return records
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpy_llama.errors import FormatError, NumpyLlamaError, TextError
-from numpy_llama.training.data import HELD_OUT, read_data, record_of, split_records
+from numpy_llama.training.data import HELD_OUT, read_data, read_texts, record_of, split_records
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
@@ -133,3 +133,15 @@ def test_texts_end_at_their_marks(tmp_path):
     ]
     assert [record.where.rpartition(" ")[2] for record in data.train[:3]] == ["2", "6", "10"]
     assert (len(data.train), len(data.valid)) == (24, 1)
+
+
+@pytest.mark.parametrize(
+    "end", ["<|endoftext|>", "\n<|endoftext|>\n", "\r\n<|endoftext|>\r\n", " <|endoftext|>\n\n"]
+)
+def test_a_mark_ends_a_text_wherever_it_stands(end, tmp_path):
+    """In a line too, as when texts were joined by it. The mark itself is never trained."""
+    (tmp_path / "texts.txt").write_bytes(end.join(["One.", "Two.", "Three."]).encode())
+    found = read_texts(tmp_path / "texts.txt")
+    assert [record.values["text"].strip() for record in found] == ["One.", "Two.", "Three."]
+    lines = end.count("\n")
+    assert [record.where.rpartition(" ")[2] for record in found] == [str(1 + i * lines) for i in range(3)]

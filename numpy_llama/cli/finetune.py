@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
     targets = args.targets.split(",")
     if unknown := [name for name in targets if name not in TARGETS]:
         raise ParameterError(f"--targets has {unknown[0]!r}, wanted names among {', '.join(TARGETS)}")
+    alpha = 2.0 * args.rank if args.alpha is None else args.alpha
+    lora = LoRA(args.rank, alpha, args.rslora, targets)
     data = read_data(args.data)
     with common.transfer_bar() as progress:
         source = open_checkpoint(locate(args.model, progress))
-    alpha = 2.0 * args.rank if args.alpha is None else args.alpha
     rate = LEARNING_RATES[args.method] if args.lr is None else args.lr
     with common.count_bar("examples") as progress:
         training, plan, rows = finetune(
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             runs.compute_of(args),
             runs.hyperparameters_of(args, rate, beta2=0.999),
             runs.schedule_of(args),
-            LoRA(args.rank, alpha, args.rslora, targets),
+            lora,
             beta=args.beta,
             seq_len=args.seq_len,
             batch_size=args.batch_size,

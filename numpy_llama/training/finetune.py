@@ -22,7 +22,7 @@ from ..errors import BuildError, ContextOverflowError, ParameterError
 from .compute import Compute
 from .data import Data
 from .examples import Encoder, Rows, rows_of
-from .lora import lora_count, low_ranks, scale_of, with_lora
+from .lora import highest_rank, lora_count, low_ranks, scale_of, with_lora
 from .models import float_weights
 from .objectives import DPO, NextToken, Objective
 from .optimizer import AdamW, Hyperparameters
@@ -44,6 +44,10 @@ class LoRA:
     alpha: float
     rslora: bool
     targets: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < math.inf:
+            raise ParameterError(f"alpha is {self.alpha}, it must be above 0: it scales what is learnt")
 
 
 def finetune(
@@ -76,6 +80,8 @@ def finetune(
         raise ContextOverflowError(
             f"--seq-len is {seq_len}, the context of {source.path} has {args.max_seq_len} tokens"
         )
+    if method != "full" and lora.rank > (highest := highest_rank(args, lora.targets)):
+        raise ParameterError(f"--rank is {lora.rank}, the matrices of --targets have ranks up to {highest}")
     encoder = Encoder(source.tokenizer(), source.chat_format())
     train = rows_of(data.train, encoder, seq_len, lambda done, total: progress("reading", done, total))
     valid, test = (rows_of(records, encoder, seq_len) for records in (data.valid, data.test))

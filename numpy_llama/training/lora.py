@@ -45,6 +45,8 @@ def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:
 
 def checked_targets(targets: Sequence[str]) -> list[str]:
     """Our names of these matrices of a layer, by PEFT's names. ParameterError if there is no such matrix."""
+    if not targets:
+        raise ParameterError(f"no target is given, wanted some of {', '.join(TARGETS)}")
     if unknown := [name for name in targets if name not in TARGETS]:
         known = ", ".join(TARGETS)
         raise ParameterError(f"a target is {escape(unknown[0], 60)}, it must be one of {known}")
@@ -53,8 +55,16 @@ def checked_targets(targets: Sequence[str]) -> list[str]:
 
 def lora_count(args: ModelArgs, targets: Sequence[str], rank: int) -> int:
     """How many numbers A and B have, in all layers."""
-    shapes = (expected_shape(f"layers.0.{name}.weight", args) for name in checked_targets(targets))
-    return args.n_layers * rank * sum(map(sum, shapes))
+    return args.n_layers * rank * sum(map(sum, _shapes(args, targets)))
+
+
+def highest_rank(args: ModelArgs, targets: Sequence[str]) -> int:
+    """The highest rank of these matrices: B A with a higher one can be no other matrix."""
+    return max(map(min, _shapes(args, targets)))
+
+
+def _shapes(args: ModelArgs, targets: Sequence[str]) -> list[tuple[int, ...]]:
+    return [expected_shape(f"layers.0.{name}.weight", args) for name in checked_targets(targets)]
 
 
 def with_lora(

@@ -7,6 +7,7 @@
 A step may take its rows in several micro-batches. n counts all of them, so their gradients simply add up.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..backward import Gradients
 from ..config import Array
+from ..errors import ParameterError
 from ..learner import Learner
 from .batch import batch_of, targets
 from .examples import Row
@@ -83,6 +85,8 @@ class DPO:
     )
 
     def __init__(self, reference: Learner, beta: float = 0.1):
+        if not 0 < beta < math.inf:
+            raise ParameterError(f"beta is {beta}, it must be above 0: it scales every gradient")
         self.reference, self.beta = reference, beta
 
     def size(self, rows: Sequence[Row]) -> int:

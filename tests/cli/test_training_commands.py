@@ -100,6 +100,7 @@ def test_a_reader_that_ends_saves_the_run(folder, tmp_path):
         ("train", "corpus.txt", ["--lr", "-1"], 2, "'-1' is not a number, 0 or above"),
         ("train", "facts.jsonl", [], 2, "line 1: training from scratch takes texts"),
         ("finetune", "facts.jsonl", ["--targets", "q_proj,wq"], 2, "--targets has 'wq'"),
+        ("finetune", "facts.jsonl", ["--alpha", "0"], 2, "alpha is 0.0, it must be above 0"),
         ("finetune", "facts.jsonl", ["--method", "dpo"], 2, "line 1 has completions; --method dpo"),
         ("finetune", "odd.jsonl", [], 1, "odd.jsonl, line 2 is no JSON"),
     ],

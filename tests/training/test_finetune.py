@@ -149,12 +149,27 @@ def test_a_model_learns_facts(folder, tmp_path):
         ("lora", FACTS, {"seq_len": 65}, ContextOverflowError, "--seq-len is 65, .* has 64 tokens"),
         ("lora", FACTS, {"seq_len": 2}, ParameterError, "no example has a target within --seq-len 2"),
         ("lora", FACTS, {"lora": LoRA(4, 8.0, False, ["wq"])}, ParameterError, "a target is 'wq'"),
+        ("lora", FACTS, {"lora": LoRA(4, 8.0, False, [])}, ParameterError, "no target is given"),
+        ("dpo", PAIRS, {"beta": 0.0}, ParameterError, "beta is 0.0, it must be above 0"),
+        (
+            "dpo",
+            PAIRS,
+            {"lora": LoRA(65, 8.0, False, [*TARGETS])},
+            ParameterError,
+            "--rank is 65, .* up to 64",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(method, data, options, error, found, folder, tmp_path):
     path = write(tmp_path / "data.jsonl", data)
     with pytest.raises(error, match=found):
         begin(folder, tmp_path / "run", method, data=path, **options)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_adapter_that_could_have_no_effect_is_refused(alpha):
+    with pytest.raises(ParameterError, match=r"alpha is .*, it must be above 0"):
+        LoRA(4, alpha, False, [*TARGETS])
 
 
 def test_an_adapter_begins_without_effect_and_has_the_shapes_of_its_matrices():

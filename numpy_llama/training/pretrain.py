@@ -20,7 +20,7 @@ from .optimizer import AdamW, Hyperparameters
 from .order import Order
 from .output import write_bytes, write_hugging_face
 from .plan import TrainingPlan, Work, planned
-from .run import Run, open_folder
+from .run import LOG, Run, open_folder
 from .trainer import Schedule, Trainer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # that a Hugging Face folder can have
@@ -53,8 +53,12 @@ def pretrain(
         raise ParameterError(f"{where}: training from scratch takes texts; `finetune` takes other examples")
     state = open_folder(out, resume)
     if state is None:
+        (out / LOG).touch()  # from here on it is the folder of a run, which --resume begins anew
         _write_tokenizer(out, data, vocab_size, tokenizer_path)
     tokenizer = load_tokenizer(out)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        found = f"the tokenizer of {out} has {tokenizer.vocab_size} tokens"
+        raise ParameterError(f"--vocab-size is {vocab_size}, {found}: leave it out")
     args = shape(tokenizer.vocab_size)
     encoder = Encoder(tokenizer)
     train = rows_of(data.train, encoder, seq_len, lambda done, total: progress("reading", done, total))
@@ -87,7 +91,9 @@ def pretrain(
 
 
 def _write_tokenizer(out: Path, data: Data, vocab_size: int | None, path: Path | None) -> None:
-    """Put the files of a tokenizer into the folder of the run."""
+    """Put the files of a tokenizer into the folder of the run. Those of an earlier attempt are removed."""
+    for name in (*TOKENIZER_FILES, *BESIDE):
+        (out / name).unlink(missing_ok=True)
     if path is None:
         texts = []
         for record in data.train:
@@ -103,6 +109,3 @@ def _write_tokenizer(out: Path, data: Data, vocab_size: int | None, path: Path |
     for file in (name, *BESIDE):
         if (folder / file).is_file():
             shutil.copyfile(folder / file, out / file)
-    found = load_tokenizer(out).vocab_size
-    if vocab_size not in (None, found):
-        raise ParameterError(f"--vocab-size is {vocab_size}, {path} has {found} tokens: leave it out")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,27 @@ def test_an_existing_tokenizer_is_copied(finished, corpus, tmp_path):
         begin(tmp_path / "other", corpus, tokenizer_path=corpus)
     with pytest.raises(ParameterError, match=r"--vocab-size is 301, .* has 300 tokens"):
         begin(tmp_path / "third", corpus, tokenizer_path=finished, vocab_size=301)
+
+
+def test_an_attempt_that_failed_before_its_first_step_is_begun_anew(finished, corpus, tmp_path, monkeypatch):
+    """With corrected options, and without the tokenizer of the first attempt."""
+    out = tmp_path / "run"
+    shutil.copyfile(finished / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(ResourceLimitError):
+        patch.setattr("numpy_llama.training.pretrain.available_memory", lambda: 0)
+        begin(out, corpus, tokenizer_path=tmp_path / "tokenizer.model", vocab_size=None)
+    assert (out / "tokenizer_config.json").exists()
+    with pytest.raises(ParameterError, match="--resume continues its run"):
+        begin(out, corpus)
+    finish(begin(out, corpus, resume=True))
+    assert same_files(out, finished) and not (out / "tokenizer_config.json").exists()
+
+
+def test_a_run_is_resumed_with_its_own_number_of_tokens(corpus, tmp_path):
+    finish(begin(tmp_path / "run", corpus, steps=1))
+    with pytest.raises(ParameterError, match=r"--vocab-size is 301, the tokenizer of .*run has 300 tokens"):
+        begin(tmp_path / "run", corpus, steps=1, vocab_size=301, resume=True)
 
 
 def test_only_texts_train_a_new_model(tmp_path):

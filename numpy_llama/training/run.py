@@ -5,9 +5,12 @@ log.csv, loss.png    the numbers of each step, and their curve
 the result           a model or an adapter, written by `write_result`
 """
 
+import fcntl
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +49,29 @@ def open_folder(out: Path, resume: bool) -> State | None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FormatError(f"{out} cannot be made: {error.strerror}") from None
-    for part in out.glob(".*.part"):  # of a run that was killed while it wrote
-        part.unlink(missing_ok=True)
-    return State(out / STATE) if (out / STATE).exists() else None
+    with alone(out):
+        for part in out.glob(".*.part"):  # of a run that was killed while it wrote
+            part.unlink(missing_ok=True)
+        return State(out / STATE) if (out / STATE).exists() else None
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """ParameterError if another run trains in this folder: each would replace the files of the other."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ParameterError(
+            f"{out}: a run trains in it now: wait for its end, or give another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)  # and with it the lock
 
 
 @dataclass(frozen=True)
@@ -120,25 +143,29 @@ class Run:
         self.log = Log(out / LOG, columns, after=trainer.optimizer.t)
 
     def run(self, on_step: Callable[[Report], None], eval_every: int, save_every: int) -> None:
-        """Train to the end. Whatever ends the run between two steps, such as Ctrl-C, leaves a saved state."""
+        """Train to the end. Ctrl-C and other signals, and a closed output, leave a saved state."""
+        with alone(self.out):
+            try:
+                self._train(on_step, eval_every, save_every)
+                self.save()
+            except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+                self.save()
+                raise
+            picture(self.out / PICTURE, self.log.series("loss"), self.log.series("valid_loss"))
+
+    def _train(self, on_step: Callable[[Report], None], eval_every: int, save_every: int) -> None:
         trainer, last = self.trainer, self.trainer.schedule.steps
-        try:
-            for step in trainer.steps():
-                due = step.number % eval_every == 0 or step.number == last
-                if due:
-                    self._check_weights()
-                loss = trainer.evaluate(self.valid)[0] if due and self.valid else None
-                rows = [trainer.rows[i] for i in trainer.order(step.number - 1)]
-                report = Report(step, loss, self.operations(rows))
-                self.log.add(report.values())
-                if step.number % save_every == 0:
-                    self.save()
-                on_step(report)
-            self.save()
-        except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-            self.save()
-            raise
-        picture(self.out / PICTURE, self.log.series("loss"), self.log.series("valid_loss"))
+        for step in trainer.steps():
+            due = step.number % eval_every == 0 or step.number == last
+            if due:
+                self._check_weights()
+            loss = trainer.evaluate(self.valid)[0] if due and self.valid else None
+            rows = [trainer.rows[i] for i in trainer.order(step.number - 1)]
+            report = Report(step, loss, self.operations(rows))
+            self.log.add(report.values())
+            if step.number % save_every == 0:
+                self.save()
+            on_step(report)
 
     def save(self) -> None:
         """Write the state and then the result, unless they are those of this step already."""

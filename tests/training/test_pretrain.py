@@ -261,6 +261,23 @@ def test_an_existing_tokenizer_is_copied(finished, corpus, tmp_path):
         begin(tmp_path / "third", corpus, tokenizer_path=finished, vocab_size=301)
 
 
+def test_one_run_at_a_time_trains_in_a_folder(finished, corpus, tmp_path):
+    """Whether the second is begun while the first trains, or was ready before it."""
+    out, refused = tmp_path / "run", []
+    first, second = begin(out, corpus), begin(out, corpus, resume=True)
+
+    def while_it_trains(report):
+        for attempt in (lambda: begin(out, corpus, resume=True), lambda: finish(second)):
+            with pytest.raises(ParameterError, match="run: a run trains in it now: wait for its end"):
+                attempt()
+            refused.append(report.step.number)
+
+    first.run(while_it_trains, eval_every=2, save_every=2)
+    assert len(refused) == 2 * STEPS and losses(out) == losses(finished)
+    finish(begin(out, corpus, resume=True))
+    assert same_files(out, finished)
+
+
 def test_an_attempt_that_failed_before_its_first_step_is_begun_anew(finished, corpus, tmp_path, monkeypatch):
     """With corrected options, and without the tokenizer of the first attempt."""
     out = tmp_path / "run"

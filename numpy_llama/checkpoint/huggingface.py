@@ -30,7 +30,7 @@ from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo, size
 from .files import MappedFile
 from .json_file import JsonFile
-from .names import interleaved_rows, matched_names
+from .names import hf_rows, matched_names
 from .pytorch.file import TorchFile
 from .rope_scalings import hf_rope
 from .safetensors_file import SafetensorsFile
@@ -124,13 +124,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         stored = {theirs: self._holders[theirs].tensor(theirs) for theirs in names.values()}
         if names["output.weight"] != "lm_head.weight" and "lm_head.weight" in self.tensors:
             self._check_tied(stored[names["output.weight"]])
-        order = {
-            "wq": interleaved_rows(args.n_heads, args.head_dim),
-            "wk": interleaved_rows(args.n_kv_heads, args.head_dim),
-        }
         for ours, theirs in names.items():
-            if (matrix := ours.split(".")[-2]) in order:
-                stored[theirs] = _reordered(stored[theirs], order[matrix])
+            if (rows := hf_rows(ours, args)) is not None:
+                stored[theirs] = _reordered(stored[theirs], rows)
         return {ours: stored[theirs] for ours, theirs in names.items()}
 
     def holders(self) -> dict[str, Path]:

@@ -117,3 +117,9 @@ def interleaved_rows(n_heads: int, head_dim: int) -> np.ndarray:
     """
     places = np.arange(n_heads * head_dim).reshape(n_heads, 2, head_dim // 2)
     return places.swapaxes(1, 2).reshape(-1)
+
+
+def hf_rows(name: str, args: ModelArgs) -> np.ndarray | None:
+    """The place of each row of this weight in Hugging Face's order; None if the order is ours."""
+    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name.split(".")[-2])
+    return None if heads is None else interleaved_rows(heads, args.head_dim)

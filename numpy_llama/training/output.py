@@ -15,7 +15,7 @@ from ..backend.formats import FORMATS, StoredTensor
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.convert import convert
 from ..checkpoint.files import sync, write_file
-from ..checkpoint.names import interleaved_rows, tensor_names
+from ..checkpoint.names import hf_rows, tensor_names
 from ..checkpoint.safetensors_write import write_safetensors
 from ..config import Array, ModelArgs
 from ..text.tokenizer import Tokenizer
@@ -66,10 +66,8 @@ def write_hugging_face(
 
     def pieces(name: str) -> Iterator[Array]:
         ours, w = by_name[name]
-        heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(ours.split(".")[-2])
-        if heads is not None:
-            places = np.argsort(interleaved_rows(heads, args.head_dim))
-            w = w[places]  # row `places[i]` of ours is row i of theirs
+        if (rows := hf_rows(ours, args)) is not None:
+            w = w[np.argsort(rows)]
         yield np.ascontiguousarray(w, "<f4").reshape(-1).view(np.uint8)
 
     write_safetensors(

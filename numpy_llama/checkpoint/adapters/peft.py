@@ -26,7 +26,7 @@ from ...errors import ConfigError, FormatError, MismatchError, UnsupportedError,
 from ...lora import LowRank
 from ..files import sync, write_file
 from ..json_file import JsonFile
-from ..names import interleaved_rows, our_name, tensor_names
+from ..names import hf_rows, our_name, tensor_names
 from ..pytorch.file import TorchFile
 from ..safetensors_file import SafetensorsFile
 from ..safetensors_write import write_safetensors
@@ -157,12 +157,6 @@ class PEFTAdapter(Adapter):
 
     def rows(self, name: str, args: ModelArgs) -> np.ndarray | None:
         return hf_rows(name, args)
-
-
-def hf_rows(name: str, args: ModelArgs) -> np.ndarray | None:
-    """The place of each row in Hugging Face's order; None if that is the model's own."""
-    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name.split(".")[-2])
-    return None if heads is None else interleaved_rows(heads, args.head_dim)
 
 
 def _kind(tensor: str) -> str:

@@ -117,6 +117,17 @@ def write_file(out: Path, nbytes: int, write: Callable[[Path], None]) -> None:
         raise FormatError(f"{out} cannot be written: {error.strerror}") from None
 
 
+def write_bytes(out: Path, data: bytes) -> None:
+    """Replace a file by these bytes, as `write_file` does."""
+
+    def write(part: Path) -> None:
+        with part.open("xb") as file:
+            file.write(data)
+            sync(file)
+
+    write_file(out, len(data), write)
+
+
 def part_beside(out: Path) -> Path:
     """A new name beside `out`, for a file or a folder that becomes `out` when it is whole.
 

@@ -14,24 +14,13 @@ import numpy as np
 from ..backend.formats import FORMATS, StoredTensor
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.convert import convert
-from ..checkpoint.files import sync, write_file
+from ..checkpoint.files import write_bytes
 from ..checkpoint.names import hf_rows, tensor_names
 from ..checkpoint.safetensors_write import write_safetensors
 from ..config import Array, ModelArgs
 from ..text.tokenizer import Tokenizer
 
 F32 = FORMATS["F32"]
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file by these bytes."""
-
-    def write(part: Path) -> None:
-        with part.open("xb") as file:
-            file.write(data)
-            sync(file)
-
-    write_file(path, len(data), write)
 
 
 def write_hugging_face(

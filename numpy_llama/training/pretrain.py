@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import load_tokenizer
+from ..checkpoint.files import write_bytes
 from ..checkpoint.memory import available_memory
 from ..config import ModelArgs
 from ..errors import ParameterError, TokenizerError
@@ -18,7 +19,7 @@ from .models import new_weights, parameter_count, trained_tokenizer
 from .objectives import NextToken
 from .optimizer import AdamW, Hyperparameters
 from .order import Order
-from .output import write_bytes, write_hugging_face
+from .output import write_hugging_face
 from .plan import TrainingPlan, Work, planned
 from .run import LOG, Run, open_folder
 from .trainer import Schedule, Trainer

@@ -24,7 +24,7 @@ from ...backend.formats import FORMATS, StoredTensor
 from ...config import ModelArgs
 from ...errors import ConfigError, FormatError, MismatchError, UnsupportedError, escape
 from ...lora import LowRank
-from ..files import sync, write_file
+from ..files import write_bytes
 from ..json_file import JsonFile
 from ..names import hf_rows, our_name, tensor_names
 from ..pytorch.file import TorchFile
@@ -221,13 +221,7 @@ def write_peft(
         {name: (f32, x.shape) for name, x in tensors.items()},
         lambda name: [StoredTensor.quantize(tensors[name], f32).data],
     )
-
-    def write(part: Path) -> None:
-        with part.open("xb") as file:
-            file.write(text)
-            sync(file)
-
-    write_file(folder / CONFIG, len(text), write)
+    write_bytes(folder / CONFIG, text)
 
 
 def _whole(x: float) -> float:

@@ -106,9 +106,10 @@ def write_file(out: Path, nbytes: int, write: Callable[[Path], None]) -> None:
     it was.
     """
     try:
+        part = part_beside(out)  # first: what it removes makes room
         if (free := shutil.disk_usage(out.parent).free) < nbytes:
             raise ResourceLimitError(f"{out} needs {nbytes:,} bytes, the disk has {free:,} left")
-        _replace(out, write)
+        _replace(out, part, write)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise ResourceLimitError(
@@ -151,8 +152,7 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _replace(out: Path, write: Callable[[Path], None]) -> None:
-    part = part_beside(out)
+def _replace(out: Path, part: Path, write: Callable[[Path], None]) -> None:
     try:
         write(part)
         os.replace(part, out)

@@ -20,6 +20,7 @@ from numpy_llama.checkpoint import merge as merging
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.adapters import write_gguf, write_peft
 from numpy_llama.checkpoint.convert import target_format
+from numpy_llama.checkpoint.files import write_bytes
 from numpy_llama.checkpoint.merge import measured, merge
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.errors import MismatchError, ParameterError
@@ -217,6 +218,18 @@ def test_a_folder_that_reads_back_differently_is_thrown_away(tmp_path, monkeypat
     with pytest.raises(MismatchError, match=r"was written wrongly: .* reads back differently"):
         merge(source, updates(LARGE), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_a_killed_process_left_takes_no_room(tmp_path, monkeypatch):
+    """It is removed before the room on the disk is compared with the size of the new file."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    left = tmp_path / f".out.{ended.pid}-0123abcd.part"
+    left.write_bytes(bytes(9))
+    usage = type("Usage", (), {"free": property(lambda self: 1 if left.exists() else 10)})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage())
+    write_bytes(tmp_path / "out", b"new")
+    assert (tmp_path / "out").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("out", ["out", "out.gguf"])

@@ -28,7 +28,7 @@ from .objectives import DPO, NextToken, Objective
 from .optimizer import AdamW, Hyperparameters
 from .order import Order
 from .output import write_gguf
-from .plan import TrainingPlan, Work, planned
+from .plan import TrainingPlan, Work, as_begun, training_plan
 from .run import Run, open_folder
 from .trainer import Schedule, Trainer
 
@@ -100,7 +100,7 @@ def finetune(
         learned = lora_count(args, lora.targets, lora.rank)
         nbytes = sum(map(compute.frozen_bytes, different.values())) + 4 * learned
     sizes = longest[0], sum(longest[: order.batch_size]), available_memory()
-    plan = planned(args, nbytes, learned, *sizes, source.path, state)
+    plan = as_begun(training_plan(args, nbytes, learned, *sizes, source.path), args, state)
 
     with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
         source.watch()

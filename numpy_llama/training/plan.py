@@ -63,15 +63,12 @@ def training_plan(
     weights: their bytes. learned: how many numbers learn. seq_len, step_tokens: the inputs of the longest row
     and of a step.
     """
-    D, HDh, KDh = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    saved = 4 * (2 * D + 2 * HDh + 2 * KDh + 2 * args.hidden_dim + args.n_heads)  # of a layer, a token
-    layer = 4 * (6 * D + 4 * HDh + 4 * KDh + 6 * args.hidden_dim)  # temporary, a token
-    largest = max(args.hidden_dim * D, HDh * D)
+    largest = args.dim * max(args.hidden_dim, args.n_heads * args.head_dim)  # numbers of a matrix
     scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + 4 * (3 * CHUNK * args.vocab_size + 2 * largest)
     learning = 12 * learned
     fixed, room = weights + learning + scratch, int(SHARE * available)
     for checkpointing in (False, True):
-        token = layer + (4 * D * args.n_layers + saved if checkpointing else saved * args.n_layers)
+        token = token_bytes(args, checkpointing)
         most = min(step_tokens, MOST_TOKENS, max(0, room - fixed) // token)
         if most >= min(seq_len, step_tokens):
             return TrainingPlan(weights, learning, scratch, most * token, most, checkpointing)
@@ -83,22 +80,21 @@ def training_plan(
     )
 
 
-def planned(
-    args: ModelArgs,
-    weights: int,
-    learned: int,
-    seq_len: int,
-    step_tokens: int,
-    available: int,
-    source: object,
-    state: State | None,
-) -> TrainingPlan:
-    """`training_plan`; a resumed run keeps its micro-batches, because other sums would have other bits."""
-    plan = training_plan(args, weights, learned, seq_len, step_tokens, available, source)
+def as_begun(plan: TrainingPlan, args: ModelArgs, state: State | None) -> TrainingPlan:
+    """The plan with the micro-batches that a resumed run was begun with: others have other bits."""
     if state is None:
         return plan
-    most, checkpointing = state.options.get("most_tokens"), state.options.get("checkpointing")
-    return replace(plan, most_tokens=int(most or 1), checkpointing=bool(checkpointing))
+    most, checkpointing = int(state.options.get("most_tokens") or 1), bool(state.options.get("checkpointing"))
+    activations = most * token_bytes(args, checkpointing)
+    return replace(plan, activations=activations, most_tokens=most, checkpointing=checkpointing)
+
+
+def token_bytes(args: ModelArgs, checkpointing: bool) -> int:
+    """The activations of a token in all layers, and the temporary arrays of one."""
+    D, HDh, KDh = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    saved = 4 * (2 * D + 2 * HDh + 2 * KDh + 2 * args.hidden_dim + args.n_heads)  # of a layer
+    temporary = 4 * (6 * D + 4 * HDh + 4 * KDh + 6 * args.hidden_dim)
+    return temporary + (4 * D * args.n_layers + saved if checkpointing else saved * args.n_layers)
 
 
 @dataclass(frozen=True)

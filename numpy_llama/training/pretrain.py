@@ -20,7 +20,7 @@ from .objectives import NextToken
 from .optimizer import AdamW, Hyperparameters
 from .order import Order
 from .output import write_hugging_face
-from .plan import TrainingPlan, Work, planned
+from .plan import TrainingPlan, Work, as_begun, training_plan
 from .run import LOG, Run, open_folder
 from .trainer import Schedule, Trainer
 
@@ -69,7 +69,7 @@ def pretrain(
     order = Order(len(train.rows), batch_size, seed)
     learned = parameter_count(args)
     sizes = seq_len, order.batch_size * seq_len, available_memory()
-    plan = planned(args, 4 * learned, learned, *sizes, "this model", state)
+    plan = as_begun(training_plan(args, 4 * learned, learned, *sizes, "this model"), args, state)
     weights = new_weights(args, seed)
     learner = compute.learner(args, weights, plan.checkpointing)
     optimizer = AdamW(learner.parameters(), hyperparameters, compute.adamw)
@@ -93,8 +93,8 @@ def pretrain(
 
 def _write_tokenizer(out: Path, data: Data, vocab_size: int | None, path: Path | None) -> None:
     """Put the files of a tokenizer into the folder of the run. Those of an earlier attempt are removed."""
-    for name in (*TOKENIZER_FILES, *BESIDE):
-        (out / name).unlink(missing_ok=True)
+    for file in (*TOKENIZER_FILES, *BESIDE):
+        (out / file).unlink(missing_ok=True)
     if path is None:
         texts = []
         for record in data.train:

@@ -17,7 +17,7 @@ from numpy_llama.training.examples import Example
 from numpy_llama.training.objectives import NextToken
 from numpy_llama.training.optimizer import AdamW, Hyperparameters
 from numpy_llama.training.order import Order
-from numpy_llama.training.plan import SHARE, Work, planned, training_plan
+from numpy_llama.training.plan import SHARE, Work, as_begun, training_plan
 from numpy_llama.training.state import State, save_state
 from numpy_llama.training.trainer import Schedule, Trainer
 
@@ -88,9 +88,13 @@ def test_a_plan_takes_smaller_micro_batches_then_checkpointing_then_none():
 def test_a_resumed_run_keeps_its_micro_batches(tmp_path):
     learner = tiny_learner(dtype=np.float32)
     optimizer = AdamW(learner.parameters(), Hyperparameters(1e-3))
+    begun = training_plan(TINY, 0, 1000, 8, 17, ENOUGH, "the model")
+    save_state(tmp_path / "state", optimizer, {"most_tokens": 17, "checkpointing": False})
+    now = training_plan(TINY, 0, 1000, 8, 64, ENOUGH, "the model")
+    assert as_begun(now, TINY, State(tmp_path / "state")) == begun != now
     save_state(tmp_path / "state", optimizer, {"most_tokens": 17, "checkpointing": True})
-    plan = planned(TINY, 0, 1000, 8, 64, ENOUGH, "the model", State(tmp_path / "state"))
-    assert (plan.most_tokens, plan.checkpointing) == (17, True)
+    plan = as_begun(now, TINY, State(tmp_path / "state"))
+    assert plan.checkpointing and plan.activations < begun.activations
 
 
 @pytest.mark.parametrize("all_learns, dpo", [(True, False), (False, False), (False, True)])

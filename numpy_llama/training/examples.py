@@ -154,7 +154,7 @@ class Rows:
     """The rows of a split, and what --seq-len did to them."""
 
     rows: list[Row]
-    cut: int = 0  # rows of which an example was longer than seq_len
+    cut: int = 0  # of these rows: an example was longer than seq_len
     without_target: int = 0  # rows that are left out: no trained target is left
 
     @property
@@ -184,10 +184,10 @@ def rows_of(
     kept, cut = [], 0
     for record in counted():
         row = encoder.answers(record)
-        cut += any(len(example) > seq_len for example in row)
-        row = tuple(example.cut(seq_len) for example in row)
-        if all(example.trained.any() for example in row):
-            kept.append(row)
+        short = tuple(example.cut(seq_len) for example in row)
+        if all(example.trained.any() for example in short):
+            kept.append(short)
+            cut += any(len(example) > seq_len for example in row)
     return Rows(kept, cut, len(records) - len(kept))
 
 

@@ -179,7 +179,7 @@ def test_examples_are_cut_and_those_without_a_target_left_out():
         record(prompt="fox " * 40, completion="dog"),
     ]
     rows = rows_of(records, Encoder(byte_level()), seq_len=12)
-    assert len(rows.rows) == 2 and (rows.cut, rows.without_target) == (2, 1)
+    assert len(rows.rows) == 2 and (rows.cut, rows.without_target) == (1, 1)
     assert [len(example) for (example,) in rows.rows] == [len(rows.rows[0][0]), 12]
     assert all(example.trained.any() for (example,) in rows.rows)
 

@@ -33,11 +33,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a run: `steps` steps, of which the first `warmup` rise."""
+    """The learning rate over a run: `steps` steps, of which the first `warmup` rise. It falls to 0."""
 
     steps: int
     warmup: int = 0
-    lowest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Trainer:
         loss, numbers = self._sum(rows, with_gradients)
         norm = clip(gradients, h.max_norm, self.squares)
         self._check_finite(norm, "the length of the gradients", rows)
-        lr = learning_rate(at, s.steps, h.lr, s.warmup, s.lowest)
+        lr = learning_rate(at, s.steps, h.lr, s.warmup)
         with undisturbed():
             self.optimizer.step(gradients, lr)
         seconds = time.perf_counter() - began

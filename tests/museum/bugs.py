@@ -273,9 +273,9 @@ BUGS = [
     Bug(
         "K permuted with n_heads",
         "ggml-org/llama.cpp#3364; huggingface/transformers#31788",
-        "numpy_llama/checkpoint/huggingface.py",
-        '"wk": interleaved_rows(args.n_kv_heads, args.head_dim),',
-        '"wk": interleaved_rows(args.n_heads, args.head_dim * args.n_kv_heads // args.n_heads),',
+        "numpy_llama/checkpoint/names.py",
+        "interleaved_rows(heads, args.head_dim)",
+        "interleaved_rows(args.n_heads, args.head_dim * heads // args.n_heads)",
         "tests/checkpoint/test_huggingface.py",
     ),
     Bug(

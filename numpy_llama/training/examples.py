@@ -183,11 +183,11 @@ def rows_of(
         return Rows(packed((encoder.text(record) for record in counted()), seq_len))
     kept, cut = [], 0
     for record in counted():
-        row = encoder.answers(record)
-        short = tuple(example.cut(seq_len) for example in row)
-        if all(example.trained.any() for example in short):
-            kept.append(short)
-            cut += any(len(example) > seq_len for example in row)
+        whole = encoder.answers(record)
+        row = tuple(example.cut(seq_len) for example in whole)
+        if all(example.trained.any() for example in row):
+            kept.append(row)
+            cut += any(len(example) > seq_len for example in whole)
     return Rows(kept, cut, len(records) - len(kept))
 
 

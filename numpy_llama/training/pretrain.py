@@ -76,8 +76,8 @@ def pretrain(
     most, squares = plan.most_tokens, compute.squares
     trainer = Trainer(learner, optimizer, train.rows, order, NextToken(), schedule, most, squares)
     options: Mapping[str, Any] = {
-        "model": {name: value for name, value in asdict(args).items() if name != "rope_scaling"},
         "seq_len": seq_len,
+        **{name: value for name, value in asdict(args).items() if name != "rope_scaling"},
         "backend": compute.backend,
         "checkpointing": plan.checkpointing,
     }

@@ -24,6 +24,7 @@ from ..config import Array
 from ..errors import MismatchError, escape
 from .optimizer import AdamW
 
+DIGESTS = ("data", "model")  # options whose values say nothing to a reader
 F32, BYTES = FORMATS["F32"], Format("U8", -1, 1, 1, lambda rows: rows)
 
 
@@ -66,9 +67,11 @@ class State:
         for name in (name for name in self.options | dict(options) if name not in free):
             then, now = self.options.get(name), options.get(name)
             if then != now:
+                what = f"{name} {escape(then, 60)}, and is now to have {escape(now, 60)}: give the old value"
+                if name in DIGESTS:
+                    what = f"other {name}: give the old {name}"
                 raise MismatchError(
-                    f"{self.path}: the run was begun with {name} {escape(then, 60)}, and is now to have "
-                    f"{escape(now, 60)}: give the old value, or begin another run with another --out"
+                    f"{self.path}: the run was begun with {what}, or begin another run with another --out"
                 )
 
     def _bytes(self, name: str, shape: tuple[int, ...] | None) -> Array:

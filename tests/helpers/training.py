@@ -57,13 +57,14 @@ def begin(
     resume: bool = False,
     steps: int = STEPS,
     dim: int = 16,
+    layers: int = 2,
     compute: Compute | None = None,
     **options,
 ) -> Run:
     """A run that pre-trains a tiny model."""
 
     def shape(vocab_size: int) -> ModelArgs:
-        return new_args(dim, 2, 2, 1, vocab_size, 24)
+        return new_args(dim, layers, 2, 1, vocab_size, 24)
 
     options = {"vocab_size": 300, "seq_len": 24, "batch_size": 4, "seed": 3, "resume": resume} | options
     how = Hyperparameters(1e-2), Schedule(steps, 2)

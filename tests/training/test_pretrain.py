@@ -185,7 +185,9 @@ def test_a_run_can_be_made_longer_but_not_changed(finished, corpus, tmp_path):
     with pytest.raises(MismatchError, match="begun with seed 3, and is now to have 4"):
         begin(out, corpus, resume=True, seed=4)
     (tmp_path / "corpus.txt").write_text(CORPUS.replace("fox", "box"))
-    with pytest.raises(MismatchError, match="begun with data"):
+    with pytest.raises(MismatchError, match="begun with n_layers 2, and is now to have 3"):
+        begin(out, corpus, resume=True, layers=3)
+    with pytest.raises(MismatchError, match="begun with other data: give the old data, or"):
         begin(out, tmp_path / "corpus.txt", resume=True)
 
 

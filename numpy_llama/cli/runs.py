@@ -116,7 +116,8 @@ def carry_out(
         try:
             run.run(on_step, args.eval_every, args.save_every)
         except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-            common.note(f"stopped after step {run.saved}, which is saved: --resume continues")
+            if run.saved >= 0:  # a second Ctrl-C can end the first save
+                common.note(f"stopped after step {run.saved}, which is saved: --resume continues")
             raise
     print(run.curve(), flush=True)
     if run.test:

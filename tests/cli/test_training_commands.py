@@ -1,5 +1,6 @@
 """`train` and `finetune` as a user meets them: what they print and write, Ctrl-C and mistakes."""
 
+import argparse
 import json
 import os
 import signal
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from helpers.command_line import PROGRAM, assert_refused, run
 from helpers.tiny_models import write_speaker
-from helpers.training import CORPUS
+from helpers.training import CORPUS, begin
+
+from numpy_llama.cli import runs
 
 SMALL = ["--dim", "16", "--layers", "1", "--heads", "2", "--kv-heads", "1", "--vocab-size", "300"]
 SMALL += ["--seq-len", "16", "--batch-size", "4", "--backend", "numpy"]
@@ -67,6 +70,23 @@ def test_ctrl_c_saves_and_resume_continues(folder, tmp_path):
     done = run(*arguments, "--iters", str(step + 1), "--resume")
     assert f"resumed after step {step} of {step + 1}".encode() in done.stderr and done.returncode == 0
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) >= step
+
+
+def test_a_second_ctrl_c_claims_no_saved_step(folder, tmp_path, monkeypatch, capsys):
+    """It ends the first save: there is no state then."""
+    run = begin(tmp_path / "run", folder / "corpus.txt")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.trainer, "step", interrupt)
+    monkeypatch.setattr(run, "save", interrupt)
+    monkeypatch.setattr(runs.Machine, "fma_peak", lambda self: 1.0)
+    args = argparse.Namespace(threads=1, report_every=1, eval_every=1, save_every=1, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        runs.carry_out(run, None, None, args, run.trainer.rows[0], 0.0)
+    assert "is saved" not in capsys.readouterr().err
+    assert not (tmp_path / "run" / "state.safetensors").exists()
 
 
 def test_the_loss_of_the_test_split_ends_a_run(folder, tmp_path):

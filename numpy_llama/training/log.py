@@ -9,9 +9,11 @@ file after the step that it begins with.
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import write_bytes
 from ..errors import FormatError, UnsupportedError, escape
 
 WIDTH, HEIGHT = 72, 12  # of the curve in characters
@@ -26,13 +28,11 @@ class Log:
         if after:
             self.rows = [row for row in read_log(path) if int(row["step"]) <= after]
         self.columns = list(columns)
-        try:
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(self.rows)
-        except OSError as error:
-            raise FormatError(f"{path} cannot be written: {error.strerror}") from None
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_bytes(path, text.getvalue().encode())
 
     def add(self, values: Mapping[str, Any]) -> None:
         row = {name: _shown(values[name]) for name in self.columns if name in values}

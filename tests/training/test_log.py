@@ -2,7 +2,7 @@
 
 import pytest
 
-from numpy_llama.errors import FormatError
+from numpy_llama.errors import FormatError, ResourceLimitError
 from numpy_llama.training.log import HEIGHT, WIDTH, Log, curve, picture
 
 
@@ -20,6 +20,16 @@ def test_a_log_has_a_row_for_each_step_and_continues(tmp_path):
     resumed.add({"step": 3, "loss": 0.25})
     assert path.read_text().splitlines()[-1] == "3,0.25," and len(path.read_text().splitlines()) == 4
     assert Log(path, ("step", "loss"), after=0).rows == []
+
+
+def test_a_log_that_a_full_disk_cannot_hold_keeps_its_rows(tmp_path, monkeypatch):
+    path = tmp_path / "log.csv"
+    Log(path, ["step", "loss"]).add({"step": 1, "loss": 0.5})
+    before = path.read_bytes()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    with pytest.raises(ResourceLimitError, match=r"log.csv needs \d+ bytes"):
+        Log(path, ["step", "loss"], after=1)
+    assert path.read_bytes() == before
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):

@@ -5,7 +5,6 @@ log.csv, loss.png    the numbers of each step, and their curve
 the result           a model or an adapter, written by `write_result`
 """
 
-import fcntl
 import hashlib
 import math
 import os
@@ -58,6 +57,11 @@ def open_folder(out: Path, resume: bool) -> State | None:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """ParameterError if another run trains in this folder: each would replace the files of the other."""
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        yield
+        return
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -205,7 +205,8 @@ int nl_rms_norm_backward(float *dx, float *dweight, const float *dy, const float
                          float eps, int64_t rows, int64_t D, int threads);
 
 /* y = apply_rotary_emb(x, freqs_cis)
- *   x, y (tokens, heads, Dh), which may be one array; freqs_cis (tokens, Dh / 2) complex. */
+ *   x, y (tokens, heads, Dh), which may be one array; freqs_cis (tokens, Dh / 2) complex. Dh is even, at most
+ * NL_MAX_DH. */
 void nl_rotate(float *y, const float *x, const float *freqs_cis, int64_t tokens, int64_t heads, int64_t Dh,
                int threads);
 

@@ -127,8 +127,7 @@ class TrainingKernels(Kernels):
         fits = k.shape == v.shape == (B, T, heads, Dh) and dout.shape == out.shape == q.shape
         if not fits or lse.shape != (B, H, T) or first.shape != (B, T) or not heads or H % heads:
             raise MismatchError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
-        if Dh > K.MAX_HEAD_DIM:
-            raise UnsupportedError(f"head_dim is {Dh}, the C kernel goes up to {K.MAX_HEAD_DIM}")
+        _check_head_dim(Dh)
         gradients = tuple(np.zeros(x.shape, np.float32) for x in (q, k, v))
         for rows, here in documents(first) if q.size else ():
             parts = [_floats(x[rows, here]) for x in (dout, q, k, v, out)]
@@ -173,6 +172,7 @@ class TrainingKernels(Kernels):
     def apply_rotary_emb(self, x: Array, freqs_cis: Array) -> Array:
         """functional.apply_rotary_emb: x (B, T, H, Dh); freqs_cis (T, Dh / 2) or (B, T, Dh / 2)."""
         B, T, H, Dh = x.shape
+        _check_head_dim(Dh)
         x, y = _floats(x), np.empty(x.shape, np.float32)
         turns = np.ascontiguousarray(np.broadcast_to(freqs_cis, (B, T, Dh // 2)), np.complex64)
         lib.nl_rotate(_writable(y), _pointer(x), _pointer(turns), B * T, H, Dh, self._share(x.size))
@@ -351,6 +351,11 @@ def _tokens(x: Array, width: int) -> int:
     if x.shape[-1] != width:
         raise MismatchError(f"the rows have {x.shape[-1]} columns, the weight needs {width}")
     return x.size // max(width, 1)
+
+
+def _check_head_dim(Dh: int) -> None:
+    if Dh > K.MAX_HEAD_DIM:
+        raise UnsupportedError(f"head_dim is {Dh}, the C kernel goes up to {K.MAX_HEAD_DIM}")
 
 
 def _row_order(w: KernelWeight | Array) -> Any:

@@ -17,7 +17,7 @@ from numpy_llama.backend import training
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.backend.kernels import KernelWeight
 from numpy_llama.backend.training import TrainingKernels
-from numpy_llama.errors import MismatchError, ParameterError
+from numpy_llama.errors import MismatchError, ParameterError, UnsupportedError
 from numpy_llama.learner import FrozenLinear, Learner, checkpointing
 from numpy_llama.model import Transformer
 from numpy_llama.proof.bounds import EXP_32, MODEL_32, U32, assert_near, assert_within, g
@@ -113,6 +113,12 @@ def test_targets_are_checked():
     for targets in ([0, 3], [-1, 0]):
         with pytest.raises(ParameterError, match=r"must lie in 0\.\.2"):
             TrainingKernels(1).cross_entropy(logits, np.array(targets), weights)
+
+
+def test_heads_that_are_too_wide_are_refused(isa):
+    """The kernels have room for 256 numbers of a head."""
+    with pytest.raises(UnsupportedError, match="head_dim is 258"):
+        TrainingKernels(1).apply_rotary_emb(np.ones((1, 1, 1, 258), np.float32), np.ones((1, 129), "c8"))
 
 
 @for_each

@@ -7,6 +7,7 @@ Each story is drawn at random. The child, the animal and the thing stay the same
 must learn that.
 """
 
+import os
 import random
 import sys
 
@@ -72,4 +73,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

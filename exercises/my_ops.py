@@ -276,7 +276,7 @@ def adamw(p, g, m, v, t, lr, weight_decay, h):
 # Chapter 19: y = base(x) + scale B A x. base.backward(dy, x) gives dx of the base, and an empty dict. Take
 # nothing else of the base. functions.linear_dx and functions.linear_dw are those of chapter 16, or use yours.
 class TrainedLoRA:
-    """A frozen part with A (r, IN) and B (OUT, r) beside it."""
+    """A frozen part and its adapter, A (r, IN) and B (OUT, r)."""
 
     def __init__(self, base, lora_a, lora_b, scale, functions):
         raise NotImplementedError

@@ -446,7 +446,7 @@ def descents(steps=120):
 
 
 def beside_a_weight(OUT=576, IN=576, r=16):
-    """A frozen matrix and the two matrices of LoRA beside it, in proportion."""
+    """A frozen matrix and the two matrices of LoRA, drawn to the same scale."""
     _, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     gap = 90
     x_b, x_a = IN + 2 * gap, IN + 3 * gap + r

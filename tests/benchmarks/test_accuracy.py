@@ -1,22 +1,15 @@
 """benchmarks/accuracy.py: its tables are what they say."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from helpers.benchmarks import script
 
 from numpy_llama.backend.formats import FORMATS
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "accuracy.py"
 
 
 @pytest.fixture(scope="module")
 def accuracy():
-    spec = importlib.util.spec_from_file_location("accuracy", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("accuracy")
 
 
 def test_linear(accuracy):

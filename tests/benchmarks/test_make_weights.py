@@ -1,13 +1,12 @@
 """benchmarks/make_weights.py: what it writes is what such a model comes in."""
 
-import importlib.util
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.benchmarks import script
 from helpers.generations import LLAMA_31
 
 import numpy_llama as nl
@@ -24,14 +23,11 @@ PRESETS = {
     "wordless": Preset(replace(LLAMA_31, vocab_size=258)),
 }
 SPREAD = 0.1  # how far the deviation of some 100,000 random weights, in a few thousand blocks, may be off
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_weights.py"
 
 
 @pytest.fixture
 def make_weights(monkeypatch):
-    spec = importlib.util.spec_from_file_location("make_weights", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("make_weights")
     monkeypatch.setattr(module, "PRESETS", PRESETS)
     for name, number in (("SHARD_BYTES", 300_000), ("POOL", 1 << 18), ("PIECE", 1 << 12)):
         monkeypatch.setattr(module, name, number)

@@ -1,29 +1,21 @@
 """benchmarks/contestants.py: both sides of the race of training do the same work."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
+from helpers.benchmarks import script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "contestants.py"
 SHAPE = [16, 2, 4, 2, 8, 24, 40]  # dim, layers, heads, kv heads, head_dim, hidden_dim, vocabulary
 
 
 @pytest.fixture(scope="module")
 def contestants():
-    spec = importlib.util.spec_from_file_location("contestants", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("contestants")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, when peft asks it
 @pytest.mark.parametrize("lora", [False, True])
 def test_both_train_as_many_numbers(contestants, lora):
-    pytest.importorskip("transformers")
-    if lora:
-        pytest.importorskip("peft")
     ours = contestants.Training(SHAPE, 2, 9, lora, 1)
     theirs = contestants.PyTorch(SHAPE, 2, 9, lora, 1)
     learned = sum(p.size for p in ours.trainer.optimizer.parameters.values())

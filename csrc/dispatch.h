@@ -50,7 +50,7 @@ typedef struct {
     int64_t a_row, a_column; /* one of them is 1 */
     nl_matrix b;             /* not transposed F32, F16 and BF16: any number of columns */
     int transpose_b;
-    int64_t b_begin, M, N, K;
+    int64_t b_begin, M, N, K, k_begin; /* k_begin > 0: the product of these k is added to c */
 } float_product;
 
 /* Threads share out whole groups of rows of c, which are whole tiles of every instruction set. */
@@ -70,8 +70,9 @@ static inline range range_of(int64_t total, int64_t step, int64_t worker, int64_
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void quantize_group(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
                             int64_t group);
-typedef void pack_floats(const float_product *p, float *to, int64_t ps, range part);
-typedef void multiply_floats(const float_product *p, const float *packed_a, const float *packed_b, int64_t ps,
+typedef void pack_rows(const float_product *p, float *to, int64_t ps, range rows);
+typedef void pack_columns(const float_product *p, void *to, int64_t ps, range columns);
+typedef void multiply_floats(const float_product *p, const float *packed_a, const void *panels, int64_t ps,
                              range rows, range columns);
 /* memory = the softmax state of the index-th query block over the KV span that begins at span_begin. */
 typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t span_begin, float *memory,
@@ -102,8 +103,8 @@ typedef struct {
     linear_rows *linear_exact;
     linear_rows *linear_quantized;
     quantize_group *quantize_activations;
-    pack_floats *pack_a;
-    pack_floats *pack_b;
+    pack_rows *pack_a;
+    pack_columns *pack_b;
     multiply_floats *multiply;
     attention_span *attention;
     attention_backward_head *attention_backward;
@@ -128,7 +129,8 @@ const kernels *chosen_kernels(void);
 #define DECLARE(ISA)                                                                                         \
     linear_rows linear_##ISA, linear_exact_##ISA, linear_quantized_##ISA;                                    \
     quantize_group quantize_activations_##ISA;                                                               \
-    pack_floats pack_a_##ISA, pack_b_##ISA;                                                                  \
+    pack_rows pack_a_##ISA;                                                                                  \
+    pack_columns pack_b_##ISA;                                                                               \
     multiply_floats multiply_##ISA;                                                                          \
     attention_span attention_##ISA;                                                                          \
     attention_backward_head attention_backward_##ISA;                                                        \

@@ -65,10 +65,10 @@ int nl_linear_exact(float *y, const float *x, int64_t T, const nl_matrix *w, int
 int nl_linear_y(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t begin, int64_t end,
                 int threads);
 
-/* dx[:, begin:end] = dy @ w[:, begin:end]      linear_backward.c
- *   dy (T, OUT)   dx (T, N), N <= IN: the columns of w without padding.   begin is a multiple of
- * NL_GRADIENT_COLUMNS.   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
-enum { NL_GRADIENT_COLUMNS = 256 };
+/* dx = dy[:, begin:end] @ w[begin:end], or += where begin > 0: some rows of w a call      linear_backward.c
+ *   dy (T, OUT)   dx (T, N), N <= IN: the columns of w without padding.   begin and end are multiples of
+ * NL_GRADIENT_ROWS, or end is OUT.   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
+enum { NL_GRADIENT_ROWS = 256 };
 int nl_linear_dx(float *dx, const float *dy, int64_t T, const nl_matrix *w, int64_t N, int64_t begin,
                  int64_t end, int threads);
 

@@ -8,21 +8,23 @@
  * w has any format, and its weights are those of the exact way (linear.c): y has the bits of nl_linear_exact.
  * In the letters of BLIS:
  *
- *     for each part of c                          PART = 3072 rows and columns at most
- *         for ps in 0, KS .. K                    KS = 768
- *             pack_a                              a[:, ps: ps + KS] in tiles (KS, TILE_ROWS)
- *             pack_b                              b[ps: ps + KS] in panels (KS, NR), which are floats
+ *     for each PART of c                            PART = 1032 rows
+ *         for ps in 0, KS .. K                      KS = 768
+ *             pack_a                                a[:, ps: ps + KS] in tiles (KS, TILE_ROWS)
  *             barrier
- *             for ic in a thread's rows, MC       MC = 120: KS numbers of each are 360 KB, a part of L2
- *                 for jr in its columns, NR       (MC, NR) numbers of c are 15 KB
- *                     for pc in ps, KC .. ps + KS KC = 256: this part of a panel is 16 or 32 KB, in L1
- *                         for ir in ic, TILE_ROWS .. ic + MC
- *                             micro_kernel        c[ir: ir + TILE_ROWS, jr: jr + NR] += tile @ panel
+ *             for jc in a thread's columns, NC      NC = 256
+ *                 pack_b                            b[ps: ps + KS, jc: jc + NC] in panels (KC, NR), 768 KB
+ *                 for ic in a thread's rows, MC     MC = 120: KS numbers of each are 360 KB, a part of L2
+ *                     for jr in jc, NR .. jc + NC   (MC, NR) numbers of c are 15 KB
+ *                         for pc in ps, KC .. KS    KC = 256: a panel is 16 or 32 KB, in L1
+ *                             for ir in ic, TILE_ROWS .. MC
+ *                                 micro_kernel      c[ir: ir + TILE_ROWS, jr: jr + NR] += tile @ panel
  *             barrier
  *
- * Threads share the packing and then the parts of c. A number of c is summed by one thread: k ascending in
- * each KC, from 0; then the KC ascending, from 0 or from dw. The scalar form makes one long sum. So neither
- * threads nor cuts of c change a bit.
+ * Threads share the packing of a. Each packs its columns of b just before it multiplies them: packed b stays
+ * in its caches. A number of c is summed by one thread: k ascending in each KC, from 0; then the KC
+ * ascending, from 0 or from dw. The scalar form makes one long sum. So neither threads nor cuts of c change
+ * a bit.
  *
  * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
  * instruction set: the part under VECTOR_FORMS (README.md). tests/kernels/test_linear_backward.py compares
@@ -33,16 +35,10 @@
 #include "formats.h"
 #include "vec.h"
 
-/* The k that are packed at once. More would leave L2; fewer would be more barriers, and passes over c. A part
- * of c has PART rows and columns at most: what is packed for it stays in the caches, and in pages that free
- * keeps for the next call. */
-enum { KS = 768, PART = 3072 };
-_Static_assert(KS % KC == 0 && KS % NL_PANEL_ROWS == 0, "whole KC, and whole panels");
-_Static_assert(PART % ROW_GROUP == 0 && PART % QK_K == 0, "whole tiles, and whole blocks of b");
-/* k in a packed tile or panel. It is whole panels of linear_gemm.c, in which rows of b are unpacked. */
-INLINE int64_t packed_k(const float_product *p) {
-    return p->K < KS ? (p->K + NL_PANEL_ROWS - 1) / NL_PANEL_ROWS * NL_PANEL_ROWS : KS;
-}
+/* What is packed at once: PART rows and KS columns of a, KS rows and NC columns of b. More would leave the
+ * caches; fewer would be more barriers, and passes over c. PANELS is room for the latter in any form. */
+enum { PART = 86 * ROW_GROUP, KS = 768, NC = 256, PANELS = 2 * KS * NC * (int)sizeof(float) };
+_Static_assert(KS % KC == 0 && NC % QK_K == 0 && NC % NL_PANEL_ROWS == 0, "whole KC, blocks and panels");
 
 #ifndef VECTOR_FORMS
 #ifdef _OPENMP
@@ -59,51 +55,48 @@ static int64_t threads_across(const float_product *p, int64_t n) {
     int64_t best = 1, least = INT64_MAX;
     for (int64_t across = 1; across <= n; across++) {
         const range rows = range_of(p->M, ROW_GROUP, 0, n / across),
-                    columns = range_of(p->N, NL_PANEL_ROWS, 0, across);
+                    columns = range_of(p->N, column_unit(p), 0, across);
         const int64_t part = (rows.end - rows.begin) * (columns.end - columns.begin);
         if (part < least) best = across, least = part;
     }
     return best;
 }
 
-static int multiply_part(const float_product *p, int threads) {
+static int multiply(const float_product *p, int threads) {
     const kernels *kernel = chosen_kernels();
-    const int64_t ks = packed_k(p);
-    const int64_t a_floats = (p->M + ROW_GROUP) * ks, b_floats = (p->N + NL_PANEL_ROWS) * ks;
-    float *packed_a = aligned_alloc(64, (size_t)(a_floats + b_floats) * sizeof(float));
-    if (!packed_a) return NL_NO_MEMORY;
-    float *packed_b = packed_a + a_floats;
+    if (!is_known(p->b.format)) return NL_UNKNOWN_FORMAT;
+    const int64_t parts = (p->M + PART - 1) / PART; /* as equal as can be */
+    const int64_t a_floats = (range_of(p->M, ROW_GROUP, 0, parts).end + ROW_GROUP) * KS;
+    uint8_t *memory = aligned_alloc(64, (size_t)(a_floats * 4 + (int64_t)threads * PANELS));
+    if (!memory) return NL_NO_MEMORY;
+    float *packed_a = (float *)memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t i = 0, n = 1;
 #ifdef _OPENMP
         i = omp_get_thread_num(), n = omp_get_num_threads();
 #endif
-        const int64_t across = threads_across(p, n), down = n / across;
-        const range none = {0, 0}, columns = range_of(p->N, NL_PANEL_ROWS, i % across, across);
-        const range rows = i < across * down ? range_of(p->M, ROW_GROUP, i / across, down) : none;
-        for (int64_t ps = 0; ps < p->K; ps += KS) {
-            kernel->pack_a(p, packed_a, ps, range_of(p->M, ROW_GROUP, i, n));
-            kernel->pack_b(p, packed_b, ps, range_of(p->N, column_unit(p), i, n));
+        void *panels = memory + a_floats * 4 + i * PANELS;
+        for (int64_t ic = 0; ic < parts; ic++) {
+            const range here = range_of(p->M, ROW_GROUP, ic, parts);
+            float_product part = *p;
+            part.c += here.begin * p->c_row, part.a += here.begin * p->a_row, part.M = here.end - here.begin;
+            const int64_t across = threads_across(&part, n), down = n / across;
+            const range none = {0, 0}, columns = range_of(p->N, column_unit(p), i % across, across);
+            const range rows = i < across * down ? range_of(part.M, ROW_GROUP, i / across, down) : none;
+            for (int64_t ps = p->k_begin; ps < p->K; ps += KS) {
+                kernel->pack_a(&part, packed_a, ps, range_of(part.M, ROW_GROUP, i, n));
 #pragma omp barrier
-            kernel->multiply(p, packed_a, packed_b, ps, rows, columns);
-            if (ps + KS >= p->K) break;
+                for (int64_t jc = columns.begin; jc < columns.end && rows.begin < rows.end; jc += NC) {
+                    const range group = {jc, columns.end - jc < NC ? columns.end : jc + NC};
+                    kernel->pack_b(&part, panels, ps, group);
+                    kernel->multiply(&part, packed_a, panels, ps, rows, group);
+                }
 #pragma omp barrier
+            }
         }
     }
-    free(packed_a);
-    return 0;
-}
-
-static int multiply(const float_product *p, int threads) {
-    if (!is_known(p->b.format)) return NL_UNKNOWN_FORMAT;
-    for (int64_t i = 0; i < p->M; i += PART)
-        for (int64_t j = 0; j < p->N; j += PART) {
-            float_product part = *p;
-            part.c += i * p->c_row + j, part.a += i * p->a_row, part.b_begin += j;
-            part.M = p->M - i < PART ? p->M - i : PART, part.N = p->N - j < PART ? p->N - j : PART;
-            if (multiply_part(&part, threads)) return NL_NO_MEMORY;
-        }
+    free(memory);
     return 0;
 }
 
@@ -125,16 +118,16 @@ int nl_linear_y(float *y, const float *x, int64_t T, const nl_matrix *w, int64_t
 
 int nl_linear_dx(float *dx, const float *dy, int64_t T, const nl_matrix *w, int64_t N, int64_t begin,
                  int64_t end, int threads) {
-    const float_product p = {.c = dx + begin,
+    const float_product p = {.c = dx,
                              .c_row = N,
                              .a = dy,
                              .a_row = w->OUT,
                              .a_column = 1,
                              .b = *w,
-                             .b_begin = begin,
                              .M = T,
-                             .N = end - begin,
-                             .K = w->OUT};
+                             .N = N,
+                             .K = end,
+                             .k_begin = begin};
     return multiply(&p, threads);
 }
 
@@ -155,7 +148,7 @@ int nl_linear_dw(float *dw, const float *dy, const float *x, int64_t T, int64_t 
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
-/* b as floats (kc, N). a is multiplied in place. */
+/* b as floats (ks, NC). a is multiplied in place. */
 void pack_a_scalar(const float_product *p, float *to, int64_t ps, range rows) {
     (void)p, (void)to, (void)ps, (void)rows;
 }
@@ -167,11 +160,12 @@ INLINE void pack_b_by_format(const int format, const float_product *p, float *to
             const int64_t row = p->transpose_b ? p->b_begin + j : k, i = p->transpose_b ? k : p->b_begin + j;
             const int64_t in_block = i % block_weights(format);
             const uint8_t *block = block_of(format, room, &p->b, row, i - in_block);
-            to[(k - ps) * p->N + j] = weight(format, block, (int)in_block / 16, (int)in_block % 16);
+            to[(k - ps) * NC + j - columns.begin] =
+                weight(format, block, (int)in_block / 16, (int)in_block % 16);
         }
 }
 
-void pack_b_scalar(const float_product *p, float *to, int64_t ps, range columns) {
+void pack_b_scalar(const float_product *p, void *to, int64_t ps, range columns) {
     switch (p->b.format) {
 #define CASE(FORMAT, ...)                                                                                    \
     case FORMAT: pack_b_by_format(FORMAT, p, to, ps, columns); break;
@@ -180,15 +174,16 @@ void pack_b_scalar(const float_product *p, float *to, int64_t ps, range columns)
     }
 }
 
-void multiply_scalar(const float_product *p, const float *packed_a, const float *b, int64_t ps, range rows,
-                     range columns) {
+void multiply_scalar(const float_product *p, const float *packed_a, const void *panels, int64_t ps,
+                     range rows, range columns) {
+    const float *b = panels;
     (void)packed_a;
     for (int64_t i = rows.begin; i < rows.end; i++) {
         float *c = p->c + i * p->c_row;
         for (int64_t j = columns.begin; j < (p->add || ps > 0 ? 0 : columns.end); j++) c[j] = 0;
         for (int64_t k = 0; k < KS && ps + k < p->K; k++) {
             const float a = p->a[i * p->a_row + (ps + k) * p->a_column];
-            for (int64_t j = columns.begin; j < columns.end; j++) c[j] += a * b[k * p->N + j];
+            for (int64_t j = columns.begin; j < columns.end; j++) c[j] += a * b[k * NC + j - columns.begin];
         }
     }
 }
@@ -208,22 +203,23 @@ enum { ROWS_IN_L2 = 120, TILES = 8 };
 _Static_assert(ROW_GROUP % TILE_ROWS == 0 && ROWS_IN_L2 % TILE_ROWS == 0, "threads and MC have whole tiles");
 _Static_assert(NL_PANEL_ROWS % NR == 0 && KC % NR == 0, "threads have whole panels");
 _Static_assert(TILE_ROWS <= LANES, "a row of a tile fits a register");
+_Static_assert(KS / KC * (NC / NR) * sizeof(panel) <= PANELS, "room for the panels of NC columns");
 
 /* The tiles of some rows, with zeros behind the last row. Rows of a that lie dense are transposed. Columns
  * are copied for TILES tiles at a time, whole cache lines. A register has up to LANES - TILE_ROWS numbers
  * more than a row of a tile; the next row is stored over them. */
 VEC_TARGET void VEC(pack_a)(const float_product *p, float *to, int64_t ps, range rows) {
-    const int64_t ks = packed_k(p), kc = min(ks, p->K - ps);
+    const int64_t kc = min(KS, p->K - ps);
     for (int64_t ic = rows.begin; ic < rows.end; ic += TILES * TILE_ROWS) {
         const int64_t end = min(ic + TILES * TILE_ROWS, rows.end);
         int64_t done = 0;
         for (int64_t k = 0; p->a_row == 1 && end + LANES <= p->M && k + 1 < kc; k++, done++)
             for (int64_t i = ic; i < end; i += TILE_ROWS)
-                vec_store(to + i * ks + k * TILE_ROWS, vec_load(p->a + i + (ps + k) * p->a_column));
+                vec_store(to + i * KS + k * TILE_ROWS, vec_load(p->a + i + (ps + k) * p->a_column));
         for (int64_t i = ic; i < end; i += TILE_ROWS) {
             const int64_t mr = min(TILE_ROWS, rows.end - i);
             const float *a = p->a + i * p->a_row + ps * p->a_column;
-            float *tile = to + i * ks;
+            float *tile = to + i * KS;
             int64_t k = done;
             for (; p->a_column == 1 && k + LANES < kc; k += LANES) {
                 vec x[LANES];
@@ -238,11 +234,6 @@ VEC_TARGET void VEC(pack_a)(const float_product *p, float *to, int64_t ps, range
     }
 }
 
-/* Number (k, j) of the packed b. */
-INLINE float *in_panels(const float_product *p, float *b, int64_t k, int64_t j) {
-    return b + j / NR * NR * packed_k(p) + k * NR + j % NR;
-}
-
 VEC_INLINE vec load_single(const int format, const uint8_t *p, int64_t i) {
     switch (format) {
     case F16: return vec_from_f16(p + 2 * i);
@@ -252,63 +243,63 @@ VEC_INLINE vec load_single(const int format, const uint8_t *p, int64_t i) {
 }
 
 /* Single numbers, with zeros behind the last column. */
-VEC_INLINE void pack_singles(const int format, const float_product *p, float *to, int64_t ps, range columns) {
-    const int64_t bytes = format_of(format).bytes, kc = min(packed_k(p), p->K - ps);
-    const int64_t whole = columns.begin + (columns.end - columns.begin) / NR * NR;
+VEC_INLINE void pack_singles(const int format, const float_product *p, panel *to, int64_t pc, range columns) {
+    const int64_t bytes = format_of(format).bytes, kc = min(KC, p->K - pc);
+    const int64_t n = columns.end - columns.begin, whole = n / NR * NR;
     for (int64_t k = 0; k < kc; k++) {
-        const uint8_t *row = (const uint8_t *)p->b.data + ((ps + k) * p->b.IN + p->b_begin) * bytes;
-        for (int64_t j = columns.begin; j < whole; j += LANES)
-            vec_store(in_panels(p, to, k, j), load_single(format, row, j));
-        for (int64_t j = whole; j < (whole < columns.end ? whole + NR : 0); j++)
-            *in_panels(p, to, k, j) = j < columns.end ? weight(format, row + j * bytes, 0, 0) : 0;
+        const uint8_t *row =
+            (const uint8_t *)p->b.data + ((pc + k) * p->b.IN + p->b_begin + columns.begin) * bytes;
+        for (int64_t j = 0; j < whole; j += LANES)
+            vec_store(to[j / NR].floats[k] + j % NR, load_single(format, row, j));
+        for (int64_t j = whole; j < (whole < n ? whole + NR : 0); j++)
+            to[j / NR].floats[k][j % NR] = j < n ? weight(format, row + j * bytes, 0, 0) : 0;
     }
 }
 
 /* Packed rows: NR of them are unpacked as columns of a panel of linear_gemm.c, and transposed. */
-VEC_INLINE void pack_blocks(const int format, const float_product *p, float *to, int64_t ps, range columns) {
-    const int64_t kc = min(packed_k(p), p->K - ps);
+VEC_INLINE void pack_blocks(const int format, const float_product *p, panel *to, int64_t pc, range columns) {
+    const int64_t kc = min(KC, p->K - pc), n = columns.end - columns.begin;
     _Alignas(64) panel w;
-    for (int64_t j = columns.begin; j < columns.end; j += KC)
-        for (int64_t k = 0; k < kc; k += NR) {
-            const int64_t nc = min(KC, columns.end - j);
-            pack_panel(format, 1, &w, &p->b, ps + k, min(NR, kc - k), p->b_begin + j, nc);
-            for (int64_t i = 0; i < nc; i += LANES)
-                for (int h = 0; h < NR; h += LANES) {
-                    vec x[LANES];
-                    for (int l = 0; l < LANES; l++) x[l] = vec_load(w.floats[i + l] + h);
-                    vec_transpose(x);
-                    for (int l = 0; l < LANES; l++) vec_store(in_panels(p, to, k + h + l, j + i), x[l]);
-                }
-        }
+    for (int64_t k = 0; k < kc; k += NR) {
+        pack_panel(format, 1, &w, &p->b, pc + k, min(NR, kc - k), p->b_begin + columns.begin, n);
+        for (int64_t i = 0; i < n; i += LANES)
+            for (int h = 0; h < NR; h += LANES) {
+                vec x[LANES];
+                for (int l = 0; l < LANES; l++) x[l] = vec_load(w.floats[i + l] + h);
+                vec_transpose(x);
+                for (int l = 0; l < LANES; l++) vec_store(to[i / NR].floats[k + h + l] + i % NR, x[l]);
+            }
+    }
 }
 
 /* b = w.T: panels of linear_gemm.c. */
-VEC_INLINE void pack_transposed(const int format, const float_product *p, float *to, int64_t ps,
+VEC_INLINE void pack_transposed(const int format, const float_product *p, panel *to, int64_t pc,
                                 range columns) {
-    const int64_t end = min(packed_k(p), p->K - ps);
-    _Alignas(64) panel w;
-    for (int64_t j = columns.begin; j < columns.end; j += NR)
-        for (int64_t k = 0; k < end; k += KC) {
-            const int64_t kc = min(KC, end - k);
-            pack_panel(format, 1, &w, &p->b, p->b_begin + j, min(NR, columns.end - j), ps + k, kc);
-            memcpy(in_panels(p, to, k, j), w.floats, (size_t)(kc * NR) * sizeof(float));
-        }
+    for (int64_t j = columns.begin; j < columns.end; j += NR, to++)
+        pack_panel(format, 1, to, &p->b, p->b_begin + j, min(NR, columns.end - j), pc, min(KC, p->K - pc));
 }
 
-VEC_TARGET void VEC(pack_b)(const float_product *p, float *to, int64_t ps, range columns) {
+/* KC rows and NC columns. */
+VEC_TARGET static void pack_panels(const float_product *p, panel *to, int64_t pc, range columns) {
     switch (p->b.format) {
 #define CASE(FORMAT, ...)                                                                                    \
     case FORMAT:                                                                                             \
         if (p->transpose_b)                                                                                  \
-            pack_transposed(FORMAT, p, to, ps, columns);                                                     \
+            pack_transposed(FORMAT, p, to, pc, columns);                                                     \
         else if (is_single(FORMAT))                                                                          \
-            pack_singles(FORMAT, p, to, ps, columns);                                                        \
+            pack_singles(FORMAT, p, to, pc, columns);                                                        \
         else                                                                                                 \
-            pack_blocks(FORMAT, p, to, ps, columns);                                                         \
+            pack_blocks(FORMAT, p, to, pc, columns);                                                         \
         break;
         EACH_FORMAT(CASE)
 #undef CASE
     }
+}
+
+VEC_TARGET void VEC(pack_b)(const float_product *p, void *to, int64_t ps, range columns) {
+    panel *panels = to;
+    for (int64_t pc = ps; pc < min(ps + KS, p->K); pc += KC, panels += NC / NR)
+        pack_panels(p, panels, pc, columns);
 }
 
 /* c (TILE_ROWS, NR) = a (TILE_ROWS, kc) @ b (kc, NR), or += */
@@ -342,16 +333,17 @@ VEC_TARGET static void add_tile_of_floats(float *c, int64_t c_row, int add, int6
         for (int64_t j = 0; j < nr; j++) c[r * c_row + j] = (add ? c[r * c_row + j] : 0) + tile[r * NR + j];
 }
 
-VEC_TARGET void VEC(multiply)(const float_product *p, const float *packed_a, const float *packed_b,
-                              int64_t ps, range rows, range columns) {
-    const int64_t ks = packed_k(p), end = min(ks, p->K - ps);
+VEC_TARGET void VEC(multiply)(const float_product *p, const float *packed_a, const void *panels, int64_t ps,
+                              range rows, range columns) {
+    const int64_t n = columns.end - columns.begin, end = min(KS, p->K - ps);
     for (int64_t ic = rows.begin; ic < rows.end; ic += ROWS_IN_L2)
-        for (int64_t jr = columns.begin; jr < columns.end; jr += NR)
-            for (int64_t pc = 0; pc < end; pc += KC)
+        for (int64_t jr = 0; jr < n; jr += NR)
+            for (int64_t pc = 0; pc < end; pc += KC) {
+                const panel *b = (const panel *)panels + pc / KC * (NC / NR) + jr / NR;
                 for (int64_t ir = ic; ir < min(ic + ROWS_IN_L2, rows.end); ir += TILE_ROWS)
-                    add_tile_of_floats(p->c + ir * p->c_row + jr, p->c_row, p->add || ps + pc > 0,
-                                       min(TILE_ROWS, rows.end - ir), min(NR, columns.end - jr),
-                                       packed_a + ir * ks + pc * TILE_ROWS, packed_b + jr * ks + pc * NR,
-                                       min(KC, end - pc));
+                    add_tile_of_floats(p->c + ir * p->c_row + columns.begin + jr, p->c_row,
+                                       p->add || ps + pc > 0, min(TILE_ROWS, rows.end - ir), min(NR, n - jr),
+                                       packed_a + ir * KS + pc * TILE_ROWS, b->floats[0], min(KC, end - pc));
+            }
 }
 #endif

@@ -30,7 +30,7 @@ VECTOR_WORK = 16
 PIECE = 1 << 22
 CHUNK = 512  # rows of logits in memory at a time
 NORMS = (FrozenRMSNorm, TrainedRMSNorm)
-COLUMNS = lib.NL_GRADIENT_COLUMNS
+ROWS = lib.NL_GRADIENT_ROWS
 KEYS = lib.NL_KEYS
 
 
@@ -70,16 +70,13 @@ class TrainingKernels(Kernels):
             return dx
         _kept, matrix = _matrix(w, 1)
         threads, limit = self._limit(T * OUT * IN)
-        columns = max(limit // (T * OUT * COLUMNS), 1) * COLUMNS
-        tokens = max(limit // (OUT * COLUMNS), 1)
+        rows, tokens = max(limit // (T * IN * ROWS), 1) * ROWS, max(limit // (IN * ROWS), 1)
         for t in range(0, T, tokens):
             some, to = dy.reshape(T, OUT)[t : t + tokens], dx.reshape(T, IN)[t : t + tokens]
-            for begin in range(0, IN, columns):
-                end = min(begin + columns, IN)
-                status = lib.nl_linear_dx(
-                    _writable(to), _pointer(some), len(some), matrix, IN, begin, end, threads
-                )
-                _check(status)
+            for begin in range(0, OUT, rows):
+                end = min(begin + rows, OUT)
+                arguments = _writable(to), _pointer(some), len(some), matrix, IN, begin, end, threads
+                _check(lib.nl_linear_dx(*arguments))
         return dx
 
     def linear_dw(self, dy: Array, x: Array, dw: Array | None = None) -> Array:

@@ -358,9 +358,9 @@ void fuzz_linear_dx(void) {
     const nl_matrix w = {packed(rows, format, OUT, IN), format, OUT, IN};
     float *dy = floats(T * OUT, kind), *x = floats(T * IN, kind), *dx = room(4 * T * N);
     float *y = room(4 * T * OUT), *exact = room(4 * T * OUT);
-    const int64_t cut = number(0, N / NL_GRADIENT_COLUMNS) * NL_GRADIENT_COLUMNS;
+    const int64_t cut = number(0, OUT / NL_GRADIENT_ROWS) * NL_GRADIENT_ROWS;
     if (cut) check(nl_linear_dx(dx, dy, T, &w, N, 0, cut, 1) == 0, "dx was refused");
-    if (cut < N) check(nl_linear_dx(dx, dy, T, &w, N, cut, N, 1) == 0, "dx was refused");
+    if (cut < OUT) check(nl_linear_dx(dx, dy, T, &w, N, cut, OUT, 1) == 0, "dx was refused");
     double *wide = room(8 * OUT * IN), *size = room(8 * OUT * IN);
     for (int64_t r = 0; r < OUT; r++)
         read_row(wide + r * IN, size + r * IN, format, rows + r * row_bytes(format, IN), IN);

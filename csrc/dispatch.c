@@ -24,6 +24,7 @@
         .norm = norm_##OTHER,                                                                                \
         .project = project_##OTHER,                                                                          \
         .update = update_##OTHER,                                                                            \
+        .low_gradient = low_gradient_##OTHER,                                                                \
         .swiglu = swiglu_##OTHER,                                                                            \
         .store_head = store_head_##OTHER,                                                                    \
         .norm_backward = norm_backward_##OTHER,                                                              \

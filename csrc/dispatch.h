@@ -81,9 +81,13 @@ typedef void attention_span(const nl_attention_args *a, int64_t index, int64_t s
 typedef void attention_backward_head(const nl_attention_backward_args *a, int64_t b, int64_t h, float *part,
                                      float *scratch);
 typedef void norm_token(float *y, const float *x, const float *weight, float eps, int64_t D);
-typedef void project_token(float *low, const float *x, const nl_lora *lora, int64_t IN);
-typedef void update_token(float *y, const float *low, const nl_lora *lora, int64_t OUT, int64_t begin,
-                          int64_t end);
+/* LoRA: lora.c. Tokens T, rank r, and N columns of the wide array and of a or b. */
+typedef void project_tokens(float *low, const float *x, const float *a, float scale, int64_t T, int64_t r,
+                            int64_t N);
+typedef void update_tokens(float *y, const float *low, const float *b, int64_t T, int64_t r, int64_t N,
+                           range columns);
+typedef void low_gradient_tokens(float *da, const float *low, const float *x, int64_t T, int64_t r, int64_t N,
+                                 range columns);
 typedef void swiglu_many(float *gate, const float *up, int64_t n);
 typedef void store_one_head(uint8_t *to, int format, const float *x, const float *freqs_cis, int64_t Dh);
 typedef void norm_backward_row(float *dx, float *dweight, const float *dy, const float *x,
@@ -109,8 +113,9 @@ typedef struct {
     attention_span *attention;
     attention_backward_head *attention_backward;
     norm_token *norm;
-    project_token *project;
-    update_token *update;
+    project_tokens *project;
+    update_tokens *update;
+    low_gradient_tokens *low_gradient;
     swiglu_many *swiglu;
     store_one_head *store_head;
     norm_backward_row *norm_backward;
@@ -135,8 +140,9 @@ const kernels *chosen_kernels(void);
     attention_span attention_##ISA;                                                                          \
     attention_backward_head attention_backward_##ISA;                                                        \
     norm_token norm_##ISA;                                                                                   \
-    project_token project_##ISA;                                                                             \
-    update_token update_##ISA;                                                                               \
+    project_tokens project_##ISA;                                                                            \
+    update_tokens update_##ISA;                                                                              \
+    low_gradient_tokens low_gradient_##ISA;                                                                  \
     swiglu_many swiglu_##ISA;                                                                                \
     store_one_head store_head_##ISA;                                                                         \
     norm_backward_row norm_backward_##ISA;                                                                   \

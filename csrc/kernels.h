@@ -135,6 +135,28 @@ typedef struct {
     int64_t r;      /* 0: no update */
 } nl_lora;
 
+/* An update by LoRA that learns: scale * b @ a is added to a weight (OUT, IN). */
+typedef struct {
+    const float *a; /* (r, IN) */
+    const float *b; /* (OUT, r) */
+    float scale;
+    int64_t r, IN, OUT;
+} nl_lora_part;
+
+/* y += scale * x @ a.T @ b.T      lora.c
+ *   x (T, IN)   y (T, OUT).   Returns 0 or NL_NO_MEMORY. */
+int nl_add_lora(float *y, const float *x, const nl_lora_part *p, int64_t T, int threads);
+
+/* dx += scale * dy @ b @ a;  da += scale * (dy @ b).T @ x;  db += scale * dy.T @ (x @ a.T)
+ *   x, dx (T, IN)   dy (T, OUT)   da (r, IN)   db (OUT, r).   A call for some of the tokens should have a
+ * multiple of NL_LORA_TOKENS; calls go from the first tokens to the last.   Returns 0 or NL_NO_MEMORY. */
+enum { NL_LORA_TOKENS = 64 };
+typedef struct {
+    float *dx, *da, *db;
+    const float *dy, *x;
+} nl_lora_gradients;
+int nl_lora_backward(const nl_lora_gradients *g, const nl_lora_part *p, int64_t T, int threads);
+
 /* One TransformerBlock: its sizes and weights. D, F and H * Dh are multiples of 32. Dh is even, at most
  * NL_MAX_DH. */
 typedef struct {

@@ -131,17 +131,16 @@ static float *low_of(const layer_call *c, int weight) {
 static void project(const layer_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
     for (int weight = first; weight <= last; weight++) {
         const nl_lora *lora = &c->w->lora[weight];
-        for (int64_t t = tokens.begin; lora->r && t < tokens.end; t++)
-            c->kernel->project(low_of(c, weight) + t * lora->r, x + t * IN, lora, IN);
+        float *low = low_of(c, weight) + tokens.begin * lora->r;
+        c->kernel->project(low, x + tokens.begin * IN, lora->a, 1, tokens.end - tokens.begin, lora->r, IN);
     }
 }
 
 /* y[:, rows] += low @ b[:, rows] */
 static void update(const layer_call *c, range rows, float *y, int weight) {
     const nl_lora *lora = &c->w->lora[weight];
-    const int64_t OUT = c->w->weight[weight].OUT;
-    for (int64_t t = 0; lora->r && t < c->tokens; t++)
-        c->kernel->update(y + t * OUT, low_of(c, weight) + t * lora->r, lora, OUT, rows.begin, rows.end);
+    if (lora->r)
+        c->kernel->update(y, low_of(c, weight), lora->b, c->tokens, lora->r, c->w->weight[weight].OUT, rows);
 }
 
 /* ---------------------------------------------------------------- the steps */
@@ -376,24 +375,6 @@ void norm_scalar(float *y, const float *x, const float *weight, float eps, int64
     for (int64_t d = 0; d < D; d++) y[d] = x[d] / root * weight[d];
 }
 
-/* low[i] = x . a[i] */
-void project_scalar(float *low, const float *x, const nl_lora *lora, int64_t IN) {
-    for (int64_t i = 0; i < lora->r; i++) {
-        float sum = 0;
-        for (int64_t d = 0; d < IN; d++) sum += x[d] * lora->a[i * IN + d];
-        low[i] = sum;
-    }
-}
-
-/* y[begin:end] += sum of low[i] * b[i, begin:end] */
-void update_scalar(float *y, const float *low, const nl_lora *lora, int64_t OUT, int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; o++) {
-        float sum = 0;
-        for (int64_t i = 0; i < lora->r; i++) sum += low[i] * lora->b[i * OUT + o];
-        y[o] += sum;
-    }
-}
-
 /* gate = gate / (1 + exp(-gate)) * up. In float64, because exp(89) is beyond float32. */
 void swiglu_scalar(float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i++) gate[i] = (float)(gate[i] / (1 + exp(-(double)gate[i]))) * up[i];
@@ -425,36 +406,6 @@ VEC_TARGET void VEC(norm)(float *y, const float *x, const float *weight, float e
     const vec root = vec_all(sqrtf(vec_sum(squares) / (float)D + eps));
     for (int64_t d = 0; d < D; d += LANES)
         vec_store(y + d, vec_mul(vec_div(vec_load(x + d), root), vec_load(weight + d)));
-}
-
-/* IN is a multiple of 32, and so of 2 * LANES. Two sums hide half of an addition's latency. A
- * token's sums have the same order in any number of tokens. */
-VEC_TARGET void VEC(project)(float *low, const float *x, const nl_lora *lora, int64_t IN) {
-    for (int64_t i = 0; i < lora->r; i++) {
-        const float *a = lora->a + i * IN;
-        vec even = vec_zero(), odd = vec_zero();
-        for (int64_t d = 0; d < IN; d += 2 * LANES) {
-            even = vec_fma(vec_load(x + d), vec_load(a + d), even);
-            odd = vec_fma(vec_load(x + d + LANES), vec_load(a + d + LANES), odd);
-        }
-        low[i] = vec_sum(vec_add(even, odd));
-    }
-}
-
-VEC_TARGET void VEC(update)(float *y, const float *low, const nl_lora *lora, int64_t OUT, int64_t begin,
-                            int64_t end) {
-    int64_t o = begin;
-    for (; o + 2 * LANES <= end; o += 2 * LANES) {
-        const float *b = lora->b + o;
-        vec first = vec_zero(), second = vec_zero();
-        for (int64_t i = 0; i < lora->r; i++, b += OUT) {
-            first = vec_fma(vec_all(low[i]), vec_load(b), first);
-            second = vec_fma(vec_all(low[i]), vec_load(b + LANES), second);
-        }
-        vec_store(y + o, vec_add(vec_load(y + o), first));
-        vec_store(y + o + LANES, vec_add(vec_load(y + o + LANES), second));
-    }
-    update_scalar(y, low, lora, OUT, o, end); /* K * Dh need not be a multiple of 2 * LANES */
 }
 
 /* gate / (1 + e^-gate) * up = gate / (one + one * e^-gate) * one * up, with `one` so small that nothing

@@ -16,6 +16,8 @@
 
 #include "attention_backward.c"
 
+#include "lora.c"
+
 #include "layer.c"
 
 #include "training.c"

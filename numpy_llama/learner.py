@@ -18,6 +18,7 @@ import numpy as np
 
 from . import backward as B
 from . import functional as F
+from . import lora as L
 from .backward import Gradients, add
 from .config import Array
 from .errors import MismatchError, ParameterError, UnsupportedError, escape
@@ -49,6 +50,8 @@ class Functions:
     block_backward: Function = B.block_backward
     head_loss: Function = B.head_loss
     log_probs: Function = B.log_probs
+    add_lora: Function = L.add_lora
+    lora_backward: Function = L.lora_backward
 
 
 def checkpointing(functions: Functions) -> Functions:

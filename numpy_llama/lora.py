@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import functional as F
+from .backward import linear_dw
 from .config import Array
 from .model import Function, Transformer
 
@@ -24,6 +25,21 @@ class LowRank(NamedTuple):
     def delta(self, rows: slice | Array = slice(None)) -> Array:
         """scale * B A, or some rows of it: -> (OUT, IN)."""
         return np.float32(self.scale) * self.b[rows] @ self.a
+
+
+def add_lora(y: Array, x: Array, a: Array, b: Array, scale: float) -> Array:
+    """y += scale (x A^T) B^T, in place. (..., OUT), (..., IN), (r, IN), (OUT, r) -> y."""
+    y += scale * (x @ a.T) @ b.T
+    return y
+
+
+def lora_backward(
+    dx: Array, dy: Array, x: Array, a: Array, b: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    """z = scale x A^T, dz = scale dy B: dx += dz A in place, dA = dz^T x, dB = dy^T z. -> dx, dA, dB."""
+    z, dz = scale * (x @ a.T), scale * (dy @ b)
+    dx += dz @ a
+    return dx, linear_dw(dz, x), linear_dw(dy, z)
 
 
 class LoRALinear:

@@ -6,6 +6,7 @@
 `block_forward`, `block_backward` and `head_loss` read line by line like those of backward.py.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from operator import attrgetter
@@ -105,6 +106,27 @@ class TrainingKernels(Kernels):
                 )
             )
         return dw
+
+    def add_lora(self, y: Array, x: Array, a: Array, b: Array, scale: float) -> Array:
+        """lora.add_lora: y += scale (x A^T) B^T, in the memory of y if it is dense float32."""
+        part, _kept = _lora_part(y, x, a, b, scale)
+        y = _floats(y)
+        for (y_, x_), T, threads in self._lora_calls(part, y, _floats(x)):
+            _check(lib.nl_add_lora(_writable(y_), _pointer(x_), part, T, threads))
+        return y
+
+    def lora_backward(
+        self, dx: Array, dy: Array, x: Array, a: Array, b: Array, scale: float
+    ) -> tuple[Array, Array, Array]:
+        """lora.lora_backward -> dx + dz A, in the memory of dx if it is dense float32; dA, dB."""
+        part, _kept = _lora_part(dy, x, a, b, scale)
+        if dx.shape != x.shape:
+            raise MismatchError(f"dx {dx.shape} and x {x.shape} do not fit each other")
+        dx, da, db = _floats(dx), np.zeros(a.shape, np.float32), np.zeros(b.shape, np.float32)
+        for (dx_, dy_, x_), T, threads in self._lora_calls(part, dx, _floats(dy), _floats(x)):
+            arrays = *map(_writable, (dx_, da, db)), *map(_pointer, (dy_, x_))
+            _check(lib.nl_lora_backward(ffi.new("nl_lora_gradients *", arrays), part, T, threads))
+        return dx, da, db
 
     def attention_saving(self, q: Array, k: Array, v: Array, first: Array) -> tuple[Array, Array]:
         """backward.attention_saving: attention within documents -> out as q, lse (B, H, T)."""
@@ -288,6 +310,8 @@ class TrainingKernels(Kernels):
             self.block_forward,
             self.block_backward,
             self.head_loss,
+            add_lora=self.add_lora,
+            lora_backward=self.lora_backward,
         )
 
     def adamw(
@@ -322,6 +346,15 @@ class TrainingKernels(Kernels):
     def _norm_backward(self, part: Any, dy: Array, x: Array) -> tuple[Array, Gradients]:
         dx, dweight = self.rms_norm_backward(dy, x, part.weight, part.eps)
         return dx, {"weight": dweight} if part.learned else {}
+
+    def _lora_calls(self, part: Any, *arrays: Array) -> Iterator[tuple[list[Array], int, int]]:
+        """For each call: some tokens of these arrays, their number, and the number of threads."""
+        T, work = math.prod(arrays[0].shape[:-1]), 3 * part.r * (part.IN + part.OUT)
+        threads, limit = self._limit(T * work)
+        tokens = max(limit // (work * lib.NL_LORA_TOKENS), 1) * lib.NL_LORA_TOKENS
+        for begin in range(0, T, tokens):
+            some = [x.reshape(T, -1)[begin : begin + tokens] for x in arrays]
+            yield some, len(some[0]), threads
 
     def _limit(self, work: int) -> tuple[int, int]:
         """The number of threads for `work` multiply-adds, and how many of them a call may have."""
@@ -365,6 +398,15 @@ def _matrix(w: KernelWeight | Array, multiple: int) -> tuple[Any, Any]:
         return w, w.matrix
     w = _floats(w if w.shape[1] % multiple == 0 else np.pad(w, [(0, 0), (0, -w.shape[1] % multiple)]))
     return w, ffi.new("nl_matrix *", (_pointer(w), K.F32, *w.shape))
+
+
+def _lora_part(y: Array, x: Array, a: Array, b: Array, scale: float) -> tuple[Any, Any]:
+    """An nl_lora_part, and the memory of its matrices, which must outlive it."""
+    (r, IN), OUT = a.shape, y.shape[-1]
+    if b.shape != (OUT, r) or x.shape != (*y.shape[:-1], IN) or not r * IN * OUT:
+        raise MismatchError(f"A {a.shape} and B {b.shape} do not fit x {x.shape} and y {y.shape}")
+    a, b = _floats(a), _floats(b)
+    return ffi.new("nl_lora_part *", (_pointer(a), _pointer(b), scale, r, IN, OUT)), (a, b)
 
 
 def _floats(x: Array) -> Array:

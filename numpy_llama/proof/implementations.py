@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -231,6 +232,13 @@ def compiled(isa: str) -> Implementation:
     def apply_rotary_emb_backward(dy: Array, freqs_cis: Array) -> Array:
         return training.apply_rotary_emb(dy, freqs_cis.conj())
 
+    def TrainedLoRA(
+        base: Any, lora_a: Array, lora_b: Array, scale: float, functions: learner.Functions
+    ) -> lora.TrainedLoRA:
+        """The part, with its update and its gradients in C."""
+        in_c_too = {name: in_c(getattr(training, name)) for name in ("add_lora", "lora_backward")}
+        return lora.TrainedLoRA(base, lora_a, lora_b, scale, replace(functions, **in_c_too))
+
     operations = {name: in_c(getattr(training, name)) for name in TRAINING_IN_C}
     operations |= {
         "apply_rotary_emb_backward": in_c(apply_rotary_emb_backward),
@@ -239,6 +247,7 @@ def compiled(isa: str) -> Implementation:
         "Transformer": Transformer,
         "KVCache": cache.KVCache,
     }
+    operations["TrainedLoRA"] = TrainedLoRA
     if isa == "scalar":  # all instruction sets share the conversions
         operations |= conversions(kernels)
     return Implementation(f"c-{isa}", operations, np.float32)

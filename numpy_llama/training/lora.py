@@ -28,15 +28,17 @@ class TrainedLoRA(LoRALinear):
     learned = ("lora_a", "lora_b")
 
     def __init__(self, base: FrozenLinear, lora_a: Array, lora_b: Array, scale: float, functions: Functions):
-        super().__init__(base, lora_a, lora_b, scale, base.linear)
+        super().__init__(base, lora_a, lora_b, scale)
         self.functions = functions
 
+    def __call__(self, x: Array) -> Array:
+        return self.functions.add_lora(self.base(x), x, self.lora_a, self.lora_b, self.scale)
+
     def backward(self, dy: Array, x: Array) -> tuple[Array, Gradients]:
-        """z = x A^T, dz = scale dy B: dx = dy W + dz A, dA = dz^T x, dB = scale dy^T z."""
-        f = self.functions
-        z, dz = self.linear(x, self.lora_a), self.scale * f.linear_dx(dy, self.lora_b)
-        dx = self.base.backward(dy, x)[0] + f.linear_dx(dz, self.lora_a)
-        return dx, {"lora_a": f.linear_dw(dz, x), "lora_b": self.scale * f.linear_dw(dy, z)}
+        """lora.lora_backward adds to the dx of the base."""
+        dx, _ = self.base.backward(dy, x)
+        dx, da, db = self.functions.lora_backward(dx, dy, x, self.lora_a, self.lora_b, self.scale)
+        return dx, {"lora_a": da, "lora_b": db}
 
 
 def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:

@@ -400,7 +400,7 @@ void fuzz_linear_dw(void) {
  *
  * The oracle is the scalar form. The numbers of both are near if all that is read is small. */
 
-enum { MAX_OUTPUTS = 3 };
+enum { MAX_OUTPUTS = 4 };
 typedef struct {
     float *output[MAX_OUTPUTS];
     int64_t n[MAX_OUTPUTS];
@@ -481,7 +481,7 @@ void fuzz_attention_backward(void) {
     free(q), free(k), free(v), free(dout);
 }
 
-enum { NORM, ROTATE, SWIGLU, CROSS_ENTROPY, ADAMW, SQUARES, OPERATIONS };
+enum { NORM, ROTATE, SWIGLU, CROSS_ENTROPY, ADAMW, SQUARES, LORA, OPERATIONS };
 
 void fuzz_training(void) {
     choose_isa();
@@ -491,7 +491,7 @@ void fuzz_training(void) {
     const int64_t columns = operation == NORM     ? (wide + 31) / 32 * 32
                             : operation == ROTATE ? (wide + 1) / 2 * 2 % NL_MAX_DH + 2
                                                   : wide;
-    const int64_t n = rows * columns, heads = number(1, 3);
+    const int64_t n = rows * columns, heads = number(1, 3), rank = number(1, rows);
     float *a = floats(n * heads, kind), *b = floats(n, kind), *c = floats(n, kind), *d = floats(n, kind);
     int64_t *targets = room(8 * rows);
     for (int64_t i = 0; i < rows; i++) targets[i] = number(0, columns - 1);
@@ -523,6 +523,14 @@ void fuzz_training(void) {
         case SQUARES:
             check(nl_squares(&sum, a, n, 1) == 0, "no memory");
             *output_of(o, 0, NULL, 1) = (float)sum;
+            break;
+        case LORA: {
+            const nl_lora_part part = {b, c, .5f, rank, columns, columns};
+            const nl_lora_gradients g = {output_of(o, 0, d, n), output_of(o, 1, b, rank * columns),
+                                         output_of(o, 2, c, rank * columns), d, a};
+            check(nl_lora_backward(&g, &part, rows, 1) == 0, "no memory");
+            check(nl_add_lora(output_of(o, 3, d, n), a, &part, rows, 1) == 0, "no memory");
+        }
         }
     }
     nl_use_isa(isa);

@@ -35,6 +35,7 @@
 enum { CHUNKS = 4, PIECE = 1 << 10 };
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t chunks_of(int64_t T) { return (T + NL_LORA_TOKENS - 1) / NL_LORA_TOKENS; }
 
 /* The threads that call these three functions share the loops: parts of OUT, or of n. */
 static void transpose(float *to, const float *b, int64_t OUT, int64_t r) {
@@ -80,7 +81,7 @@ int nl_add_lora(float *y, const float *x, const nl_lora_part *p, int64_t T, int 
 
 int nl_lora_backward(const nl_lora_gradients *g, const nl_lora_part *p, int64_t T, int threads) {
     const kernels *kernel = chosen_kernels();
-    const int64_t IN = p->IN, OUT = p->OUT, r = p->r, at_once = CHUNKS * (int64_t)threads;
+    const int64_t IN = p->IN, OUT = p->OUT, r = p->r, at_once = smaller(CHUNKS * threads, chunks_of(T));
     const int64_t stride = r * (IN + OUT + 2 * NL_LORA_TOKENS); /* of a chunk: da, db.T, low, dlow */
     float *b = malloc((size_t)(2 * OUT * r + at_once * stride + 1) * sizeof(float));
     if (!b) return NL_NO_MEMORY;
@@ -91,7 +92,7 @@ int nl_lora_backward(const nl_lora_gradients *g, const nl_lora_part *p, int64_t 
         transpose(db, g->db, OUT, r);
         for (int64_t begin = 0; begin < T; begin += at_once * NL_LORA_TOKENS) {
             const int64_t end = smaller(T, begin + at_once * NL_LORA_TOKENS);
-            const int64_t n_chunks = (end - begin + NL_LORA_TOKENS - 1) / NL_LORA_TOKENS;
+            const int64_t n_chunks = chunks_of(end - begin);
 #pragma omp for schedule(dynamic)
             for (int64_t c = 0; c < n_chunks; c++) {
                 const int64_t t = begin + c * NL_LORA_TOKENS, n = smaller(NL_LORA_TOKENS, end - t);

@@ -4,12 +4,13 @@ import os
 import signal
 from pathlib import Path
 
+# The processes of a run share the CPUs, so no thread may spin while it waits. OpenBLAS' threads always do.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy reads it when it is imported
+
 import numpy as np
 import pytest
 from hypothesis import settings
-
-# The processes of a run share the CPUs, so no OpenMP thread may spin while it waits.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from numpy_llama.backend import kernels
 from numpy_llama.checkpoint.download import pull

@@ -103,7 +103,7 @@ BUGS = [
         "    a, b = np.split(x, 2, axis=-1)\n"
         "    cos, sin = freqs_cis.real[..., None, :], freqs_cis.imag[..., None, :]\n"
         "    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)",
-        ROPE,
+        f"{ROPE}::test_pairs_are_turned_as_complex_numbers",
     ),
     Bug(
         "rope_theta of the checkpoint unused",
@@ -127,7 +127,7 @@ BUGS = [
         "numpy_llama/rope.py",
         "(1 - keep) / self.factor",
         "(1 - keep) / 8",
-        ROPE,
+        f"{ROPE}::test_a_factor_of_1_changes_nothing",
     ),
     Bug(
         "mask off by one: the next token is seen",
@@ -233,7 +233,7 @@ BUGS = [
         GENERATE,
         "    start_pos = len(session.ids)\n",
         "    start_pos = 0\n",
-        "tests/generation/test_generate.py",
+        "tests/generation/test_generate.py::test_a_session_is_reused_as_far_as_the_prompts_agree",
     ),
     Bug(
         "a rewound cache still counts what lay behind",
@@ -242,7 +242,7 @@ BUGS = [
         "        self.filled[layer] = end\n",
         "        most = vars(self).setdefault('most', {})\n"
         "        self.filled[layer] = most[layer] = max(end, most.get(layer, 0))\n",
-        f"{LAWS}test_cache.py",
+        f"{LAWS}test_cache.py::test_a_rewound_cache_holds_no_more",
     ),
     Bug(
         "a rewound cache still counts what lay behind, in C",
@@ -251,7 +251,7 @@ BUGS = [
         "                one.filled[at_layers] = [end] * len(blocks)\n",
         "                one.most = max(end, vars(one).get('most', 0))\n"
         "                one.filled[at_layers] = [one.most] * len(blocks)\n",
-        "tests/kernels/test_layer.py",
+        "tests/kernels/test_layer.py::test_rewound_caches_count_no_position_behind",
     ),
     Bug(
         "an update that stops halfway counts what it began",
@@ -259,7 +259,7 @@ BUGS = [
         CACHE,
         "        self.filled[layer] = start_pos  #",
         "        #",
-        "tests/generation/test_generate.py",
+        "tests/generation/test_generate.py::test_an_update_that_stops_halfway_counts_nothing",
     ),
     Bug(
         "of the caches of a batch only two are checked",
@@ -267,7 +267,7 @@ BUGS = [
         "numpy_llama/backend/fused.py",
         "ends.append(one.check(least_filled, at, one.batch, T))",
         "ends.append(at + T if len(ends) > 1 else one.check(least_filled, at, one.batch, T))",
-        "tests/generation/test_batch.py",
+        "tests/generation/test_batch.py::test_each_of_many_caches_is_checked",
     ),
     # --- files and text
     Bug(
@@ -292,7 +292,7 @@ BUGS = [
         "numpy_llama/text/chat.py",
         "        if tokenizer.add_bos and tokenizer.bos_id not in ids:",
         "        if tokenizer.add_bos:",
-        "tests/text/test_chat.py",
+        "tests/text/test_chat.py::test_llama2_by_hand",
     ),
     Bug(
         "double BOS: the template's, which does not begin with it",
@@ -300,7 +300,7 @@ BUGS = [
         "numpy_llama/text/chat.py",
         "        if tokenizer.add_bos and tokenizer.bos_id not in ids:",
         "        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:",
-        "tests/text/test_chat.py",
+        "tests/text/test_chat.py::test_bos_stands_where_the_template_writes_it_as_in_transformers",
     ),
     Bug(
         "one end token of two",
@@ -308,7 +308,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))",
         "eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))[:1]",
-        "tests/text/test_tokenizer.py tests/text/test_chat.py",
+        "tests/text/test_tokenizer.py::test_smollm2_is_what_its_file_says",
     ),
     Bug(
         "spaces stripped from every piece of the stream",
@@ -316,7 +316,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         "        return self._utf8.decode(data).strip()\n",
-        "tests/text/test_tokenizer.py",
+        "tests/text/test_tokenizer.py::test_byte_level_round_trip",
     ),
     Bug(
         "characters of several tokens decoded one by one",
@@ -324,7 +324,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "        return self._utf8.decode(data)\n",
         '        return data.decode("utf-8", "replace")\n',
-        "tests/text/test_tokenizer.py",
+        "tests/text/test_tokenizer.py::test_byte_level_round_trip",
     ),
     Bug(
         "the space behind a control token dropped from a stream",
@@ -333,7 +333,7 @@ BUGS = [
         "        if data and self._drop_space:\n            data,",
         "        self._drop_space |= not data and self._tokenizer.add_space\n"
         "        if data and self._drop_space:\n            data,",
-        "tests/text/test_tokenizer_files.py",
+        "tests/text/test_tokenizer_files.py::test_a_stream_with_control_tokens_anywhere_is_the_text_at_once",
     ),
     Bug(
         "only the space at once behind BOS kept out of a stream",
@@ -341,7 +341,7 @@ BUGS = [
         "numpy_llama/text/tokenizer.py",
         "        if data and self._drop_space:\n",
         "        if self._drop_space:\n",
-        "tests/text/test_tokenizer_files.py",
+        "tests/text/test_tokenizer_files.py::test_a_stream_with_control_tokens_anywhere_is_the_text_at_once",
     ),
     Bug(
         "of the vectors of all shards two are compared",
@@ -349,7 +349,7 @@ BUGS = [
         "numpy_llama/checkpoint/meta.py",
         "            for shard, part in zip(self.shards, parts, strict=True):\n                if not",
         "            for shard, part in zip(self.shards[:2], parts):\n                if not",
-        "tests/checkpoint/test_meta.py",
+        "tests/checkpoint/test_meta.py::test_each_shard_must_fit_all_others",
     ),
     Bug(
         "of the names of all shards two are compared",
@@ -357,7 +357,7 @@ BUGS = [
         "numpy_llama/checkpoint/meta.py",
         "        for shard in self.shards[1:]:\n",
         "        for shard in self.shards[1:2]:\n",
-        "tests/checkpoint/test_meta.py",
+        "tests/checkpoint/test_meta.py::test_each_shard_must_fit_all_others",
     ),
     Bug(
         "of the shapes in all shards two are compared",
@@ -365,7 +365,7 @@ BUGS = [
         "numpy_llama/checkpoint/meta.py",
         "if odd := [p for p in parts if",
         "if odd := [p for p in parts[:2] if",
-        "tests/checkpoint/test_meta.py",
+        "tests/checkpoint/test_meta.py::test_each_shard_must_fit_all_others",
     ),
     Bug(
         "of the parts of a GGUF two are compared",
@@ -373,7 +373,7 @@ BUGS = [
         "numpy_llama/checkpoint/gguf/file.py",
         "            if (found := part.get(key, int)) != by_name:",
         "            if i < 2 and (found := part.get(key, int)) != by_name:",
-        "tests/checkpoint/test_gguf.py",
+        "tests/checkpoint/test_gguf.py::test_parts_that_do_not_belong_together_are_refused",
     ),
     Bug(
         "of the files of an index two are compared",
@@ -381,7 +381,7 @@ BUGS = [
         "numpy_llama/checkpoint/huggingface.py",
         "if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys()",
         "if odd := {tensor for tensor in wanted[name] ^ file.tensors.keys() if name in sorted(wanted)[:2]",
-        "tests/checkpoint/test_huggingface.py",
+        "tests/checkpoint/test_huggingface.py::test_an_index_that_is_wrong_about_its_files",
     ),
     # --- choosing
     Bug(
@@ -390,7 +390,7 @@ BUGS = [
         SAMPLING,
         "np.cumsum(probs[order]) - probs[order] <= p",
         "np.cumsum(probs[order]) <= p",
-        CHANCE,
+        f"{CHANCE}::test_a_filter_keeps_the_likeliest",
     ),
     Bug(
         "the penalty makes negative logits likelier",
@@ -398,7 +398,7 @@ BUGS = [
         SAMPLING,
         "np.where(x > 0, x / penalty, x * penalty)",
         "x / penalty",
-        CHANCE,
+        f"{CHANCE}::test_seen_ids_become_less_likely",
     ),
     Bug(
         "top-k keeps all that are equal to the last",
@@ -406,7 +406,7 @@ BUGS = [
         SAMPLING,
         "keep[np.flatnonzero(logits == kth)[: k - keep.sum()]] = True",
         "keep[logits == kth] = True",
-        CHANCE,
+        f"{CHANCE}::test_top_k_keeps_exactly_k",
     ),
     Bug(
         "min-p of raw logits",
@@ -417,7 +417,7 @@ BUGS = [
         + CHAIN.replace(
             "= min_p(logits, self.min_p)", "= np.where(min_p(raw, self.min_p) > -np.inf, logits, -np.inf)"
         ),
-        "tests/generation/test_sampling.py",
+        "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
     ),
     Bug(
         "min-p before the temperature",
@@ -425,7 +425,7 @@ BUGS = [
         SAMPLING,
         CHAIN,
         chain(1, 5, 2, 3, 4),
-        "tests/generation/test_sampling.py",
+        "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
     ),
     Bug(
         "the temperature before the penalty",
@@ -441,7 +441,7 @@ BUGS = [
         SAMPLING,
         CHAIN,
         chain(1, 3, 2, 4, 5),
-        "tests/generation/test_sampling.py",
+        "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
     ),
     Bug(
         "top-p before top-k",
@@ -449,7 +449,7 @@ BUGS = [
         SAMPLING,
         CHAIN,
         chain(1, 2, 4, 3, 5),
-        "tests/generation/test_sampling.py",
+        "tests/generation/test_sampling.py::test_the_order_is_that_of_transformers",
     ),
     Bug(
         "min-p before top-p",
@@ -457,7 +457,7 @@ BUGS = [
         SAMPLING,
         CHAIN,
         chain(1, 2, 3, 5, 4),
-        "tests/generation/test_sampling.py",
+        "tests/generation/test_sampling.py::test_what_is_left_where_the_order_shows",
     ),
     # --- stored weights
     Bug(
@@ -482,7 +482,7 @@ BUGS = [
         FORMATS,
         "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
         "bits >> 16",
-        STORED,
+        f"{STORED}::test_weights_become_the_bytes_of_ggml",
     ),
     Bug(
         "a NaN becomes infinite in bfloat16",
@@ -490,7 +490,7 @@ BUGS = [
         FORMATS,
         "(bits >> 16) | 64",
         "(bits >> 16)",
-        STORED,
+        f"{STORED}::test_bf16_by_hand",
     ),
     # --- learning
     Bug(
@@ -555,7 +555,7 @@ BUGS = [
         BACKWARD,
         "    return y.reshape(B, K, H // K, S, Dh).sum(axis=2).swapaxes(1, 2)",
         "    return y.reshape(B, K, H // K, S, Dh)[:, :, 0].swapaxes(1, 2)",
-        TRAINED_ATTENTION,
+        f"{TRAINED_ATTENTION}::test_every_key_learns_from_the_last_query",
     ),
     Bug(
         "dk and dv of the wrong group of heads",
@@ -563,7 +563,7 @@ BUGS = [
         BACKWARD,
         "    return y.reshape(B, K, H // K, S, Dh).sum(axis=2).swapaxes(1, 2)",
         "    return y.reshape(B, H // K, K, S, Dh).sum(axis=1).swapaxes(1, 2)",
-        TRAINED_ATTENTION,
+        f"{TRAINED_ATTENTION}::test_a_token_that_sees_itself_alone",
     ),
     Bug(
         "packed documents see each other",
@@ -643,7 +643,7 @@ BUGS = [
         LEARNER,
         "        _, saved = functions.block_forward(block, x, freqs_cis, first)",
         "        _, saved = functions.block_forward(block, x, freqs_cis, np.zeros_like(first))",
-        LEARNING,
+        f"{LEARNING}::test_checkpointing_changes_no_bit",
     ),
     Bug(
         "nothing flows back through a frozen weight",
@@ -651,7 +651,7 @@ BUGS = [
         LEARNER,
         "        return self.linear_dx(dy, self.weight), {}",
         "        return 0 * self.linear_dx(dy, self.weight), {}",
-        LEARNING,
+        f"{LEARNING}::test_only_what_is_put_in_learns",
     ),
     # --- training
     Bug(
@@ -684,7 +684,7 @@ BUGS = [
         "numpy_llama/training/trainer.py",
         "if not math.isfinite(x):",
         "if math.isinf(x) and x < 0:",
-        TRAINER,
+        f"{TRAINER}::test_a_number_that_is_not_finite_stops_with_step_and_examples",
     ),
     Bug(
         "the answer is trained from the first mark in a text on",
@@ -708,7 +708,7 @@ BUGS = [
         EXAMPLES,
         "ids = tokenizer.encode(text, bos",
         "ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text, bos",
-        TRAINED,
+        f"{TRAINED}::test_a_text_has_one_bos_and_one_eos",
     ),
     Bug(
         "no EOS after a text",
@@ -825,7 +825,7 @@ BUGS = [
         "csrc/vec_avx2.h",
         "_mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a))",
         "_mm256_maddubs_epi16(a, b)",
-        "tests/kernels/test_quantized_activations.py",
+        "tests/kernels/test_quantized_activations.py::test_it_is_linear_of_x_rounded",
     ),
     Bug(
         "minima of a K format forgotten",
@@ -833,7 +833,7 @@ BUGS = [
         "csrc/linear_gemv.c",
         "y[t] = vec_fma(m, vec_all(x_sums(x, T)[t]), y[t]);",
         "y[t] = vec_fma(vec_zero(), vec_all(x_sums(x, T)[t]), y[t]);",
-        "tests/kernels/test_quantized_activations.py",
+        "tests/kernels/test_quantized_activations.py::test_it_is_linear_of_x_rounded",
     ),
     Bug(
         "the sum not rescaled when a larger score comes",
@@ -841,7 +841,7 @@ BUGS = [
         "csrc/attention.c",
         "            l = l * before + here;",
         "            l = l + here;",
-        "tests/kernels/test_attention_kernel.py",
+        "tests/kernels/test_attention_kernel.py::test_attention_is_within_the_rounding_of_its_sums",
     ),
     Bug(
         "spans from the fifth on dropped: decoding behind 4,096 positions",
@@ -849,7 +849,7 @@ BUGS = [
         "csrc/attention.c",
         "            for (int64_t i = 1; i < spans; i++)",
         "            for (int64_t i = 1; i < spans && i < 4; i++)",
-        "tests/kernels/test_attention_kernel.py",
+        "tests/kernels/test_attention_kernel.py::test_each_of_many_spans_counts_by_its_probability",
     ),
     Bug(
         "spans from the fifth on dropped: a prompt longer than 4,096 positions",
@@ -858,6 +858,6 @@ BUGS = [
         "            for (int64_t j = KV_SPAN; j < visible_positions(a, &qb, qb.rows - 1); j += KV_SPAN) {",
         "            for (int64_t j = KV_SPAN; j < 4 * KV_SPAN; j += KV_SPAN) {\n"
         "                if (j >= visible_positions(a, &qb, qb.rows - 1)) break;",
-        "tests/kernels/test_attention_kernel.py",
+        "tests/kernels/test_attention_kernel.py::test_each_of_many_spans_counts_by_its_probability",
     ),
 ]

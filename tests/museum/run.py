@@ -9,6 +9,8 @@ a fork of that process. A test that fails with a bug must pass without it.
 """
 
 import argparse
+import compileall
+import gc
 import hashlib
 import json
 import os
@@ -22,13 +24,16 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[0] = str(HERE)
-# The kernels use the OpenMP library that PyTorch loads. By default its threads spin while they wait, which
-# slows down other tests on the same CPUs. The library reads this variable when it is loaded.
+# The kernels use the OpenMP library that PyTorch loads. By default its threads spin while they wait, as those
+# of NumPy's OpenBLAS do, which slows down other tests on the same CPUs. The libraries read these variables
+# when they are loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import numpy  # noqa: E402, F401
@@ -36,8 +41,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from bugs import BUGS, Bug  # noqa: E402
 from mutations import mutations  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402, F401
 
 torch.set_num_threads(1)
+VECTOR_FILES = ("csrc/vec", "csrc/unpack.h", "csrc/linear_gem")  # these have no scalar forms
 LIMIT = 900  # seconds, many times the duration of the tests: a bug that makes them hang is killed too
 
 
@@ -57,6 +64,10 @@ class Copy:
             shutil.copytree(ROOT / name, folder / name, ignore=ours)
         for name in ("pyproject.toml", "setup.py", "README.md"):
             shutil.copy(ROOT / name, folder)
+        # Each fork imports the package again. A changed file has another hash, so it is compiled again.
+        compileall.compile_dir(
+            folder / "numpy_llama", quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH
+        )
         self.kernels = next(iter(sorted((folder / "numpy_llama" / "backend").glob("_kernels*.so"))), None)
         if self.kernels is None:  # the package is installed elsewhere
             found = Path(subprocess.check_output([sys.executable, "-c", WHERE], text=True).strip())
@@ -73,7 +84,7 @@ class Copy:
         try:
             path.write_text(text.replace(bug.before, bug.after))
             if bug.file.startswith("csrc/"):
-                self.compile()
+                self.compile(vectors=bug.file.startswith(VECTOR_FILES))
             killed_by, law = forked(self.folder, bug.tests.split(), numpy_alone)
         finally:
             path.write_text(text)
@@ -90,9 +101,10 @@ class Copy:
                 self.pass_without_bugs.add((*alone, numpy_alone))
         return Verdict(killed_by, law)
 
-    def compile(self) -> None:
+    def compile(self, vectors: bool) -> None:
         """Compile the kernels again, with little optimization, which does not change their results.
 
+        Without `vectors` only the scalar forms, which takes a tenth of the time.
         A source whose preprocessed text was compiled before keeps its object file.
         """
         source = self.folder / "_kernels.c"
@@ -104,6 +116,7 @@ class Copy:
         compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
         options = [*COMPILE, "-O1", "-w", "-fPIC", *openmp_flags()]
         options += ["-DPy_LIMITED_API=0x030a0000", "-I", "csrc", "-I", sysconfig.get_paths()["include"]]
+        options += [] if vectors else ["-DSCALAR_ONLY"]
         objects = []
         for name in [str(source), *(f"csrc/{name}" for name in SOURCES)]:
             text = run([compiler, *options, "-E", name], self.folder)
@@ -187,7 +200,9 @@ def tried(folder: Path, tests: list[str], witness: Witness) -> tuple[str | None,
     os.environ["HYPOTHESIS_PROFILE"] = "museum"
     for name in [name for name in sys.modules if name.partition(".")[0] == "numpy_llama"]:
         del sys.modules[name]  # the original's module
-    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    # Without entry points: for those pytest would rewrite the asserts of the whole package in each fork.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "numpy_llama.proof.plugin"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is already imported
     code = pytest.main([*options, *tests], plugins=[witness])
     if code and witness.killed_by is None:
@@ -207,6 +222,7 @@ def verdicts(bugs: list[Bug]) -> Iterator[tuple[Bug, Verdict]]:
     )
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
+        gc.freeze()  # what is imported stays: no fork looks through it, or copies its pages
         for bug in bugs:
             yield bug, copy.judge(bug)
 

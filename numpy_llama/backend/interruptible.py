@@ -3,12 +3,16 @@
 Python handles a signal only when NumPy's call returns. With the shapes of an 8B model, 512 tokens and a long
 context, one call takes from 0.3 s to several seconds. A small call is not cut, and its result has the same
 bits.
+
+The gradient of `attention` is backward.py's, which computes some keys at a time.
 """
 
 import numpy as np
 
+from .. import backward as B
 from .. import functional as F
 from ..config import Array
+from ..learner import SavingAttention
 
 # Multiply-adds a call: about 50 ms on two cores. With fewer than 32 tokens memory is the limit, and a call
 # takes as long as with 32.
@@ -25,7 +29,7 @@ def linear(x: Array, w: Array) -> Array:
     return np.concatenate([F.linear(x, w[i : i + rows]) for i in range(0, len(w), rows)], axis=-1)
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
+def _attention(q: Array, k: Array, v: Array) -> Array:
     """F.attention, some key heads at a time, each with the query heads that share it."""
     (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
     heads = max(1, ATTENTION_WORK * K // max(B * T * S * H * Dh, 1))
@@ -37,3 +41,6 @@ def attention(q: Array, k: Array, v: Array) -> Array:
         for i in range(0, K, heads)
     ]
     return np.concatenate(parts, axis=2)
+
+
+attention = SavingAttention(_attention, B.attention_saving, B.attention_backward)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from numpy_llama import functional as F
+from numpy_llama.backend import build
+from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.backward import attention_backward, attention_saving, head_loss, linear_dw, linear_dx
 from numpy_llama.errors import ContextOverflowError, MismatchError, ParameterError, UnsupportedError
 from numpy_llama.learner import Functions, Learner, TrainedLinear
@@ -126,6 +128,18 @@ def test_a_foreign_attention_is_not_taken_for_our_own(model, batch):
     ):
         Learner(foreign).forward(batch[0])
     Learner(foreign, replace(Functions(), attention=other)).loss_and_gradients(*batch)
+
+
+def test_the_model_that_numpy_loads_learns(batch):
+    """Its attention is in short calls and has its own gradient."""
+    weights = random_weights(np.random.default_rng(0), TINY, np.float32)
+    stored = {name: StoredTensor.quantize(w, "F32") for name, w in weights.items()}
+    loaded = build(TINY, stored, backend="numpy")
+    loss, found = Learner(loaded).loss_and_gradients(*batch)
+    wanted_loss, wanted = Learner(Transformer(TINY, weights)).loss_and_gradients(*batch)
+    assert loss == wanted_loss and found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        np.testing.assert_array_equal(found[name], gradient, err_msg=name)
 
 
 @pytest.mark.parametrize(

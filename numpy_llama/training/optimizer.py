@@ -43,14 +43,14 @@ def adamw(
     p: Array, g: Array, m: Array, v: Array, t: int, lr: float, weight_decay: float, h: Hyperparameters
 ) -> None:
     """Step t of AdamW for one parameter. p, m and v are changed in place."""
-    scale1, scale2 = 1 / (1 - h.beta1**t), 1 / (1 - h.beta2**t)
+    rate, scale = lr / (1 - h.beta1**t), 1 / (1 - h.beta2**t)
     for p_, g_, m_, v_ in zip(*map(_pieces, (p, g, m, v)), strict=True):
         m_ *= h.beta1
         m_ += (1 - h.beta1) * g_
         v_ *= h.beta2
         v_ += (1 - h.beta2) * g_ * g_
         p_ *= 1 - lr * weight_decay
-        p_ -= lr * scale1 * m_ / (np.sqrt(scale2 * v_) + h.eps)
+        p_ -= rate * m_ / (np.sqrt(scale * v_) + h.eps)
 
 
 def _pieces(x: Array) -> list[Array]:

@@ -5,8 +5,10 @@ because a read could block. Other programs can still change a mapped file: `chec
 """
 
 import errno
+import hashlib
 import mmap
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -19,6 +21,7 @@ import numpy as np
 from ..backend.formats import forget_pages
 from ..errors import FileChangedError, FormatError, ResourceLimitError, TruncatedError
 
+PART = re.compile(r"\.(.+)\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part")  # name, place and number of the writer
 # Other files that a failed download may leave under the wanted name, by their first bytes.
 MISTAKEN = {
     b"version https://git-lfs": "a Git LFS pointer: the file itself was never downloaded",
@@ -132,14 +135,34 @@ def write_bytes(out: Path, data: bytes) -> None:
 def part_beside(out: Path) -> Path:
     """A new name beside `out`, for a file or a folder that becomes `out` when it is whole.
 
-    What processes that were killed have left beside `out` is removed: the name has the writer's number.
+    What processes that were killed have left beside `out` is removed.
     """
-    begin = f".{out.name[:200]}."
-    for left in out.parent.glob(".*.part"):
-        writer = re.fullmatch(re.escape(begin) + r"(\d+)-[0-9a-f]{8}\.part", left.name)
-        if writer and not _is_running(int(writer[1])):
+    name = out.name[:200]
+    remove_left(out.parent, name)
+    return out.with_name(f".{name}.{_place()}-{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def remove_left(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes have left in a folder: the parts of the file `name`, or all parts.
+
+    Another machine may write into the same folder over a network. Its parts stay, because whether its
+    processes run is unknown here.
+    """
+    for left in folder.glob(".*.part"):
+        writer = PART.fullmatch(left.name)
+        if writer is None or name not in (None, writer[1]) or writer[2] != _place():
+            continue
+        if not _is_running(int(writer[3])):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return out.with_name(f"{begin}{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def _place() -> str:
+    """Where the number of a process is valid: this machine, or a container on it."""
+    try:
+        numbers = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        numbers = 0
+    return hashlib.blake2b(f"{platform.node()} {numbers}".encode(), digest_size=4).hexdigest()
 
 
 def _is_running(process: int) -> bool:

@@ -23,11 +23,11 @@ import numpy as np
 from ..backend import Progress
 from ..backend.formats import FORMATS, Format, StoredTensor
 from ..config import Array
-from ..errors import FormatError, MismatchError, ParameterError
+from ..errors import FormatError, MismatchError, ParameterError, ResourceLimitError
 from ..lora import LowRank
 from .base import Checkpoint
 from .convert import BYTES_AT_ONCE, DTYPES, convert, finite, target_format
-from .files import part_beside
+from .files import part_beside, write_bytes
 from .huggingface import HuggingFaceCheckpoint
 from .names import tensor_names
 from .safetensors_file import RUNNABLE
@@ -105,7 +105,7 @@ def merge(
         progress("measuring", len(found), len(updates))
         found.append(measured(name, weights[name], update, formats[name]))
     if erased := [one for one in found if one.kept < LEAST_KEPT]:
-        raise ParameterError(_refusal(out, erased, len(found), weights, updates))
+        raise ParameterError(_refusal(out, as_folder, erased, len(found), weights, updates))
     if as_folder and isinstance(source, HuggingFaceCheckpoint):
         _write_folder(source, weights, updates, formats, out, dtype, progress)
         return found
@@ -118,6 +118,7 @@ def merge(
 
 def _refusal(
     out: Path,
+    as_folder: bool,
     erased: list[Rounding],
     n: int,
     weights: Mapping[str, StoredTensor],
@@ -125,7 +126,7 @@ def _refusal(
 ) -> str:
     """The message, with the worst weight and the smallest dtype that keeps all updates."""
     worst, ways = min(erased, key=lambda one: one.kept), []
-    for dtype in WIDER:
+    for dtype in [one for one in WIDER if not as_folder or DTYPES[one] in RUNNABLE]:
         kept = min(
             measured(
                 one.name,
@@ -210,7 +211,7 @@ def _write_folder(
             for name in BESIDE:
                 if (source.path / name).is_file():
                     shutil.copyfile(source.path / name, part / name)
-            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            write_bytes(part / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             plan = {theirs: (formats[name], weights[name].shape) for name, theirs in names.items()}
             write_safetensors(part / "model.safetensors", plan, pieces)
             _read_back(HuggingFaceCheckpoint(part), digests)
@@ -218,6 +219,8 @@ def _write_folder(
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+    except (FormatError, ResourceLimitError) as error:  # it names a file in the part
+        raise type(error)(str(error).replace(part.name, out.name)) from None
     except OSError as error:
         raise FormatError(f"{out} cannot be written: {error.strerror}") from None
 

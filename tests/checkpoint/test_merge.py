@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.full_disk import fill_disk
 from helpers.gguf_writer import byte_vocabulary, write_llama
 from helpers.tiny_models import stored
 from helpers.tokenizers import byte_level_metadata, hugging_face
@@ -20,10 +22,10 @@ from numpy_llama.checkpoint import merge as merging
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.adapters import write_gguf, write_peft
 from numpy_llama.checkpoint.convert import target_format
-from numpy_llama.checkpoint.files import write_bytes
+from numpy_llama.checkpoint.files import part_beside, write_bytes
 from numpy_llama.checkpoint.merge import measured, merge
 from numpy_llama.checkpoint.names import tensor_names
-from numpy_llama.errors import MismatchError, ParameterError
+from numpy_llama.errors import MismatchError, ParameterError, ResourceLimitError
 from numpy_llama.lora import LowRank
 from numpy_llama.proof.oracle import half_split
 
@@ -148,6 +150,17 @@ def test_four_bits_lose_a_small_update(tmp_path):
     assert_near(logits(open_checkpoint(out)), logits(source, [updates(SMALL)]), 0.02)
 
 
+def test_the_ways_out_are_formats_that_the_new_file_can_have(tmp_path):
+    """Safetensors have no Q8_0."""
+    merge(open_checkpoint(hf_base(tmp_path / "base")), updates(LARGE), tmp_path / "bf16", "bf16")
+    ways = {}
+    for out in ("out", "out.gguf"):
+        with pytest.raises(ParameterError, match="rounding would erase") as caught:
+            merge(open_checkpoint(tmp_path / "bf16"), updates(1e-3), tmp_path / out)
+        ways[out] = re.findall(r"--dtype (\w+) keeps", str(caught.value))
+    assert ways["out"] and "q8" not in ways["out"] and "q8" in ways["out.gguf"]
+
+
 def test_a_format_that_is_only_read_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (64, 144), dtype=np.uint8)
@@ -220,11 +233,31 @@ def test_a_folder_that_reads_back_differently_is_thrown_away(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "out.gguf"])
+def test_a_full_disk_leaves_nothing(name, tmp_path, monkeypatch):
+    """One line names the file by the name that it was to have."""
+    source, as_folder = open_checkpoint(hf_base(tmp_path / "base")), name != "out.gguf"
+    (tmp_path / "out.gguf").write_text("the old file")
+    out = tmp_path / "out" if as_folder else tmp_path / "out.gguf"
+    fill_disk(monkeypatch, name)
+    with pytest.raises(ResourceLimitError) as caught:
+        merge(source, updates(LARGE), out)
+    named = out / name if as_folder else out
+    assert str(caught.value) == f"{named} was not written: No space left on device; nothing was changed"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out.gguf"}
+    assert (tmp_path / "out.gguf").read_text() == "the old file"
+
+
+def part_of(process: int, out: Path) -> Path:
+    """The name that this process gives to a part beside `out`."""
+    return out.with_name(part_beside(out).name.replace(f"-{os.getpid()}-", f"-{process}-"))
+
+
 def test_what_a_killed_process_left_takes_no_room(tmp_path, monkeypatch):
     """It is removed before the room on the disk is compared with the size of the new file."""
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
-    left = tmp_path / f".out.{ended.pid}-0123abcd.part"
+    left = part_of(ended.pid, tmp_path / "out")
     left.write_bytes(bytes(9))
     usage = type("Usage", (), {"free": property(lambda self: 1 if left.exists() else 10)})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage())
@@ -233,17 +266,21 @@ def test_what_a_killed_process_left_takes_no_room(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("out", ["out", "out.gguf"])
-def test_what_a_killed_process_left_is_removed(out, tmp_path):
-    """Not what a process writes that is still running, and no other file."""
+def test_what_a_killed_process_left_is_removed(out, tmp_path, monkeypatch):
+    """Not what a process writes that is still running, here or on another machine, and no other file."""
     source = open_checkpoint(hf_base(tmp_path / "base"))
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
-    kept = [f".{out}.{os.getpid()}-0123abcd.part", f".other.{ended.pid}-0123abcd.part", f".{out}.part"]
-    for name in [*kept, f".{out}.{ended.pid}-0123abcd.part"]:
-        (tmp_path / name).touch()
-    (tmp_path / f".{out}.{ended.pid}-abcd0123.part").mkdir()
+    here, other = (part_of(ended.pid, tmp_path / name) for name in (out, "other"))
+    with monkeypatch.context() as patch:
+        patch.setattr("platform.node", lambda: "another-machine")
+        elsewhere = part_of(ended.pid, tmp_path / out)
+    kept = [part_of(os.getpid(), tmp_path / out), other, elsewhere, tmp_path / f".{out}.part"]
+    for path in [*kept, here]:
+        path.touch()
+    part_of(ended.pid, tmp_path / out).mkdir()
     merge(source, updates(LARGE), tmp_path / out)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", out, *kept}
+    assert {*tmp_path.iterdir()} == {tmp_path / "base", tmp_path / out, *kept}
 
 
 def test_the_command_merges(main, capsys, tmp_path):

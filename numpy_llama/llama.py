@@ -8,7 +8,6 @@ llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from .checkpoint.download import DEFAULT_MODEL, checked_progress, locate
 from .checkpoint.memory import available_memory, gib, memory_plan
 from .config import LIMITS, ModelArgs
 from .errors import (
-    BuildError,
     ParameterError,
     ResourceLimitError,
     TemplateError,
@@ -313,8 +311,7 @@ def load(
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()
-    with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
-        opened.watch()
+    opened.watch()
     options = exact, activation_bits, cache_dtype, adapters
     transformer = build(args, weights, dtype, backend, threads, progress, *options)
     room = plan.context_within(available)

@@ -3,6 +3,7 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 from ..backend.formats import InPlace, StoredTensor
 from ..config import LIMITS, ModelArgs
-from ..errors import ConfigError, TokenizerError, escape
+from ..errors import BuildError, ConfigError, TokenizerError, escape
 from ..text.chat import ChatFormat, ChatTemplate, format_for
 from ..text.tokenizer import Tokenizer
 from .files import MappedFile
@@ -86,11 +87,15 @@ class Checkpoint(InPlace, ABC):
             file.check_unchanged()
 
     def watch(self) -> None:
-        """If a mapped file is cut, end the process with a message of one line and not with a signal."""
-        from ..backend.kernels import watch
+        """If a mapped file is cut, end the process with a message of one line and not with a signal.
 
-        for file in self.files:
-            watch(file.map, str(file.path))
+        The watch is C code: without the extension there is none.
+        """
+        with suppress(BuildError):
+            from ..backend.kernels import watch
+
+            for file in self.files:
+                watch(file.map, str(file.path))
 
 
 class Header(Protocol):

@@ -144,9 +144,11 @@ def converted(
     if len(tensor.shape) == 1:
         yield finite(where, StoredTensor.quantize(tensor.dequantize(), format).data, format.name)
         return
-    from ..backend.kernels import Kernels, pack  # only here: the readers work without the C extension
+    if not keep or to is not format:
+        from ..backend.kernels import Kernels, pack  # only here: bytes are copied without the C extension
 
-    kernels, tensor = Kernels(threads), tensor.realize()
+        kernels = Kernels(threads)
+    tensor = tensor.realize()
     rows = max(1, BYTES_AT_ONCE // to.nbytes((PACKED_ROWS, tensor.shape[-1]))) * PACKED_ROWS
     for begin in range(0, len(tensor), rows):
         end = min(begin + rows, len(tensor))

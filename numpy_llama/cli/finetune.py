@@ -11,10 +11,10 @@ from shlex import quote
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.download import DEFAULT_MODEL, locate
-from ..errors import ParameterError
 from ..training.data import read_data
 from ..training.finetune import METHODS, RESULT, LoRA, finetune
 from ..training.lora import TARGETS
+from ..training.run import open_folder
 from . import common, runs
 
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "dpo": 5e-6}
@@ -56,41 +56,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    targets = args.targets.split(",")
-    if unknown := [name for name in targets if name not in TARGETS]:
-        raise ParameterError(f"--targets has {unknown[0]!r}, wanted names among {', '.join(TARGETS)}")
     alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-    lora = LoRA(args.rank, alpha, args.rslora, targets)
+    lora = LoRA(args.rank, alpha, args.rslora, args.targets.split(","))
     data = read_data(args.data)
     with common.transfer_bar() as progress:
         source = open_checkpoint(locate(args.model, progress))
     rate = LEARNING_RATES[args.method] if args.lr is None else args.lr
-    with common.count_bar("examples") as progress:
-        training, plan, rows = finetune(
-            source,
-            data,
-            args.out,
-            args.method,
-            runs.compute_of(args),
-            runs.hyperparameters_of(args, rate, beta2=0.999),
-            runs.schedule_of(args),
-            lora,
-            beta=args.beta,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            resume=args.resume,
-            base=args.model,
-            progress=progress,
-        )
-    learned = sum(p.size for p in training.trainer.optimizer.parameters.values())
-    common.note(f"{learned:,} numbers learn, from {len(rows.rows)} rows of {rows.tokens:,} tokens")
-    if rows.cut:
-        common.note(f"{rows.cut} examples are longer than --seq-len {args.seq_len} and are cut")
-    if rows.without_target:
-        common.note(f"{rows.without_target} examples have no target within --seq-len and are left out")
-    sampled = (training.valid or training.trainer.rows)[0]
-    runs.carry_out(training, plan, source.tokenizer(), args, sampled, temperature=0.0)
+    with open_folder(args.out, args.resume) as folder:
+        with common.count_bar("examples") as progress:
+            training, plan, rows = finetune(
+                source,
+                data,
+                folder,
+                args.method,
+                runs.compute_of(args),
+                runs.hyperparameters_of(args, rate, beta2=0.999),
+                runs.schedule_of(args),
+                lora,
+                beta=args.beta,
+                seq_len=args.seq_len,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                base=args.model,
+                progress=progress,
+            )
+        learned = sum(p.size for p in training.trainer.optimizer.parameters.values())
+        common.note(f"{learned:,} numbers learn, from {len(rows.rows)} rows of {rows.tokens:,} tokens")
+        if rows.cut:
+            common.note(f"{rows.cut} examples are longer than --seq-len {args.seq_len} and are cut")
+        if rows.without_target:
+            common.note(f"{rows.without_target} examples have no target within --seq-len and are left out")
+        sampled = (training.valid or training.trainer.rows)[0]
+        runs.carry_out(training, plan, source.tokenizer(), args, sampled, temperature=0.0)
     if args.method == "full":
         result = args.out / RESULT
         common.note(f"the model is {result}: numpy-llama chat -m {quote(str(result))}")

@@ -94,9 +94,13 @@ def carry_out(
     last, begun = trainer.schedule.steps, trainer.optimizer.t
     common.note(f"memory: {plan}")
     if begun:
-        common.note(f"resumed after step {begun} of {last}")
+        end = "" if begun < last else ": all steps are made; a larger --iters continues"
+        common.note(f"resumed after step {begun} of {last}{end}")
+    elif args.resume:
+        common.note(f"{run.out} has no saved step: the run begins anew")
     peak = Machine(args.threads).fma_peak()
-    print("".join(f"{title:>{width}}" for title, width in COLUMNS.items()), flush=True)
+    if begun < last:
+        print("".join(f"{title:>{width}}" for title, width in COLUMNS.items()), flush=True)
     recent: list[Report] = []
 
     def on_step(report: Report) -> None:

@@ -3,7 +3,7 @@
 DATA is a plain text, a JSON-lines file with a "text" on each line, or a folder with train.jsonl and
 valid.jsonl. Without --tokenizer a vocabulary is made from the texts by SentencePiece. The result is a Hugging
 Face folder: numpy-llama generate -m FOLDER "..." runs it. The folder has the numbers of each step in log.csv
-too. Ctrl-C saves the run, and --resume continues it with the same bits.
+too. Ctrl-C saves the run, and --resume continues it, on the same machine with the same bits.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from ..config import ModelArgs
 from ..training.data import read_data
 from ..training.models import new_args
 from ..training.pretrain import pretrain
+from ..training.run import open_folder
 from . import common, runs
 
 
@@ -45,26 +46,28 @@ def run(args: argparse.Namespace) -> None:
 
     shape(args.vocab_size or 512)  # an impossible shape is an error before any file is read
     data = read_data(args.data)
-    with common.count_bar("texts") as progress:
-        training, plan, tokenizer = pretrain(
-            data,
-            args.out,
-            shape,
-            runs.compute_of(args),
-            runs.hyperparameters_of(args, args.lr, beta2=0.99),
-            runs.schedule_of(args),
-            vocab_size=args.vocab_size,
-            tokenizer_path=args.tokenizer,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            resume=args.resume,
-            progress=progress,
+    with open_folder(args.out, args.resume) as folder:
+        with common.count_bar("texts") as progress:
+            training, plan, tokenizer = pretrain(
+                data,
+                folder,
+                shape,
+                runs.compute_of(args),
+                runs.hyperparameters_of(args, args.lr, beta2=0.99),
+                runs.schedule_of(args),
+                vocab_size=args.vocab_size,
+                tokenizer_path=args.tokenizer,
+                seq_len=args.seq_len,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                progress=progress,
+            )
+        model = training.trainer.learner.args
+        size = sum(p.size for p in training.trainer.optimizer.parameters.values())
+        tokens = sum(len(example) for row in training.trainer.rows for example in row)
+        common.note(
+            f"{size:,} parameters, {model.vocab_size} tokens in the vocabulary, {tokens:,} in the data"
         )
-    model = training.trainer.learner.args
-    size = sum(p.size for p in training.trainer.optimizer.parameters.values())
-    tokens = sum(len(example) for row in training.trainer.rows for example in row)
-    common.note(f"{size:,} parameters, {model.vocab_size} tokens in the vocabulary, {tokens:,} in the data")
-    sampled = (training.valid or training.trainer.rows)[0]
-    runs.carry_out(training, plan, tokenizer, args, sampled, temperature=0.8)
-    common.note(f'{args.out} is a model: numpy-llama generate -m {quote(str(args.out))} "..."')
+        sampled = (training.valid or training.trainer.rows)[0]
+        runs.carry_out(training, plan, tokenizer, args, sampled, temperature=0.8)
+        common.note(f'{args.out} is a model: numpy-llama generate -m {quote(str(args.out))} "..."')

@@ -8,9 +8,8 @@ full    a float32 copy of all weights learns
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 from ..backend.formats import StoredTensor
@@ -18,18 +17,18 @@ from ..checkpoint.adapters import write_peft
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.memory import available_memory
 from ..config import ModelArgs
-from ..errors import BuildError, ContextOverflowError, ParameterError
+from ..errors import ContextOverflowError, ParameterError
 from .compute import Compute
 from .data import Data
 from .examples import Encoder, Rows, rows_of
-from .lora import highest_rank, lora_count, low_ranks, scale_of, with_lora
+from .lora import checked_targets, highest_rank, lora_count, low_ranks, scale_of, with_lora
 from .models import float_weights
 from .objectives import DPO, NextToken, Objective
 from .optimizer import AdamW, Hyperparameters
 from .order import Order
 from .output import write_gguf
-from .plan import TrainingPlan, Work, as_begun, training_plan
-from .run import Run, open_folder
+from .plan import TrainingPlan, Work, largest, training_plan
+from .run import VALIDATION_ROWS, Folder, Run
 from .trainer import Schedule, Trainer
 
 METHODS = ("lora", "full", "dpo")
@@ -48,12 +47,13 @@ class LoRA:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < math.inf:
             raise ParameterError(f"alpha is {self.alpha}, it must be above 0: it scales what is learnt")
+        checked_targets(self.targets)
 
 
 def finetune(
     source: Checkpoint,
     data: Data,
-    out: Path,
+    folder: Folder,
     method: str,
     compute: Compute,
     hyperparameters: Hyperparameters,
@@ -64,15 +64,17 @@ def finetune(
     seq_len: int,
     batch_size: int,
     seed: int = 0,
-    resume: bool = False,
     base: str | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Run, TrainingPlan, Rows]:
-    """A run that is ready to begin, or to continue, in the folder `out`. `Rows` are those for training.
+    """A run that is ready to begin, or to continue, in its folder. `Rows` are those for training.
 
     base: the name of the model, for the adapter's config.
     """
     args, stored = source.args, source.weights()
+    out, state = folder.path, folder.state
+    if state is not None:
+        state.check_options({"method": method})
     if (method == "dpo") != (data.kind == "preferences"):
         wanted = "prompt, chosen and rejected" if method == "dpo" else "examples without preferences"
         raise ParameterError(f"{data.train[0].where} has {data.kind}; --method {method} takes {wanted}")
@@ -84,13 +86,12 @@ def finetune(
         raise ParameterError(f"--rank is {lora.rank}, the matrices of --targets have ranks up to {highest}")
     encoder = Encoder(source.tokenizer(), source.chat_format())
     train = rows_of(data.train, encoder, seq_len, lambda done, total: progress("reading", done, total))
-    valid, test = (rows_of(records, encoder, seq_len) for records in (data.valid, data.test))
+    valid, test = (rows_of(records, encoder, seq_len).rows for records in (data.valid, data.test))
+    valid = valid[:VALIDATION_ROWS]
     if not train.rows:
         what = f"no example has a target within --seq-len {seq_len}"
         raise ParameterError(f"{data.train[0].where}: {what}, in all {len(data.train)}")
-    state = open_folder(out, resume)
     order = Order(len(train.rows), batch_size, seed)
-    longest = sorted((sum(map(len, row)) for row in train.rows), reverse=True)
     all_learns = method == "full"
     different = {id(w): w for w in stored.values()}  # a tied weight has two names
     if all_learns:
@@ -99,11 +100,10 @@ def finetune(
     else:
         learned = lora_count(args, lora.targets, lora.rank)
         nbytes = sum(map(compute.frozen_bytes, different.values())) + 4 * learned
-    sizes = longest[0], sum(longest[: order.batch_size]), available_memory()
-    plan = as_begun(training_plan(args, nbytes, learned, *sizes, source.path), args, state)
+    sizes = *largest(train.rows, chain(valid, test), order.batch_size), available_memory()
+    plan = training_plan(args, nbytes, learned, *sizes, source.path, state)
 
-    with suppress(BuildError):  # the watch is C code, and the NumPy backend runs without the extension
-        source.watch()
+    source.watch()
     weights = float_weights(stored) if all_learns else frozen_weights(stored, compute)
     learner = reference = compute.learner(args, weights, plan.checkpointing, frozen=not all_learns)
     if not all_learns:
@@ -126,13 +126,12 @@ def finetune(
     def write_result() -> None:
         source.check_unchanged()
         if all_learns:
-            write_gguf(out / RESULT, source, weights, None)
+            write_gguf(out / RESULT, source, weights)
         else:
             write_peft(out, low_ranks(learner), args, base)
 
     work = Work.of(args, all_learns, dpo=method == "dpo")
-    splits = valid.rows, test.rows
-    return Run(out, trainer, options, state, *splits, work.operations, write_result), plan, train
+    return Run(folder, trainer, options, valid, test, work.operations, write_result), plan, train
 
 
 def frozen_weights(stored: Mapping[str, StoredTensor], compute: Compute) -> dict[str, Any]:

@@ -9,7 +9,7 @@ file after the step that it begins with.
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ class Log:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
         except OSError as error:
             raise FormatError(f"{self.path} cannot be written: {error.strerror}") from None
+
+    @property
+    def last(self) -> int:
+        """The step of the last row; 0 if there is none."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
 
     def series(self, column: str) -> list[tuple[int, float]]:
         """(step, value) wherever the column has a number."""
@@ -90,5 +95,7 @@ def picture(path: Path, train: Sequence[tuple[int, float]], valid: Sequence[tupl
         from ..inspect.plots import loss_curve
     except UnsupportedError:
         return False
-    loss_curve(train, valid).savefig(path, format="png", dpi=150)
+    image = BytesIO()
+    loss_curve(train, valid).savefig(image, format="png", dpi=150)
+    write_bytes(path, image.getvalue())
     return True

@@ -48,10 +48,10 @@ def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:
 def checked_targets(targets: Sequence[str]) -> list[str]:
     """Our names of these matrices of a layer, by PEFT's names. ParameterError if there is no such matrix."""
     if not targets:
-        raise ParameterError(f"no target is given, wanted some of {', '.join(TARGETS)}")
+        raise ParameterError(f"targets is empty, wanted names among {', '.join(TARGETS)}")
     if unknown := [name for name in targets if name not in TARGETS]:
-        known = ", ".join(TARGETS)
-        raise ParameterError(f"a target is {escape(unknown[0], 60)}, it must be one of {known}")
+        found = escape(unknown[0], 60)
+        raise ParameterError(f"targets has {found}, wanted names among {', '.join(TARGETS)}")
     return [TARGETS[name] for name in dict.fromkeys(targets)]
 
 

@@ -64,36 +64,10 @@ def write_hugging_face(
     )
 
 
-class TrainedCheckpoint(Checkpoint):
-    """A checkpoint with other weights of the same shapes, in float32."""
-
-    def __init__(self, source: Checkpoint, weights: Mapping[str, Array]):
-        self.source, self.trained = source, weights
-        self.format, self.path = source.format, source.path
-        self.files, self.tensors = source.files, source.tensors
-
-    @property
-    def args(self) -> ModelArgs:
-        return self.source.args
-
-    def weights(self) -> dict[str, StoredTensor]:
-        arrays = {id(w): w for w in self.trained.values()}
-        stored = {
-            key: StoredTensor(F32, w.shape, np.ascontiguousarray(w, "<f4").reshape(-1).view(np.uint8))
-            for key, w in arrays.items()
-        }
-        return {name: stored[id(w)] for name, w in self.trained.items()}
-
-    def tokenizer_path(self) -> Path:
-        return self.source.tokenizer_path()
-
-    def read_tokenizer(self) -> Tokenizer:
-        return self.source.tokenizer()
-
-    def chat_template(self) -> str | None:
-        return self.source.chat_template()
-
-
-def write_gguf(out: Path, source: Checkpoint, weights: Mapping[str, Array], threads: int | None) -> None:
+def write_gguf(out: Path, source: Checkpoint, weights: Mapping[str, Array]) -> None:
     """A model that was fine-tuned, with the tokenizer and the chat template of its source, in float32."""
-    convert(TrainedCheckpoint(source, weights), out, "f32", threads)
+    stored = {
+        key: StoredTensor(F32, w.shape, np.ascontiguousarray(w, "<f4").reshape(-1).view(np.uint8))
+        for key, w in {id(w): w for w in weights.values()}.items()  # a tied weight has two names
+    }
+    convert(source, out, None, weights={name: stored[id(w)] for name, w in weights.items()})

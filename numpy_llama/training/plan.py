@@ -7,17 +7,20 @@
     scratch       logits of one chunk (NumPy keeps three arrays of CHUNK rows, C one array of 2 CHUNK rows),
                   temporary arrays of one layer, the interpreter
 
+A row is computed whole, in training and in validation. So the longest of them is the smallest micro-batch.
+
 A multiplication and an addition are two operations. Each matrix takes them once forward, once for dx and, if
 it learns, once for dW. Attention has two products forward and five backward, of the visible positions only.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from ..backward import CHUNK
 from ..checkpoint.memory import BYTES_A_TOKEN, PYTHON, gib
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
+from .batch import inputs
 from .examples import Row
 from .state import State
 
@@ -32,7 +35,7 @@ class TrainingPlan:
     weights: int
     learning: int
     scratch: int
-    activations: int  # of the largest micro-batch
+    activations: int  # of the largest micro-batch, or of a longer row
     most_tokens: int  # of a micro-batch
     checkpointing: bool
 
@@ -53,40 +56,52 @@ def training_plan(
     args: ModelArgs,
     weights: int,
     learned: int,
-    seq_len: int,
+    longest: int,
     step_tokens: int,
     available: int,
     source: object,
+    state: State | None = None,
 ) -> TrainingPlan:
     """The plan with the largest micro-batch that fits; ResourceLimitError, with the numbers, if none does.
 
-    weights: their bytes. learned: how many numbers learn. seq_len, step_tokens: the inputs of the longest row
-    and of a step.
+    weights: their bytes. learned: how many numbers learn. longest, step_tokens: see `largest`. A resumed run
+    keeps the micro-batches that its `state` names, because others have other bits.
     """
-    largest = args.dim * max(args.hidden_dim, args.n_heads * args.head_dim)  # numbers of a matrix
-    scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + 4 * (3 * CHUNK * args.vocab_size + 2 * largest)
+    matrix = args.dim * max(args.hidden_dim, args.n_heads * args.head_dim)  # numbers of the largest
+    scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + 4 * (3 * CHUNK * args.vocab_size + 2 * matrix)
     learning = 12 * learned
     fixed, room = weights + learning + scratch, int(SHARE * available)
+
+    def plan(most: int, checkpointing: bool) -> TrainingPlan:
+        activations = max(most, longest) * token_bytes(args, checkpointing)
+        return TrainingPlan(weights, learning, scratch, activations, most, checkpointing)
+
+    if state is not None:
+        begun = plan(int(state.options.get("most_tokens") or 1), bool(state.options.get("checkpointing")))
+        if begun.peak > available:
+            raise ResourceLimitError(
+                f"{state.path}: the run was begun with more memory, it takes {begun}; {gib(available)} are "
+                "available: end other programs, or begin another run with another --out"
+            )
+        return begun
     for checkpointing in (False, True):
-        token = token_bytes(args, checkpointing)
-        most = min(step_tokens, MOST_TOKENS, max(0, room - fixed) // token)
-        if most >= min(seq_len, step_tokens):
-            return TrainingPlan(weights, learning, scratch, most * token, most, checkpointing)
+        most = max(longest, min(step_tokens, MOST_TOKENS))
+        most = min(most, max(0, room - fixed) // token_bytes(args, checkpointing))
+        if most >= longest:
+            return plan(most, checkpointing)
+    activations = gib(longest * token_bytes(args, True))
     raise ResourceLimitError(
-        f"training {source} takes {gib(fixed + seq_len * token)}: weights {gib(weights)}, gradients and "
-        f"moments {gib(learning)}, activations {gib(seq_len * token)} for a row of {seq_len} tokens, scratch "
+        f"training {source} takes {gib(plan(longest, True).peak)}: weights {gib(weights)}, gradients and "
+        f"moments {gib(learning)}, activations {activations} for a row of {longest} tokens, scratch "
         f"{gib(scratch)}; {gib(available)} are available, of which {SHARE:.0%} may be used; give a smaller "
         "--seq-len, a smaller model, or --method lora, which keeps the weights as they are stored"
     )
 
 
-def as_begun(plan: TrainingPlan, args: ModelArgs, state: State | None) -> TrainingPlan:
-    """The plan with the micro-batches that a resumed run was begun with: others have other bits."""
-    if state is None:
-        return plan
-    most, checkpointing = int(state.options.get("most_tokens") or 1), bool(state.options.get("checkpointing"))
-    activations = most * token_bytes(args, checkpointing)
-    return replace(plan, activations=activations, most_tokens=most, checkpointing=checkpointing)
+def largest(train: Sequence[Row], held_out: Iterable[Row], batch_size: int) -> tuple[int, int]:
+    """The inputs of the longest row, which may be one of validation or test, and of the largest step."""
+    lengths = sorted((inputs([row]) for row in train), reverse=True)
+    return max([lengths[0], *(inputs([row]) for row in held_out)]), sum(lengths[:batch_size])
 
 
 def token_bytes(args: ModelArgs, checkpointing: bool) -> int:

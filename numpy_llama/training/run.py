@@ -9,11 +9,12 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import remove_left
 from ..errors import FormatError, NumericsError, ParameterError
 from ..generation.generate import Session, generate
 from ..generation.sampling import Sampler
@@ -23,7 +24,7 @@ from .examples import Example, Row
 from .log import Log, curve, picture
 from .optimizer import norm
 from .state import State, save_state
-from .trainer import Step, Trainer
+from .trainer import Step, Trainer, undisturbed
 
 STATE, LOG, PICTURE = "state.safetensors", "log.csv", "loss.png"
 FREE = ("iters", "warmup_iters")  # options that may differ when a run is resumed
@@ -31,27 +32,44 @@ VALIDATION_ROWS = 64  # at most so many are used: validation takes a small part 
 SAMPLE_TOKENS = 64
 
 
-def open_folder(out: Path, resume: bool) -> State | None:
-    """The folder of a run: a new one, or one with a saved state to resume. -> that state.
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a run, and the state that the run continues with; a new run has none."""
 
-    With `resume` and without a state the run begins anew: it was killed before it saved one.
+    path: Path
+    state: State | None
+
+
+@contextmanager
+def open_folder(out: Path, resume: bool) -> Iterator[Folder]:
+    """A new folder, or one with a saved state to resume. Until the end of the block no other run may use it.
+
+    With `resume` and without a state the run begins anew: it was killed before it saved one. A new folder
+    that is still empty at the end is removed.
     """
+    is_new = not out.exists()
     try:
-        if out.is_dir() and any(out.iterdir()):
-            is_run = any((out / name).exists() for name in (STATE, LOG))
-            if not is_run:
-                raise ParameterError(f"{out} has files, and no run that can be resumed: give another --out")
-            if not resume:
-                raise ParameterError(
-                    f"{out} has files already: --resume continues its run, or give another --out"
-                )
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FormatError(f"{out} cannot be made: {error.strerror}") from None
-    with alone(out):
-        for part in out.glob(".*.part"):  # of a run that was killed while it wrote
-            part.unlink(missing_ok=True)
-        return State(out / STATE) if (out / STATE).exists() else None
+    try:
+        with alone(out):
+            yield Folder(out, _state(out, resume))
+    finally:
+        if is_new:
+            with suppress(OSError):  # it has files
+                out.rmdir()
+
+
+def _state(out: Path, resume: bool) -> State | None:
+    """The state in the folder. ParameterError if the folder has files that this run must not replace."""
+    names = os.listdir(out)
+    if names and not {STATE, LOG} & {*names}:
+        raise ParameterError(f"{out} has files, and no run that can be resumed: give another --out")
+    if names and not resume:
+        raise ParameterError(f"{out} has files already: --resume continues its run, or give another --out")
+    remove_left(out)  # by a run that was killed while it wrote
+    return State(out / STATE) if STATE in names else None
 
 
 @contextmanager
@@ -62,7 +80,10 @@ def alone(out: Path) -> Iterator[None]:
     except ImportError:  # a system without such locks
         yield
         return
-    folder = os.open(out, os.O_RDONLY)
+    try:
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise FormatError(f"{out} cannot be read: {error.strerror}") from None
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,42 +141,43 @@ def options_of(trainer: Trainer) -> dict[str, Any]:
 
 
 class Run:
-    """A trainer with its folder. `options` and the trainer's own decide the bits of the run.
+    """A trainer with its folder, in the block of `open_folder`.
 
-    A resumed run must have the same.
+    `options` and the trainer's own decide the bits of the run: a resumed run must have the same.
     """
 
     def __init__(
         self,
-        out: Path,
+        folder: Folder,
         trainer: Trainer,
         options: Mapping[str, Any],
-        state: State | None,
         valid: Sequence[Row],
         test: Sequence[Row],
         operations: Callable[[Sequence[Row]], int],
         write_result: Callable[[], None],
     ):
-        self.out, self.trainer, self.valid, self.test = out, trainer, valid[:VALIDATION_ROWS], test
+        self.out, self.trainer, self.valid, self.test = folder.path, trainer, valid, test
         self.options = {**options, **options_of(trainer)}
         self.operations, self.write_result = operations, write_result
-        if state is not None:
+        if (state := folder.state) is not None:
             state.check_options(self.options, FREE)
+            if trainer.schedule.steps < state.step:
+                found = f"{self.out} has made {state.step} steps, --iters is {trainer.schedule.steps}"
+                raise ParameterError(f"{found}: a larger --iters continues")
             state.restore(trainer.optimizer)
         self.saved = -1  # by this process: one that was killed may have saved its state without the result
         columns = (*COLUMNS, *trainer.objective.numbers, "valid_loss")
-        self.log = Log(out / LOG, columns, after=trainer.optimizer.t)
+        self.log = Log(self.out / LOG, columns, after=trainer.optimizer.t)
 
     def run(self, on_step: Callable[[Report], None], eval_every: int, save_every: int) -> None:
         """Train to the end. Ctrl-C and other signals, and a closed output, leave a saved state."""
-        with alone(self.out):
-            try:
-                self._train(on_step, eval_every, save_every)
-                self.save()
-            except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-                self.save()
-                raise
-            picture(self.out / PICTURE, self.log.series("loss"), self.log.series("valid_loss"))
+        try:
+            self._train(on_step, eval_every, save_every)
+            self.save()
+        except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+            self.save()
+            raise
+        picture(self.out / PICTURE, self.log.series("loss"), self.log.series("valid_loss"))
 
     def _train(self, on_step: Callable[[Report], None], eval_every: int, save_every: int) -> None:
         trainer, last = self.trainer, self.trainer.schedule.steps
@@ -164,17 +186,26 @@ class Run:
             if due:
                 self._check_weights()
             loss = trainer.evaluate(self.valid)[0] if due and self.valid else None
-            rows = [trainer.rows[i] for i in trainer.order(step.number - 1)]
-            report = Report(step, loss, self.operations(rows))
-            self.log.add(report.values())
+            report = self._record(step, loss)
             if step.number % save_every == 0:
                 self.save()
             on_step(report)
+
+    def _record(self, step: Step, valid_loss: float | None = None) -> Report:
+        """Write the row of a step to the log."""
+        rows = [self.trainer.rows[i] for i in self.trainer.order(step.number - 1)]
+        report = Report(step, valid_loss, self.operations(rows))
+        with undisturbed():
+            self.log.add(report.values())
+        return report
 
     def save(self) -> None:
         """Write the state and then the result, unless they are those of this step already."""
         if self.saved != self.trainer.optimizer.t:
             self._check_weights()
+            made = self.trainer.made
+            if made is not None and made.number > self.log.last:  # a signal came before its row was written
+                self._record(made)
             save_state(self.out / STATE, self.trainer.optimizer, self.options)
             self.write_result()
             self.saved = self.trainer.optimizer.t

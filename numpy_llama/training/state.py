@@ -4,7 +4,7 @@
     run                                                      {"step": 120, "options": {...}} as JSON, in bytes
 
 The file is a safetensors file. The order of the data is computed from the step (order.py), so nothing else is
-needed to continue with the same bits.
+needed to continue with the same bits on the same machine. Another instruction set adds in another order.
 
 What this file promises: whenever the process is killed, the file is the old state or the whole new one.
 """
@@ -62,10 +62,10 @@ class State:
             x[...] = self._bytes(name, x.shape).view("<f4").reshape(x.shape)
         optimizer.t = self.step
 
-    def check_options(self, options: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    def check_options(self, options: Mapping[str, Any], free: tuple[str, ...] = ()) -> None:
         """MismatchError unless the run was begun with these options. Those in `free` may differ."""
-        for name in (name for name in self.options | dict(options) if name not in free):
-            then, now = self.options.get(name), options.get(name)
+        for name in (name for name in options if name not in free):
+            then, now = self.options.get(name), options[name]
             if then != now:
                 what = f"{name} {escape(then, 60)}, and is now to have {escape(now, 60)}: give the old value"
                 if name in DIGESTS:

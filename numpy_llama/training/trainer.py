@@ -71,6 +71,7 @@ class Trainer:
         self.learner, self.optimizer, self.objective = learner, optimizer, objective
         self.rows, self.order, self.schedule = rows, order, schedule
         self.most_tokens, self.squares = most_tokens, squares
+        self.made: Step | None = None  # the newest step, also if a signal ended the program just after it
 
     def steps(self) -> Iterator[Step]:
         """All steps up to the end of the schedule, one by one."""
@@ -95,8 +96,10 @@ class Trainer:
         lr = learning_rate(at, s.steps, h.lr, s.warmup)
         with undisturbed():
             self.optimizer.step(gradients, lr)
-        seconds = time.perf_counter() - began
-        return Step(at + 1, loss, lr, norm, inputs(rows), targets(rows), seconds, numbers)
+            seconds = time.perf_counter() - began
+            made = Step(at + 1, loss, lr, norm, inputs(rows), targets(rows), seconds, numbers)
+            self.made = made
+        return made
 
     def evaluate(self, rows: Sequence[Row]) -> tuple[float, Numbers]:
         """The loss and the further numbers of these rows, which are not trained."""

@@ -3,8 +3,11 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,10 @@ from helpers.command_line import PROGRAM, assert_refused, run
 from helpers.tiny_models import write_speaker
 from helpers.training import CORPUS, begin
 
-from numpy_llama.cli import runs
+from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.cli import finetune, runs, train
+from numpy_llama.errors import ParameterError
+from numpy_llama.training.run import open_folder
 
 SMALL = ["--dim", "16", "--layers", "1", "--heads", "2", "--kv-heads", "1", "--vocab-size", "300"]
 SMALL += ["--seq-len", "16", "--batch-size", "4", "--backend", "numpy"]
@@ -82,7 +88,7 @@ def test_a_second_ctrl_c_claims_no_saved_step(folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(run.trainer, "step", interrupt)
     monkeypatch.setattr(run, "save", interrupt)
     monkeypatch.setattr(runs.Machine, "fma_peak", lambda self: 1.0)
-    args = argparse.Namespace(threads=1, report_every=1, eval_every=1, save_every=1, seed=0)
+    args = argparse.Namespace(threads=1, report_every=1, eval_every=1, save_every=1, seed=0, resume=False)
     with pytest.raises(KeyboardInterrupt):
         runs.carry_out(run, None, None, args, run.trainer.rows[0], 0.0)
     assert "is saved" not in capsys.readouterr().err
@@ -103,6 +109,50 @@ def test_the_loss_of_the_test_split_ends_a_run(folder, tmp_path):
     assert f"--adapter '{out}'" in done.stderr.decode().splitlines()[-1]
 
 
+def test_the_folder_is_taken_before_the_texts_are_read(folder, tmp_path, main, monkeypatch):
+    """And until the end: a second command would write into it."""
+    refused = []
+
+    def other(prepare, *arguments, **options):
+        with pytest.raises(ParameterError, match="trains in it now"), open_folder(tmp_path / "run", True):
+            pass
+        refused.append(prepare)
+        return prepare(*arguments, **options)
+
+    for module, name in ((train, "pretrain"), (finetune, "finetune"), (runs, "sample")):
+        monkeypatch.setattr(module, name, partial(other, getattr(module, name)))
+    rest = ["--out", str(tmp_path / "run"), "--iters", "1"]
+    assert main(["train", str(folder / "corpus.txt"), *rest, *SMALL]) == 0
+    shutil.rmtree(tmp_path / "run")
+    rest += ["-m", str(folder / "model.gguf"), "--seq-len", "16", "--backend", "numpy"]
+    assert main(["finetune", str(folder / "facts.jsonl"), *rest]) == 0
+    assert len(refused) == 4
+
+
+def test_a_run_that_has_all_its_steps_says_so(folder, tmp_path):
+    command = ["train", str(folder / "corpus.txt"), "--out", str(tmp_path / "run"), *SMALL, "--resume"]
+    done = run(*command, "--iters", "2")
+    assert done.returncode == 0 and b"run has no saved step: the run begins anew" in done.stderr
+    done = run(*command, "--iters", "2")
+    assert done.returncode == 0 and b"all steps are made; a larger --iters continues" in done.stderr
+    assert b"tokens/s" not in done.stdout
+    done = run(*command, "--iters", "1")
+    assert_refused(done, 2, "run has made 2 steps, --iters is 1: a larger --iters continues")
+
+
+def test_full_fine_tuning_runs_without_the_c_kernels(folder, tmp_path):
+    """From the first step to the file: its weights keep their format."""
+    arguments = ["-m", str(folder / "model.gguf"), "--iters", "1", "--seq-len", "16", "--backend", "numpy"]
+    arguments += ["--method", "full", "--out", str(tmp_path / "run")]
+    code = "import sys; sys.modules['numpy_llama.backend._kernels'] = None; import numpy_llama.cli as cli; "
+    command = [sys.executable, "-c", f"{code}sys.exit(cli.main(sys.argv[1:]))"]
+    done = subprocess.run(
+        [*command, "finetune", str(folder / "facts.jsonl"), *arguments], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert open_checkpoint(tmp_path / "run" / "model.gguf").weights()
+
+
 def test_a_reader_that_ends_saves_the_run(folder, tmp_path):
     command = f"{PROGRAM} train {folder / 'corpus.txt'} --out {tmp_path / 'run'} {' '.join(SMALL)}"
     command += " --iters 100000 --report-every 1 | head -n 4"
@@ -119,7 +169,7 @@ def test_a_reader_that_ends_saves_the_run(folder, tmp_path):
         ("train", "corpus.txt", ["--vocab-size", "9"], 1, "give another --vocab-size"),
         ("train", "corpus.txt", ["--lr", "-1"], 2, "'-1' is not a number, 0 or above"),
         ("train", "facts.jsonl", [], 2, "line 1: training from scratch takes texts"),
-        ("finetune", "facts.jsonl", ["--targets", "q_proj,wq"], 2, "--targets has 'wq'"),
+        ("finetune", "facts.jsonl", ["--targets", "q_proj,wq"], 2, "targets has 'wq'"),
         ("finetune", "facts.jsonl", ["--alpha", "0"], 2, "alpha is 0.0, it must be above 0"),
         ("finetune", "facts.jsonl", ["--method", "dpo"], 2, "line 1 has completions; --method dpo"),
         ("finetune", "odd.jsonl", [], 1, "odd.jsonl, line 2 is no JSON"),

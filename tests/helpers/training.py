@@ -16,7 +16,7 @@ from numpy_llama.training.examples import Example, Row
 from numpy_llama.training.models import new_args
 from numpy_llama.training.optimizer import Hyperparameters
 from numpy_llama.training.pretrain import pretrain
-from numpy_llama.training.run import Run
+from numpy_llama.training.run import Run, open_folder
 from numpy_llama.training.trainer import Schedule
 
 # Each example of these tests computes a model several times.
@@ -61,14 +61,15 @@ def begin(
     compute: Compute | None = None,
     **options,
 ) -> Run:
-    """A run that pre-trains a tiny model."""
+    """A run that pre-trains a tiny model. Its folder is not kept open: only one process trains in it."""
 
     def shape(vocab_size: int) -> ModelArgs:
         return new_args(dim, layers, 2, 1, vocab_size, 24)
 
-    options = {"vocab_size": 300, "seq_len": 24, "batch_size": 4, "seed": 3, "resume": resume} | options
+    options = {"vocab_size": 300, "seq_len": 24, "batch_size": 4, "seed": 3} | options
     how = Hyperparameters(1e-2), Schedule(steps, 2)
-    return pretrain(read_data(corpus), out, shape, compute or numpy_compute(), *how, **options)[0]
+    with open_folder(out, resume) as folder:
+        return pretrain(read_data(corpus), folder, shape, compute or numpy_compute(), *how, **options)[0]
 
 
 def finish(run: Run, **options) -> None:

@@ -17,6 +17,7 @@ from numpy_llama.training.data import read_data
 from numpy_llama.training.finetune import LoRA, finetune
 from numpy_llama.training.lora import TARGETS
 from numpy_llama.training.optimizer import Hyperparameters
+from numpy_llama.training.run import open_folder
 from numpy_llama.training.trainer import Schedule
 
 
@@ -49,19 +50,19 @@ def test_lora_beside_weights_that_stay_as_they_are_stored(format, tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
 
     def trained(name: str, compute, steps: int = 3, resume: bool = False) -> Path:
-        run = finetune(
-            open_checkpoint(path),
-            read_data(tmp_path / "data.jsonl"),
-            tmp_path / name,
-            "lora",
-            compute,
-            Hyperparameters(1e-2),
-            Schedule(3),
-            LoRA(4, 8.0, False, [*TARGETS]),
-            seq_len=16,
-            batch_size=2,
-            resume=resume,
-        )[0]
+        with open_folder(tmp_path / name, resume) as folder:
+            run = finetune(
+                open_checkpoint(path),
+                read_data(tmp_path / "data.jsonl"),
+                folder,
+                "lora",
+                compute,
+                Hyperparameters(1e-2),
+                Schedule(3),
+                LoRA(4, 8.0, False, [*TARGETS]),
+                seq_len=16,
+                batch_size=2,
+            )[0]
         base = run.trainer.learner.layers[0].attention.wq.base
         assert isinstance(base.weight, KernelWeight) == (compute.backend == "c")
         for _ in range(steps):

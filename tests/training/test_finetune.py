@@ -17,7 +17,7 @@ from numpy_llama.training.data import read_data
 from numpy_llama.training.finetune import RESULT, LoRA, finetune
 from numpy_llama.training.lora import TARGETS, low_ranks, scale_of, with_lora
 from numpy_llama.training.optimizer import Hyperparameters
-from numpy_llama.training.run import prompt_of, sample
+from numpy_llama.training.run import open_folder, prompt_of, sample
 from numpy_llama.training.trainer import Schedule
 
 FACTS = [{"prompt": f"{a} is", "completion": f" {b}"} for a, b in ("a1", "b2", "c3", "d4")]
@@ -42,19 +42,20 @@ def folder(tmp_path_factory) -> Path:
 
 
 def begin(folder: Path, out: Path, method: str = "lora", resume: bool = False, data=None, **options):
-    options = {"seq_len": 24, "batch_size": 3, "resume": resume} | options
+    options = {"seq_len": 24, "batch_size": 3} | options
     steps, lora = options.pop("steps", STEPS), options.pop("lora", LoRA(4, 8.0, False, ["q_proj", "v_proj"]))
-    return finetune(
-        open_checkpoint(folder / "model.gguf"),
-        read_data(folder / f"{method}.jsonl" if data is None else data),
-        out,
-        method,
-        numpy_compute(),
-        Hyperparameters(1e-2, beta2=0.999, weight_decay=0.01),
-        Schedule(steps),
-        lora,
-        **options,
-    )[0]
+    with open_folder(out, resume) as opened:
+        return finetune(
+            open_checkpoint(folder / "model.gguf"),
+            read_data(folder / f"{method}.jsonl" if data is None else data),
+            opened,
+            method,
+            numpy_compute(),
+            Hyperparameters(1e-2, beta2=0.999, weight_decay=0.01),
+            Schedule(steps),
+            lora,
+            **options,
+        )[0]
 
 
 def finish(run) -> None:
@@ -113,6 +114,8 @@ def test_a_run_is_resumed_with_its_own_model_and_adapter(folder, tmp_path):
     finish(begin(folder, tmp_path / "run"))
     with pytest.raises(MismatchError, match="begun with rank 4, and is now to have 2"):
         begin(folder, tmp_path / "run", resume=True, lora=LoRA(2, 8.0, False, ["q_proj", "v_proj"]))
+    with pytest.raises(MismatchError, match="begun with method 'lora', and is now to have 'full'"):
+        begin(folder, tmp_path / "run", "full", resume=True)
     (tmp_path / "other").mkdir()
     from helpers.gguf_writer import byte_vocabulary, write_llama
 
@@ -122,6 +125,14 @@ def test_a_run_is_resumed_with_its_own_model_and_adapter(folder, tmp_path):
     write(tmp_path / "other" / "lora.jsonl", FACTS)
     with pytest.raises(MismatchError, match=r"begun with other model: give the old model"):
         begin(tmp_path / "other", tmp_path / "run", resume=True)
+
+
+def test_memory_is_planned_for_the_longest_row_of_all_splits(folder, tmp_path):
+    """Validation and test keep the activations of a row, as training does."""
+    for split, text in (("train", "a"), ("valid", "b" * 30), ("test", "c" * 40)):
+        write(tmp_path / f"{split}.jsonl", [{"prompt": "p", "completion": text}])
+    run = begin(folder, tmp_path / "run", data=tmp_path, seq_len=64)
+    assert run.trainer.most_tokens == max(len(one) for (one,) in run.test) > 40
 
 
 def test_the_numbers_of_dpo_are_in_the_log(folder, tmp_path):
@@ -148,8 +159,6 @@ def test_a_model_learns_facts(folder, tmp_path):
         ("lora", PAIRS, {}, ParameterError, "line 1 has preferences; --method lora takes"),
         ("lora", FACTS, {"seq_len": 65}, ContextOverflowError, "--seq-len is 65, .* has 64 tokens"),
         ("lora", FACTS, {"seq_len": 2}, ParameterError, "no example has a target within --seq-len 2"),
-        ("lora", FACTS, {"lora": LoRA(4, 8.0, False, ["wq"])}, ParameterError, "a target is 'wq'"),
-        ("lora", FACTS, {"lora": LoRA(4, 8.0, False, [])}, ParameterError, "no target is given"),
         ("dpo", PAIRS, {"beta": 0.0}, ParameterError, "beta is 0.0, it must be above 0"),
         (
             "dpo",
@@ -170,6 +179,14 @@ def test_what_cannot_be_trained_is_refused(method, data, options, error, found, 
 def test_an_adapter_that_could_have_no_effect_is_refused(alpha):
     with pytest.raises(ParameterError, match=r"alpha is .*, it must be above 0"):
         LoRA(4, alpha, False, [*TARGETS])
+
+
+@pytest.mark.parametrize(
+    "targets, found", [(["q_proj", "wq"], "targets has 'wq', wanted names"), ([], "empty")]
+)
+def test_an_adapter_stands_beside_matrices_that_there_are(targets, found):
+    with pytest.raises(ParameterError, match=found):
+        LoRA(4, 8.0, False, targets)
 
 
 def test_an_adapter_begins_without_effect_and_has_the_shapes_of_its_matrices():

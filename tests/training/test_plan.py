@@ -17,7 +17,7 @@ from numpy_llama.training.examples import Example
 from numpy_llama.training.objectives import NextToken
 from numpy_llama.training.optimizer import AdamW, Hyperparameters
 from numpy_llama.training.order import Order
-from numpy_llama.training.plan import SHARE, Work, as_begun, training_plan
+from numpy_llama.training.plan import SHARE, Work, largest, training_plan
 from numpy_llama.training.state import State, save_state
 from numpy_llama.training.trainer import Schedule, Trainer
 
@@ -91,10 +91,26 @@ def test_a_resumed_run_keeps_its_micro_batches(tmp_path):
     begun = training_plan(TINY, 0, 1000, 8, 17, ENOUGH, "the model")
     save_state(tmp_path / "state", optimizer, {"most_tokens": 17, "checkpointing": False})
     now = training_plan(TINY, 0, 1000, 8, 64, ENOUGH, "the model")
-    assert as_begun(now, TINY, State(tmp_path / "state")) == begun != now
+    sizes = 0, 1000, 8, 64
+    resumed = training_plan(TINY, *sizes, ENOUGH, "the model", State(tmp_path / "state"))
+    assert resumed == begun != now
     save_state(tmp_path / "state", optimizer, {"most_tokens": 17, "checkpointing": True})
-    plan = as_begun(now, TINY, State(tmp_path / "state"))
+    state = State(tmp_path / "state")
+    plan = training_plan(TINY, *sizes, ENOUGH, "the model", state)
     assert plan.checkpointing and plan.activations < begun.activations
+    assert training_plan(TINY, *sizes, plan.peak, "the model", state) == plan  # all of the memory may be used
+    with pytest.raises(ResourceLimitError, match=r"state: the run was begun with more memory, .* available"):
+        training_plan(TINY, *sizes, plan.peak - 1, "the model", state)
+
+
+def test_the_longest_row_counts_also_where_it_is_not_trained():
+    """And a row longer than the usual micro-batch is one by itself."""
+    learner = tiny_learner(dtype=np.float32, args=ARGS)
+    train, held_out = rows_of_length(8, 3), rows_of_length(40, 1)
+    assert largest(train, held_out, 2) == (40, 16) and largest(train, [], 2) == (8, 16)
+    short, long = plan_of(learner, 8, 16), plan_of(learner, 40, 16)
+    assert long.most_tokens == 40 and long.activations == 40 * short.activations // 16
+    assert plan_of(learner, 3000, 6000).most_tokens == 3000 and plan_of(learner, 8, 6000).most_tokens == 2048
 
 
 @pytest.mark.parametrize("all_learns, dpo", [(True, False), (False, False), (False, True)])

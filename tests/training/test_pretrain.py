@@ -30,6 +30,7 @@ from numpy_llama.errors import (
 from numpy_llama.training import run as runs
 from numpy_llama.training.models import float_weights, new_args, new_weights, trained_tokenizer
 from numpy_llama.training.optimizer import AdamW, Hyperparameters
+from numpy_llama.training.state import save_state
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,34 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at, finished, corpus
     assert same_files(out, finished) and losses(out) == losses(finished)
 
 
+@pytest.mark.parametrize("moment", ["while AdamW changes the numbers", "before the validation loss"])
+def test_a_step_that_is_saved_has_its_row(moment, finished, corpus, tmp_path, monkeypatch):
+    """Whenever Ctrl-C comes. Only its validation loss may be missing."""
+    out = tmp_path / "run"
+    run = begin(out, corpus)
+    update, evaluate = run.trainer.optimizer.update, run.trainer.evaluate
+
+    def updated(p, g, m, v, t, *others):
+        update(p, g, m, v, t, *others)
+        if t == 4 and moment.startswith("while"):
+            signal.raise_signal(signal.SIGINT)
+
+    def evaluated(rows):
+        if run.trainer.optimizer.t == 4:
+            raise KeyboardInterrupt
+        return evaluate(rows)
+
+    monkeypatch.setattr(run.trainer.optimizer, "update", updated)
+    monkeypatch.setattr(run.trainer, "evaluate", evaluated)
+    with pytest.raises(KeyboardInterrupt):
+        finish(run)
+    assert losses(out) == losses(finished)[: 1 + 4]
+    resumed = begin(out, corpus, resume=True)
+    assert resumed.trainer.optimizer.t == 4
+    finish(resumed)
+    assert same_files(out, finished) and losses(out) == losses(finished)
+
+
 PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -189,6 +218,30 @@ def test_a_run_can_be_made_longer_but_not_changed(finished, corpus, tmp_path):
         begin(out, corpus, resume=True, layers=3)
     with pytest.raises(MismatchError, match="begun with other data: give the old data, or"):
         begin(out, tmp_path / "corpus.txt", resume=True)
+    with pytest.raises(ParameterError, match=rf"has made {STEPS + 1} steps, --iters is 2: a larger --iters"):
+        begin(out, corpus, resume=True, steps=2)
+
+
+def test_a_run_is_resumed_with_its_own_tokenizer(finished, corpus, tmp_path):
+    """Without --tokenizer too, because the folder has it."""
+    out = tmp_path / "run"
+    finish(begin(out, corpus, steps=1))
+    given = {"resume": True, "vocab_size": None}
+    begin(out, corpus, tokenizer_path=finished / "tokenizer.model", **given)
+    (tmp_path / "tokenizer.model").write_bytes(trained_tokenizer([CORPUS], 310))
+    with pytest.raises(MismatchError, match=r"model is not the tokenizer that the run was begun with: leave"):
+        begin(out, corpus, tokenizer_path=tmp_path / "tokenizer.model", **given)
+    shutil.copyfile(finished / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(MismatchError, match="is not the tokenizer"):
+        begin(out, corpus, tokenizer_path=tmp_path, **given)
+
+
+def test_a_run_is_resumed_by_its_own_command(corpus, tmp_path):
+    optimizer = AdamW({}, Hyperparameters(1e-2))
+    save_state(tmp_path / "state.safetensors", optimizer, {"method": "lora"})
+    with pytest.raises(MismatchError, match="begun with method 'lora', and is now to have 'train'"):
+        begin(tmp_path, corpus, resume=True)
 
 
 def test_a_folder_with_files_is_not_overwritten(finished, corpus):
@@ -263,21 +316,19 @@ def test_an_existing_tokenizer_is_copied(finished, corpus, tmp_path):
         begin(tmp_path / "third", corpus, tokenizer_path=finished, vocab_size=301)
 
 
-def test_one_run_at_a_time_trains_in_a_folder(finished, corpus, tmp_path):
-    """Whether the second is begun while the first trains, or was ready before it."""
-    out, refused = tmp_path / "run", []
-    first, second = begin(out, corpus), begin(out, corpus, resume=True)
-
-    def while_it_trains(report):
-        for attempt in (lambda: begin(out, corpus, resume=True), lambda: finish(second)):
-            with pytest.raises(ParameterError, match="run: a run trains in it now: wait for its end"):
-                attempt()
-            refused.append(report.step.number)
-
-    first.run(while_it_trains, eval_every=2, save_every=2)
-    assert len(refused) == 2 * STEPS and losses(out) == losses(finished)
-    finish(begin(out, corpus, resume=True))
-    assert same_files(out, finished)
+def test_one_run_at_a_time_uses_a_folder(tmp_path):
+    """From before its first file to its end."""
+    out = tmp_path / "run"
+    for resume in (False, True):
+        with runs.open_folder(out, resume):
+            for other in (False, True):
+                with (
+                    pytest.raises(ParameterError, match="run: a run trains in it now: wait for its end"),
+                    runs.open_folder(out, other),
+                ):
+                    pass
+            (out / runs.LOG).touch()
+    assert os.listdir(out) == [runs.LOG]
 
 
 def test_an_attempt_that_failed_before_its_first_step_is_begun_anew(finished, corpus, tmp_path, monkeypatch):
@@ -359,4 +410,6 @@ def test_the_room_of_a_run_is_named_when_it_cannot_be_made(corpus, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="run cannot be made"):
         begin(tmp_path / "file" / "run", corpus)
-    assert runs.open_folder(tmp_path / "new", True) is None
+    with runs.open_folder(tmp_path / "new", True) as folder:
+        assert folder.state is None
+    assert not (tmp_path / "new").exists()

@@ -55,8 +55,9 @@ def pretrain(
     out, state = folder.path, folder.state
     given = None if tokenizer_path is None else tokenizer_files(tokenizer_path)
     if state is None:
+        files = given or {"tokenizer.model": _new_tokenizer(data, vocab_size)}
         write_bytes(out / LOG, b"")  # from here on it is the folder of a run, which --resume begins anew
-        _write_tokenizer(out, given or {"tokenizer.model": _new_tokenizer(data, vocab_size)})
+        _write_tokenizer(out, files)
     else:
         state.check_options({"method": METHOD})
         if given is not None and given != tokenizer_files(out):

@@ -67,7 +67,8 @@ def _state(out: Path, resume: bool) -> State | None:
     if names and not {STATE, LOG} & {*names}:
         raise ParameterError(f"{out} has files, and no run that can be resumed: give another --out")
     if names and not resume:
-        raise ParameterError(f"{out} has files already: --resume continues its run, or give another --out")
+        then = "continues its run" if STATE in names else "begins its run anew, which saved no step"
+        raise ParameterError(f"{out} has files already: --resume {then}, or give another --out")
     remove_left(out)  # by a run that was killed while it wrote
     return State(out / STATE) if STATE in names else None
 

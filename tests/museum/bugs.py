@@ -782,8 +782,8 @@ BUGS = [
         "decay goes through the moments",
         "pytorch/pytorch#3740, which brings what Loshchilov and Hutter found",
         "numpy_llama/training/optimizer.py",
-        "        p_ *= 1 - lr * weight_decay\n        p_ -= lr * scale1 * m_ /",
-        "        m_ += (1 - h.beta1) * weight_decay * p_\n        p_ -= lr * scale1 * m_ /",
+        "        p_ *= 1 - lr * weight_decay\n        p_ -= rate * m_ /",
+        "        m_ += (1 - h.beta1) * weight_decay * p_\n        p_ -= rate * m_ /",
         f"{LAWS}test_training.py",
     ),
     Bug(

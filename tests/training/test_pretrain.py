@@ -312,6 +312,9 @@ def test_an_existing_tokenizer_is_copied(finished, corpus, tmp_path):
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
     with pytest.raises(TokenizerError, match=r"wanted tokenizer.model or tokenizer.json"):
         begin(tmp_path / "other", corpus, tokenizer_path=corpus)
+    with pytest.raises(TokenizerError, match="cannot make 100 pieces"):
+        begin(tmp_path / "other", corpus, vocab_size=100)
+    assert not (tmp_path / "other").exists()  # so another attempt needs no --resume
     with pytest.raises(ParameterError, match=r"--vocab-size is 301, .* has 300 tokens"):
         begin(tmp_path / "third", corpus, tokenizer_path=finished, vocab_size=301)
 
@@ -340,7 +343,7 @@ def test_an_attempt_that_failed_before_its_first_step_is_begun_anew(finished, co
         patch.setattr("numpy_llama.training.pretrain.available_memory", lambda: 0)
         begin(out, corpus, tokenizer_path=tmp_path / "tokenizer.model", vocab_size=None)
     assert (out / "tokenizer_config.json").exists()
-    with pytest.raises(ParameterError, match="--resume continues its run"):
+    with pytest.raises(ParameterError, match="--resume begins its run anew, which saved no step"):
         begin(out, corpus)
     finish(begin(out, corpus, resume=True))
     assert same_files(out, finished) and not (out / "tokenizer_config.json").exists()

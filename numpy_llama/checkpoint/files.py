@@ -39,7 +39,8 @@ class MappedFile:
         self.path = Path(path)
         try:
             if not self.path.is_file():  # a read of a FIFO or a device may block, or never end
-                what = "a folder" if self.path.is_dir() else "no regular file"
+                what = "no regular file" if os.path.lexists(path) else "not there"
+                what = "a folder" if self.path.is_dir() else what
                 raise FormatError(f"{path} is {what}; wanted {wanted}")
             with open(path, "rb") as file:
                 self.identity = _identity(os.fstat(file.fileno()))

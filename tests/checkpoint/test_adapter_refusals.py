@@ -308,7 +308,7 @@ def test_other_files_are_refused(folder, tmp_path):
     (tmp_path / "pickle" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"\x80\x02cos\nsystem\n(S'x'\ntR.")
     for name, error, words in [
-        ("no/such", FormatError, "is no regular file; wanted a folder of PEFT"),
+        ("no/such", FormatError, "is not there; wanted a folder of PEFT"),
         ("empty", FormatError, "has no adapter_config.json; wanted a folder of PEFT"),
         (
             "no_weights",

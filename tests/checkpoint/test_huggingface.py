@@ -602,8 +602,8 @@ def test_folders_without_what_it_takes(folder):
     (folder / "model.safetensors").symlink_to(folder / "gone")  # a cache that was cleaned
     refused(folder, "model.safetensors is no regular file", errors.FormatError)
     (folder / "config.json").unlink()
-    refused(folder, "config.json is no regular file", errors.FormatError)
-    refused(folder / "nowhere", "config.json is no regular file", errors.FormatError)
+    refused(folder, "config.json is not there", errors.FormatError)
+    refused(folder / "nowhere", "config.json is not there", errors.FormatError)
 
 
 @pytest.fixture

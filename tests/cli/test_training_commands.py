@@ -164,7 +164,7 @@ def test_a_reader_that_ends_saves_the_run(folder, tmp_path):
 @pytest.mark.parametrize(
     "verb, data, options, code, found",
     [
-        ("train", "none.txt", [], 1, "none.txt is no regular file"),
+        ("train", "none.txt", [], 1, "none.txt is not there; wanted a text"),
         ("train", "corpus.txt", ["--kv-heads", "3"], 1, "must be a multiple of n_kv_heads 3"),
         ("train", "corpus.txt", ["--vocab-size", "9"], 1, "give another --vocab-size"),
         ("train", "corpus.txt", ["--lr", "-1"], 2, "'-1' is not a number, 0 or above"),

@@ -57,7 +57,7 @@ def test_an_error_names_file_and_line(line, found, tmp_path):
 @pytest.mark.parametrize(
     "name, content, found",
     [
-        ("none.jsonl", None, "no regular file"),
+        ("none.jsonl", None, "none.jsonl is not there; wanted a file of examples"),
         ("empty.jsonl", "", "empty.jsonl has no examples for training$"),
         ("empty.txt", "", "empty.txt has no examples for training$"),
         ("blank.jsonl", "\n\n", "no examples"),

@@ -61,7 +61,7 @@ def test_what_is_no_state_is_refused(tmp_path):
     (tmp_path / "state").write_bytes(b"x" * 100)
     with pytest.raises(NumpyLlamaError, match="state"):
         State(tmp_path / "state")
-    with pytest.raises(FormatError, match="no regular file"):
+    with pytest.raises(FormatError, match="is not there"):
         State(tmp_path / "none")
 
 

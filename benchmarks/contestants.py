@@ -16,11 +16,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from copy import deepcopy
 from typing import NamedTuple
 
 OURS, LLAMA_CPP, IK = "numpy_llama", "llama.cpp", "ik_llama.cpp"
 TRAINING, PYTORCH = "numpy_llama.training", "PyTorch"  # of training_against_pytorch.py
 RANK = 8  # of LoRA
+DRAWN = 256  # rows of a matrix that does not learn
 PROBE = 384_000_000  # operations of a thread
 
 
@@ -123,16 +125,46 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Training:
-    """Steps of numpy_llama's Trainer on a model of random weights."""
+def stored_weights(args, format: str, rng) -> dict:
+    """Random weights that do not learn, in the memory that the mapped pages of a packed file take.
 
-    def __init__(self, shape: list[int], rows: int, length: int, lora: bool, threads: int):
+    A matrix repeats its first rows: to draw all of them takes a minute for each billion.
+    """
+    import numpy as np
+
+    from numpy_llama.backend.formats import PackedTensor, StoredTensor
+    from numpy_llama.backend.kernels import pack, packs
+    from numpy_llama.checkpoint.names import expected_shape, tensor_names
+
+    stored = {}
+    for name in tensor_names(args, "ours"):
+        shape = expected_shape(name, args)
+        if len(shape) == 1:
+            stored[name] = StoredTensor.quantize(np.ones(shape, np.float32), "F32")
+        elif name != "output.weight":
+            few = StoredTensor.quantize(0.02 * rng.standard_normal((DRAWN, shape[1]), np.float32), format)
+            rows = np.resize(few.data, (shape[0], few.data.shape[1]))
+            if packs(few.format):
+                stored[name] = PackedTensor(few.format, shape, pack(rows, few.format, 1))
+            else:
+                stored[name] = StoredTensor(few.format, shape, rows)
+    return stored | {"output.weight": stored["tok_embeddings.weight"]}
+
+
+class Training:
+    """Steps of numpy_llama's Trainer on a model of random weights.
+
+    base: the format of the weights that LoRA stands beside, or None if all weights learn.
+    """
+
+    def __init__(self, shape: list[int], rows: int, length: int, base: str | None, threads: int):
         import numpy as np
 
         from numpy_llama.backend import kernels
         from numpy_llama.config import ModelArgs
         from numpy_llama.training.compute import c_compute
         from numpy_llama.training.examples import Example
+        from numpy_llama.training.finetune import frozen_weights
         from numpy_llama.training.lora import TARGETS, scale_of, with_lora
         from numpy_llama.training.models import new_weights
         from numpy_llama.training.objectives import NextToken
@@ -143,12 +175,16 @@ class Training:
 
         args = ModelArgs(*shape, norm_eps=1e-6, rope_theta=1e4, max_seq_len=length)
         self.kernels, self.threads, compute = kernels, threads, c_compute(threads)
-        learner = compute.learner(args, new_weights(args, seed=0), False, frozen=lora)
-        if lora:
+        rng = np.random.default_rng(0)
+        if base is None:
+            learner = compute.learner(args, new_weights(args, seed=0), False)
+        else:
+            weights = frozen_weights(stored_weights(args, base, rng), compute)
+            learner = compute.learner(args, weights, False, frozen=True)
             learner = with_lora(learner, list(TARGETS), RANK, scale_of(RANK, RANK))
-        ids = np.random.default_rng(0).integers(0, args.vocab_size, (rows, length + 1))
+        ids = rng.integers(0, args.vocab_size, (rows, length + 1))
         examples = [(Example(row, np.ones(length, bool), "a row"),) for row in ids]
-        work = Work.of(args, all_learns=not lora).operations(examples)
+        work = Work.of(args, all_learns=base is None).operations(examples)
         self.trainer = Trainer(
             learner,
             AdamW(learner.parameters(), Hyperparameters(1e-4), compute.adamw),
@@ -174,29 +210,33 @@ class Training:
 
 
 class PyTorch:
-    """The same steps in PyTorch, with the model of transformers."""
+    """The same steps in PyTorch, with the model of transformers.
 
-    def __init__(self, shape: list[int], rows: int, length: int, lora: bool, threads: int):
+    base: F32, or Q4_0 for NF4 of bitsandbytes, which has 4 bits too. dtype: that of the products.
+    """
+
+    def __init__(self, shape: list[int], rows: int, length: int, base: str | None, threads: int, dtype: str):
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        self.torch, self.peak_memory = torch, peak_memory
+        self.torch, self.peak_memory, self.dtype = torch, peak_memory, getattr(torch, dtype)
         torch.set_num_threads(threads)
         dim, layers, heads, kv_heads, head_dim, hidden_dim, vocab_size = shape
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=dim,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=kv_heads,
-                head_dim=head_dim,
-                intermediate_size=hidden_dim,
-                vocab_size=vocab_size,
-                max_position_embeddings=length,
-                tie_word_embeddings=True,
-            )
+        config = LlamaConfig(
+            hidden_size=dim,
+            num_hidden_layers=layers if base != "Q4_0" else 1,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=hidden_dim,
+            vocab_size=vocab_size,
+            max_position_embeddings=length,
+            tie_word_embeddings=True,
         )
-        if lora:
+        self.model = LlamaForCausalLM(config)
+        if base == "Q4_0":
+            self.quantize(layers)
+        if base is not None:
             from peft import LoraConfig, get_peft_model
 
             self.model = get_peft_model(
@@ -207,15 +247,35 @@ class PyTorch:
         ids = torch.randint(0, vocab_size, (rows, length + 1))
         self.ids, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1).contiguous()
 
+    def quantize(self, layers: int) -> None:
+        """Copies of the only layer, with matrices in NF4: so there is never a whole model in float32."""
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        (layer,) = self.model.model.layers
+        for part in (layer.self_attn, layer.mlp):
+            for name, one in list(part.named_children()):
+                if isinstance(one, self.torch.nn.Linear):
+                    quantized = Linear4bit(
+                        one.in_features, one.out_features, False, self.dtype, device="meta"
+                    )
+                    weight = Params4bit(one.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+                    quantized.weight = weight
+                    setattr(part, name, quantized)
+        self.model.model.layers = self.torch.nn.ModuleList(deepcopy(layer) for _ in range(layers))
+        self.model.config.num_hidden_layers = layers
+        self.model.is_loaded_in_4bit = True  # PEFT asks for it
+
     def about(self) -> str:
         import transformers
 
-        return f"PyTorch {self.torch.__version__}, transformers {transformers.__version__}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"PyTorch {self.torch.__version__}, transformers {transformers.__version__}, {dtype}"
 
     def step(self) -> float:
         began = time.perf_counter()
-        logits = self.model(input_ids=self.ids, use_cache=False).logits
-        loss = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.targets)
+        with self.torch.autocast("cpu", self.dtype, enabled=self.dtype != self.torch.float32):
+            logits = self.model(input_ids=self.ids, use_cache=False).logits
+            loss = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.targets)
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()

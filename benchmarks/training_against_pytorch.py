@@ -1,13 +1,17 @@
 """The speed of training: numpy_llama and PyTorch on the same shapes, by turns in one run.
 
-    python benchmarks/training_against_pytorch.py [SHAPE ...] [--pytorch PYTHON] [-t 2] [-r 5] [--json]
+    python benchmarks/training_against_pytorch.py [SHAPE ...] [--pytorch PYTHON] [--bfloat16]
+        [-t 2] [-r 5] [--json]
 
 SHAPES name the model, the rows and the tokens of a row; lora trains rank 8 beside all matrices of the layers.
-PYTHON is an interpreter with torch and transformers, by default this one.
+With qlora these matrices have 4 bits: Q4_0 here, and NF4 of bitsandbytes in PyTorch.
+PYTHON is an interpreter with torch and transformers, by default this one. For lora it has peft too, and for
+qlora bitsandbytes.
 
 Both do the same work on random weights and ids, in float32: the forward pass, the gradients of all
-parameters, the norm of the gradients with clipping, and AdamW. The first step of each is not counted. A round
-is one turn of each, of as many steps as fill about TURN seconds.
+parameters, the norm of the gradients with clipping, and AdamW. With --bfloat16 the products of PyTorch are in
+bfloat16, by autocast. The first steps of each are not counted. A round is one turn of each, of as many steps
+as fill about TURN seconds.
 
 The share of the FMA peak is the operations of a step (training/plan.py) over what the probe makes beside each
 turn: the fastest of all probes of the run. Peak memory is that of the process. A number is the median of the
@@ -23,12 +27,14 @@ from contextlib import ExitStack
 
 from contestants import PYTORCH, TRAINING, Child
 
-# dim, layers, heads, kv heads, head_dim, hidden_dim, vocabulary; rows, tokens of a row; LoRA
+# dim, layers, heads, kv heads, head_dim, hidden_dim, vocabulary; rows, tokens of a row; the format of the
+# weights that LoRA stands beside, or None if all weights learn
 SHAPES = {
-    "smollm2-135m": ((576, 30, 9, 3, 64, 1536, 49152), 1, 512, False),
-    "smollm2-135m-lora": ((576, 30, 9, 3, 64, 1536, 49152), 1, 512, True),
-    "stories15m": ((288, 6, 6, 6, 48, 768, 32000), 2, 256, False),
-    "stories260k": ((64, 5, 8, 4, 8, 172, 512), 8, 256, False),
+    "smollm2-135m": ((576, 30, 9, 3, 64, 1536, 49152), 1, 512, None),
+    "smollm2-135m-lora": ((576, 30, 9, 3, 64, 1536, 49152), 1, 512, "F32"),
+    "stories15m": ((288, 6, 6, 6, 48, 768, 32000), 2, 256, None),
+    "stories260k": ((64, 5, 8, 4, 8, 172, 512), 8, 256, None),
+    "llama-3.2-1b-qlora": ((2048, 16, 32, 8, 64, 8192, 128256), 1, 256, "Q4_0"),
 }
 TURN = 2.0
 PAUSE = 0.05  # seconds before each turn: the threads of the last contestant have stopped spinning by then
@@ -36,14 +42,12 @@ PAUSE = 0.05  # seconds before each turn: the threads of the last contestant hav
 
 def race(shape: str, options: argparse.Namespace) -> dict:
     """All measurements of one shape."""
-    args, rows, length, lora = SHAPES[shape]
-    programs = {TRAINING: sys.executable, PYTORCH: options.pytorch}
+    args, rows, length, base = SHAPES[shape]
+    work, dtype = (args, rows, length, base, options.threads), "bfloat16" if options.bfloat16 else "float32"
+    programs = {TRAINING: (sys.executable, *work), PYTORCH: (options.pytorch, *work, dtype)}
     speeds, peaks = {name: [] for name in programs}, []
     with ExitStack() as stack:
-        racers = {
-            name: stack.enter_context(Child(name, python, args, rows, length, lora, options.threads))
-            for name, python in programs.items()
-        }
+        racers = {name: stack.enter_context(Child(name, *program)) for name, program in programs.items()}
         seconds = {name: min(racer.ask("step") for _ in range(2)) for name, racer in racers.items()}
         for _ in range(options.repeat):
             for name, racer in racers.items():
@@ -78,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--pytorch", metavar="PYTHON", default=sys.executable)
+    parser.add_argument("--bfloat16", action="store_true", help="PyTorch's products are in bfloat16")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-r", "--repeat", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object a shape")

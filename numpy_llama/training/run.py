@@ -63,13 +63,13 @@ def open_folder(out: Path, resume: bool) -> Iterator[Folder]:
 
 def _state(out: Path, resume: bool) -> State | None:
     """The state in the folder. ParameterError if the folder has files that this run must not replace."""
+    remove_left(out)  # by a run that was killed while it wrote, perhaps its first file
     names = os.listdir(out)
     if names and not {STATE, LOG} & {*names}:
         raise ParameterError(f"{out} has files, and no run that can be resumed: give another --out")
     if names and not resume:
         then = "continues its run" if STATE in names else "begins its run anew, which saved no step"
         raise ParameterError(f"{out} has files already: --resume {then}, or give another --out")
-    remove_left(out)  # by a run that was killed while it wrote
     return State(out / STATE) if STATE in names else None
 
 

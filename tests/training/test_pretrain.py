@@ -17,6 +17,7 @@ from helpers.training import CORPUS, STEPS, begin, finish
 import numpy_llama as nl
 from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.checkpoint import load_tokenizer, open_checkpoint
+from numpy_llama.checkpoint.files import part_beside
 from numpy_llama.errors import (
     ConfigError,
     FormatError,
@@ -247,6 +248,15 @@ def test_a_run_is_resumed_by_its_own_command(corpus, tmp_path):
 def test_a_folder_with_files_is_not_overwritten(finished, corpus):
     with pytest.raises(ParameterError, match="has files already: --resume continues"):
         begin(finished, corpus)
+
+
+def test_a_run_that_was_killed_in_its_first_file_is_begun_anew(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    part = part_beside(tmp_path / "log.csv").name.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
+    (tmp_path / part).touch()
+    with runs.open_folder(tmp_path, False) as folder:
+        assert folder.state is None and os.listdir(tmp_path) == []
 
 
 def test_files_that_are_not_of_a_run_are_never_replaced(corpus, tmp_path):

@@ -11,6 +11,7 @@ from shlex import quote
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..errors import ParameterError
 from ..training.data import read_data
 from ..training.finetune import METHODS, RESULT, LoRA, finetune
 from ..training.lora import TARGETS
@@ -18,6 +19,11 @@ from ..training.run import open_folder
 from . import common, runs
 
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "dpo": 5e-6}
+# The options that only some methods read.
+OF_METHODS = {
+    **dict.fromkeys(("rank", "alpha", "rslora", "targets"), ("lora", "dpo")),
+    "beta": ("dpo",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,29 +41,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=runs.number(0), metavar="X", help=f"learning rate [{shown}]")
     group = parser.add_argument_group("adapter")
     rank = common.whole_number(1)
-    group.add_argument("--rank", type=rank, default=8, metavar="R", help="the rank of A and B [8]")
+    group.add_argument("--rank", type=rank, metavar="R", help="the rank of A and B [8]")
     group.add_argument(
         "--alpha", type=runs.number(0), metavar="X", help="the scale is alpha / rank [twice the rank]"
     )
-    group.add_argument("--rslora", action="store_true", help="the scale is alpha / sqrt(rank)")
+    rslora = "the scale is alpha / sqrt(rank)"
+    group.add_argument("--rslora", action="store_true", default=None, help=rslora)
     group.add_argument(
         "--targets",
-        default=",".join(TARGETS),
         metavar="NAME,...",
-        help="the matrices of a layer that it stands beside [%(default)s]",
+        help=f"the matrices of a layer that it stands beside [{','.join(TARGETS)}]",
     )
     group.add_argument(
         "--beta",
         type=runs.number(0),
-        default=0.1,
         metavar="X",
         help="DPO: the price of leaving the reference [0.1]",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-    lora = LoRA(args.rank, alpha, args.rslora, args.targets.split(","))
+    for name, methods in OF_METHODS.items():
+        if getattr(args, name) is not None and args.method not in methods:
+            raise ParameterError(
+                f"--{name} is for --method {' or '.join(methods)}, the method is {args.method}"
+            )
+    rank = args.rank or 8
+    alpha = 2.0 * rank if args.alpha is None else args.alpha
+    targets = args.targets.split(",") if args.targets is not None else [*TARGETS]
+    lora = LoRA(rank, alpha, bool(args.rslora), targets)
     data = read_data(args.data)
     with common.transfer_bar() as progress:
         source = open_checkpoint(locate(args.model, progress))
@@ -73,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
                 runs.hyperparameters_of(args, rate, beta2=0.999),
                 runs.schedule_of(args),
                 lora,
-                beta=args.beta,
+                beta=0.1 if args.beta is None else args.beta,
                 seq_len=args.seq_len,
                 batch_size=args.batch_size,
                 seed=args.seed,

@@ -12,19 +12,19 @@
  *         for ps in 0, KS .. K                      KS = 768
  *             pack_a                                a[:, ps: ps + KS] in tiles (KS, TILE_ROWS)
  *             barrier
- *             for jc in a thread's columns, NC      NC = 256
+ *             for jc in columns, NC                 NC = 256: the next ones for a thread that has time
  *                 pack_b                            b[ps: ps + KS, jc: jc + NC] in panels (KC, NR), 768 KB
- *                 for ic in a thread's rows, MC     MC = 120: KS numbers of each are 360 KB, a part of L2
+ *                 for ic in 0, MC .. PART           MC = 120: KS numbers of each are 360 KB, a part of L2
  *                     for jr in jc, NR .. jc + NC   (MC, NR) numbers of c are 15 KB
  *                         for pc in ps, KC .. KS    KC = 256: a panel is 16 or 32 KB, in L1
  *                             for ir in ic, TILE_ROWS .. MC
  *                                 micro_kernel      c[ir: ir + TILE_ROWS, jr: jr + NR] += tile @ panel
  *             barrier
  *
- * Threads share the packing of a. Each packs its columns of b just before it multiplies them: packed b stays
- * in its caches. A number of c is summed by one thread: k ascending in each KC, from 0; then the KC
- * ascending, from 0 or from dw. The scalar form makes one long sum. So neither threads nor cuts of c change
- * a bit.
+ * Threads share the packing of a. Each packs columns of b just before it multiplies them: packed b stays in
+ * its caches. Where columns are few, threads share the rows of PART too. A number of c is summed by one
+ * thread: k ascending in each KC, from 0; then the KC ascending, from 0 or from dw. The scalar form makes one
+ * long sum. So neither threads nor cuts of c change a bit.
  *
  * Compiled once as it stands: the loop over threads and the scalar form. Compiled once more for each
  * instruction set: the part under VECTOR_FORMS (README.md). tests/kernels/test_linear_backward.py compares
@@ -62,6 +62,27 @@ static int64_t threads_across(const float_product *p, int64_t n) {
     return best;
 }
 
+typedef struct {
+    range rows, columns;
+} tile;
+
+/* The next tile of c for a thread that has time, of up to NC columns: 0 if all are taken. The first tiles are
+ * large and the last ones small, so a slow core delays the others little. */
+static int take(tile *next, int64_t *taken, const float_product *p, int64_t down, int64_t threads) {
+    const int64_t unit = column_unit(p), all = down * p->N;
+    int64_t begin;
+#pragma omp critical
+    {
+        begin = *taken;
+        const range some = range_of(all - begin, unit, 0, threads);
+        const int64_t size = some.end < NC ? some.end : NC, column = begin % p->N;
+        next->columns = (range){column, p->N - column < size ? p->N : column + size};
+        *taken = begin + next->columns.end - column;
+    }
+    if (begin < all) next->rows = range_of(p->M, ROW_GROUP, begin / p->N, down);
+    return begin < all;
+}
+
 static int multiply(const float_product *p, int threads) {
     const kernels *kernel = chosen_kernels();
     if (!is_known(p->b.format)) return NL_UNKNOWN_FORMAT;
@@ -70,6 +91,7 @@ static int multiply(const float_product *p, int threads) {
     uint8_t *memory = aligned_alloc(64, (size_t)(a_floats * 4 + (int64_t)threads * PANELS));
     if (!memory) return NL_NO_MEMORY;
     float *packed_a = (float *)memory;
+    int64_t taken = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t i = 0, n = 1;
@@ -81,16 +103,14 @@ static int multiply(const float_product *p, int threads) {
             const range here = range_of(p->M, ROW_GROUP, ic, parts);
             float_product part = *p;
             part.c += here.begin * p->c_row, part.a += here.begin * p->a_row, part.M = here.end - here.begin;
-            const int64_t across = threads_across(&part, n), down = n / across;
-            const range none = {0, 0}, columns = range_of(p->N, column_unit(p), i % across, across);
-            const range rows = i < across * down ? range_of(part.M, ROW_GROUP, i / across, down) : none;
+            const int64_t down = n / threads_across(&part, n);
             for (int64_t ps = p->k_begin; ps < p->K; ps += KS) {
                 kernel->pack_a(&part, packed_a, ps, range_of(part.M, ROW_GROUP, i, n));
-#pragma omp barrier
-                for (int64_t jc = columns.begin; jc < columns.end && rows.begin < rows.end; jc += NC) {
-                    const range group = {jc, columns.end - jc < NC ? columns.end : jc + NC};
-                    kernel->pack_b(&part, panels, ps, group);
-                    kernel->multiply(&part, packed_a, panels, ps, rows, group);
+#pragma omp single
+                taken = 0; /* with a barrier at its end */
+                for (tile tile; take(&tile, &taken, &part, down, n);) {
+                    kernel->pack_b(&part, panels, ps, tile.columns);
+                    kernel->multiply(&part, packed_a, panels, ps, tile.rows, tile.columns);
                 }
 #pragma omp barrier
             }

@@ -123,7 +123,9 @@ def main() -> None:
         if sanitizer == "thread":  # a random address may lie in the sanitizer's shadow memory
             command = ["setarch", "-R", *command]
         named = any(argument.startswith("tests/") for argument in more)
-        command += [*([] if named else TESTS), *more]
+        # ThreadSanitizer's shadow memory does not fit an address space that a test limits.
+        tests = [test for test in TESTS if sanitizer != "thread" or not test.endswith("test_limits.py")]
+        command += [*([] if named else tests), *more]
         if not plant:
             sys.exit(subprocess.run(command, env=environment).returncode)
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

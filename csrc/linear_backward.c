@@ -86,6 +86,7 @@ static int take(tile *next, int64_t *taken, const float_product *p, int64_t down
 static int multiply(const float_product *p, int threads) {
     const kernels *kernel = chosen_kernels();
     if (!is_known(p->b.format)) return NL_UNKNOWN_FORMAT;
+    if (!p->M || !p->N) return 0;
     const int64_t parts = (p->M + PART - 1) / PART; /* as equal as can be */
     const int64_t a_floats = (range_of(p->M, ROW_GROUP, 0, parts).end + ROW_GROUP) * KS;
     uint8_t *memory = aligned_alloc(64, (size_t)(a_floats * 4 + (int64_t)threads * PANELS));

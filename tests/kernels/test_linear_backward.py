@@ -207,6 +207,15 @@ def test_rows_of_any_length_touch_nothing_beside_them(isa, at_end, IN, rng):
     np.testing.assert_array_equal(dw, dy.T @ x)
 
 
+def test_an_empty_part_of_a_product_is_nothing():
+    x, matrix = np.ones(1024, np.float32), ffi.new("nl_matrix *", (ffi.NULL, FORMATS["F32"].code, 32, 32))
+    x_ = ffi.from_buffer("float[]", x, require_writable=True)
+    assert lib.nl_linear_y(x_, x_, 9, matrix, 32, 32, 2) == 0
+    assert lib.nl_linear_dx(x_, x_, 0, matrix, 32, 0, 32, 2) == 0
+    assert lib.nl_linear_dw(x_, x_, x_, 9, 32, 32, 32, 32, 0, 2) == 0
+    assert (x == 1).all()
+
+
 def test_an_unknown_format_is_refused():
     y, matrix = np.zeros(1024, np.float32), ffi.new("nl_matrix *", (ffi.NULL, 99, 32, 32))
     y_ = ffi.from_buffer("float[]", y, require_writable=True)

@@ -47,7 +47,8 @@ def train(folder, main, monkeypatch):
         if method == "train":
             return main(["train", str(folder / "train.txt"), *MODEL, *rest])
         data, model = str(folder / f"{method}.jsonl"), str(folder / "model.gguf")
-        return main(["finetune", data, "-m", model, "--method", method, "--rank", "2", *rest])
+        rank = [] if method == "full" else ["--rank", "2"]
+        return main(["finetune", data, "-m", model, "--method", method, *rank, *rest])
 
     return run
 

@@ -7,7 +7,7 @@ keeps the model's order beside them.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from .files import MappedFile
 from .json_file import JsonFile
 from .names import hf_rows, matched_names
 from .pytorch.file import TorchFile
+from .quantized import FileTensor, QuantizedWeight, method_of
+from .quantized.base import of_safetensors
 from .rope_scalings import hf_rope
 from .safetensors_file import SafetensorsFile
 from .tokenizers import tokenizer_of_folder, tokenizer_path
@@ -80,6 +82,11 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.tensors: Mapping[str, TensorInfo] = {
             name: file.tensors[name] for name, file in self._holders.items()
         }
+        self._quantized: Mapping[str, QuantizedWeight] = {}  # "model.layers.0.mlp.up_proj.weight" and so on
+        self._parts: Set[str] = frozenset()  # the tensors of which they consist
+        if method := method_of(self.config):
+            self.format = f"{self.format}, {method.title}"
+            self._quantized, self._parts = method.weights(self.tensors, self._part)
 
     def _shards(self, index: JsonFile) -> dict[str, SafetensorsFile | TorchFile]:
         """The file of each tensor. Each file must hold exactly the tensors that the index gives it."""
@@ -114,15 +121,18 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _names(self) -> dict[str, str]:
         """Our name of each weight -> its name in the file."""
         tied = self.config.get("tie_word_embeddings", bool, False)
-        shapes = {name: info.shape for name, info in self.tensors.items() if not ANGLES.search(name)}
+        plain = {name: info.shape for name, info in self.tensors.items() if name not in self._parts}
+        shapes = {name: shape for name, shape in plain.items() if not ANGLES.search(name)}
+        shapes |= {name: weight.shape for name, weight in self._quantized.items()}
         if tied:
             shapes.pop("lm_head.weight", None)
         return matched_names(self.path, "hf", self._args, shapes, tied)
 
     def weights(self) -> dict[str, StoredTensor]:
         args, names = self._args, self._names()
-        stored = {theirs: self._holders[theirs].tensor(theirs) for theirs in names.values()}
-        if names["output.weight"] != "lm_head.weight" and "lm_head.weight" in self.tensors:
+        stored = {theirs: self._stored(theirs) for theirs in names.values()}
+        has_head = "lm_head.weight" in self.tensors or "lm_head.weight" in self._quantized
+        if names["output.weight"] != "lm_head.weight" and has_head:
             self._check_tied(stored[names["output.weight"]])
         for ours, theirs in names.items():
             if (rows := hf_rows(ours, args)) is not None:
@@ -130,11 +140,21 @@ class HuggingFaceCheckpoint(Checkpoint):
         return {ours: stored[theirs] for ours, theirs in names.items()}
 
     def holders(self) -> dict[str, Path]:
-        return {ours: self._holders[theirs].path for ours, theirs in self._names().items()}
+        names = {ours: theirs for ours, theirs in self._names().items() if theirs not in self._quantized}
+        return {ours: self._holders[theirs].path for ours, theirs in names.items()}
+
+    def _stored(self, name: str) -> StoredTensor:
+        if name in self._quantized:
+            return self._quantized[name].stored()
+        return self._holders[name].tensor(name)
+
+    def _part(self, name: str) -> FileTensor:
+        file = of_safetensors(self.path, self._holders[name])
+        return FileTensor(file.tensors[name], file)
 
     def _check_tied(self, embedding: StoredTensor) -> None:
         """MismatchError if a tied model has another output matrix: versions of transformers then differ."""
-        head = self._holders["lm_head.weight"].tensor("lm_head.weight")
+        head = self._stored("lm_head.weight")
         same = (head.format, head.shape) == (embedding.format, embedding.shape)
         left, right = head.data, embedding.data
         parts = [slice(i, i + ROWS_COMPARED) for i in range(0, len(head), ROWS_COMPARED)]
@@ -165,6 +185,7 @@ def _reordered(tensor: StoredTensor, rows: np.ndarray) -> StoredTensor:
 def model_args(config: JsonFile) -> ModelArgs:
     """The hyperparameters. An absent key takes transformers' default, or is an error."""
     context = _context(config)
+    method_of(config)  # a method that is not run is an error
     _check_plain(config)
     dim, n_heads = size(config, "hidden_size", "dim"), size(config, "num_attention_heads", "n_heads")
     if config.get("head_dim", int) is None and dim % n_heads:
@@ -209,26 +230,11 @@ def _context(config: JsonFile) -> int:
 
 
 def _check_plain(config: JsonFile) -> None:
-    for key in ("quantization_config", "quantization", "compression_config"):
-        if (quantized := config.values.get(key)) is not None:
-            found = f"{key} is {escape(quantized, 120)}"
-            raise UnsupportedError(
-                f"{config.path}: the weights are quantised by {_quantiser(config, quantized)} ({found}), "
-                "which is not run here; the model's GGUF or its unquantised folder is"
-            )
     for key, plain in PLAIN.items():
         if (value := config.values.get(key)) is not None and value not in plain:
             raise UnsupportedError(
                 f"{config.path}: {key} is {escape(value, 60)}; only {plain[0]!r} is run here"
             )
-
-
-def _quantiser(config: JsonFile, quantized: Any) -> str:
-    """The method that quantised the weights, if config.json names it."""
-    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    if method is None and isinstance(quantized, dict) and quantized.keys() >= {"bits", "group_size"}:
-        return "MLX"  # it writes no quant_method
-    return "a method without a name" if method is None else escape(method, 60)
 
 
 def chat_template(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..backend.formats import FORMATS, StoredTensor
+from ..config import Array
 from ..errors import (
     FormatError,
     MismatchError,
@@ -43,6 +44,11 @@ BITS = {
     "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+# Their numbers in NumPy. BF16 and 8-bit floats are the whole numbers of their bits.
+NUMBERS = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
+    "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "F8_E4M3": "u1", "F8_E5M2": "u1",
+}  # fmt: skip
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell half a surrogate pair, UTF-8 cannot
 
 
@@ -66,6 +72,14 @@ class SafetensorsFile:
             self._fail(f"{found}; this program runs rows of {', '.join(RUNNABLE)}", UnsupportedError)
         data = self.file.bytes_at(info.offset, info.nbytes, escape(name))
         return StoredTensor(FORMATS[info.type_name], info.shape, data)
+
+    def array(self, name: str) -> Array:
+        """A tensor of any kind as a view of the map: the parts of a quantised weight."""
+        info = self.tensors[name]
+        if info.type_name not in NUMBERS:
+            self._fail(f"{escape(name)} is stored as {info.type_name}, which is not read", UnsupportedError)
+        data = self.file.bytes_at(info.offset, info.nbytes, escape(name))
+        return data.view(NUMBERS[info.type_name]).reshape(info.shape)
 
     def _fail(self, problem: str, error: type[NumpyLlamaError] = FormatError) -> NoReturn:
         raise error(f"{self.path}: {problem}")

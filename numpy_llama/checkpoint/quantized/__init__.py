@@ -1,0 +1,49 @@
+"""Quantised folders of Hugging Face: the method that config.json names, and what is not run.
+
+    quant_method         what is run                         file
+    gptq                 2, 3, 4 and 8 bits                  gptq.py
+
+A method finds the tensors of each weight, checks them against each other, and gives the weight in one of
+our formats without loss. METHODS is the table to extend.
+"""
+
+from typing import Any, NoReturn
+
+from ...errors import UnsupportedError, escape
+from ..json_file import JsonFile
+from .base import FileTensor, Method, QuantizedWeight
+
+__all__ = ["METHODS", "FileTensor", "Method", "QuantizedWeight", "method_of"]
+
+METHODS: dict[str, type[Method]] = {}  # by quant_method
+KEYS = ("quantization_config", "quantization", "compression_config")  # of config.json
+BESIDE = "quantize_config.json"  # of GPTQ, beside a config.json without such a key
+
+
+def method_of(config: JsonFile) -> Method | None:
+    """The method that quantised the weights; None if none did. UnsupportedError if it is not run."""
+    for key in KEYS:
+        if (found := config.values.get(key)) is not None:
+            settings = found if isinstance(found, dict) else {"quant_method": found}
+            name = settings.get("quant_method")
+            if not isinstance(found, dict) or not isinstance(name, str) or name not in METHODS:
+                refuse(config, _called(settings), f"{key} is {escape(found, 120)}")
+            return METHODS[name](JsonFile(config.path, values=settings))
+    path = config.path.with_name(BESIDE)
+    return METHODS["gptq"](JsonFile(path)) if "gptq" in METHODS and path.is_file() else None
+
+
+def refuse(config: JsonFile, what: str, found: str) -> NoReturn:
+    """The error for a method that is not run."""
+    raise UnsupportedError(
+        f"{config.path}: the weights are quantised by {what} ({found}), "
+        "which is not run here; the model's GGUF or its unquantised folder is"
+    )
+
+
+def _called(settings: dict[str, Any]) -> str:
+    """The method that quantised the weights, if the settings name it."""
+    name = settings.get("quant_method")
+    if name is None and settings.keys() >= {"bits", "group_size"}:
+        return "MLX"  # it writes no quant_method
+    return "a method without a name" if name is None else escape(name, 60)

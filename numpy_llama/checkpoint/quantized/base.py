@@ -1,0 +1,107 @@
+"""What every method of quantisation gives: the tensors of each weight, and the weight in our formats."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from ...backend.formats import FORMATS, StoredTensor
+from ...config import Array
+from ...errors import MismatchError, NumpyLlamaError, UnsupportedError, escape
+from ..base import TensorInfo
+from ..json_file import JsonFile
+from ..safetensors_file import SafetensorsFile
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a safetensors file."""
+
+    info: TensorInfo
+    file: SafetensorsFile
+
+    @property
+    def array(self) -> Array:
+        """A view of the mapped file. BF16 and 8-bit floats are whole numbers here."""
+        return self.file.array(self.info.name)
+
+    def float32(self) -> Array:
+        """F32, F16 or BF16 -> float32, in the tensor's shape."""
+        data = np.ascontiguousarray(self.array).reshape(1, -1).view(np.uint8)
+        return FORMATS[self.info.type_name].dequantize(data).reshape(self.info.shape)
+
+    def forget(self) -> None:
+        """Release the pages of the file."""
+        self.file.file.forget(self.info.offset, self.info.nbytes)
+
+    def fail(self, problem: str, error: type[NumpyLlamaError] = MismatchError) -> NoReturn:
+        raise error(f"{self.file.path}: {escape(self.info.name)} {problem}")
+
+    def check(self, dtypes: Iterable[str], shape: tuple[int, ...]) -> None:
+        """MismatchError unless the tensor has one of these dtypes and this shape."""
+        if self.info.type_name not in (dtypes := tuple(dtypes)) or self.info.shape != shape:
+            wanted = f"{' or '.join(dtypes)} of shape {shape}"
+            self.fail(f"is {self.info.type_name} of shape {self.info.shape}, wanted {wanted}")
+
+
+class QuantizedWeight(ABC):
+    """A weight (OUT, IN) in several tensors. Building one reads and checks their headers alone."""
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def stored(self) -> StoredTensor:
+        """The weight in one of our formats, without loss. This may read the small tensors, but not q."""
+
+
+class Method(ABC):
+    """A method, with the settings of one model."""
+
+    title: str  # for `info`, for example "GPTQ, 4 bits"
+    markers: tuple[str, ...]  # X is quantised if there is a tensor X.MARKER
+
+    @abstractmethod
+    def __init__(self, settings: JsonFile): ...
+
+    @abstractmethod
+    def weight(self, name: str, parts: Mapping[str, FileTensor]) -> QuantizedWeight:
+        """The weight `name`.weight. parts: "qweight", for example, -> the tensor `name`.qweight."""
+
+    def weights(
+        self, tensors: Mapping[str, TensorInfo], tensor: Callable[[str], FileTensor]
+    ) -> tuple[dict[str, QuantizedWeight], set[str]]:
+        """-> X.weight of each quantised X, and the names of all tensors that belong to one."""
+        names = {
+            name.removesuffix(f".{marker}")
+            for name in tensors
+            for marker in self.markers
+            if name.endswith(f".{marker}")
+        }
+        parts: dict[str, dict[str, FileTensor]] = {name: {} for name in names}
+        for name in tensors:
+            for end in (i for i, letter in enumerate(name) if letter == "."):
+                if name[:end] in names:
+                    parts[name[:end]][name[end + 1 :]] = tensor(name)
+        found = {f"{name}.weight": self.weight(name, of) for name, of in parts.items()}
+        return found, {part.info.name for of in parts.values() for part in of.values()}
+
+
+def check_parts(
+    name: str, parts: Mapping[str, FileTensor], needed: Iterable[str], optional: Iterable[str] = ()
+) -> None:
+    """MismatchError unless the weight has all needed tensors, and none but those and the optional ones."""
+    needed = set(needed)
+    path = next(iter(parts.values())).file.path
+    for what, odd in [("no", needed - parts.keys()), ("an unknown", parts.keys() - needed - set(optional))]:
+        if odd:
+            raise MismatchError(f"{path}: {escape(name)} has {what} tensor {escape(', '.join(sorted(odd)))}")
+
+
+def of_safetensors(path: Path, file: object) -> SafetensorsFile:
+    """`file`, or an UnsupportedError: quantised weights in a pickle are not read."""
+    if not isinstance(file, SafetensorsFile):
+        raise UnsupportedError(f"{path}: quantised weights are read from .safetensors, not from .bin")
+    return file

@@ -53,6 +53,15 @@ SCALES = {
     "Q5_K": {0: 1 / 527, 2: 15.5 / 527},
     "Q6_K": {208: 1 / 18.5 / 73.9},
 }
+# The same for a float32 scale at the beginning. The numbers of all codes of FP8 have the standard deviation
+# 108; those of NF4 have 0.517, and those of FP4 0.487.
+FLOAT32_SCALES = {
+    "INT8": 1 / 73.9,
+    "LLM_INT8": 127 / 73.9,
+    "FP8": 1 / 108,
+    "NF4": 1 / 0.517,
+    "FP4": 1 / 0.487,
+}
 
 
 @cache
@@ -63,8 +72,10 @@ def pool(format: Format, width: int) -> np.ndarray:
         numbers = rng.standard_normal((1, POOL), dtype=np.float32) * np.float32(deviation)
         return format.quantize(numbers).reshape(-1, format.block_bytes)
     blocks = rng.integers(0, 256, (POOL // format.block, format.block_bytes), dtype=np.uint8)
-    for at, scale in SCALES[format.name].items():
+    for at, scale in SCALES.get(format.name, {}).items():
         blocks[:, at : at + 2] = np.array([scale * deviation], "<f2").view(np.uint8)
+    if format.name in FLOAT32_SCALES:
+        blocks[:, :4] = np.array([FLOAT32_SCALES[format.name] * deviation], "<f4").view(np.uint8)
     return blocks
 
 

@@ -13,33 +13,39 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The weights in a block, and in a block of a K format. */
-enum { QK = 32, QK_K = 256, NONE = -1 };
+/* The weights in a block, in a block of a K format, and in one of a format with a table. */
+enum { QK = 32, QK_K = 256, QK_TABLE = 64, NONE = -1 };
 
 /* clang-format off */
 /* A block, by byte offsets:
  *
  *     d, m      float16 numbers
+ *     d32       d as a float32 number
  *     scales    the small scales of a K format's sub-blocks, and their minima
  *     high      the bits of q above the low four
  *     quants    q, or its low bits
  *
  * A weight is d * (q - zero) + m. In Q4_K and Q5_K it is d * scale * q - m * minimum, in Q6_K
- * d * scale * (q - zero).
+ * d * scale * (q - zero). LLM_INT8, FP8, NF4 and FP4: see `weight`. ggml has no type of their codes.
  *
- *      name   code  weights  bytes     d     m   scales  high  quants   zero */
-#define EACH_FORMAT(ROW)                                                       \
-    ROW(F32,      0,      1,     4,  NONE, NONE,    NONE, NONE,      0,     0) \
-    ROW(F16,      1,      1,     2,  NONE, NONE,    NONE, NONE,      0,     0) \
-    ROW(BF16,    30,      1,     2,  NONE, NONE,    NONE, NONE,      0,     0) \
-    ROW(Q8_0,     8,     QK,    34,     0, NONE,    NONE, NONE,      2,     0) \
-    ROW(Q4_0,     2,     QK,    18,     0, NONE,    NONE, NONE,      2,     8) \
-    ROW(Q4_1,     3,     QK,    20,     0,    2,    NONE, NONE,      4,     0) \
-    ROW(Q5_0,     6,     QK,    22,     0, NONE,    NONE,    2,      6,    16) \
-    ROW(Q5_1,     7,     QK,    24,     0,    2,    NONE,    4,      8,     0) \
-    ROW(Q4_K,    12,   QK_K,   144,     0,    2,       4, NONE,     16,     0) \
-    ROW(Q5_K,    13,   QK_K,   176,     0,    2,       4,   16,     48,     0) \
-    ROW(Q6_K,    14,   QK_K,   210,   208, NONE,     192,  128,      0,    32)
+ *      name        code   weights  bytes     d   d32     m   scales  high  quants   zero */
+#define EACH_FORMAT(ROW)                                                                \
+    ROW(F32,          0,        1,    4, NONE, NONE, NONE,   NONE, NONE,     0,    0)   \
+    ROW(F16,          1,        1,    2, NONE, NONE, NONE,   NONE, NONE,     0,    0)   \
+    ROW(BF16,        30,        1,    2, NONE, NONE, NONE,   NONE, NONE,     0,    0)   \
+    ROW(Q8_0,         8,       QK,   34,    0, NONE, NONE,   NONE, NONE,     2,    0)   \
+    ROW(Q4_0,         2,       QK,   18,    0, NONE, NONE,   NONE, NONE,     2,    8)   \
+    ROW(Q4_1,         3,       QK,   20,    0, NONE,    2,   NONE, NONE,     4,    0)   \
+    ROW(Q5_0,         6,       QK,   22,    0, NONE, NONE,   NONE,    2,     6,   16)   \
+    ROW(Q5_1,         7,       QK,   24,    0, NONE,    2,   NONE,    4,     8,    0)   \
+    ROW(Q4_K,        12,     QK_K,  144,    0, NONE,    2,      4, NONE,    16,    0)   \
+    ROW(Q5_K,        13,     QK_K,  176,    0, NONE,    2,      4,   16,    48,    0)   \
+    ROW(Q6_K,        14,     QK_K,  210,  208, NONE, NONE,    192,  128,     0,   32)   \
+    ROW(INT8,     19969,       QK,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
+    ROW(LLM_INT8, 19970,       QK,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
+    ROW(FP8,      19971,       QK,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
+    ROW(NF4,      19972, QK_TABLE,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
+    ROW(FP4,      19973, QK_TABLE,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)
 /* clang-format on */
 
 enum {
@@ -56,7 +62,7 @@ INLINE nl_format format_of(const int code) {
         EACH_FORMAT(ROW)
 #undef ROW
     }
-    return (nl_format){NULL, code, 0, 0, NONE, NONE, NONE, NONE, NONE, 0};
+    return (nl_format){NULL, code, 0, 0, NONE, NONE, NONE, NONE, NONE, NONE, 0};
 }
 
 INLINE int is_known(int format) { return format_of(format).name != NULL; }
@@ -64,10 +70,13 @@ INLINE int is_single(int format) { return format_of(format).weights == 1; }
 INLINE int is_k(int format) { return format_of(format).weights == QK_K; }
 INLINE int has_minima(int format) { return format_of(format).m != NONE; }
 
-/* The largest q of a format that is multiplied in bytes; 0 of the others. Q8_0: the largest |q|. */
+/* The largest q of a format that is multiplied in bytes; 0 of the others. Of q with a sign: the largest |q|.
+ */
 INLINE int largest_q(int format) {
     switch (format) {
-    case Q8_0: return 128;
+    case Q8_0:
+    case INT8:
+    case LLM_INT8: return 128;
     case Q4_0:
     case Q4_1:
     case Q4_K: return 15;
@@ -78,6 +87,8 @@ INLINE int largest_q(int format) {
     }
     return 0;
 }
+INLINE int in_bytes(int format) { return largest_q(format) > 0; }
+INLINE int has_sign(int format) { return largest_q(format) == 128; }
 
 /* Weights with one scale: a sub-block of a K format, a block of the others. */
 INLINE int scale_weights(int format) { return format == Q6_K ? 16 : QK; }
@@ -190,6 +201,41 @@ INLINE int k_minimum(const uint8_t *p, int j) {
     return j < 4 ? p[j + 4] & 63 : p[j + 4] >> 4 | p[j] >> 6 << 4;
 }
 
+/* The numbers of NF4 and FP4, by their codes 0 .. 15: bitsandbytes' quant_map. */
+INLINE const float *table_of(const int format) {
+    static const float nf4[16] = {
+        -1.0f,
+        -0.6961928009986877f,
+        -0.5250730514526367f,
+        -0.39491748809814453f,
+        -0.28444138169288635f,
+        -0.18477343022823334f,
+        -0.09105003625154495f,
+        0.0f,
+        0.07958029955625534f,
+        0.16093020141124725f,
+        0.24611230194568634f,
+        0.33791524171829224f,
+        0.44070982933044434f,
+        0.5626170039176941f,
+        0.7229568362236023f,
+        1.0f,
+    };
+    static const float fp4[16] = {
+        0.0f,  0.005208333333f,  0.66666667f,  1.0f,  0.33333333f,  0.5f,  0.16666667f,  0.25f,
+        -0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f,
+    };
+    return format == NF4 ? nf4 : fp4;
+}
+
+/* FP8 is E4M3, without a NaN: a sign, 4 bits of exponent and 3 of fraction. With its bits moved to those of a
+ * float16 it is 256 times too small, because the bias of the exponent is 15 there and 7 here. */
+enum { FP8_TIMES = 256 };
+INLINE uint16_t fp8_to_half(uint8_t code) { return (uint16_t)((code & 0x80) << 8 | (code & 0x7f) << 7); }
+
+/* LLM_INT8 is multiplied by this last, as bitsandbytes does. */
+#define ONE_127TH 7.874015718698502e-3f
+
 /* Weight 16 s + i of the block at p, with i below 16: the float32 of numpy_llama/backend/formats.py. */
 INLINE float weight(const int format, const uint8_t *p, int s, int i) {
     const nl_format f = format_of(format);
@@ -199,6 +245,11 @@ INLINE float weight(const int format, const uint8_t *p, int s, int i) {
     case F16: return load_f16(p + 2 * (16 * s + i));
     case BF16: return float_of_bits((uint32_t)load_u16(p + 2 * (16 * s + i)) << 16);
     case Q8_0: return load_f16(p + f.d) * (float)(int8_t)quants[16 * s + i];
+    case INT8: return load_f32(p + f.d32) * (float)(int8_t)quants[16 * s + i];
+    case LLM_INT8: return load_f32(p + f.d32) * (float)(int8_t)quants[16 * s + i] * ONE_127TH;
+    case FP8: return load_f32(p + f.d32) * (FP8_TIMES * half_to_float(fp8_to_half(quants[16 * s + i])));
+    case NF4:
+    case FP4: return load_f32(p + f.d32) * table_of(format)[quants[8 * s + i / 2] >> 4 * !(i % 2) & 15];
     case Q4_0: return load_f16(p + f.d) * (float)((quants[i] >> 4 * s & 15) - f.zero);
     case Q4_1: return load_f16(p + f.d) * (float)(quants[i] >> 4 * s & 15) + load_f16(p + f.m);
     case Q5_0: {

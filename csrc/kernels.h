@@ -20,17 +20,17 @@ enum { NL_NO_MEMORY = -1, NL_UNKNOWN_FORMAT = -2, NL_F16_OVERFLOW = 1 };
  * a part begins; -1: it has no such part. formats.h describes the parts. */
 typedef struct {
     const char *name;
-    int code; /* ggml's number, which is `format` everywhere below */
+    int code; /* ggml's number or our own, which is `format` everywhere below */
     int weights, bytes;
-    int d, m, scales, high, quants;
+    int d, d32, m, scales, high, quants;
     int zero; /* what is subtracted from q */
 } nl_format;
 
 /* The index-th format; NULL past the last. */
 const nl_format *nl_format_at(int index);
 
-/* A matrix of weights: OUT rows of IN weights. IN is a multiple of 32, in K formats of 256. Rows of F32, F16
- * and BF16 are as stored; those of a block format are packed by nl_pack. */
+/* A matrix of weights: OUT rows of IN weights. IN is a multiple of 32, and of the format's block. Rows of
+ * F32, F16 and BF16 are as stored; those of a block format are packed by nl_pack. */
 typedef struct {
     const void *data;
     int format;

@@ -137,7 +137,7 @@ VEC_TARGET void VEC(linear_exact)(const linear_args *a, int64_t begin, int64_t e
 }
 
 VEC_TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
-    if (a->T > GEMV_TOKENS || !is_single(a->w.format)) {
+    if (a->T > GEMV_TOKENS || in_bytes(a->w.format)) {
         VEC(linear_exact)(a, begin, end);
         return;
     }
@@ -145,6 +145,9 @@ VEC_TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
     case F32: gemv_floats(F32, a, begin, end); break;
     case F16: gemv_floats(F16, a, begin, end); break;
     case BF16: gemv_floats(BF16, a, begin, end); break;
+    case FP8: gemv_packed(FP8, a, begin, end); break;
+    case NF4: gemv_packed(NF4, a, begin, end); break;
+    case FP4: gemv_packed(FP4, a, begin, end); break;
     }
 }
 #endif
@@ -153,10 +156,10 @@ VEC_TARGET void VEC(linear_quantized)(const linear_args *a, int64_t begin, int64
     switch (a->w.format) {
 #define CASE(FORMAT, ...)                                                                                    \
     case FORMAT:                                                                                             \
-        if (a->T > GEMV_TOKENS || !largest_q(FORMAT))                                                        \
+        if (a->T > GEMV_TOKENS || !in_bytes(FORMAT))                                                         \
             gemm(FORMAT, 0, a, begin, end);                                                                  \
         else                                                                                                 \
-            gemv_bytes(FORMAT, a, begin, end);                                                               \
+            gemv_packed(FORMAT, a, begin, end);                                                              \
         break;
         EACH_FORMAT(CASE)
 #undef CASE

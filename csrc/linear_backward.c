@@ -47,7 +47,8 @@ _Static_assert(KS % KC == 0 && NC % QK_K == 0 && NC % NL_PANEL_ROWS == 0, "whole
 
 /* Columns of c that are packed together: whole blocks of b. */
 static int64_t column_unit(const float_product *p) {
-    return is_k(p->b.format) && !p->transpose_b ? QK_K : NL_PANEL_ROWS;
+    const int64_t block = p->transpose_b ? 1 : block_weights(p->b.format);
+    return block > NL_PANEL_ROWS ? block : NL_PANEL_ROWS;
 }
 
 /* How many threads side by side, each with n / across below it, have the smallest largest part of c. */

@@ -14,9 +14,9 @@
  * it multiplies 2 MR times. With MR = 6 these are 8 loads, 4 cycles, for 12 vpdpbusd, 6 cycles. So the
  * multipliers are the limit. The tile stays in memory, in L1: its registers are needed for sums.
  *
- * Block formats multiply bytes, F16 and BF16 pairs of 16-bit integers: quantized_activations.c. Products are
- * summed in int32, the weights of one scale at a time, and none overflows: 32 * 255 * 127 and 32 * 8191 *
- * 8191 are below 2^31. The order of the sums is that of linear_gemv.c.
+ * Formats of whole numbers multiply bytes, all others pairs of 16-bit integers: quantized_activations.c.
+ * Products are summed in int32, the weights of one scale at a time, and none overflows: 32 * 255 * 127 and 32
+ * * 8191 * 8191 are below 2^31. The order of the sums is that of linear_gemv.c.
  *
  * In the exact way a panel is floats, and its micro-kernel has an FMA in place of the integer products.
  *
@@ -47,7 +47,12 @@ VEC_INLINE void pack_panel(const int format, const int exact, panel *to, const n
             const int64_t group = (jr + first) / PACKED_ROWS * PACKED_ROWS;
             const uint8_t *p =
                 (const uint8_t *)w->data + group * row_bytes + pc / weights * bytes * PACKED_ROWS;
-            unpack_packed(format, to, p, kc, column, (jr + first) % PACKED_ROWS);
+            const int64_t lane = (jr + first) % PACKED_ROWS;
+            if (!in_bytes(format)) {
+                unpack_packed_codes(format, exact, to, p, kc, column, lane);
+                continue;
+            }
+            unpack_packed(format, exact, to, p, kc, column, lane);
             if (exact) dequantize_panel(format, to, kc, column);
             continue;
         }
@@ -82,7 +87,7 @@ typedef void micro_kernel_exact_function(int mr, float *tile, const panel *w, in
 INLINE int32_t dot_of_fours(const int format, int32_t w, int32_t x) {
     int32_t dot = 0;
     for (int i = 0; i < 4; i++) {
-        const int w_i = SIGNED_BYTES && format == Q8_0 ? (int8_t)(w >> 8 * i) : (uint8_t)(w >> 8 * i);
+        const int w_i = SIGNED_BYTES && has_sign(format) ? (int8_t)(w >> 8 * i) : (uint8_t)(w >> 8 * i);
         dot += w_i * (int8_t)(x >> 8 * i);
     }
     return dot;
@@ -107,7 +112,7 @@ static void add_tile_block_scalar(int format, float *tile, const panel *w, int64
 /* sum[t][h] += the products of fours from .. from + n - 1, at most BYTE_RUN of them. */
 VEC_INLINE void add_fours(const int format, ints sum[MR][2], const int32_t (*w)[NR], const int32_t *x,
                           const int from, const int n) {
-    const int is_signed = SIGNED_BYTES && format == Q8_0;
+    const int is_signed = SIGNED_BYTES && has_sign(format);
     ints some[MR][2];
     for (int t = 0; t < MR; t++)
         for (int h = 0; h < 2; h++) some[t][h] = byte_dots_begin(sum[t][h]);
@@ -275,7 +280,7 @@ VEC_INLINE void add_tile(const int format, const int exact, const linear_args *a
         micro_kernel_exact_function *const kernel =
             a->scalar_micro_kernel ? micro_kernel_exact_scalar : micro_kernel_exact;
         kernel(mr, tile, w, kc, (const float *)a->x + token * IN + pc, IN);
-    } else if (is_packed(format)) {
+    } else if (in_bytes(format)) {
         const int64_t G = TOKEN_GROUP, groups = activation_groups(T), group = token / G, at = token % G;
         byte_panel x = {.blocks = kc / QK};
         x.first = first_bytes_of(a->x, G, groups, IN, group, pc) + at;

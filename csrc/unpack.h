@@ -22,6 +22,16 @@ VEC_INLINE ints unit_of_rows(const uint8_t *p, int at, int j, int64_t column) {
 VEC_INLINE vec f16_of_rows(const uint8_t *p, int at, int64_t column) {
     return vec_from_f16(p + PACKED_ROWS * at + 2 * column);
 }
+VEC_INLINE vec d_of_rows(const int format, const uint8_t *p, int64_t column) {
+    const nl_format f = format_of(format);
+    if (f.d32 == NONE) return f16_of_rows(p, f.d, column);
+    return vec_load(p + PACKED_ROWS * f.d32 + 4 * column);
+}
+/* What the sum of q is multiplied by. */
+VEC_INLINE vec scale_of_rows(const int format, const uint8_t *p, int64_t column) {
+    const vec d = d_of_rows(format, p, column);
+    return format == LLM_INT8 ? vec_mul(d, vec_all(ONE_127TH)) : d;
+}
 
 /* ---------------------------------------------------------------- scales
  *
@@ -71,8 +81,9 @@ VEC_INLINE void unpack_q6_k_scales(float *d, int64_t stride, const uint8_t *p, i
     }
 }
 
-VEC_INLINE void unpack_scales(const int format, float *d, float *m, int64_t stride, const uint8_t *p,
-                              int64_t blocks, int64_t column) {
+/* In the exact way LLM_INT8 is multiplied by 1/127 later. */
+VEC_INLINE void unpack_scales(const int format, const int exact, float *d, float *m, int64_t stride,
+                              const uint8_t *p, int64_t blocks, int64_t column) {
     const nl_format f = format_of(format);
     switch (format) {
     case Q4_K:
@@ -80,7 +91,8 @@ VEC_INLINE void unpack_scales(const int format, float *d, float *m, int64_t stri
     case Q6_K: unpack_q6_k_scales(d, stride, p, column); break;
     default:
         for (int64_t b = 0; b < blocks; b++, p += PACKED_ROWS * f.bytes) {
-            vec_store(d + b * stride, f16_of_rows(p, f.d, column));
+            vec_store(d + b * stride,
+                      exact ? d_of_rows(format, p, column) : scale_of_rows(format, p, column));
             if (has_minima(format)) vec_store(m + b * stride, f16_of_rows(p, f.m, column));
         }
     }
@@ -95,13 +107,14 @@ VEC_INLINE ints bits_of_bytes(ints four, const int from, const int to, const int
     return ints_and(from >= to ? ints_right(four, from - to) : ints_left(four, to - from), bytes_all(mask));
 }
 
-/* Q8_0, 34 bytes:      d d | q0 | q1 | q2 | ... | q31
+/* Q8_0, 34 bytes:                d d | q0 | q1 | q2 | ... | q31             w = d * q
+ * INT8, LLM_INT8, 36 bytes:      d d d d | q0 | q1 | q2 | ... | q31         w = d * q, w = d * q / 127
  *
- *     w = d * q,  q with a sign. Where a product of bytes takes one without a sign: q + 128 */
-VEC_INLINE void unpack_q8_0(ints q[8], const uint8_t *p, int64_t column) {
+ *     q with a sign. Where a product of bytes takes one without a sign: q + 128 */
+VEC_INLINE void unpack_bytes(const int format, ints q[8], const uint8_t *p, int64_t column) {
     for (int k = 0; k < 8; k++) {
-        q[k] = unit_of_rows(p, format_of(Q8_0).quants, k, column);
-        if (byte_zero(Q8_0)) q[k] = ints_xor(q[k], bytes_all(128));
+        q[k] = unit_of_rows(p, format_of(format).quants, k, column);
+        if (byte_zero(format)) q[k] = ints_xor(q[k], bytes_all(128));
     }
 }
 
@@ -161,7 +174,9 @@ VEC_INLINE void unpack_q6_k(ints q[8], const uint8_t *p, const int b, int64_t co
 
 VEC_INLINE void unpack_block(const int format, ints q[8], const uint8_t *p, const int b, int64_t column) {
     switch (format) {
-    case Q8_0: unpack_q8_0(q, p, column); break;
+    case Q8_0:
+    case INT8:
+    case LLM_INT8: unpack_bytes(format, q, p, column); break;
     case Q4_0:
     case Q4_1:
     case Q5_0:
@@ -172,24 +187,87 @@ VEC_INLINE void unpack_block(const int format, ints q[8], const uint8_t *p, cons
     }
 }
 
+/* ---------------------------------------------------------------- codes of floats
+ *
+ * FP8, 36 bytes:           d d d d | q0 | q1 | ... | q31               w = d * (q as E4M3)
+ * NF4, FP4, 36 bytes:      d d d d | q1 q0 | q3 q2 | ... | q63 q62     w = d * table[q]
+ *
+ * These are not multiplied as whole numbers. A unit has the codes of four weights, or of eight. */
+INLINE int codes_in_unit(const int format) { return format == FP8 ? 4 : 8; }
+
+/* Code k of a unit, as a float: in FP8 divided by FP8_TIMES. */
+VEC_INLINE vec float_of_code(const int format, ints unit, const int k) {
+    if (format != FP8) return vec_from_table(table_of(format), ints_right(unit, k / 2 * 8 + 4 * !(k % 2)));
+    const ints top = ints_signed_right(ints_left(unit, 24 - 8 * k), 1); /* the sign twice */
+    return vec_from_low_f16(ints_right(ints_and(top, ints_all((int32_t)0xbf800000)), 16));
+}
+VEC_INLINE vec times_of_code(const int format, vec a) {
+    return format == FP8 ? vec_mul(a, vec_all(FP8_TIMES)) : a;
+}
+
+/* 32 weights of LANES rows: the b-th of the block at p. */
+VEC_INLINE void unpack_codes(const int format, vec w[QK], const uint8_t *p, const int b, int64_t column) {
+    const int codes = codes_in_unit(format), units = QK / codes;
+    const vec d = d_of_rows(format, p, column);
+#pragma GCC unroll 8
+    for (int j = 0; j < units; j++) {
+        const ints unit = unit_of_rows(p, format_of(format).quants, b * units + j, column);
+#pragma GCC unroll 8
+        for (int k = 0; k < codes; k++)
+            w[j * codes + k] = vec_mul(d, times_of_code(format, float_of_code(format, unit, k)));
+    }
+}
+
 /* ---------------------------------------------------------------- a panel of linear_gemm.c */
 
 /* w[0: NR, 0: KC], transposed: row r of w is column r. */
 typedef struct {
     union {
         int32_t fours[KC / 4][NR]; /* q of block formats */
-        int32_t pairs[KC / 2][NR]; /* rounded F16 and BF16 */
+        int32_t pairs[KC / 2][NR]; /* rounded floats: all other formats */
     };
     float d[KC / 16][NR], m[KC / QK][NR]; /* d for each scale of the format, m for each 32 weights */
     float floats[KC][NR];                 /* the exact way: the weights themselves */
 } panel;
 
+/* 32 floats of each lane are quantized as activations are: the largest of them gives d. They are weights
+ * k .. k + 31 of columns column .. column + LANES - 1. */
+VEC_INLINE void quantize_floats(panel *to, int64_t k, int64_t column, const vec w[QK]) {
+    ints largest = ints_zero();
+    for (int j = 0; j < QK; j++)
+        largest = ints_max(largest, ints_and(bits_of_vec(w[j]), ints_all(0x7fffffff)));
+    /* below 1e-30 every weight becomes 0, because 8191 / max must stay finite */
+    const vec max = vec_of_bits(largest), lowest = vec_all(1e-30f);
+    const vec inverse = vec_zero_below(max, lowest, vec_div(vec_all(X_MAX), vec_max(lowest, max)));
+    for (int j = 0; j < 16; j++) {
+        const ints one = ints_from_vec(vec_mul(w[2 * j], inverse));
+        const ints other = ints_from_vec(vec_mul(w[2 * j + 1], inverse));
+        ints_store(to->pairs[k / 2 + j] + column,
+                   ints_or(ints_and(one, ints_all(0xffff)), ints_left(other, 16)));
+    }
+    vec_store(to->d[k / QK] + column, vec_zero_below(max, lowest, vec_mul(max, vec_all(1.0f / X_MAX))));
+}
+
 /* Columns column .. column + LANES - 1 of a panel from packed rows at p, from row `lane` on, kc weights of
  * each. */
-VEC_INLINE void unpack_packed(const int format, panel *to, const uint8_t *p, int64_t kc, int64_t column,
-                              int64_t lane) {
+VEC_INLINE void unpack_packed_codes(const int format, const int exact, panel *to, const uint8_t *p,
+                                    int64_t kc, int64_t column, int64_t lane) {
+    const int in_block = (int)block_weights(format) / QK;
+    for (int64_t k = 0; k < kc; p += PACKED_ROWS * block_bytes(format))
+        for (int b = 0; b < in_block; b++, k += QK) {
+            vec w[QK];
+            unpack_codes(format, w, p, b, lane);
+            if (exact)
+                for (int i = 0; i < QK; i++) vec_store(to->floats[k + i] + column, w[i]);
+            else
+                quantize_floats(to, k, column, w);
+        }
+}
+
+VEC_INLINE void unpack_packed(const int format, const int exact, panel *to, const uint8_t *p, int64_t kc,
+                              int64_t column, int64_t lane) {
     const int64_t bytes = PACKED_ROWS * block_bytes(format), blocks = kc / QK;
-    unpack_scales(format, to->d[0] + column, to->m[0] + column, NR, p, blocks, lane);
+    unpack_scales(format, exact, to->d[0] + column, to->m[0] + column, NR, p, blocks, lane);
 #pragma GCC unroll 8 /* in a K format every shift gets its constant */
     for (int b = 0; b < KC / QK; b++) {
         if (b >= blocks) break;
@@ -199,7 +277,8 @@ VEC_INLINE void unpack_packed(const int format, panel *to, const uint8_t *p, int
     }
 }
 
-/* Blocks in the exact way: d * (q - zero) + m. d * (q - zero) is exact, and one FMA rounds as NumPy does. */
+/* Blocks in the exact way: d * (q - zero) + m. One of the product and the sum is exact, so one FMA rounds as
+ * NumPy does. */
 VEC_INLINE void dequantize_panel(const int format, panel *w, int64_t kc, int64_t column) {
     const int zero = byte_zero(format);
     for (int64_t four = 0; four < kc / 4; four++) {
@@ -208,9 +287,10 @@ VEC_INLINE void dequantize_panel(const int format, panel *w, int64_t kc, int64_t
         const ints q = ints_load(w->fours[four] + column);
         for (int i = 0; i < 4; i++) {
             const ints up = ints_left(q, 24 - 8 * i);
-            const ints one = format == Q8_0 && !zero ? ints_signed_right(up, 24) : ints_right(up, 24);
+            const ints one = has_sign(format) && !zero ? ints_signed_right(up, 24) : ints_right(up, 24);
+            const vec weight = vec_fma(vec_from_ints(ints_add(one, ints_all(-zero))), d, m);
             vec_store(w->floats[4 * four + i] + column,
-                      vec_fma(vec_from_ints(ints_add(one, ints_all(-zero))), d, m));
+                      format == LLM_INT8 ? vec_mul(weight, vec_all(ONE_127TH)) : weight);
         }
     }
 }
@@ -232,30 +312,16 @@ VEC_INLINE vec float_of_low_half(const int format, ints low) {
  * F16:      w0 w0 | w1 w1 | ...                   float16
  * BF16:     w0 w0 | w1 w1 | ...                   the upper half of a float32 */
 
-/* 32 floats of each lane are quantized as activations are: the largest of them gives d. */
-VEC_INLINE void quantize_floats(const int format, const panel_rows *rows, int64_t k, const uint8_t *p) {
+VEC_INLINE void quantize_single(const int format, const panel_rows *rows, int64_t k, const uint8_t *p) {
     vec w[QK];
-    ints largest = ints_zero(), twos[4];
+    ints twos[4];
     for (int j = 0; j < 16; j++) {
         if (j % 4 == 0) rows_4_u32(twos, p + 4 * j, rows->at);
         const ints two = twos[j % 4];
-        for (int i = 0; i < 2; i++) {
-            const ints one = i ? ints_right(two, 16) : ints_and(two, ints_all(0xffff));
-            w[2 * j + i] = float_of_low_half(format, one);
-            largest = ints_max(largest, ints_and(bits_of_vec(w[2 * j + i]), ints_all(0x7fffffff)));
-        }
+        w[2 * j] = float_of_low_half(format, ints_and(two, ints_all(0xffff)));
+        w[2 * j + 1] = float_of_low_half(format, ints_right(two, 16));
     }
-    /* below 1e-30 every weight becomes 0, because 8191 / max must stay finite */
-    const vec max = vec_of_bits(largest), lowest = vec_all(1e-30f);
-    const vec inverse = vec_zero_below(max, lowest, vec_div(vec_all(X_MAX), vec_max(lowest, max)));
-    for (int j = 0; j < 16; j++) {
-        const ints one = ints_from_vec(vec_mul(w[2 * j], inverse));
-        const ints other = ints_from_vec(vec_mul(w[2 * j + 1], inverse));
-        ints_store(rows->to->pairs[k / 2 + j] + rows->column,
-                   ints_or(ints_and(one, ints_all(0xffff)), ints_left(other, 16)));
-    }
-    vec_store(rows->to->d[k / QK] + rows->column,
-              vec_zero_below(max, lowest, vec_mul(max, vec_all(1.0f / X_MAX))));
+    quantize_floats(rows->to, k, rows->column, w);
 }
 
 /* ---------------------------------------------------------------- the exact way: floats */
@@ -287,7 +353,7 @@ VEC_INLINE void unpack_single(const int format, const int exact, const panel_row
     if (exact)
         unpack_exact(format, rows, k, p);
     else if (format != F32) /* which is never quantized */
-        quantize_floats(format, rows, k, p);
+        quantize_single(format, rows, k, p);
 }
 
 #endif

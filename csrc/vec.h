@@ -21,10 +21,10 @@
 
 enum { NR = 2 * LANES }; /* linear_gemm.c: rows of a panel */
 
-/* What is subtracted from the bytes of a format. Q8_0 has a sign; where bytes may not have one it is q + 128.
- */
+/* What is subtracted from the bytes of a format. Where bytes may not have a sign, those of a format with one
+ * are q + 128. */
 INLINE int byte_zero(const int format) {
-    return format == Q8_0 ? (SIGNED_BYTES ? 0 : 128) : format_of(format).zero;
+    return has_sign(format) ? (SIGNED_BYTES ? 0 : 128) : format_of(format).zero;
 }
 
 /* sum + the products of n fours of bytes in each lane. x[k * stride] goes into all lanes. */
@@ -34,7 +34,7 @@ VEC_INLINE ints byte_dots(const int format, ints sum, const ints *q, const int32
     for (int k = 0; k < n; k += run) {
         ints some = byte_dots_begin(sum);
         for (int i = k; i < k + run && i < n; i++)
-            some = byte_dot(SIGNED_BYTES && format == Q8_0, some, q[i], x + i * stride);
+            some = byte_dot(SIGNED_BYTES && has_sign(format), some, q[i], x + i * stride);
         sum = byte_dots_end(some, sum);
     }
     return sum;

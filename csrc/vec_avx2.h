@@ -10,7 +10,7 @@
 #define TILE_ROWS 6 /* attention.c, gradients: rows x 2 registers of sums, 12 of the 16 */
 
 /* The products of bytes are summed in 16 bits over BYTE_RUN fours, without an overflow (byte_dot has the
- * table). SIGNED_BYTES: the bytes of Q8_0 keep their sign. */
+ * table). SIGNED_BYTES: bytes with a sign keep it. */
 #ifdef AVX_VNNI /* as in vec_avx512.h */
 #define VEC(name) name##_avx_vnni
 #define MR 6 /* linear_gemm.c: tokens x 2 registers of sums, 12 of the 16 */
@@ -214,6 +214,13 @@ VEC_INLINE ints byte_dot_lanes(const int is_signed, ints some, ints a, ints b) {
 /* b in memory goes into all lanes. */
 VEC_INLINE ints byte_dot(const int is_signed, ints some, ints a, const int32_t *b) {
     return byte_dot_lanes(is_signed, some, a, ints_all(*b));
+}
+
+/* table[the low four bits of each lane]. */
+VEC_INLINE vec vec_from_table(const float table[16], ints codes) {
+    const vec first = _mm256_permutevar8x32_ps(vec_load(table), codes); /* by the low three bits */
+    const vec second = _mm256_permutevar8x32_ps(vec_load(table + 8), codes);
+    return _mm256_blendv_ps(first, second, vec_of_bits(ints_left(codes, 28)));
 }
 
 /* Each lane reads 128 bits of its own row, in four registers. */

@@ -153,6 +153,10 @@ VEC_INLINE ints byte_dot_lanes(const int is_signed, ints sum, ints a, ints b) {
     return sum;
 }
 
+VEC_INLINE vec vec_from_table(const float table[16], ints codes) {
+    return _mm512_permutexvar_ps(codes, vec_load(table));
+}
+
 VEC_INLINE void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {
     ints r[4];
     for (int i = 0; i < 4; i++) {

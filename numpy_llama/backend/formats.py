@@ -31,6 +31,19 @@ float16 scales, `d` and `dmin` (in Q6_K only `d`). A sub-block has small whole n
                      byte j + 8       m[j + 4] bits 3210, sc[j + 4] bits 3210
 
 The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used in place.
+
+Quantised checkpoints of Hugging Face have float32 scales. These blocks are ours: a float32 number `d`, and
+whole numbers or codes as they are in the checkpoint. They have 32 weights, those of NF4 and FP4 have 64:
+
+    format     bytes a block                                           value
+    INT8       d, 32 signed bytes                                      d * q
+    LLM_INT8   d, 32 signed bytes                                      (d * q) * (1 / 127)
+    FP8        d, 32 bytes: a sign, 4 bits e and 3 bits f              d * E4M3(q)
+    NF4        d, 32 bytes of two 4-bit numbers                        d * NF4_TABLE[q]
+    FP4        d, 32 bytes of two 4-bit numbers                        d * FP4_TABLE[q]
+
+    E4M3       2^(e - 7) * (1 + f / 8), and 2^-6 * f / 8 for e = 0; no NaN, so the largest is 480
+    NF4, FP4   byte i holds weight 2 i in its high half and weight 2 i + 1 in its low half (bitsandbytes)
 """
 
 import math
@@ -49,12 +62,28 @@ from ..errors import MismatchError, ParameterError, UnsupportedError
 
 QK = 32  # weights in a block
 QK_K = 256  # weights in a block of a K format
+QK_TABLE = 64  # weights in a block of NF4 and FP4
 PACKED_ROWS = 16  # rows that lie side by side for the kernels
 CACHE_LINE = 64  # bytes: packed rows begin on a cache line
 X_MAX = {8: np.float32(127 * 128), 14: np.float32(8191), 15: np.float32(127 * 128)}  # quantized activations
 BLOCKS_ABOVE = 3  # times the mean of a token's blocks: from there on 8 bits are too few
 WEIGHTS_AT_ONCE = 1 << 20  # weights that `dequantize` unpacks at a time
 MAX_F16 = 65504  # if no weight is larger, d and m are finite in every format
+ONE_127TH = np.float32(7.874015718698502e-3)
+
+# The numbers of the codes 0..15: bitsandbytes' quant_map. NF4 (Dettmers et al. 2023, QLoRA, appendix E) has
+# quantiles of the normal distribution; FP4 has a sign, 2 bits of exponent and 1 of fraction.
+NF4_TABLE = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+_FP4 = np.array([0, 0.005208333333, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25], np.float32)
+FP4_TABLE = np.concatenate([_FP4, -_FP4])
 
 
 def dequantize_f32(rows: Array) -> Array:
@@ -124,6 +153,43 @@ def dequantize_q6_k(rows: Array) -> Array:
     return (d[..., None] * (q.view(np.int8) - 32).reshape(-1, 16, 16)).reshape(len(rows), -1)
 
 
+def dequantize_int8(rows: Array) -> Array:
+    blocks = rows.reshape(len(rows), -1, 4 + QK)
+    return (_float32(blocks[..., :4]) * blocks[..., 4:].view(np.int8)).reshape(len(rows), -1)
+
+
+def dequantize_llm_int8(rows: Array) -> Array:
+    """Rounded twice, as bitsandbytes' int8_vectorwise_dequant does (Dettmers et al. 2022, LLM.int8())."""
+    return dequantize_int8(rows) * ONE_127TH
+
+
+def dequantize_fp8(rows: Array) -> Array:
+    blocks = rows.reshape(len(rows), -1, 4 + QK)
+    return (_float32(blocks[..., :4]) * e4m3(blocks[..., 4:])).reshape(len(rows), -1)
+
+
+def e4m3(codes: Array) -> Array:
+    """A float16 with the same bits is 256 times too small: the bias of its exponent is 15, not 7."""
+    codes = codes.astype(np.uint16)
+    return ((codes & 0x80) << 8 | (codes & 0x7F) << 7).view(np.float16).astype(np.float32) * np.float32(256)
+
+
+def dequantize_nf4(rows: Array) -> Array:
+    return _from_table(rows, NF4_TABLE)
+
+
+def dequantize_fp4(rows: Array) -> Array:
+    return _from_table(rows, FP4_TABLE)
+
+
+def _from_table(rows: Array, table: Array) -> Array:
+    """d * table[q], q in pairs with the high half first."""
+    blocks = rows.reshape(len(rows), -1, 4 + QK_TABLE // 2)
+    q = np.stack([blocks[..., 4:] >> 4, blocks[..., 4:] & 15], axis=-1)
+    q = q.reshape(*blocks.shape[:-1], QK_TABLE)
+    return (_float32(blocks[..., :4]) * table[q]).reshape(len(rows), -1)
+
+
 def _scaled(blocks: Array, q: Array) -> Array:
     """(d * sc) * q - dmin * m: Q4_K or Q5_K blocks and their numbers q -> (blocks, 8, 32)."""
     low, middle, high = np.split(blocks[:, 4:16], 3, axis=-1)
@@ -135,6 +201,10 @@ def _scaled(blocks: Array, q: Array) -> Array:
 
 def _float16(pair: Array) -> Array:
     return pair.view("<f2").astype(np.float32)
+
+
+def _float32(four: Array) -> Array:
+    return np.ascontiguousarray(four).view("<f4")
 
 
 def _nibbles(q: Array) -> Array:
@@ -280,6 +350,8 @@ def _blocks(parts: Sequence[Array]) -> Array:
 
 
 WITH_MINIMA = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")  # two float16 numbers in a block
+CODES_OF_FLOATS = ("FP8", "NF4", "FP4")  # multiplied as F16 is: their blocks have no whole numbers
+OURS = 0x4E00  # the first of our own numbers of types, above all of ggml's and of its forks
 
 
 @dataclass(frozen=True)
@@ -287,7 +359,7 @@ class Format:
     """The storage of a row of weights: `block_bytes` bytes hold `block` weights."""
 
     name: str
-    code: int  # ggml's number of the type, in GGUF files and in csrc/kernels.h
+    code: int  # ggml's number of the type, or our own, in GGUF files and in csrc/kernels.h
     block: int
     block_bytes: int
     dequantize: Callable[[Array], Array]  # (rows, bytes a row) uint8 -> (rows, weights a row) float32
@@ -300,6 +372,11 @@ class Format:
         halves = [2] * (self.block_bytes // 2 % 2) if self.name not in WITH_MINIMA else [2, 2]
         fours = [4] * ((self.block_bytes - sum(halves)) // 4)
         return fours + halves if self.name == "Q6_K" else halves + fours
+
+    @property
+    def in_floats(self) -> bool:
+        """Whether the kernels multiply its weights as floats. All others are whole numbers with scales."""
+        return self.block == 1 or self.name in CODES_OF_FLOATS
 
     def row_bytes(self, n: int) -> int:
         """Bytes that a row of n weights takes."""
@@ -331,6 +408,11 @@ FORMATS = {
         Format("Q5_K", 13, QK_K, 176, dequantize_q5_k),
         Format("Q6_K", 14, QK_K, 210, dequantize_q6_k),
         Format("BF16", 30, 1, 2, dequantize_bf16, quantize_bf16),
+        Format("INT8", OURS + 1, QK, 36, dequantize_int8),
+        Format("LLM_INT8", OURS + 2, QK, 36, dequantize_llm_int8),
+        Format("FP8", OURS + 3, QK, 36, dequantize_fp8),
+        Format("NF4", OURS + 4, QK_TABLE, 36, dequantize_nf4),
+        Format("FP4", OURS + 5, QK_TABLE, 36, dequantize_fp4),
     ]
 }
 PACKED = {f.packed.name: f for f in FORMATS.values() if f.block > 1}  # the format of the rows, unpacked

@@ -181,7 +181,7 @@ def rounded_activations(x: Array, format: Format, bits: int) -> Array:
     if bits == 32 or not quantizes_activations(format, x.size // max(IN, 1)):
         return x
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -IN % QK)])  # as KernelWeight pads its rows
-    return quantize_activations(padded, 14 if format.block == 1 else bits)[..., :IN]
+    return quantize_activations(padded, 14 if format.in_floats else bits)[..., :IN]
 
 
 def read_probe(arrays: Sequence[Array], threads: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from ..backend.formats import FORMATS, MAX_F16, QK, QK_K
+from ..backend.formats import FORMATS, MAX_F16, OURS, QK, QK_K
 from ..config import Array
 from .blocks import ALL_16_BITS, all_pairs_of_scales, packed_scales
 from .bounds import U16, U32, assert_same, assert_within
@@ -21,7 +21,10 @@ TINY_F16 = 2.0**-24  # the least number above 0, and the spacing of the subnorma
 NAMES = {name.lower(): f for name, f in FORMATS.items()}
 each_format = pytest.mark.parametrize("format", NAMES)
 each_written = pytest.mark.parametrize("format", [name for name, f in NAMES.items() if f.quantize])
-each_block = pytest.mark.parametrize("format", [name for name, f in NAMES.items() if f.block == QK])
+each_of_ggml = pytest.mark.parametrize("format", [name for name, f in NAMES.items() if f.code < OURS])
+each_block = pytest.mark.parametrize(
+    "format", [name for name, f in NAMES.items() if f.block == QK and f.quantize]
+)
 each_half = pytest.mark.parametrize("format", ["f16", "bf16"])
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -68,7 +71,7 @@ def any_bytes(rng, format, rows, blocks):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales are NaN and infinite too
-@each_format
+@each_of_ggml
 @law("dequantize_{format}", seeds, st.integers(1, 3), st.integers(1, 5))
 def test_any_bytes_mean_what_they_mean_to_ggml(ops, format, seed, rows, blocks):
     """Bit for bit what the gguf package makes of the same bytes."""
@@ -325,6 +328,63 @@ def test_every_scale_times_every_code(ops, format):
             rows[:, 2:4] = m.astype("<f2")[:, None].view(np.uint8)
             expected = expected + m.astype(np.float32)[:, None]
         assert_same(dequantize(ops, format, rows), expected)
+
+
+# --- float32 scales ---------------------------------------------------------------------------------------
+
+
+def nf4() -> Array:
+    """Quantiles of the normal distribution: 7 steps below 0 and 8 above, divided by the largest."""
+    low, high = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)) for n in (8, 9))
+    values = np.sort(np.concatenate([-low[:-1].numpy(), [0], high[:-1].numpy()]))
+    return values / np.abs(values).max()
+
+
+def fp4() -> Array:
+    """A sign, two bits of exponent and one of fraction, divided by the largest, 12; code 1 is 1/16."""
+    values = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3]) / 12
+    return np.concatenate([values, -values])
+
+
+def codes_with_scales(codes, d):
+    """Blocks with a float32 scale each: codes (n, bytes), d (n,) -> one row."""
+    return np.concatenate([d.astype("<f4")[:, None].view(np.uint8), codes], axis=1).reshape(1, -1)
+
+
+@pytest.mark.parametrize("format, table", [("nf4", nf4()), ("fp4", fp4())])
+@law("dequantize_{format}")
+def test_a_table_of_16(ops, format, table):
+    """The paper's formula, within its rounding; the high half of a byte comes first."""
+    codes = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    d = 2.0 ** np.arange(-4, 4)
+    q = np.stack([codes >> 4, codes & 15], axis=-1).reshape(8, 64)
+    assert_within(
+        dequantize(ops, format, codes_with_scales(codes, d))[0], (d[:, None] * table[q]).ravel(), 2e-6
+    )
+
+
+@law("dequantize_fp8", seeds)
+def test_e4m3_as_pytorch(ops, seed):
+    """d times every code, rounded once. PyTorch's two NaN are the next numbers, 480, here."""
+    codes = np.arange(256, dtype=np.uint8)
+    numbers = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy().copy()
+    numbers[np.isnan(numbers)] = 480, -480
+    d = np.random.default_rng(seed).normal(size=8).astype(np.float32)
+    expected = (d[:, None] * numbers.reshape(8, QK)).ravel()
+    assert_same(dequantize(ops, "fp8", codes_with_scales(codes.reshape(8, QK), d))[0], expected)
+
+
+@pytest.mark.parametrize("format", ["int8", "llm_int8"])
+@law("dequantize_{format}", seeds)
+def test_bytes_with_a_sign(ops, format, seed):
+    """d q, and in LLM_INT8 that times 1 / 127: rounded twice, in this order."""
+    q = torch.arange(256, dtype=torch.int32).to(torch.int8)
+    d = torch.from_numpy(np.random.default_rng(seed).normal(size=8).astype(np.float32))
+    expected = d[:, None] * q.reshape(8, QK)
+    if format == "llm_int8":
+        expected = expected * 7.874015718698502e-3
+    rows = codes_with_scales(q.numpy().view(np.uint8).reshape(8, QK), d.numpy())
+    assert_same(dequantize(ops, format, rows)[0], expected.numpy().ravel())
 
 
 # --- the K formats, by hand -------------------------------------------------------------------------------

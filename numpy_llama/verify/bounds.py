@@ -20,12 +20,12 @@ LAYER_QUANTIZED = 8 / 127
 def linear(x: Array, w: Array, format: Format, rounded: bool) -> Array:
     """(T, IN), (OUT, IN) -> (T, OUT): g_probable |x| |w|.
 
-    `rounded`: weights that are single numbers were rounded to 14 bits in blocks, too.
+    `rounded`: weights that are multiplied as floats were rounded to 14 bits in blocks, too.
     """
-    error, single = g_probable(w.shape[1]), format.block == 1
-    if not single:
+    error = g_probable(w.shape[1])
+    if format.block > 1:
         error *= IN_BLOCKS
-    elif rounded:
+    if rounded and format.in_floats:
         error += IN_BLOCKS * LAMBDA / math.sqrt(12 * w.shape[1]) / float(X_MAX[14])
     return error * np.outer(lengths(x), lengths(w))
 

@@ -15,6 +15,9 @@ HALVES = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
+FLOAT32_D = ("INT8", "LLM_INT8", "FP8", "NF4", "FP4")  # a block begins with a float32 scale
+# Codes whose numbers are 0 or plus or minus a power of two.
+POWERS = {"NF4": (0, 7, 15), "FP4": (0, 3, 5, 7, 8, 11, 13, 15)}
 ODD_SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 65]
 sizes = st.one_of(st.integers(1, 20), st.sampled_from(ODD_SIZES))
 seeds = st.integers(0, 2**32 - 1)
@@ -36,6 +39,8 @@ def exact_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
     if format.block == 1:
         return StoredTensor.quantize(rng.integers(-8, 9, (OUT, IN)).astype(np.float32), format)
     blocks = rng.integers(0, 256, (OUT * IN // format.block, format.block_bytes), dtype=np.uint8)
+    if format.name in FLOAT32_D:
+        return StoredTensor(format, (OUT, IN), _exact_float32_blocks(rng, format, blocks).reshape(-1))
     small = {"Q8_0": slice(2, 34), "Q6_K": slice(192, 208)}.get(format.name)  # signed bytes
     if small:
         blocks[:, small] = rng.integers(-8, 9, blocks[:, small].shape).astype(np.int8).view(np.uint8)
@@ -49,15 +54,40 @@ def exact_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
     return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
 
 
+def _exact_float32_blocks(rng, format, blocks: np.ndarray) -> np.ndarray:
+    d = 2.0 ** rng.integers(-2, 3, (len(blocks), 1))
+    if format.name == "LLM_INT8":
+        d *= 127
+    blocks[:, :4] = d.astype("<f4").view(np.uint8)
+    codes = blocks[:, 4:]
+    if format.name == "FP8":  # a sign, and 2^-3 .. 2^3 with one bit of fraction
+        codes[...] = codes & 0x84 | rng.integers(4, 11, codes.shape).astype(np.uint8) << 3
+    elif format.name in POWERS:
+        high, low = rng.choice(np.uint8(POWERS[format.name]), (2, *codes.shape))
+        codes[...] = high << 4 | low
+    else:
+        codes[...] = rng.integers(-8, 9, codes.shape).astype(np.int8).view(np.uint8)
+    return blocks
+
+
 def real_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
     """Weights around 1. A format that nobody here can write: any bytes, with reasonable scales."""
     if format.quantize:
         return StoredTensor.quantize(rng.standard_normal((OUT, IN), dtype=np.float32), format)
     blocks = rng.integers(0, 256, (OUT * IN // format.block, format.block_bytes), dtype=np.uint8)
-    for at in HALVES[format.name]:
+    for at in HALVES.get(format.name, ()):
         half = rng.normal(scale=2**-9, size=(len(blocks), 1))
         blocks[:, at : at + 2] = half.astype("<f2").view(np.uint8)
+    set_float32_scales(rng, format, blocks, 1)
     return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
+
+
+def set_float32_scales(rng, format, blocks: np.ndarray, size: float) -> None:
+    """Random scales for blocks of random bytes that begin with one: the weights are about `size`."""
+    if format.name in FLOAT32_D:
+        mean = {"INT8": 74, "FP8": 130}.get(format.name, 0.6)  # of the numbers of random codes
+        d = rng.normal(scale=size / mean, size=(len(blocks), 1))
+        blocks[:, :4] = d.astype("<f4").view(np.uint8)
 
 
 def whole_blocks(format, n: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.kernels import (
+    FLOAT32_D,
     HALVES,
     Guarded,
     bits,
@@ -204,6 +205,19 @@ def test_every_scale_of_a_sub_block_is_read_rightly(isa, name, rng):
     for at in HALVES[name]:
         blocks[:, at : at + 2] = rng.normal(size=(len(sc), 1)).astype("<f2").view(np.uint8)
     assert_read_rightly(StoredTensor(format, (len(sc), format.block), blocks.reshape(-1)))
+
+
+@pytest.mark.parametrize("name", FLOAT32_D)
+def test_every_code_is_read_rightly(isa, name, rng):
+    """All bytes, with float32 scales of all sizes: bit for bit as formats.py."""
+    format = FORMATS[name]
+    codes = format.block_bytes - 4
+    n_blocks = 256 // codes
+    blocks = np.empty((256, n_blocks, format.block_bytes), np.uint8)
+    d = np.ldexp(rng.uniform(-2, 2, (256, n_blocks, 1)), rng.integers(-149, 118, (256, n_blocks, 1)))
+    blocks[..., :4] = d.astype("<f4").view(np.uint8)
+    blocks[..., 4:] = np.arange(256).reshape(n_blocks, codes)
+    assert_read_rightly(StoredTensor(format, (256, n_blocks * format.block), blocks.reshape(-1)))
 
 
 def assert_read_rightly(w: StoredTensor):

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from helpers.kernels import HALVES, Guarded, bits, for_each, seeds
+from helpers.kernels import HALVES, Guarded, bits, for_each, seeds, set_float32_scales
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
@@ -44,8 +44,9 @@ def random_weight(rng, OUT: int, IN: int) -> StoredTensor:
     if format.quantize:
         return StoredTensor.quantize(rng.normal(scale=IN**-0.5, size=(OUT, IN)).astype(np.float32), format)
     blocks = rng.integers(0, 256, (OUT * IN // format.block, format.block_bytes), dtype=np.uint8)
-    for at in HALVES[format.name]:
+    for at in HALVES.get(format.name, ()):
         blocks[:, at : at + 2] = rng.normal(scale=2**-13, size=(len(blocks), 1)).astype("<f2").view(np.uint8)
+    set_float32_scales(rng, format, blocks, IN**-0.5)
     return StoredTensor(format, (OUT, IN), blocks.reshape(-1))
 
 

@@ -6,6 +6,7 @@ x is rounded as NumPy rounds it. y = linear(x rounded, w) within the rounding of
 import numpy as np
 import pytest
 from helpers.kernels import (
+    FLOAT32_D,
     HALVES,
     Guarded,
     bits,
@@ -45,8 +46,8 @@ def x_block(format) -> int:
 
 
 def rounded(x, format, bits):
-    """What is multiplied. A GEMV leaves x as it is if the weights are single numbers."""
-    if format.block == 1:
+    """What is multiplied. A GEMV leaves x as it is if the weights are floats."""
+    if format.in_floats:
         return x if len(x) <= GEMV_TOKENS else quantize_activations(x, 14)
     return quantize_activations(x, bits)
 
@@ -55,17 +56,16 @@ def expected_and_bound(x, w: StoredTensor, isa, bits=15):
     """linear(x rounded, w) in float64, and how far float32 sums may lie from it.
 
     Every block takes at most four roundings, and joining the lanes a few. A block's d * q and m are each up
-    to three times as large as its largest weight. For many tokens F16 and BF16 weights too are rounded to 14
-    bits.
+    to three times as large as its largest weight. For many tokens weights that are floats too are rounded to
+    14 bits.
     """
     format, dense = w.format, w.dequantize(np.float64)
     x = rounded(x, format, bits).astype(np.float64)
     blocks = np.abs(dense).reshape(len(dense), -1, QK).max(axis=-1)
     size = np.abs(x) @ np.repeat(blocks, QK, axis=-1).T
-    single = format.block == 1
-    terms = x.shape[-1] if single or isa == "scalar" else 4 * x.shape[-1] / QK
+    terms = x.shape[-1] if format.in_floats or isa == "scalar" else 4 * x.shape[-1] / QK
     bound = (terms + 16) * U32 * 3 * size
-    if single and len(x) > GEMV_TOKENS:
+    if format.in_floats and len(x) > GEMV_TOKENS:
         bound += size / (2 * float(X_MAX[14])) * 1.01
     return x @ dense.T, bound
 
@@ -135,6 +135,8 @@ def test_the_largest_sums_do_not_overflow(isa, format, sign):
             blocks = StoredTensor.quantize(blocks, format).data.copy()
         for at in HALVES.get(format.name, ()):
             blocks[:, at : at + 2] = np.float16([1]).view(np.uint8)
+        if format.name in FLOAT32_D:
+            blocks[:, :4] = np.float32([1]).view(np.uint8)
         w = StoredTensor(format, (OUT, IN), blocks.reshape(-1))
         for x in (np.full((9, IN), sign, np.float32), np.full((1, IN), sign, np.float32)):
             assert_linear(x, w, isa)
@@ -151,7 +153,7 @@ def test_the_largest_sums_do_not_overflow(isa, format, sign):
 )
 @example(T=525, OUT=33, blocks=3, cut=517, seed=0)
 def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, seed):
-    """Any number of threads, and any parts of the tokens. Many tokens round F16 and BF16 weights."""
+    """Any number of threads, and any parts of the tokens. Many tokens round weights that are floats."""
     rng = np.random.default_rng(seed)
     IN = whole_blocks(format, blocks * QK)
     w, x = KernelWeight(real_weight(rng, format, OUT, IN)), rng.standard_normal((T, IN), dtype=np.float32)
@@ -160,7 +162,7 @@ def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, see
     for threads in (2, 3):
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x, w)), bits(whole))
         np.testing.assert_array_equal(bits(Kernels(threads).linear(x[:GEMV_TOKENS], w)), bits(few))
-    if format.block > 1 and 0 < cut < T:
+    if not format.in_floats and 0 < cut < T:
         parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:])]
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(whole))
         np.testing.assert_array_equal(bits(Kernels(1).linear(x[:1], w)), bits(whole[:1]))
@@ -221,15 +223,18 @@ def test_a_weight_that_is_not_finite_stays_with_its_row(isa, format, T, rng):
     w, x = real_weight(rng, format, 35, 512), rng.standard_normal((T, 512), dtype=np.float32)
     at = HALVES.get(format.name, (6,))[0]
     for wrong in (np.nan, np.inf):
-        half = FORMATS["BF16" if format.name == "BF16" else "F16"].quantize(np.array([[wrong]], np.float32))
-        w.data[33, at : at + 2] = half
+        if format.name in FLOAT32_D:
+            w.data[33, :4] = np.float32([wrong]).view(np.uint8)
+        else:
+            half = FORMATS["BF16" if format.name == "BF16" else "F16"].quantize(np.float32([[wrong]]))
+            w.data[33, at : at + 2] = half
         y = Kernels(1).linear(x, w)
         np.testing.assert_array_equal(~np.isfinite(y), (np.arange(35) == 33) & np.ones((T, 1), bool))
 
 
 @pytest.mark.parametrize("T", [1, 5])
 def test_next_to_nothing_is_nothing(isa, format, T, rng):
-    if format.block == 1 and T <= GEMV_TOKENS:
+    if format.in_floats and T <= GEMV_TOKENS:
         return  # not rounded
     w = real_weight(rng, format, 4, 512)
     assert not Kernels(1).linear(np.full((T, 512), 9e-31, np.float32), w).any()
@@ -239,7 +244,7 @@ def test_next_to_nothing_is_nothing(isa, format, T, rng):
 @pytest.mark.parametrize("at_end", [True, False])
 def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
     for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (4, 17, 1), (7, 33, 33), (9, 4, 2)]:
-        if format.block == 1 and T <= GEMV_TOKENS:
+        if format.in_floats and T <= GEMV_TOKENS:
             continue  # nl_linear's
         guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
         w = exact_weight(rng, format, OUT, IN)

@@ -328,6 +328,23 @@ def unpack_rows(packed: Array, format: "Format", rows: Array) -> Array:
     return out.reshape(*rows.shape, packed.shape[1])
 
 
+def whole_q8_0(d: Array, q: Array) -> Array:
+    """Blocks of the weights d * q: float16 (rows, blocks), int8 (rows, blocks, 32) -> (rows, bytes a row).
+
+    Q8_0 holds every q. Q4_0 holds those of -8..7, and Q5_0 those of -16..15.
+    """
+    return _blocks([d[..., None], q])
+
+
+def whole_q4_0(d: Array, q: Array) -> Array:
+    return _blocks([d[..., None], _pairs((q + np.int8(8)).view(np.uint8))])
+
+
+def whole_q5_0(d: Array, q: Array) -> Array:
+    q = (q + np.int8(16)).view(np.uint8)
+    return _blocks([d[..., None], _fifth_bits(q), _pairs(q)])
+
+
 def _inverse(d: Array) -> Array:
     """1 / d, or 0 if that is infinite. Such a d is 0 as a float16, and so is every weight."""
     return np.divide(1, d, out=np.zeros_like(d), where=np.abs(d) > 2.0**-128)
@@ -446,8 +463,9 @@ class StoredTensor(InPlace):
     """A weight (OUT, IN), or a vector (IN,), in the bytes in which it was stored.
 
     `data` is those bytes, or a function that makes them at each use. A function is needed for a weight in
-    several files, or in a format without kernels. `row_order[i]` is the place of row i, if rows are stored in
-    another order. Indexing gives rows in float32, so an embedding table is used in place.
+    several tensors, or in a format without kernels. `row_order[i]` is the place of row i, and
+    `column_order[j]` that of column j, if they are stored in another order. Indexing gives rows in float32
+    and in the model's order, so an embedding table is used in place.
     """
 
     def __init__(
@@ -456,11 +474,13 @@ class StoredTensor(InPlace):
         shape: tuple[int, ...],
         data: np.ndarray | Callable[[], np.ndarray],
         row_order: np.ndarray | None = None,
+        column_order: np.ndarray | None = None,
     ):
         *outer, n = shape
         if n % format.block:
             raise MismatchError(f"rows of {n} weights, {format.name} needs a multiple of {format.block}")
-        self.format, self.shape, self.row_order = format, tuple(shape), row_order
+        self.format, self.shape = format, tuple(shape)
+        self.row_order, self.column_order = row_order, column_order
         self._data = data if callable(data) else data.reshape(*outer, format.row_bytes(n))
 
     @property
@@ -492,10 +512,18 @@ class StoredTensor(InPlace):
         """The same tensor with its bytes in memory: itself, if it is in place."""
         if self.in_place:
             return self
-        return StoredTensor(self.format, self.shape, self.data, self.row_order)
+        return StoredTensor(self.format, self.shape, self.data, self.row_order, self.column_order)
+
+    def with_row_order(self, row_order: np.ndarray | None) -> "StoredTensor":
+        """The same bytes, with the rows in another order."""
+        data = self.data if self.in_place else lambda: self.data
+        return StoredTensor(self.format, self.shape, data, row_order, self.column_order)
 
     def stored_rows(self, index: Any) -> np.ndarray:
-        """The bytes of rows in the model's order: an index or an array (...) -> (..., bytes a row)."""
+        """The bytes of rows in the model's order: an index or an array (...) -> (..., bytes a row).
+
+        The columns of each row are in their stored order.
+        """
         return self.data[index if self.row_order is None else self.row_order[index]]
 
     def __len__(self) -> int:
@@ -505,11 +533,13 @@ class StoredTensor(InPlace):
         """Rows in float32: an index or an array of them (...) -> (..., IN)."""
         picked = self.stored_rows(index)
         rows = np.ascontiguousarray(picked).reshape(-1, picked.shape[-1])
-        return self.format.dequantize(rows).reshape(*picked.shape[:-1], self.shape[-1])
+        x = self.format.dequantize(rows).reshape(*picked.shape[:-1], self.shape[-1])
+        return x if self.column_order is None else x.take(self.column_order, axis=-1)
 
     def dequantize(self, dtype: DTypeLike = np.float32) -> Array:
         """The whole tensor as an ordinary array. A float32 tensor is not copied."""
-        if len(self.shape) == 1 or (self.format.name == "F32" and self.row_order is None):
+        as_stored = self.format.name == "F32" and self.row_order is None and self.column_order is None
+        if len(self.shape) == 1 or as_stored:
             return self[...].astype(dtype, copy=False)
         # Some rows at a time: Ctrl-C can act between two calls of NumPy, and temporary arrays stay small.
         whole, out = self.realize(), np.empty(self.shape, dtype)
@@ -539,13 +569,23 @@ class StoredTensor(InPlace):
 
 
 class PackedTensor(StoredTensor):
-    """A weight (OUT, IN) whose bytes are those of `pack_rows`, in a mapped file.
+    """A weight (OUT, IN) whose bytes are those of `pack_rows`, in a mapped file or made on loading.
 
     The kernels use `packed` in place. Every other use unpacks the rows that it takes.
     """
 
-    def __init__(self, format: Format, shape: tuple[int, ...], packed: np.ndarray):
-        super().__init__(format, shape, lambda: unpack_rows(packed, format, np.arange(shape[0])))
+    def __init__(
+        self,
+        format: Format,
+        shape: tuple[int, ...],
+        packed: np.ndarray,
+        row_order: np.ndarray | None = None,
+        column_order: np.ndarray | None = None,
+    ):
+        def data() -> np.ndarray:
+            return unpack_rows(packed, format, np.arange(shape[0]))
+
+        super().__init__(format, shape, data, row_order, column_order)
         self.packed = packed  # (OUT rounded up to whole groups, bytes a row)
 
     @property
@@ -557,4 +597,5 @@ class PackedTensor(StoredTensor):
         return np.arange(len(self))
 
     def stored_rows(self, index: Any) -> np.ndarray:
-        return unpack_rows(self.packed, self.format, self._numbers[index])
+        rows = self._numbers[index if self.row_order is None else self.row_order[index]]
+        return unpack_rows(self.packed, self.format, rows)

@@ -148,6 +148,7 @@ def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | N
     weights = [part.weight for part in linears]
     norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]
     whole = all(w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights))
+    whole = whole and all(w.columns is None for w in weights)  # the columns of x are in one order in C
     if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
         return None
     updates = [_update(part) if isinstance(part, LoRALinear) else None for part in linears]

@@ -215,16 +215,17 @@ class KernelWeight(InPlace):
     """A StoredTensor (OUT, IN) in the form that the kernels take: IN is a multiple of 32.
 
     Rows of a block format are packed (`pack_rows`), here or already in the file. Others are used in place,
-    unless IN is not such a multiple: each row then gets zeros at its end. Rows keep the order of the file; if
-    the model's order is another one, `linear` reorders its outputs.
+    unless IN is not such a multiple: each row then gets zeros at its end. Rows and columns keep the order of
+    the file; if the model's order is another one, `linear` reorders its outputs or its inputs.
     """
 
     def __init__(self, tensor: StoredTensor, threads: int = 1):
         if len(tensor.shape) != 2:
             raise MismatchError(f"a weight has 2 axes, this one has shape {tensor.shape}")
-        tensor = tensor.realize()
+        made, tensor = not tensor.in_place, tensor.realize()
         self.tensor, self.shape, self.format = tensor, tensor.shape, tensor.format
-        self.row_order = tensor.row_order
+        self.row_order, order = tensor.row_order, tensor.column_order
+        self.columns = None if order is None else np.argsort(order)  # the model's column at each place
         pad = -tensor.shape[1] % QK
         self.width = tensor.shape[1] + pad
         if isinstance(tensor, PackedTensor):
@@ -235,6 +236,8 @@ class KernelWeight(InPlace):
             if packs(self.format):
                 self.rows = pack(self.rows, self.format, threads)
                 tensor.forget()
+                if made and not pad:  # the bytes before packing are no longer needed
+                    self.tensor = PackedTensor(self.format, self.shape, self.rows, self.row_order, order)
         self.pointer = ffi.from_buffer(self.rows)
         self.matrix = ffi.new("nl_matrix *", (self.pointer, self.format.code, self.shape[0], self.width))
 
@@ -352,6 +355,8 @@ class Kernels(InPlace):
             w = KernelWeight(w if isinstance(w, StoredTensor) else StoredTensor.quantize(w, "F32"))
         if x.shape[-1] != w.shape[1]:
             raise MismatchError(f"x has {x.shape[-1]} columns, the weight {w.shape[1]}")
+        if w.columns is not None:
+            x = x.take(w.columns, axis=-1)
         if w.width != w.shape[1]:
             x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.width - w.shape[1])])
         x = np.ascontiguousarray(x, np.float32)
@@ -515,6 +520,9 @@ class Kernels(InPlace):
         if len(tensor.shape) != 2 or IN % format.block:
             raise MismatchError(f"a tensor of shape {tensor.shape} cannot be stored in {format.name}")
         rows = range(len(tensor))[begin_row:end_row]
+        if tensor.column_order is not None:
+            tensor = StoredTensor.quantize(tensor[rows.start : rows.stop], "F32")
+            return self.convert(tensor, format)
         src = np.ascontiguousarray(tensor.stored_rows(slice(rows.start, rows.stop)))
         dst = np.empty((len(rows), format.row_bytes(IN)), np.uint8)
         if dst.size == 0:

@@ -47,6 +47,7 @@ class TrainingKernels(Kernels):
         if T <= lib.NL_GEMV_TOKENS or not OUT or not IN or isinstance(w, StoredTensor):
             return super().linear(x, w)
         _kept, matrix = _matrix(w, QK)
+        x = x if (columns := _columns(w)) is None else x.take(columns, axis=-1)
         x = _floats(x if matrix.IN == IN else np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, matrix.IN - IN)]))
         y = np.empty((*x.shape[:-1], OUT), np.float32)
         threads, limit = self._limit(T * OUT * IN)
@@ -78,7 +79,7 @@ class TrainingKernels(Kernels):
                 end = min(begin + rows, OUT)
                 arguments = _writable(to), _pointer(some), len(some), matrix, IN, begin, end, threads
                 _check(lib.nl_linear_dx(*arguments))
-        return dx
+        return dx if (columns := _columns(w)) is None else dx.take(np.argsort(columns), axis=-1)
 
     def linear_dw(self, dy: Array, x: Array, dw: Array | None = None) -> Array:
         """backward.linear_dw: dW = dy^T x, summed over all rows. It is added to `dw`, if given."""
@@ -390,6 +391,10 @@ def _check_head_dim(Dh: int) -> None:
 
 def _row_order(w: KernelWeight | Array) -> Any:
     return w.row_order if isinstance(w, KernelWeight) else None
+
+
+def _columns(w: KernelWeight | Array) -> Any:
+    return w.columns if isinstance(w, KernelWeight) else None
 
 
 def _matrix(w: KernelWeight | Array, multiple: int) -> tuple[Any, Any]:

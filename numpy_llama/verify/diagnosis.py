@@ -218,7 +218,7 @@ def _reorder(rows: np.ndarray | None) -> Callable[[StoredTensor], StoredTensor]:
         if rows is None:
             return w
         order = rows if w.row_order is None else w.row_order[rows]
-        return StoredTensor(w.format, w.shape, w.data, order)
+        return w.with_row_order(order)
 
     return put
 

@@ -55,9 +55,11 @@ class C:
         """The case of the prompt, and that of its last token."""
         weight = KernelWeight(w)
         for part, exact in ((x, y), (x[:, -1:], y[:, -1:])):
-            rounded = rounded_activations(part, w.format, self.kernels.activation_bits)
-            right = exact if rounded is part else F.linear(rounded, dense)
-            bound = bounds.linear(part[0], dense, w.format, rounded is not part)
+            stored = part if weight.columns is None else part.take(weight.columns, axis=-1)
+            rounded = rounded_activations(stored, w.format, self.kernels.activation_bits)
+            there = rounded if w.column_order is None else rounded.take(w.column_order, axis=-1)
+            right = exact if rounded is stored else F.linear(there, dense)
+            bound = bounds.linear(part[0], dense, w.format, rounded is not stored)
             yield self.kernels.linear(part, weight), right, bound
 
     def attention(self, q: Array, k: Array, v: Array) -> Iterator[Case]:
@@ -201,7 +203,8 @@ class Walk:
         for begin in range(0, len(output), OUTPUT_ROWS):
             rows = slice(begin, begin + OUTPUT_ROWS)
             stored = output.stored_rows(rows)
-            part = StoredTensor(output.format, (len(stored), output.shape[1]), stored)
+            shape = len(stored), output.shape[1]
+            part = StoredTensor(output.format, shape, stored, column_order=output.column_order)
             self.w, self.dense = {"output": part}, {"output": part.dequantize()}
             look(None, "output", self.dense["output"])
             self.linear("output", x)

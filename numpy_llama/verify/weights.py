@@ -137,7 +137,8 @@ def odd_bits(vector: np.ndarray) -> tuple[int, str] | None:
 
 def bit_at(stored: StoredTensor, at: tuple[int, ...], usual: float = 1.0) -> str:
     """The bit that makes a number of usual size when it is flipped back; "" if there is none."""
-    if stored.format.name not in BITS or (len(at) > 1 and stored.row_order is not None):
+    ordered = stored.row_order is not None or stored.column_order is not None
+    if stored.format.name not in BITS or (len(at) > 1 and ordered):
         return ""
     row = stored.data[at[0]] if len(at) > 1 else stored.data
     one = row.reshape(-1).view(BITS[stored.format.name])[at[-1]]

@@ -136,7 +136,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             self._check_tied(stored[names["output.weight"]])
         for ours, theirs in names.items():
             if (rows := hf_rows(ours, args)) is not None:
-                stored[theirs] = _reordered(stored[theirs], rows)
+                stored[theirs] = stored[theirs].with_row_order(rows)
         return {ours: stored[theirs] for ours, theirs in names.items()}
 
     def holders(self) -> dict[str, Path]:
@@ -175,11 +175,6 @@ class HuggingFaceCheckpoint(Checkpoint):
 def _open(path: Path) -> SafetensorsFile | TorchFile:
     # The name chooses the reader. The reader checks the content, and no other reader is tried.
     return SafetensorsFile(path) if path.name.endswith(".safetensors") else TorchFile(path)
-
-
-def _reordered(tensor: StoredTensor, rows: np.ndarray) -> StoredTensor:
-    data = tensor.data if tensor.in_place else lambda: tensor.data
-    return StoredTensor(tensor.format, tensor.shape, data, rows)
 
 
 def model_args(config: JsonFile) -> ModelArgs:

@@ -2,6 +2,8 @@
 
     quant_method         what is run                         file
     gptq                 2, 3, 4 and 8 bits                  gptq.py
+    awq                  4 bits, gemm and gemv               awq.py
+    compressed-tensors   pack-quantized, 4 and 8 bits        compressed_tensors.py
 
 A method finds the tensors of each weight, checks them against each other, and gives the weight in one of
 our formats without loss. METHODS is the table to extend.
@@ -11,13 +13,21 @@ from typing import Any, NoReturn
 
 from ...errors import UnsupportedError, escape
 from ..json_file import JsonFile
+from .awq import AWQ
 from .base import FileTensor, Method, QuantizedWeight
+from .compressed_tensors import CompressedTensors
+from .gptq import GPTQ
 
 __all__ = ["METHODS", "FileTensor", "Method", "QuantizedWeight", "method_of"]
 
-METHODS: dict[str, type[Method]] = {}  # by quant_method
+METHODS: dict[str, type[Method]] = {  # by quant_method
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "compressed-tensors": CompressedTensors,
+}
 KEYS = ("quantization_config", "quantization", "compression_config")  # of config.json
-BESIDE = "quantize_config.json"  # of GPTQ, beside a config.json without such a key
+# Files of settings beside an older config.json, which has no such key.
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def method_of(config: JsonFile) -> Method | None:
@@ -29,8 +39,10 @@ def method_of(config: JsonFile) -> Method | None:
             if not isinstance(found, dict) or not isinstance(name, str) or name not in METHODS:
                 refuse(config, _called(settings), f"{key} is {escape(found, 120)}")
             return METHODS[name](JsonFile(config.path, values=settings))
-    path = config.path.with_name(BESIDE)
-    return METHODS["gptq"](JsonFile(path)) if "gptq" in METHODS and path.is_file() else None
+    for file, method in BESIDE.items():
+        if (path := config.path.with_name(file)).is_file():
+            return METHODS[method](JsonFile(path))
+    return None
 
 
 def refuse(config: JsonFile, what: str, found: str) -> NoReturn:

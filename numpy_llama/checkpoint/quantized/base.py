@@ -33,6 +33,16 @@ class FileTensor:
         data = np.ascontiguousarray(self.array).reshape(1, -1).view(np.uint8)
         return FORMATS[self.info.type_name].dequantize(data).reshape(self.info.shape)
 
+    def floats(self) -> Array:
+        """F16 as it is, F32 and BF16 in float32."""
+        return self.array if self.info.type_name == "F16" else self.float32()
+
+    def matrix(self) -> tuple[int, int]:
+        """The shape of a matrix; MismatchError if it is none."""
+        if len(self.info.shape) != 2 or 0 in self.info.shape:
+            self.fail(f"has the shape {self.info.shape}, wanted two sizes above 0")
+        return self.info.shape[0], self.info.shape[1]
+
     def forget(self) -> None:
         """Release the pages of the file."""
         self.file.file.forget(self.info.offset, self.info.nbytes)

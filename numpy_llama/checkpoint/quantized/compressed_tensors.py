@@ -1,0 +1,123 @@
+"""compressed-tensors, as llm-compressor stores it: a format for each kind of quantised weight.
+
+pack-quantized:
+
+    X.weight_packed      I32             (N, K bits / 32)   q + 2^(bits - 1), along K, low bits first
+    X.weight_scale       F16, BF16, F32  (N, G)
+    X.weight_zero_point  I32             (N bits / 32, G)   if asymmetric: zero + 2^(bits - 1), along N
+    X.weight_shape       I64             (2,)               N and K: rows may end in part of a word
+    X.weight_g_idx       I32             (K,)               the group of each column, if act-order
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ...config import Array
+from ...errors import UnsupportedError, escape
+from ..json_file import JsonFile
+from .base import FileTensor, Method, QuantizedWeight, check_parts
+from .grouped import FLOATS, GroupedWeight, checked_groups, groups_of, whole_numbers
+
+BITS = (4, 8)
+RUN = ("pack-quantized",)
+
+
+def dequantize_packed(
+    weight_packed: Array,
+    weight_scale: Array,
+    weight_zero_point: Array | None,
+    groups: Array,
+    bits: int,
+    K: int,
+) -> Array:
+    """w[n, k] = scale[n, g] * (q[n, k] - zero[n, g]), g = groups[k]: -> (N, K) float32.
+
+    Both stored numbers have the same 2^(bits - 1) added; without a zero it is 0.
+    """
+    q = whole_numbers(weight_packed, bits)[:, :K].astype(np.int16)
+    zero = np.full(weight_scale.shape, 1 << bits - 1, np.int16)
+    if weight_zero_point is not None:
+        zero[:] = whole_numbers(np.ascontiguousarray(weight_zero_point.T), bits).T[: len(q)]
+    return weight_scale.astype(np.float32)[:, groups] * (q - zero[:, groups])
+
+
+class CompressedTensors(Method):
+    """The settings: the formats, and the bits of each group of weights (config_groups)."""
+
+    markers = ("weight_packed",)
+
+    def __init__(self, settings: JsonFile):
+        self.path = settings.path
+        for key, plain in (("sparsity_config", "dense"), ("transform_config", None)):
+            part = settings.get(key, dict, {})
+            if part and part.get("format") != plain:
+                raise UnsupportedError(f"{self.path}: {key} is {escape(part, 80)}, which is not run")
+        if (scheme := settings.get("kv_cache_scheme", dict)) is not None:
+            found = f"kv_cache_scheme is {escape(scheme, 80)}"
+            raise UnsupportedError(f"{self.path}: {found}, which is not run; without it the model is")
+        groups = settings.require("config_groups", dict)
+        parts = [JsonFile(self.path, values=group) for group in groups.values()]
+        formats = {settings.get("format", str), *(part.get("format", str) for part in parts)}
+        if odd := formats - {None, "mixed-precision", *RUN}:
+            found = escape(", ".join(sorted(map(str, odd))), 60)
+            raise UnsupportedError(f"{self.path}: compressed-tensors of the format {found}; run is {RUN[0]}")
+        self.bits: set[int] = set()
+        for part in parts:
+            weights = part.part("weights")
+            if weights is None or weights.get("type", str, "int") != "int":
+                found = escape(part.values.get("weights"), 80)
+                raise UnsupportedError(f"{self.path}: config_groups has weights {found}, which are not run")
+            self.bits.add(weights.require("num_bits", int))
+        if odd_bits := self.bits - set(BITS):
+            found = f"{RUN[0]} of {min(odd_bits)} bits"
+            raise UnsupportedError(f"{self.path}: {found}; run are {' and '.join(map(str, BITS))}")
+        self.title = f"compressed-tensors, {' and '.join(map(str, sorted(self.bits)))} bits"
+
+    def weight(self, name: str, parts: Mapping[str, FileTensor]) -> QuantizedWeight:
+        needed = ("weight_packed", "weight_scale", "weight_shape")
+        check_parts(name, parts, needed, ("weight_zero_point", "weight_g_idx"))
+        return PackedWeight(self, parts)
+
+
+class PackedWeight(GroupedWeight):
+    """X.weight of pack-quantized, checked from the headers of its tensors and from weight_shape."""
+
+    def __init__(self, method: CompressedTensors, parts: Mapping[str, FileTensor]):
+        self.parts, self.scales_part, self.packed = parts, parts["weight_scale"], parts["weight_packed"]
+        rows, words = self.packed.matrix()
+        shape = parts["weight_shape"]
+        shape.check(["I64", "I32"], (2,))
+        N, K = shape.array.tolist()
+        fitting = [bits for bits in method.bits if K > 0 and -(-K * bits // 32) == words]
+        if rows != N or len(fitting) != 1:
+            found = f"is {[N, K]}, weight_packed has {rows} rows of {words} words"
+            shape.fail(f"{found} of {' or '.join(map(str, sorted(method.bits)))} bits")
+        self.shape, self.bits = (N, K), fitting[0]
+        self.packed.check(["I32"], (rows, words))
+        G = self.scales_part.matrix()[1]
+        self.scales_part.check(FLOATS, (N, G))
+        if "weight_zero_point" in parts:
+            parts["weight_zero_point"].check(["I32"], (-(-N * self.bits // 32), G))
+        if "weight_g_idx" in parts:
+            parts["weight_g_idx"].check(["I32"], (K,))
+        elif K % G:
+            self.scales_part.fail(f"has {G} groups, {K} columns are no multiple of that")
+
+    def groups(self) -> Array:
+        K, G = self.shape[1], self.scales_part.info.shape[1]
+        if "weight_g_idx" not in self.parts:
+            return groups_of(K, K // G)
+        return checked_groups(self.parts["weight_g_idx"], G)
+
+    def numbers(self, rows: slice) -> Array:
+        return whole_numbers(self.packed.array[rows], self.bits)[:, : self.shape[1]]
+
+    def zeros(self) -> Array:
+        if "weight_zero_point" not in self.parts:
+            return np.array([[1 << self.bits - 1]], np.uint8)
+        words = np.ascontiguousarray(self.parts["weight_zero_point"].array.T)
+        return np.ascontiguousarray(whole_numbers(words, self.bits).T[: self.shape[0]])
+
+    def scales(self) -> Array:
+        return self.scales_part.floats()

@@ -1,0 +1,167 @@
+"""Whole numbers with a scale and a zero for each group of columns, mapped onto our formats without loss.
+
+    w[n, k] = scale[n, g] * (q[n, k] - zero[n, g])          g: the group of column k
+
+A block of ours is 32 weights d * q. So a weight whose groups are whole blocks takes the smallest format that
+holds all of its q - zero, with d = scale:
+
+    Q4_0     -8 .. 7      4 bits with one zero in the middle, 2 and 3 bits
+    Q5_0    -16 .. 15     4 bits with other zeros
+    Q8_0   -128 .. 127    8 bits with one zero in the middle
+
+Everything else is expanded to float32: groups of another size, scales that float16 cannot hold, 8 bits with
+other zeros. Where groups are no runs of columns (act-order), the columns are stored sorted by group.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, whole_q5_0, whole_q8_0
+from ...backend.limits import available_cpus
+from ...config import Array
+from ...errors import NumericsError
+from .base import FileTensor, QuantizedWeight
+
+Whole = Callable[[Array, Array], Array]
+# The formats of d * q, the smallest first: their least and largest q, and the function that stores them.
+HOLD: dict[str, tuple[int, int, Whole]] = {
+    "Q4_0": (-8, 7, whole_q4_0),
+    "Q5_0": (-16, 15, whole_q5_0),
+    "Q8_0": (-128, 127, whole_q8_0),
+}
+WEIGHTS_AT_ONCE = 1 << 20  # for each thread: its temporary arrays stay in the cache
+ROWS_AT_ONCE = 32  # at least, and a multiple: the file may have them in words of 8 or 16
+FLOATS = ("F16", "BF16", "F32")  # the types of a scale
+
+
+def whole_numbers(words: Array, bits: int) -> Array:
+    """Whole numbers of `bits` bits out of 32-bit words, the lowest bits first: (..., W) -> (..., n) uint8.
+
+    2, 4 and 8 bits: a word holds 32 / bits of them. 3 bits: three words hold 32, and number i begins at bit
+    3 i of the 96.
+    """
+    if bits == 3:
+        low, middle, high = np.moveaxis(words.view(np.uint32).reshape(*words.shape[:-1], -1, 3), -1, 0)
+        parts = [
+            *(low >> 3 * i for i in range(10)),
+            low >> 30 | middle << 2,
+            *(middle >> 3 * i + 1 for i in range(10)),
+            middle >> 31 | high << 1,
+            *(high >> 3 * i + 2 for i in range(10)),
+        ]
+        q = np.stack([(part & 7).astype(np.uint8) for part in parts], axis=-1)
+        return q.reshape(*words.shape[:-1], -1)
+    a_byte = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return a_byte
+    q = np.empty((*a_byte.shape, 8 // bits), np.uint8)
+    for i in range(8 // bits):
+        np.bitwise_and(a_byte >> np.uint8(bits * i), (1 << bits) - 1, out=q[..., i])
+    return q.reshape(*words.shape[:-1], -1)
+
+
+class GroupedWeight(QuantizedWeight):
+    """A weight of whole numbers. A method says how they lie in the file."""
+
+    bits: int
+    parts: Mapping[str, FileTensor]
+    scales_part: FileTensor
+
+    @abstractmethod
+    def numbers(self, rows: slice) -> Array:
+        """q of some rows, a multiple of ROWS_AT_ONCE: -> (rows, K) uint8, in the file's order of columns."""
+
+    @abstractmethod
+    def zeros(self) -> Array:
+        """-> (N, G) uint8, or (1, 1) if all are equal."""
+
+    @abstractmethod
+    def scales(self) -> Array:
+        """-> (N, G) in float16 or float32."""
+
+    @abstractmethod
+    def groups(self) -> Array:
+        """The group of each column: -> (K,), from 0 to G - 1."""
+
+    def stored(self) -> StoredTensor:
+        groups, order = self.groups(), None
+        if (np.diff(groups) < 0).any():
+            order = np.argsort(groups, kind="stable")
+            groups = groups[order]
+        format = self.format(groups)
+        if format.block == 1:
+            return StoredTensor(format, self.shape, lambda: self._each(format, self._floats))
+        places = None if order is None else np.argsort(order)
+        return StoredTensor(format, self.shape, lambda: self._each(format, self._blocks, order), None, places)
+
+    def format(self, sorted_groups: Array) -> Format:
+        """The smallest of our formats that holds the weight exactly, if its columns are sorted by group."""
+        K, zeros = self.shape[1], self.zeros()
+        least, most = -int(zeros.max()), (1 << self.bits) - 1 - int(zeros.min())
+        found = [name for name, (low, high, _) in HOLD.items() if low <= least and most <= high]
+        whole = K % QK == 0 and (sorted_groups.reshape(-1, QK) == sorted_groups[::QK, None]).all()
+        return FORMATS[found[0] if found and whole and self._fits_float16() else "F32"]
+
+    def _fits_float16(self) -> bool:
+        if self.scales_part.info.type_name == "F16":
+            return True
+        scales = self.scales()
+        with np.errstate(over="ignore"):
+            return bool((scales.astype(np.float16) == scales).all())
+
+    def _each(self, format: Format, make: Callable[..., Array], order: Array | None = None) -> Array:
+        """The bytes of all rows: `make` computes some of them at a time, in as many threads as CPUs."""
+        N, K = self.shape
+        groups, scales, zeros = self.groups(), self.scales(), self.zeros()
+        if not np.isfinite(scales).all():
+            self.scales_part.fail("has a scale that is infinite or NaN", NumericsError)
+        if order is not None:
+            groups = groups[order]
+        step = max(1, WEIGHTS_AT_ONCE // K // ROWS_AT_ONCE) * ROWS_AT_ONCE
+        out = np.empty((N, format.row_bytes(K)), np.uint8)
+
+        def fill(begin: int) -> None:
+            rows = slice(begin, min(begin + step, N))
+            q, z = self.numbers(rows), zeros[rows if len(zeros) == N else slice(None)]
+            out[rows] = make(format, q if order is None else q[:, order], scales[rows], z, groups)
+
+        # Threads of Python: NumPy releases the lock in each step.
+        with ThreadPoolExecutor(available_cpus()) as threads:
+            try:
+                list(threads.map(fill, range(0, N, step)))
+            except BaseException:  # Ctrl-C too
+                threads.shutdown(cancel_futures=True)
+                raise
+        for part in self.parts.values():
+            part.forget()
+        return out
+
+    @staticmethod
+    def _blocks(format: Format, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
+        of_block = groups[::QK]
+        z = zeros if zeros.size == 1 else zeros[:, of_block]
+        difference = q.reshape(len(q), -1, QK) - z[..., None]  # modulo 256: the bits of an int8
+        return HOLD[format.name][2](scales[:, of_block].astype("<f2"), difference.view(np.int8))
+
+    @staticmethod
+    def _floats(format: Format, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
+        z = zeros if zeros.size == 1 else zeros[:, groups]
+        difference = q.astype(np.int16) - z
+        return (scales.astype(np.float32)[:, groups] * difference).astype("<f4").view(np.uint8)
+
+
+def groups_of(K: int, size: int) -> Array:
+    """Runs of `size` columns, the last of which may be shorter: -> (K,)."""
+    return np.arange(K) // size
+
+
+def checked_groups(g_idx: FileTensor, G: int) -> Array:
+    """The group of each column, as the file lists them; MismatchError if one is not from 0 to G - 1."""
+    found = np.asarray(g_idx.array, np.int64)
+    if (odd := (found < 0) | (found >= G)).any():
+        at = int(odd.argmax())
+        g_idx.fail(f"has the group {found[at]} at {at}, it must be from 0 to {G - 1}")
+    return found

@@ -3,7 +3,10 @@
     quant_method         what is run                         file
     gptq                 2, 3, 4 and 8 bits                  gptq.py
     awq                  4 bits, gemm and gemv               awq.py
-    compressed-tensors   pack-quantized, 4 and 8 bits        compressed_tensors.py
+    compressed-tensors   pack-quantized, 4 and 8 bits,       compressed_tensors.py
+                         int-quantized, float-quantized
+    bitsandbytes         int8, nf4, fp4                      bitsandbytes.py
+    fp8, fbgemm_fp8      E4M3                                fp8.py
 
 A method finds the tensors of each weight, checks them against each other, and gives the weight in one of
 our formats without loss. METHODS is the table to extend.
@@ -15,7 +18,9 @@ from ...errors import UnsupportedError, escape
 from ..json_file import JsonFile
 from .awq import AWQ
 from .base import FileTensor, Method, QuantizedWeight
+from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
+from .fp8 import FP8
 from .gptq import GPTQ
 
 __all__ = ["METHODS", "FileTensor", "Method", "QuantizedWeight", "method_of"]
@@ -24,6 +29,9 @@ METHODS: dict[str, type[Method]] = {  # by quant_method
     "gptq": GPTQ,
     "awq": AWQ,
     "compressed-tensors": CompressedTensors,
+    "bitsandbytes": BitsAndBytes,
+    "fp8": FP8,
+    "fbgemm_fp8": FP8,
 }
 KEYS = ("quantization_config", "quantization", "compression_config")  # of config.json
 # Files of settings beside an older config.json, which has no such key.

@@ -7,6 +7,15 @@ pack-quantized:
     X.weight_zero_point  I32             (N bits / 32, G)   if asymmetric: zero + 2^(bits - 1), along N
     X.weight_shape       I64             (2,)               N and K: rows may end in part of a word
     X.weight_g_idx       I32             (K,)               the group of each column, if act-order
+
+int-quantized (W8A8), float-quantized and naive-quantized, a byte a weight:
+
+    X.weight             I8 or F8_E4M3   (N, K)
+    X.weight_scale       F16, BF16, F32  one for all, (N, 1), (N, G), or one for each block_structure
+
+    w[n, k] = scale * q[n, k]
+
+The library rounds w to the dtype of the scales. Here w is float32, and activations are not rounded to 8 bits.
 """
 
 from collections.abc import Mapping
@@ -14,13 +23,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...config import Array
-from ...errors import UnsupportedError, escape
+from ...errors import ConfigError, UnsupportedError, escape
 from ..json_file import JsonFile
 from .base import FileTensor, Method, QuantizedWeight, check_parts
 from .grouped import FLOATS, GroupedWeight, checked_groups, groups_of, whole_numbers
+from .scaled import MAX_BLOCK, block_sizes, scaled_weight
 
 BITS = (4, 8)
-RUN = ("pack-quantized",)
+OF_BYTES = ("int-quantized", "float-quantized", "naive-quantized")
+RUN = ("pack-quantized", *OF_BYTES)
+OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 
 def dequantize_packed(
@@ -45,7 +57,7 @@ def dequantize_packed(
 class CompressedTensors(Method):
     """The settings: the formats, and the bits of each group of weights (config_groups)."""
 
-    markers = ("weight_packed",)
+    markers = ("weight_packed", "weight_scale")
 
     def __init__(self, settings: JsonFile):
         self.path = settings.path
@@ -61,23 +73,40 @@ class CompressedTensors(Method):
         formats = {settings.get("format", str), *(part.get("format", str) for part in parts)}
         if odd := formats - {None, "mixed-precision", *RUN}:
             found = escape(", ".join(sorted(map(str, odd))), 60)
-            raise UnsupportedError(f"{self.path}: compressed-tensors of the format {found}; run is {RUN[0]}")
+            known = ", ".join(RUN)
+            raise UnsupportedError(f"{self.path}: compressed-tensors of the format {found}; run are {known}")
         self.bits: set[int] = set()
+        self.blocks: list[tuple[int, int]] = []  # the rows and columns of one scale
         for part in parts:
             weights = part.part("weights")
-            if weights is None or weights.get("type", str, "int") != "int":
+            if weights is None or weights.get("type", str, "int") not in ("int", "float"):
                 found = escape(part.values.get("weights"), 80)
                 raise UnsupportedError(f"{self.path}: config_groups has weights {found}, which are not run")
             self.bits.add(weights.require("num_bits", int))
+            self.blocks += block_sizes(weights, "block_structure")
+            size = weights.get("group_size", int, -1)
+            if not -1 <= size <= MAX_BLOCK:
+                raise ConfigError(f"{self.path}: group_size is {size}, wanted at most {MAX_BLOCK}")
+            self.blocks += [(1, size)] if size > 0 else []
         if odd_bits := self.bits - set(BITS):
-            found = f"{RUN[0]} of {min(odd_bits)} bits"
+            found = f"compressed-tensors of {min(odd_bits)} bits"
             raise UnsupportedError(f"{self.path}: {found}; run are {' and '.join(map(str, BITS))}")
         self.title = f"compressed-tensors, {' and '.join(map(str, sorted(self.bits)))} bits"
 
     def weight(self, name: str, parts: Mapping[str, FileTensor]) -> QuantizedWeight:
+        if "weight_packed" not in parts:
+            return self.weight_of_bytes(name, parts)
         needed = ("weight_packed", "weight_scale", "weight_shape")
         check_parts(name, parts, needed, ("weight_zero_point", "weight_g_idx"))
         return PackedWeight(self, parts)
+
+    def weight_of_bytes(self, name: str, parts: Mapping[str, FileTensor]) -> QuantizedWeight:
+        if zero := parts.get("weight_zero_point"):
+            zero.fail("is there: bytes with a zero point are not run", UnsupportedError)
+        check_parts(name, parts, ("weight", "weight_scale"), OF_ACTIVATIONS)
+        q = parts["weight"]
+        kind = "FP8" if q.info.type_name == "F8_E4M3" else "INT8"
+        return scaled_weight(q, parts["weight_scale"], kind, self.blocks)
 
 
 class PackedWeight(GroupedWeight):

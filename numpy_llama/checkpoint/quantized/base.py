@@ -90,7 +90,7 @@ class Method(ABC):
             for marker in self.markers
             if name.endswith(f".{marker}")
         }
-        parts: dict[str, dict[str, FileTensor]] = {name: {} for name in names}
+        parts: dict[str, dict[str, FileTensor]] = {name: {} for name in sorted(names)}
         for name in tensors:
             for end in (i for i, letter in enumerate(name) if letter == "."):
                 if name[:end] in names:

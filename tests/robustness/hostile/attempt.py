@@ -27,6 +27,7 @@ from robustness.hostile import (  # noqa: E402
     files,
     gguf,
     models,
+    quantized_floats,
     safetensors,
     templates,
     tokenizers,
@@ -34,7 +35,10 @@ from robustness.hostile import (  # noqa: E402
 )
 from robustness.hostile.case import CASES, CONTROLS, Case, MiB, Variant  # noqa: E402
 
-MODULES = (models, gguf, safetensors, torch, tokenizers, configs, templates, command_line, files)
+MODULES = (
+    *(models, gguf, safetensors, torch, tokenizers, configs, templates, command_line, files),
+    quantized_floats,
+)
 
 ADDRESS_SPACE = 2 << 30
 MAX_MESSAGE = 400  # characters, the name of the folder not counted
@@ -172,7 +176,7 @@ def main() -> None:
         wanted.remove("--reference")
     else:
         models.warm_up(root)
-    order = sorted(CASES, key=lambda id: ("GSPTCJUF".index(id[0]), id))
+    order = sorted(CASES, key=lambda id: ("GSPTCJUFB".index(id[0]), id))
     for id in [*CONTROLS, *order]:
         if wanted and id not in wanted:
             continue

@@ -4,7 +4,7 @@
     q8               every matrix in Q8_0
     q4               the layers in Q4_0; the embedding and the output matrix in Q8_0, because every token
                      uses one row of each
-    None             every matrix in the format that it has; only for a packed file
+    None             every matrix in the format that it has; only for quantised weights, or a packed file
 
 A packed file has the rows of block formats as the kernels take them (`pack_rows`), so that loading copies
 nothing. Other programs refuse it. An embedding that is no output matrix too is not packed: only its rows are
@@ -57,12 +57,15 @@ def convert(
 ) -> Path:
     """Write `source` to the file `out`; -> its path. progress(what, done, total) counts bytes.
 
-    dtype: one of DTYPES, or None for a packed file whose weights keep their formats. weights: others than
-    those of the source; they too may keep their formats.
+    dtype: one of DTYPES, or None: weights keep their formats, if the file is packed or some weights are
+    quantised. weights: others than those of the source; they too may keep their formats.
     """
-    if dtype not in DTYPES and not (dtype is None and (packed or weights is not None)):
+    if dtype is not None and dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
-    weights, out = source.weights() if weights is None else weights, Path(os.path.realpath(out))
+    others, out = weights, Path(os.path.realpath(out))
+    weights = source.weights() if others is None else others
+    if dtype is None:
+        check_kept(weights, packed or others is not None)
     if out.exists():
         check_replaceable(source, out)
     source.watch()
@@ -115,10 +118,20 @@ def target_formats(weights: Mapping[str, StoredTensor], dtype: str | None, packe
     if not to_pack:
         found = ", ".join(dict.fromkeys(format.name for format in formats.values()))
         raise ParameterError(f"nothing to pack: {found} weights are used as they are; choose dtype q8 or q4")
-    if dtype is None and (expanded := [name for name, w in weights.items() if not w.in_place]):
+    expanded = [name for name, w in weights.items() if not w.in_place and w.format.block == 1]
+    if dtype is None and expanded:
         what = "the kernels do not take its format, so it cannot be kept"
         raise ParameterError(f"{expanded[0]}: {what}; choose dtype q8 or q4")
     return formats | to_pack
+
+
+def check_kept(weights: Mapping[str, StoredTensor], may_be_plain: bool) -> None:
+    """ParameterError unless weights can keep their formats, and some are quantised or `may_be_plain`."""
+    if not may_be_plain and all(w.format.block == 1 for w in weights.values()):
+        raise ParameterError(f"--dtype is missing, it must be one of {', '.join(DTYPES)}")
+    if sorted_by := [name for name, w in weights.items() if w.column_order is not None]:
+        what = "its columns are stored in another order (act-order), so it cannot keep its format"
+        raise ParameterError(f"{sorted_by[0]}: {what}; choose --dtype q8, which rounds, or f32")
 
 
 def check_replaceable(source: Checkpoint, out: Path) -> None:

@@ -1,8 +1,9 @@
 """Write a model to one GGUF file, which loads without conversion.
 
 MODEL is any model that numpy-llama runs. The C kernels use the weights of OUT directly from the file. OUT is
-replaced only when the new file is complete and has been read back. With --packed the weights lie as the
-kernels read them: loading copies nothing, but other programs cannot read the file.
+replaced only when the new file is complete and has been read back. Weights that are quantised already keep
+their formats if --dtype is left out. With --packed the weights lie as the kernels read them: loading copies
+nothing, but other programs cannot read the file.
 """
 
 import argparse
@@ -11,7 +12,6 @@ from ..checkpoint import open_checkpoint
 from ..checkpoint.convert import DTYPES, convert
 from ..checkpoint.download import locate
 from ..checkpoint.memory import gib
-from ..errors import ParameterError
 from . import common
 
 
@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="the format of the weights: q8 has 8 bits, q4 has 4; with --packed it may be left out",
+        help="the format of the weights: q8 has 8 bits, q4 has 4; it may be left out with --packed, and if "
+        "the weights are quantised already",
     )
     parser.add_argument(
         "--packed",
@@ -34,10 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.dtype is None and not args.packed:
-        raise ParameterError(f"--dtype is missing, it must be one of {', '.join(DTYPES)}")
     with common.transfer_bar() as progress:
         source = open_checkpoint(locate(args.model, progress))
         out = convert(source, args.out, args.dtype, args.threads, progress, args.packed)
-    how = ", ".join([args.dtype] * bool(args.dtype) + ["packed"] * args.packed)
-    common.note(f"{out}: {gib(out.stat().st_size)}, {how}")
+    how = [args.dtype] * bool(args.dtype) + ["packed"] * args.packed or ["every weight in its format"]
+    common.note(f"{out}: {gib(out.stat().st_size)}, {', '.join(how)}")

@@ -3,10 +3,11 @@
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from math import prod
 
+from ..backend.formats import StoredTensor
 from ..checkpoint import open_checkpoint
 from ..checkpoint.adapters import Adapter, is_adapter, open_adapter
 from ..checkpoint.base import Checkpoint
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         return
     checkpoint = open_checkpoint(path)
     weights = checkpoint.weights()  # checks names and shapes against the arguments before anything is printed
-    for name, value in [*contents(checkpoint), *arguments(checkpoint), *text(checkpoint)]:
+    for name, value in [*contents(checkpoint, weights), *arguments(checkpoint), *text(checkpoint)]:
         print(f"{name:<16} {value}")
     plan = memory_plan(checkpoint.args, weights, "c")
     for name, value in memory(plan, available_memory(plan.mapped)):
@@ -72,12 +73,13 @@ def _range(values: Sequence[float]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def contents(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+def contents(checkpoint: Checkpoint, weights: Mapping[str, StoredTensor]) -> Iterator[tuple[str, str]]:
     files, tensors = checkpoint.files, checkpoint.tensors.values()
     yield "model", printable(str(checkpoint.path))
     number = f"{len(files)} files, " if len(files) > 1 else ""
     yield "format", f"{checkpoint.format}, {number}{sum(file.size for file in files):,} bytes"
-    yield "parameters", f"{sum(prod(t.shape) for t in tensors):,}"
+    different = {id(w): w for w in weights.values()}.values()  # a tied weight counts once
+    yield "parameters", f"{sum(prod(w.shape) for w in different):,}"
     count = Counter(t.type_name for t in tensors)
     size = Counter({name: sum(t.nbytes for t in tensors if t.type_name == name) for name in count})
     for name, nbytes in size.most_common():

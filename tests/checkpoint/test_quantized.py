@@ -1,22 +1,277 @@
 """Folders quantised by GPTQ, AWQ and compressed-tensors: their weights bit for bit, and their logits."""
 
+import base64
+import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.quantized import VARIANTS, write_folder
+import torch
+from helpers.quantized import VARIANTS, Variant, awq, compressed, dense, gptq, packed, write_folder
+from hypothesis import given
+from hypothesis import strategies as st
 
+from numpy_llama import cli, errors
+from numpy_llama.backend import build
+from numpy_llama.backend.formats import PackedTensor, StoredTensor
+from numpy_llama.backend.kernels import Kernels, KernelWeight
+from numpy_llama.backend.training import TrainingKernels
 from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.convert import convert
+from numpy_llama.checkpoint.memory import gib, memory_plan
+from numpy_llama.checkpoint.quantized import awq as awq_format
+from numpy_llama.checkpoint.quantized import compressed_tensors as compressed_format
+from numpy_llama.checkpoint.quantized import gptq as gptq_format
+from numpy_llama.checkpoint.quantized.grouped import whole_numbers
+from numpy_llama.proof.oracle import transformers_model
 from numpy_llama.proof.tiny import TINY_BLOCKS
 
-ARGS = replace(TINY_BLOCKS, dim=96, hidden_dim=192, n_heads=6, n_kv_heads=2, head_dim=16)
+LOGITS = 5e-6  # of the largest logit: both sides compute in float32, over two layers
+ARGS = replace(TINY_BLOCKS, dim=96, hidden_dim=192, n_heads=6, n_kv_heads=2, head_dim=16, vocab_size=512)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_weights_are_those_of_the_file(name, tmp_path):
-    wanted = write_folder(tmp_path, ARGS, VARIANTS[name])
-    opened = open_checkpoint(tmp_path)
+@pytest.fixture(scope="module", params=VARIANTS)
+def written(request, tmp_path_factory):
+    """-> the name of a variant, its folder, and the weights in it."""
+    folder = tmp_path_factory.mktemp("folder")
+    return request.param, folder, write_folder(folder, ARGS, VARIANTS[request.param])
+
+
+def settled(name: str) -> str:
+    """The format that the weights of a variant must have."""
+    if name.endswith(("groups of 16", "groups of 48", "float32 scales", "tiny scales")):
+        return "F32"
+    narrow, wide = "2 bits" in name or "3 bits" in name, "8 bits" in name or "W8A16" in name
+    plain_awq = "AWQ" in name and "symmetric" not in name
+    if plain_awq or name.endswith("asymmetric") or name == "GPTQ version 2":
+        return "F32" if wide else "Q4_0" if narrow else "Q5_0"
+    return "Q8_0" if wide else "Q4_0"
+
+
+def test_weights_are_those_of_the_file_bit_for_bit(written):
+    name, folder, wanted = written
+    opened = open_checkpoint(folder)
     for ours, w in opened.weights().items():
         np.testing.assert_array_equal(w.dequantize(), wanted[ours], ours)
-        if ours.startswith("layers") and w.dequantize().ndim == 2:
-            print(name, ours, w.format.name)
+        if len(w.shape) == 2 and ours.startswith("layers."):
+            np.testing.assert_array_equal(w[3:5], wanted[ours][3:5], ours)
+            assert w.format.name == settled(name), ours
+            assert (w.column_order is not None) == ("act-order" in name)
+
+
+def test_logits_are_those_of_transformers(written):
+    _, folder, weights = written
+    tokens = np.random.default_rng(1).integers(0, ARGS.vocab_size, (2, ARGS.max_seq_len))
+    with torch.no_grad():
+        wanted = transformers_model(ARGS, weights)(torch.from_numpy(tokens)).logits.numpy()
+    opened = open_checkpoint(folder)
+    for backend in ("numpy", "c"):
+        found = build(opened.args, opened.weights(), backend=backend, exact=True)(tokens)
+        assert np.abs(found - wanted).max() <= LOGITS * np.abs(wanted).max(), backend
+
+
+def test_with_rounded_activations_only_the_columns_are_exchanged(tmp_path):
+    """Act-order in the default mode of the kernels, in prefill and decode: linear of the sorted columns."""
+    write_folder(tmp_path, ARGS, VARIANTS["GPTQ act-order"])
+    w = open_checkpoint(tmp_path).weights()["layers.0.feed_forward.w_down.weight"].realize()
+    order = np.argsort(w.column_order)
+    plain, kernels = StoredTensor(w.format, w.shape, w.data), Kernels(1)
+    for T in (1, 3, 40):
+        x = np.random.default_rng(T).standard_normal((T, w.shape[1]), np.float32)
+        np.testing.assert_array_equal(
+            kernels.linear(x, KernelWeight(w)), kernels.linear(x[:, order], KernelWeight(plain))
+        )
+
+
+@pytest.mark.parametrize("T", [2, 40])
+def test_gradients_pass_through_sorted_columns(T, tmp_path, rng):
+    write_folder(tmp_path, ARGS, VARIANTS["GPTQ act-order"])
+    stored = open_checkpoint(tmp_path).weights()["layers.0.attention.wq.weight"]
+    w, dense_w, kernels = KernelWeight(stored), stored.dequantize(), TrainingKernels(1)
+    x, dy = (rng.standard_normal((T, n)).astype(np.float32) for n in w.shape[::-1])
+    np.testing.assert_allclose(kernels.linear(x, w), x @ dense_w.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(kernels.linear_dx(dy, w), dy @ dense_w, rtol=1e-4, atol=1e-5)
+
+
+def test_each_weight_may_have_settings_of_its_own(tmp_path):
+    """`dynamic`: other bits and groups for some weights, none for others; a quantised lm_head."""
+    kinds = {
+        "wq": gptq(8, 96),
+        "wk": gptq(3, 48),
+        "w_down": gptq(2, symmetric=False, act_order=True),
+        "w_up": None,
+        "output": gptq(4),
+    }
+    dynamic = {
+        r"+:.*\.q_proj$": {"bits": 8, "group_size": 96},
+        r"+:.*\.k_proj$": {"bits": 3, "group_size": 48},
+        r"+:.*\.down_proj$": {"bits": 2, "sym": False, "desc_act": True},
+        r"-:.*\.up_proj$": {},
+    }
+    usual = gptq(4, dynamic=dynamic)
+
+    def kind(ours: str) -> Variant | None:
+        return None if ours == "tok_embeddings.weight" else kinds.get(ours.split(".")[-2], usual)
+
+    wanted = write_folder(tmp_path, ARGS, kind, usual.settings)
+    found = open_checkpoint(tmp_path).weights()
+    for ours, w in found.items():
+        np.testing.assert_array_equal(w.dequantize(), wanted[ours], ours)
+    assert found["output.weight"].format.name == "Q4_0"
+    assert found["layers.1.feed_forward.w_up.weight"].in_place
+
+
+SIZES = st.integers(1, 4).map(lambda n: 32 * n)
+
+
+@given(SIZES, SIZES, st.sampled_from([2, 3, 4, 8]), st.booleans(), st.integers(0, 1), st.integers(0, 2**32))
+def test_the_reference_of_gptq_is_its_formula(N, K, bits, act_order, minus, seed):
+    """Any zeros, also the zero 0 that version 1 stores as the largest number."""
+    rng = np.random.default_rng(seed)
+    q, zeros = rng.integers(0, 1 << bits, (N, K)), rng.integers(0, 1 << bits, (N, K // 32))
+    scales = torch.from_numpy(rng.standard_normal(zeros.shape).astype(np.float16))
+    g_idx = np.arange(K) // 32
+    if act_order:
+        rng.shuffle(g_idx)
+    stored = (zeros - minus) % (1 << bits)
+    found = gptq_format.dequantize(
+        packed(q, bits).T, packed(stored.T, bits), scales.numpy().T, g_idx, bits, minus
+    )
+    np.testing.assert_array_equal(found, dense(q, zeros, scales, g_idx))
+
+
+@given(SIZES, SIZES, st.integers(0, 2**32))
+def test_the_references_of_awq_are_its_formula(N, K, seed):
+    rng = np.random.default_rng(seed)
+    for version in ("gemm", "gemv"):
+        tensors, wanted = awq(version, 32).make(rng, N, K)
+        arrays = [tensors[name].numpy() for name in ("qweight", "qzeros", "scales")]
+        if version == "gemm":
+            found = awq_format.dequantize_gemm(*arrays)
+        else:
+            found = awq_format.dequantize_gemv(*arrays, 32)
+        np.testing.assert_array_equal(found, wanted)
+
+
+@given(st.integers(1, 70), st.integers(1, 4), st.sampled_from([4, 8]), st.booleans(), st.integers(0, 2**32))
+def test_the_reference_of_compressed_tensors_is_its_formula(N, G, bits, symmetric, seed):
+    """Rows may end in part of a word, and so may the zeros."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 40))
+    tensors, wanted = compressed(bits, size, symmetric, torch.float16).make(rng, N, G * size)
+    zeros = tensors.get("weight_zero_point")
+    found = compressed_format.dequantize_packed(
+        tensors["weight_packed"].numpy(),
+        tensors["weight_scale"].numpy(),
+        None if zeros is None else zeros.numpy(),
+        np.arange(G * size) // size,
+        bits,
+        G * size,
+    )
+    np.testing.assert_array_equal(found, wanted)
+
+
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(0, 2**32))
+def test_whole_numbers_are_a_stream_of_bits(bits, n, seed):
+    q = np.random.default_rng(seed).integers(0, 1 << bits, (n, 32 * n))
+    np.testing.assert_array_equal(whole_numbers(packed(q, bits), bits), q)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """The folder with the smallest of Meta's tokenizers."""
+    lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+def test_a_native_file_keeps_every_weight(written, tmp_path):
+    """`convert` without a dtype. Columns in another order fit no block: those weights need a dtype."""
+    name, folder, weights = written
+    opened, out = open_checkpoint(with_tokenizer(folder)), tmp_path / "m.gguf"
+    if "act-order" in name or settled(name) == "F32":
+        with pytest.raises(errors.ParameterError, match=r"another order|--dtype is missing"):
+            convert(opened, out, None)
+        convert(opened, out, "f32")
+    else:
+        convert(opened, out, None)
+    for ours, w in open_checkpoint(out).weights().items():
+        np.testing.assert_array_equal(w.dequantize(), weights[ours], ours)
+        assert w.format.name in ("F32", settled(name))
+
+
+@pytest.mark.parametrize("name", ["GPTQ act-order", "AWQ gemm"])
+def test_a_quantised_folder_in_other_formats(name, tmp_path):
+    weights = write_folder(tmp_path, ARGS, VARIANTS[name])
+    opened = open_checkpoint(with_tokenizer(tmp_path))
+    for dtype, format in (("q8", "Q8_0"), ("q4", "Q4_0"), ("bf16", "BF16")):
+        found = open_checkpoint(convert(opened, tmp_path / f"{dtype}.gguf", dtype)).weights()
+        ours = "layers.1.attention.wk.weight"
+        np.testing.assert_array_equal(found[ours].data, StoredTensor.quantize(weights[ours], format).data)
+    if name == "AWQ gemm":
+        packed_file = convert(opened, tmp_path / "packed.gguf", None, packed=True)
+        for ours, w in open_checkpoint(packed_file).weights().items():
+            np.testing.assert_array_equal(w.dequantize(), weights[ours], ours)
+
+
+@pytest.mark.parametrize("name", ["GPTQ 4 bits", "GPTQ act-order", "AWQ gemm", "W8A16, asymmetric"])
+def test_the_command_line(name, tmp_path, capsys):
+    write_folder(tmp_path, ARGS, VARIANTS[name])
+    folder, out = str(with_tokenizer(tmp_path)), str(tmp_path / "m.gguf")
+    assert cli.main(["generate", "--prompt-ids", "1,2,3", "-n", "2", "--temperature", "0", "-m", folder]) == 0
+    assert cli.main(["info", folder]) == 0
+    shown = capsys.readouterr().out
+    opened = open_checkpoint(tmp_path)
+    plan = memory_plan(opened.args, opened.weights(), "c")
+    assert opened.format in shown and f"{gib(plan.made)}, joined, expanded or packed on loading" in shown
+    n = sum(math.prod(w.shape) for w in opened.weights().values())
+    assert re.search(rf"parameters +{n:,}\n", shown)
+    if name in ("GPTQ 4 bits", "AWQ gemm"):
+        assert cli.main(["convert", folder, out]) == 0
+        assert cli.main(["verify", "-m", out, "--against", folder]) == 0
+    assert cli.main(["verify", "-m", folder]) == 0
+
+
+def test_the_memory_plan_is_what_the_kernels_hold(written):
+    _, folder, _ = written
+    opened = open_checkpoint(folder)
+    plan, held = memory_plan(opened.args, opened.weights(), "c"), 0
+    for ours, w in opened.weights().items():
+        if ours.startswith("layers.") and len(w.shape) == 2:
+            weight = KernelWeight(w)
+            held += weight.rows.nbytes
+            assert isinstance(weight.tensor, PackedTensor) == (w.format.block > 1)  # only once in memory
+            np.testing.assert_array_equal(weight[:], w.dequantize())
+    assert plan.made == held
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"quant_method": "gptq", "bits": 5}, "GPTQ of 5 bits"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*": {"bits": 6}}}, "GPTQ of 6 bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "stored as 'marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "stored as 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "stored for 'gemv_fast'"),
+        ({"quant_method": "awq", "bits": 4, "version": "marlin"}, "stored for 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "stored by llm-awq"),
+        ({"quant_method": "awq", "bits": 3}, "AWQ of 3 bits"),
+        (compressed().settings | {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'"),
+        (compressed().settings | {"format": "mxfp4-pack-quantized"}, "format 'mxfp4-pack-quantized'"),
+        (compressed().settings | {"format": "marlin-24"}, "format 'marlin-24'"),
+        (compressed().settings | {"transform_config": {"a": 1}}, "transform_config"),
+        (compressed().settings | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        (compressed().settings | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (compressed(3).settings, "of 3 bits"),
+        ({"quant_method": "exl2", "bits": 4.25}, "quantised by 'exl2'"),
+    ],
+)
+def test_what_is_not_run_is_refused_by_name(settings, message, tmp_path):
+    write_folder(tmp_path, ARGS, gptq(), settings)
+    with pytest.raises(errors.UnsupportedError, match=message) as caught:
+        open_checkpoint(tmp_path)
+    assert "config.json" in str(caught.value)

@@ -61,9 +61,9 @@ class CompressedTensors(Method):
 
     def __init__(self, settings: JsonFile):
         self.path = settings.path
-        for key, plain in (("sparsity_config", "dense"), ("transform_config", None)):
+        for key in ("sparsity_config", "transform_config"):
             part = settings.get(key, dict, {})
-            if part and part.get("format") != plain:
+            if part and part.get("format") != "dense":
                 raise UnsupportedError(f"{self.path}: {key} is {escape(part, 80)}, which is not run")
         if (scheme := settings.get("kv_cache_scheme", dict)) is not None:
             found = f"kv_cache_scheme is {escape(scheme, 80)}"

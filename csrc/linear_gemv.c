@@ -227,8 +227,10 @@ VEC_INLINE void gemv_packed_rows(const int format, const int T, const linear_arg
     const uint8_t *w[STREAMS];
     vec y[STREAMS][REGISTERS][GEMV_TOKENS];
     gemv_step step = {.first = a->x};
-    if (in_bytes(format)) step.second = second_bytes_of(a->x, T, 1, IN, 0);
-    for (int t = 0; t < T; t++) step.x[t] = (const float *)a->x + (t < a->T ? t : a->T - 1) * IN;
+    if (in_bytes(format))
+        step.second = second_bytes_of(a->x, T, 1, IN, 0);
+    else /* tokens behind the last one are the last one; their sums are not used */
+        for (int t = 0; t < T; t++) step.x[t] = (const float *)a->x + (t < a->T ? t : a->T - 1) * IN;
     int streams = 0;
     for (; streams < STREAMS && r + streams * apart < end; streams++) {
         w[streams] = (const uint8_t *)a->w.data + (r + streams * apart) * row_bytes;
@@ -244,9 +246,10 @@ VEC_INLINE void gemv_packed_rows(const int format, const int T, const linear_arg
             if (h == REGISTERS - 1)
                 w[stream] += PACKED_ROWS * KC / block_weights(format) * block_bytes(format);
         }
-        for (int t = 0; t < T; t++) step.x[t] += KC;
-        step.first += KC / QK * x_block_size(T);
-        step.second.place += KC / QK;
+        if (in_bytes(format))
+            step.first += KC / QK * x_block_size(T), step.second.place += KC / QK;
+        else
+            for (int t = 0; t < T; t++) step.x[t] += KC;
     }
     for (int i = 0; i < streams; i++) {
         const int64_t row = r + i * apart, rows = end - row < PACKED_ROWS ? end - row : PACKED_ROWS;

@@ -83,7 +83,7 @@ NF4_TABLE = np.array(
     np.float32,
 )
 _FP4 = np.array([0, 0.005208333333, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25], np.float32)
-FP4_TABLE = np.concatenate([_FP4, -_FP4])
+FP4_TABLE = np.concatenate([_FP4, 0 - _FP4])  # code 8 is 0 as well, not -0
 
 
 def dequantize_f32(rows: Array) -> Array:

@@ -1,9 +1,11 @@
 """Folders of bitsandbytes, compressed-tensors and FP8: their weights bit for bit, and their logits."""
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from numpy_llama.backend import build
 from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.convert import convert
 from numpy_llama.checkpoint.memory import memory_plan
 from numpy_llama.errors import NumericsError, NumpyLlamaError
 from numpy_llama.proof.oracle import transformers_model
@@ -21,6 +24,7 @@ from numpy_llama.proof.tiny import TINY_BLOCKS
 
 # Rows of 96 are no whole blocks of NF4, rows of 192 are. Neither is a multiple of 128.
 ARGS = replace(TINY_BLOCKS, dim=96, hidden_dim=192, n_heads=6, n_kv_heads=2, head_dim=16)
+NATIVE = replace(ARGS, dim=128, n_heads=8, vocab_size=512)  # rows of whole blocks, a tokenizer of 512
 IDS = np.random.default_rng(3).integers(0, ARGS.vocab_size, (2, 11))
 LOGITS = 5e-6  # of the largest logit: both sides compute in float32
 WIDE = "layers.0.feed_forward.w_down.weight"  # its rows have 192 weights
@@ -48,6 +52,32 @@ def test_the_method_is_named(tmp_path):
         (folder := tmp_path / str(i)).mkdir()
         write_folder(folder, ARGS, VARIANTS[name])
         assert open_checkpoint(folder).format == f"Hugging Face, {title}"
+
+
+def test_settings_of_2023_have_no_method(tmp_path):
+    variant = replace(VARIANTS["nf4"], settings={"load_in_4bit": True, "load_in_8bit": False})
+    wanted = write_folder(tmp_path, ARGS, variant)
+    np.testing.assert_array_equal(open_checkpoint(tmp_path).weights()[WIDE].dequantize(), wanted[WIDE])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["int8", "nf4, double", "fp4", "W8A8, bfloat16", "FP8, blocks"])
+def test_a_native_file_holds_the_same_weights(name, packed, tmp_path):
+    """`convert` without --dtype: the formats and their bytes, under types that gguf does not have."""
+    (folder := tmp_path / "folder").mkdir()
+    wanted = write_folder(folder, NATIVE, VARIANTS[name])
+    ranks = (f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256))
+    (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
+    out = convert(open_checkpoint(folder), tmp_path / "model.gguf", None, packed=packed)
+    written = open_checkpoint(out).weights()
+    for ours, w in written.items():
+        np.testing.assert_array_equal(w.dequantize(), wanted[ours], ours)
+    assert written[WIDE].format.name == stored_format(name)
+    with pytest.raises(ValueError, match="is not a valid GGMLQuantizationType"):
+        gguf.GGUFReader(out)
+    tokens = np.array([[1, 2, 3]])
+    models = [build(NATIVE, weights) for weights in (open_checkpoint(folder).weights(), written)]
+    np.testing.assert_array_equal(models[0](tokens), models[1](tokens))
 
 
 def test_any_weight_may_be_plain_and_any_may_be_quantised(tmp_path):

@@ -44,6 +44,8 @@ def method_of(config: JsonFile) -> Method | None:
         if (found := config.values.get(key)) is not None:
             settings = found if isinstance(found, dict) else {"quant_method": found}
             name = settings.get("quant_method")
+            if name is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+                name = "bitsandbytes"  # of 2023: transformers wrote no quant_method
             if not isinstance(found, dict) or not isinstance(name, str) or name not in METHODS:
                 refuse(config, _called(settings), f"{key} is {escape(found, 120)}")
             return METHODS[name](JsonFile(config.path, values=settings))

@@ -133,7 +133,7 @@ class FourBitWeight(QuantizedWeight):
         absmax = stored.array
         if self.nested_blocksize:
             nested, table = (self.parts[name].array for name in NESTED)
-            of_block = nested.repeat(self.nested_blocksize)[: len(absmax)]
+            of_block = nested[np.arange(len(absmax)) // self.nested_blocksize]
             with np.errstate(over="ignore", invalid="ignore"):
                 absmax = table[absmax] * of_block + np.float32(self.nested_offset)
         if not np.isfinite(absmax).all():
@@ -162,7 +162,7 @@ def four_bits(name: str, parts: Mapping[str, FileTensor]) -> FourBitWeight:
     where = parts[states[0]]
     if state["quant_type"] != kind:
         where.fail(f"is of quant_type {escape(state['quant_type'], 20)}, wanted {kind}")
-    N, K = _sizes(where, state["shape"], 2)
+    N, K = _sizes(where, state["shape"])
     blocksize = state["blocksize"]
     if type(blocksize) is not int or blocksize not in BLOCK_SIZES:
         where.fail(f"has the blocksize {escape(blocksize, 20)}, wanted one of {BLOCK_SIZES}", FormatError)
@@ -198,11 +198,11 @@ def _state(tensor: FileTensor, nested: bool) -> dict[str, Any]:
     return state
 
 
-def _sizes(where: FileTensor, sizes: object, count: int) -> tuple[int, ...]:
+def _sizes(where: FileTensor, sizes: Any) -> tuple[int, int]:
     whole = isinstance(sizes, list) and all(type(n) is int and 0 < n < 1 << 32 for n in sizes)
-    if not isinstance(sizes, list) or not whole or len(sizes) != count:
-        where.fail(f"has the shape {escape(sizes, 60)}, wanted {count} whole numbers from 1", FormatError)
-    return tuple(sizes)
+    if not whole or len(sizes) != 2:
+        where.fail(f"has the shape {escape(sizes, 60)}, wanted 2 whole numbers from 1", FormatError)
+    return sizes[0], sizes[1]
 
 
 def _check_table(tensor: FileTensor, kind: str) -> None:

@@ -10,7 +10,6 @@ rows, or the columns of a scale, are not whole blocks, the weight becomes F32, w
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,20 +27,12 @@ CODES = {"INT8": "I8", "LLM_INT8": "I8", "FP8": "F8_E4M3"}  # the dtypes of q
 MAX_BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
 class ScaledWeight(QuantizedWeight):
-    """q (N, K) in one of the formats INT8, LLM_INT8 and FP8, and the scales."""
+    """q (N, K) in one of the formats INT8, LLM_INT8 and FP8, and a scale for each block of q."""
 
-    q: FileTensor
-    scale: FileTensor
-    rows: int
-    columns: int
-    format: str
-    shape: tuple[int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        (N, K) = self.q.info.shape
-        object.__setattr__(self, "shape", (N, K))
+    def __init__(self, q: FileTensor, scale: FileTensor, block: tuple[int, int], format: str):
+        self.q, self.scale, self.format, self.shape = q, scale, format, q.matrix()
+        self.rows, self.columns = block
 
     def stored(self) -> StoredTensor:
         format, K = FORMATS[self.format], self.shape[1]
@@ -112,7 +103,7 @@ def scaled_weight(
     if found.type_name not in FLOATS or found.shape not in shapes:
         wanted = f"{' or '.join(FLOATS)} of shape {' or '.join(str(shape) for shape in shapes)}"
         scale.fail(f"is {found.type_name} of shape {found.shape}, wanted {wanted}")
-    return ScaledWeight(q, scale, *shapes[found.shape], format)
+    return ScaledWeight(q, scale, shapes[found.shape], format)
 
 
 def block_sizes(settings: JsonFile, key: str) -> list[tuple[int, int]]:

@@ -78,7 +78,8 @@ static float *floats(int64_t n, int kind) {
     return x;
 }
 
-static const int FORMATS[] = {F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K};
+static const int FORMATS[] = {F32,  F16,  BF16, Q8_0, Q4_0,     Q4_1, Q5_0, Q5_1,
+                              Q4_K, Q5_K, Q6_K, INT8, LLM_INT8, FP8,  NF4,  FP4};
 enum { N_FORMATS = sizeof FORMATS / sizeof *FORMATS };
 
 static int64_t row_bytes(int format, int64_t IN) { return IN / block_weights(format) * block_bytes(format); }
@@ -88,7 +89,13 @@ static uint8_t *stored(int format, int64_t n, int kind) {
     const int64_t bytes = block_bytes(format), blocks = n / block_weights(format);
     uint8_t *w = room(blocks * bytes);
     for (int64_t i = 0; i < blocks * bytes; i++) w[i] = next_byte();
-    if (kind == ANY_BITS) return w;
+    for (int64_t b = 0; b < blocks && format_of(format).d32 != NONE; b++) {
+        float d = kind == ANY_BITS ? load_f32(w + b * bytes) : any_float(REAL) * 0x1p-7f;
+        if (isfinite(d) && fabsf(d) > 0x1p60f)
+            d *= 0x1p-60f; /* else a weight overflows, and its sum may not */
+        memcpy(w + b * bytes, &d, 4);
+    }
+    if (kind == ANY_BITS || format_of(format).d32 != NONE) return w;
     for (int64_t b = 0; b < blocks; b++) {
         uint8_t *p = w + b * bytes;
         if (is_single(format)) {
@@ -134,6 +141,8 @@ static double reach(int format, const uint8_t *p, int s, double largest) {
     const double d = fabs(load_f16(p)), m = fabs(load_f16(p + 2));
     switch (format) {
     case Q8_0: return d * 128;
+    case INT8: return fabs(load_f32(p)) * 128;
+    case LLM_INT8: return fabs(load_f32(p)) * 128 / 127;
     case Q4_0: return d * 24;
     case Q4_1: return d * 15 + m;
     case Q5_0: return d * 48;
@@ -196,8 +205,8 @@ static void linear_in(int way) {
             (way == EXACT ? nl_linear_exact : nl_linear)(y, x, T, &matrix, begin, end, 1);
     }
     double *row = room(8 * IN), *size = room(8 * IN);
-    const int rounds_w = way == QUANTIZED && is_single(format),
-              x_in_bytes = way == QUANTIZED && !is_single(format);
+    const int rounds_w = way == QUANTIZED && !in_bytes(format),
+              x_in_bytes = way == QUANTIZED && in_bytes(format);
     for (int64_t r = 0; r < OUT; r++) {
         const int good_row = read_row(row, size, format, w + r * row_bytes(format, IN), IN);
         for (int64_t t = 0; t < T; t++) {

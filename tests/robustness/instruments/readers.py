@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from helpers.gguf_writer import gguf_bytes, llama_metadata, llama_tensors
 from helpers.tiny_models import float_weights
-from robustness.hostile import gguf, models, safetensors, tokenizers, torch
+from robustness.hostile import gguf, models, quantized_floats, safetensors, tokenizers, torch
 
 import numpy_llama as nl
 from numpy_llama.backend.formats import FORMATS, StoredTensor
@@ -220,6 +220,21 @@ def _hf_beside(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(safetensors.safetensors_bytes(models.hf_weights()))
 
 
+def _quantized() -> Iterator[bytes]:
+    """Weights with float32 scales: all kinds are read with the settings of 4 bits or of FP8."""
+    for kind in quantized_floats.KINDS:
+        path = quantized_floats.in_order_of(_new_folder() / "model", kind) / "model.safetensors"
+        yield path.read_bytes()[8:].replace(b"]}}", b"]}}\0", 1)
+
+
+def _quantized_beside(kind: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        settings = {"quantization_config": quantized_floats.KINDS[kind][1]}
+        (folder / "config.json").write_text(json.dumps(models.CONFIG | settings))
+
+    return write
+
+
 # ---------------------------------------------------------------- vocabularies, templates
 
 
@@ -269,12 +284,21 @@ PICKLE = (
     "ctorch\nHalfStorage\n ctorch\nBFloat16Storage\n ctorch\nSize\n cos\nsystem\n \x80\x02 \x8a\x01 X\x01 "
     "( t R Q . } ] ) s u a e b N \x88 \x89 q\x01 h\x01 r j K\x01 M\x01\x01 J \x85 \x86 \x87 0 1 2"
 )
+STATE = (
+    '"quant_type" "nf4" "fp4" "blocksize" "dtype" "bfloat16" "shape" "nested_blocksize" "nested_dtype" '
+    '"nested_offset" .weight.absmax .weight.quant_map .weight.nested_absmax .weight.nested_quant_map .SCB '
+    ".weight.quant_state.bitsandbytes__nf4 .weight_format .weight_scale .weight_scale_inv F8_E4M3 U8 I8 F32"
+)
 
 READERS = {
     "gguf": Reader(_ggufs, "model.gguf", _use_model),
     "safetensors": Reader(
         _safetensors, "a.safetensors", lambda path: _use_tensors(SafetensorsFile(path)), _with_length
     ),
+    "bitsandbytes": Reader(
+        _quantized, "model.safetensors", _use_folder, _with_length, _quantized_beside("4 bits"), words=STATE
+    ),
+    "fp8": Reader(_quantized, "model.safetensors", _use_folder, _with_length, _quantized_beside("FP8")),
     "torch": Reader(_pths, "a.pth", _use_torch),
     "pickle": Reader(_pickles, "a.pth", _use_torch, _in_zip, words=PICKLE),
     "llama2c": Reader(_llama2cs, "model.bin", _use_model),

@@ -1,6 +1,6 @@
 """Folders that public tools quantise, read by this program: variant x result.
 
-    python benchmarks/quantised_checkpoints.py [--shape tiny|1b] [--only TEXT]
+    python tests/robustness/instruments/public_quantisers_of_floats.py [--shape tiny|1b] [--only TEXT]
 
 A random LLaMA is quantised by bitsandbytes, compressed-tensors or PyTorch on the CPU and saved as these tools
 save it. Then each weight is compared with what the tool itself makes of it, in float32 and bit for bit, and

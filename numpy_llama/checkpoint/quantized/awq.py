@@ -62,7 +62,8 @@ class AWQ(Method):
             raise UnsupportedError(f"{path}: AWQ weights stored by {backend}; those of AutoAWQ are run")
         self.group_size = settings.get("group_size", int, settings.get("q_group_size", int, 128))
         if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(f"{path}: group_size is {self.group_size}, it must be -1 or at least 1")
+            found = escape(self.group_size, 40)
+            raise ConfigError(f"{path}: group_size is {found}, it must be -1 or at least 1")
         self.symmetric = not settings.get("zero_point", bool, True)
         self.title = f"AWQ ({self.version}), 4 bits"
 
@@ -83,7 +84,7 @@ class AWQWeight(GroupedWeight):
         K = self.shape[1]
         self.size = K if method.group_size == -1 else method.group_size
         if K % self.size:
-            self.qweight.fail(f"has {K} columns, no multiple of the group size {self.size}")
+            self.qweight.fail(f"has {K} columns, no multiple of the group size {escape(self.size, 40)}")
         self.qweight.check(["I32"], self.qweight.info.shape)
         self._check(*self.shape, K // self.size)
 

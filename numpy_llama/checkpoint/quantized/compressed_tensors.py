@@ -69,7 +69,7 @@ class CompressedTensors(Method):
             found = f"kv_cache_scheme is {escape(scheme, 80)}"
             raise UnsupportedError(f"{self.path}: {found}, which is not run; without it the model is")
         groups = settings.require("config_groups", dict)
-        parts = [JsonFile(self.path, values=group) for group in groups.values()]
+        parts = [JsonFile(self.path, values={} if group is None else group) for group in groups.values()]
         formats = {settings.get("format", str), *(part.get("format", str) for part in parts)}
         if odd := formats - {None, "mixed-precision", *RUN}:
             found = escape(", ".join(sorted(map(str, odd))), 60)
@@ -89,7 +89,7 @@ class CompressedTensors(Method):
                 raise ConfigError(f"{self.path}: group_size is {size}, wanted at most {MAX_BLOCK}")
             self.blocks += [(1, size)] if size > 0 else []
         if odd_bits := self.bits - set(BITS):
-            found = f"compressed-tensors of {min(odd_bits)} bits"
+            found = f"{RUN[0]} of {escape(min(odd_bits), 40)} bits"
             raise UnsupportedError(f"{self.path}: {found}; run are {' and '.join(map(str, BITS))}")
         self.title = f"compressed-tensors, {' and '.join(map(str, sorted(self.bits)))} bits"
 

@@ -57,12 +57,12 @@ class GPTQ(Method):
         overrides = [JsonFile(self.path, values=value) for value in dynamic.values() if value]
         self.bits = {bits, *(other.get("bits", int, bits) for other in overrides)}
         if odd := self.bits - set(BITS):
-            raise UnsupportedError(
-                f"{self.path}: GPTQ of {min(odd)} bits; run are {', '.join(map(str, BITS))}"
-            )
+            found, run = escape(min(odd), 40), ", ".join(map(str, BITS))
+            raise UnsupportedError(f"{self.path}: GPTQ of {found} bits; run are {run}")
         self.group_size = settings.get("group_size", int, -1)
         if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(f"{self.path}: group_size is {self.group_size}, it must be -1 or at least 1")
+            found = escape(self.group_size, 40)
+            raise ConfigError(f"{self.path}: group_size is {found}, it must be -1 or at least 1")
         self.one_size = not any("group_size" in other.values for other in overrides)
         self.asymmetric = not settings.get("sym", bool, True) and not any(
             "sym" in other.values for other in overrides

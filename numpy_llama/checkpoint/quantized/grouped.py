@@ -116,8 +116,10 @@ class GroupedWeight(QuantizedWeight):
         """The bytes of all rows: `make` computes some of them at a time, in as many threads as CPUs."""
         N, K = self.shape
         groups, scales, zeros = self.groups(), self.scales(), self.zeros()
-        if not np.isfinite(scales).all():
-            self.scales_part.fail("has a scale that is infinite or NaN", NumericsError)
+        with np.errstate(over="ignore"):
+            largest = np.abs(scales).max().astype(np.float32) * np.float32(1 << self.bits)
+        if not np.isfinite(largest):
+            self.scales_part.fail("has a scale that is NaN or infinite, or makes such weights", NumericsError)
         if order is not None:
             groups = groups[order]
         step = max(1, WEIGHTS_AT_ONCE // K // ROWS_AT_ONCE) * ROWS_AT_ONCE

@@ -27,6 +27,7 @@ from robustness.hostile import (  # noqa: E402
     files,
     gguf,
     models,
+    quantized,
     quantized_floats,
     safetensors,
     templates,
@@ -37,7 +38,7 @@ from robustness.hostile.case import CASES, CONTROLS, Case, MiB, Variant  # noqa:
 
 MODULES = (
     *(models, gguf, safetensors, torch, tokenizers, configs, templates, command_line, files),
-    quantized_floats,
+    *(quantized, quantized_floats),
 )
 
 ADDRESS_SPACE = 2 << 30
@@ -176,7 +177,7 @@ def main() -> None:
         wanted.remove("--reference")
     else:
         models.warm_up(root)
-    order = sorted(CASES, key=lambda id: ("GSPTCJUFB".index(id[0]), id))
+    order = sorted(CASES, key=lambda id: ("GSPTCJUFQB".index(id[0]), id))
     for id in [*CONTROLS, *order]:
         if wanted and id not in wanted:
             continue

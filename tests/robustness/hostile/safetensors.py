@@ -10,7 +10,11 @@ import numpy as np
 from .case import MiB, Variant, case, model
 from .models import hf_folder, hf_weights
 
-CODES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.float64): "F64"}
+CODES = {
+    np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.float64): "F64",
+    np.dtype(np.int32): "I32", np.dtype(np.int64): "I64", np.dtype(np.uint8): "U8",
+    np.dtype(np.uint16): "BF16",  # its bits
+}  # fmt: skip
 LARGEST_HEADER = 100_000_000
 
 

@@ -424,7 +424,7 @@ BAD_CONFIGS = [
     *(("C11", CONFIG_ERROR, "sliding_window", MISTRAL | {"sliding_window": n}) for n in (0, -1, "8", True)),
     *(
         ("C11", UNSUPPORTED, f"quantised by '{method}'", {"quantization_config": {"quant_method": method}})
-        for method in ("aqlm", "quip", "hqq", "mxfp4")
+        for method in ("exl2", "aqlm", "hqq", "quip", "mxfp4")
     ),
     *(("C11", UNSUPPORTED, "quantised by", {"quantization_config": x}) for x in ({}, [], "gptq", 8, False)),
     *(

@@ -358,11 +358,11 @@ def test_null_is_as_if_the_key_were_absent(key):
     [
         ({"quantization": {"group_size": 64, "bits": 4}}, "by MLX (quantization is"),
         ({"quantization_config": {"group_size": 64, "bits": 4}}, "by MLX (quantization_config is"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}, "by 'awq' ("),
+        ({"quantization_config": {"quant_method": "exl2", "bits": 4, "group_size": 128}}, "by 'exl2' ("),
         ({"quantization_config": {"load_in_2bit": True}}, "by a method without a name ("),
         ({"quantization_config": {}}, "by a method without a name (quantization_config is {})"),
         ({"quantization_config": "gptq"}, "by 'gptq' ("),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "by 'compressed-tensors' ("),
+        ({"compression_config": {"quant_method": "aqlm"}}, "by 'aqlm' ("),
     ],
 )
 def test_who_quantised_the_weights_is_named(quantised, words):

@@ -89,7 +89,7 @@ class CompressedTensors(Method):
                 raise ConfigError(f"{self.path}: group_size is {size}, wanted at most {MAX_BLOCK}")
             self.blocks += [(1, size)] if size > 0 else []
         if odd_bits := self.bits - set(BITS):
-            found = f"{RUN[0]} of {escape(min(odd_bits), 40)} bits"
+            found = f"compressed-tensors of {escape(min(odd_bits), 40)} bits"
             raise UnsupportedError(f"{self.path}: {found}; run are {' and '.join(map(str, BITS))}")
         self.title = f"compressed-tensors, {' and '.join(map(str, sorted(self.bits)))} bits"
 

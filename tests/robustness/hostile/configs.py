@@ -217,7 +217,7 @@ def other_models(folder: Path) -> Iterator[Variant]:
     for name, changes in [
         ("Mistral", {"architectures": ["MistralForCausalLM"]}),
         ("bert", {"model_type": "bert"}),
-        ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("aqlm", {"quantization_config": {"quant_method": "aqlm", "bits": 4}}),
     ]:
         yield config(folder, name, changes, "UnsupportedError", says=(name,))
 

@@ -157,6 +157,7 @@ def compressed(
     return Variant(settings, make)
 
 
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
 VARIANTS = {
     "GPTQ 2 bits": gptq(2),
     "GPTQ 2 bits, asymmetric": gptq(2, symmetric=False),
@@ -180,6 +181,7 @@ VARIANTS = {
     "GPTQ with biases of zero": gptq(4, bias=True),
     "GPTQ without g_idx": gptq(4, g_idx=False, stated=None),
     "GPTQ quantize_config.json": gptq(4, beside="quantize_config.json"),
+    "GPTQ of auto-round": gptq(4, **AUTO_ROUND),
     "GPTQ bfloat16 scales": gptq(4, dtype=torch.bfloat16),
     "AWQ gemm": awq(),
     "AWQ gemm, symmetric": awq(symmetric=True),

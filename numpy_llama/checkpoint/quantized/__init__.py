@@ -3,6 +3,7 @@
     quant_method         what is run                         file
     gptq                 2, 3, 4 and 8 bits                  gptq.py
     awq                  4 bits, gemm and gemv               awq.py
+    auto-round           files in the layout of GPTQ or AWQ  the same two
     compressed-tensors   pack-quantized, 4 and 8 bits,       compressed_tensors.py
                          int-quantized, float-quantized
     bitsandbytes         int8, nf4, fp4                      bitsandbytes.py
@@ -34,6 +35,8 @@ METHODS: dict[str, type[Method]] = {  # by quant_method
     "fbgemm_fp8": FP8,
 }
 KEYS = ("quantization_config", "quantization", "compression_config")  # of config.json
+# auto-round names the layout of its files, and may write its own name in two ways.
+LAYOUTS = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 # Files of settings beside an older config.json, which has no such key.
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -46,6 +49,8 @@ def method_of(config: JsonFile) -> Method | None:
             name = settings.get("quant_method")
             if name is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
                 name = "bitsandbytes"  # of 2023: transformers wrote no quant_method
+            if isinstance(name, str) and name.endswith("auto-round"):
+                name = LAYOUTS.get(str(settings.get("packing_format")), name)
             if not isinstance(found, dict) or not isinstance(name, str) or name not in METHODS:
                 refuse(config, _called(settings), f"{key} is {escape(found, 120)}")
             return METHODS[name](JsonFile(config.path, values=settings))

@@ -53,8 +53,8 @@ class GPTQ(Method):
             raise UnsupportedError(f"{self.path}: GPTQ weights stored as {escape(kind, 60)}; run are {known}")
         self.zero_minus = ZERO_MINUS[kind]
         bits = settings.require("bits", int)
-        dynamic = settings.get("dynamic", dict, {})
-        overrides = [JsonFile(self.path, values=value) for value in dynamic.values() if value]
+        others = settings.get("dynamic", dict, {}) | settings.get("extra_config", dict, {})  # of auto-round
+        overrides = [JsonFile(self.path, values=value) for value in others.values() if value]
         self.bits = {bits, *(other.get("bits", int, bits) for other in overrides)}
         if odd := self.bits - set(BITS):
             found, run = escape(min(odd), 40), ", ".join(map(str, BITS))

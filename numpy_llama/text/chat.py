@@ -17,6 +17,7 @@ from types import CodeType
 from typing import Protocol
 
 from ..errors import MismatchError, ParameterError, TemplateError, TextError, check_kind, escape
+from .added import Parts
 from .sandbox import MADE_PER_CHARACTER, MAX_MADE, MESSAGE_OVERHEAD, Sandbox
 from .tokenizer import Tokenizer, check_text
 
@@ -171,18 +172,19 @@ class ChatTemplate:
         stand_in, blank = dict(zip(control, spare, strict=False)), spare[-1]
         original = {ord(character): name for name, character in stand_in.items()}
 
-        def parts(change: Callable[[str], str]) -> list[str]:
+        def parts(change: Callable[[str], str]) -> Parts:
             changed = [{"role": m["role"], "content": change(m["content"])} for m in messages]
-            return names.split(self.render(changed, tokenizer, add_generation_prompt))
+            return tokenizer.cut(self.render(changed, tokenizer, add_generation_prompt), special=True)
+
+        def made(parts: Parts) -> Parts:
+            return [part for part in parts if part in tokenizer.added.control]
 
         found = parts(lambda text: names.sub(lambda match: stand_in[match[0]], text))
         # A template could still join the parts of a name, or turn <|IM_END|> to lower case. Then the names
         # differ from those of the same messages with blanked text.
-        if found[1::2] != parts(lambda text: re.sub(r"\S", blank, text))[1::2]:
+        if made(found) != made(parts(lambda text: re.sub(r"\S", blank, text))):
             raise TemplateError("the model's chat template makes control tokens out of the text of a message")
-        ids: list[int] = []
-        for i, part in enumerate(found):
-            ids += [control[part]] if i % 2 else tokenizer.encode(part.translate(original))
+        ids = tokenizer.encode_parts([p if isinstance(p, int) else p.translate(original) for p in found])
         if tokenizer.add_bos and tokenizer.bos_id not in ids:
             ids = tokenizer.encode("", bos=True) + ids
         return ids

@@ -42,6 +42,7 @@ from ..errors import (
     escape,
     is_whole,
 )
+from .added import AddedTokens, Parts, names_pattern, unchanged
 from .bpe import in_chunks, order_of_merging
 from .pretokenizer import CUSTOM, LLAMA3, WORDS, custom_words, of_older_unicode
 
@@ -76,7 +77,8 @@ class Tokenizer:
     tokens: list[str]  # as the file spells them
     meanings: list[bytes]  # the bytes that each adds to a text
     control_tokens: dict[str, int]  # name -> id; no ordinary text makes one of these
-    encode_text: Callable[[str], list[int]]
+    added: AddedTokens  # the tokens that a text is cut at
+    encode_part: Callable[[str, bool], list[int]]  # of a text between these; true: it begins the text
     bos_id: int | None
     eos_ids: tuple[int, ...]  # the tokens that end a turn, the file's own EOS first
     add_bos: bool  # a prompt begins with BOS
@@ -134,8 +136,7 @@ class Tokenizer:
     @cached_property
     def control_names(self) -> re.Pattern[str]:
         """The pattern of the control tokens' names in a text: the leftmost, and there the longest."""
-        names = sorted(self.control_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        return names_pattern(self.control_tokens)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """The ids of a text; `bos` and `eos` add BOS before and EOS after. TextError: half a surrogate pair.
@@ -148,14 +149,22 @@ class Tokenizer:
         if (bos and not before) or (eos and not self.eos_ids):
             raise ParameterError("BOS or EOS is asked for, but the vocabulary has no such token")
         special = check_flag("special", special)
-        parts = self.control_names.split(check_text(text)) if special else [check_text(text)]
-        control = self.control_tokens
-        ids = [
-            i for n, part in enumerate(parts) for i in ([control[part]] if n % 2 else self.encode_text(part))
-        ]
+        ids = self.encode_parts(self.cut(text, special))
         if special and ids[:1] == [*before]:
             before = ()
         return [*before[:bos], *ids, *self.eos_ids[:eos]]
+
+    def cut(self, text: str, special: bool = False) -> Parts:
+        """`text` cut at its added tokens: texts, and ids between them. `special`: at control tokens too."""
+        return self.added.cut(check_text(text), special)
+
+    def encode_parts(self, parts: Parts) -> list[int]:
+        """The ids of the parts that `cut` made."""
+        encoded = (
+            [part] if isinstance(part, int) else self.encode_part(part, n == 0)
+            for n, part in enumerate(parts)
+        )
+        return [i for ids in encoded for i in ids]
 
     def decode(self, ids: Iterable[int], start_of_text: bool = True) -> str:
         """The text of some ids. Control tokens add nothing; bytes that are not UTF-8 become U+FFFD.
@@ -214,6 +223,11 @@ def is_control_name(text: str) -> bool:
     return text in END_TOKENS or re.fullmatch(r"<\|.*\|>", text) is not None
 
 
+def unused(i: int) -> str:
+    """The text of an id that no token has, as llama.cpp's converter writes it."""
+    return f"[PAD{i}]"
+
+
 def spelled(data: bytes) -> str:
     """`data` in the spelling of byte-level vocabularies, a character for each byte."""
     return data.decode("latin-1").translate(_CHAR_OF_BYTE)
@@ -227,9 +241,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         read.fail("model", f"is {escape(model)}, we know 'gpt2' and 'llama'", UnsupportedError)
     kinds, meanings = read.vocabulary(model)
     if model == "gpt2":
-        add_bos, add_space, encode_text = _byte_level(read, kinds, meanings)
+        add_bos, add_space, normalize, encode_part = _byte_level(read, kinds, meanings)
     else:
-        add_bos, add_space, encode_text = _sentencepiece(read, kinds)
+        add_bos, add_space, normalize, encode_part = _sentencepiece(read, kinds)
     usual = {}
     if model == "llama":  # as in ggml, LLaMA's own ids for a file without these entries
         names = {"bos": (1, "<s>"), "eos": (2, "</s>")}
@@ -239,16 +253,17 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     control = {text: i for i, text in enumerate(read.tokens) if kinds[i] in (CONTROL, UNKNOWN)}
     ends += [*read.end_ids(), *(control.get(text) for text in sorted(END_TOKENS))]
     eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-    return Tokenizer(
-        read.tokens, meanings, control, encode_text, bos, eos_ids, add_bos, add_space, read.entries, source
-    )
+    added = read.added(kinds, control, normalize)
+    vocabulary = read.tokens, meanings, control, added, encode_part
+    return Tokenizer(*vocabulary, bos, eos_ids, add_bos, add_space, read.entries, source)
 
 
 class _Reader:
     """The entries tokenizer.ggml.* of a file, each checked when it is read; `entries` collects these.
 
     Entries that GGUF has no name for are called numpy_llama.tokenizer.*: ranks, pattern, whole_words,
-    space_if_none, end_token_ids.
+    space_if_none, space_at_start, end_token_ids, and the ids of tokens with an option: added (normal tokens
+    that a text is cut at), symbols (sentencepiece finds them), lstrip, rstrip, single_word, normalized.
     """
 
     def __init__(self, metadata: Mapping[str, Any], source: str):
@@ -296,6 +311,36 @@ class _Reader:
             self.fail(f"{name}_token_id", f"is {token_id}, the vocabulary has {n} tokens", MismatchError)
         return token_id
 
+    def own_ids(self, name: str) -> frozenset[int]:
+        """An array of ids that GGUF has no name for."""
+        ids = self.own(name, np.int32, np.zeros(0, np.int32)).tolist()
+        n = len(self.tokens)
+        if wrong := [i for i in ids if not 0 <= i < n]:
+            what = f"numpy_llama.tokenizer.{name} has {wrong[0]}, the vocabulary has {n} tokens"
+            raise MismatchError(f"{self.source}: {what}")
+        return frozenset(ids)
+
+    def added(
+        self, kinds: list[int], control: dict[str, int], normalize: Callable[[str], str]
+    ) -> AddedTokens:
+        """The tokens that a text is cut at."""
+        symbols, normal = self.own_ids("symbols"), self.own_ids("added")
+        plain = {
+            text: i
+            for i, text in enumerate(self.tokens)
+            if i in normal or (kinds[i] == USER_DEFINED and i not in symbols)
+        }
+        if len(plain) > MAX_MATCHED:
+            what = f"has {len(plain)} tokens to be found in texts, at most {MAX_MATCHED} are"
+            raise ResourceLimitError(f"{self.source} {what}")
+        name = self.metadata.get("general.name")
+        if isinstance(name, str) and re.search("phi-?3", name, re.IGNORECASE):  # as llama.cpp
+            kept = {"<unk>", "<s>", "<|endoftext|>"}
+            ids = [i for text, i in (plain | control).items() if text not in kept]
+            self.metadata = {"numpy_llama.tokenizer.rstrip": np.array(ids, np.int32), **self.metadata}
+        options = map(self.own_ids, ("lstrip", "rstrip", "single_word", "normalized"))
+        return AddedTokens(plain | control, frozenset(control.values()), *options, normalize)
+
     def end_ids(self) -> list[int]:
         """The tokens that generation_config.json lists as ends of a turn."""
         ids: list[int] = self.own("end_token_ids", np.int32, np.zeros(0, np.int32)).tolist()
@@ -335,11 +380,11 @@ def _meaning(text: str, kind: int, model: str) -> bytes:
     return (text.replace("\u2581", " ") if model == "llama" else text).encode()
 
 
-Encoder = Callable[[str], list[int]]
+# add_bos, add_space, the normalizer, encode_part
+_Rules = tuple[bool, bool, Callable[[str], str], Callable[[str, bool], list[int]]]
 
 
-def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple[bool, bool, Encoder]:
-    """-> add_bos, add_space, encode_text."""
+def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> _Rules:
     pre = read.get("pre", str)
     if pre not in WORDS and pre != CUSTOM:
         read.fail("pre", f"is {escape(pre)}, we know {', '.join(WORDS)}", TokenizerError)
@@ -382,51 +427,41 @@ def _byte_level(read: _Reader, kinds: list[int], meanings: list[bytes]) -> tuple
     def merged(word: bytes) -> list[int]:
         return [id_of_rank[rank] for rank in merger._encode_single_piece(word)]
 
-    def encode_text(text: str) -> list[int]:
+    def encode_part(part: str, begins: bool) -> list[int]:
         out: list[int] = []
-        for word in words(text):
+        for word in words(part):
             if data := word.encode().translate(None, missing):
                 out += whole.get(data) or in_chunks(merged, data, lengths)
         return out
 
-    return WORDS.get(pre) is LLAMA3, False, _between_added(read, kinds, encode_text)
+    return WORDS.get(pre) is LLAMA3, False, unchanged, encode_part
 
 
-def _between_added(read: _Reader, kinds: list[int], encode_text: Encoder) -> Encoder:
-    """An encoder that finds added tokens before `encode_text` cuts the text between them.
+def _sentencepiece(read: _Reader, kinds: list[int]) -> _Rules:
+    """sentencepiece takes a vocabulary only as its ModelProto: pieces, trainer_spec, normalizer_spec.
 
-    Control tokens are not among them. The leftmost token is found first, and there the longest.
-    """
-    added = {text: i for i, text in enumerate(read.tokens) if kinds[i] == USER_DEFINED}
-    if len(added) > MAX_MATCHED:
-        what = f"has {len(added)} tokens to be found in texts, at most {MAX_MATCHED} are"
-        raise ResourceLimitError(f"{read.source} {what}")
-    if not added:
-        return encode_text
-    names = re.compile(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})")
-
-    def encode(text: str) -> list[int]:
-        parts = enumerate(names.split(text))
-        return [i for n, part in parts for i in ([added[part]] if n % 2 else encode_text(part))]
-
-    return encode
-
-
-def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder]:
-    """-> add_bos, add_space, encode_text.
-
-    sentencepiece takes a vocabulary only as its ModelProto: pieces, trainer_spec, normalizer_spec.
+    There are three rules for the space that is put before a text. llama.cpp and Hugging Face's Prepend put it
+    before each part. Metaspace leaves it out if the part begins with a space: its scheme "always" puts it
+    before the other parts, "first" only before the part that begins the text.
     """
     tokens, scores = read.tokens, read.column("scores", np.float32)
-    if kinds.count(UNKNOWN) != 1 or kinds.count(BYTE) != 256:
+    if kinds.count(UNKNOWN) > 1 or kinds.count(BYTE) != 256:
         found = f"{kinds.count(UNKNOWN)} UNKNOWN and {kinds.count(BYTE)} BYTE tokens"
-        raise TokenizerError(f"{read.source}: the vocabulary has {found}, it must have 1 and 256")
+        raise TokenizerError(f"{read.source}: the vocabulary has {found}, it must have at most 1 and 256")
     if len(bad := np.flatnonzero(~np.isfinite(scores))):
         read.fail(f"scores[{bad[0]}]", f"is {scores[bad[0]]}, not finite", TokenizerError)
-    columns = zip(tokens, scores.tolist(), kinds, strict=True)
-    pieces = ((1, _message((1, text.encode()), (2, score), (3, kind))) for text, score, kind in columns)
-    trainer = _message((3, 2), (35, 1), (40, kinds.index(UNKNOWN)))  # model_type BPE, byte_fallback, unk_id
-    # add_dummy_prefix and remove_extra_whitespaces are off: encode_text does both. escape_whitespaces is on.
+    # Nothing makes a CONTROL piece. So the only USER_DEFINED ones are those that sentencepiece itself finds.
+    symbols = read.own_ids("symbols")
+    shown = [CONTROL if kind == USER_DEFINED and i not in symbols else kind for i, kind in enumerate(kinds)]
+    rows = [*zip(tokens, scores.tolist(), shown, strict=True)]
+    if UNKNOWN not in kinds:  # with all bytes it is never used, but the message must have one
+        rows.append(
+            (next(text for n in range(len(tokens) + 1) if (text := f"?{n}") not in tokens), 0.0, UNKNOWN)
+        )
+    pieces = ((1, _message((1, text.encode()), (2, score), (3, kind))) for text, score, kind in rows)
+    unknown = next(i for i, row in enumerate(rows) if row[2] == UNKNOWN)
+    trainer = _message((3, 2), (35, 1), (40, unknown))  # model_type BPE, byte_fallback, unk_id
+    # add_dummy_prefix and remove_extra_whitespaces are off: they are done here. escape_whitespaces is on.
     normalizer = _message((1, b"identity"), (3, 0), (4, 0), (5, 1))
     model = _message(*pieces, (2, trainer), (3, normalizer))
     try:
@@ -437,7 +472,8 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder
         ) from None
 
     add_space = read.get("add_space_prefix", bool, True)
-    only_if_none = read.own("space_if_none", bool, False)  # Hugging Face's Metaspace: not before a space
+    metaspace = read.own("space_if_none", bool, False)
+    only_first = read.own("space_at_start", bool, False)
     single_spaces = read.get("remove_extra_whitespaces", bool, False)
     # The characters of a text for each token. If bytes spell a character, the first byte counts 1.
     is_later_byte = {f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)}.__contains__
@@ -446,16 +482,21 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> tuple[bool, bool, Encoder
         for text, kind in zip(tokens, kinds, strict=True)
     ]
 
-    def encode_text(text: str) -> list[int]:
+    def normalize(part: str) -> str:
         if single_spaces:
-            text = re.sub(" +", " ", text.lstrip(" "))
-        if add_space and text and not (only_if_none and text[0] in " \u2581"):
-            text = f" {text}"
+            part = re.sub(" +", " ", part.lstrip(" "))
+        if add_space and not metaspace and part:
+            part = f" {part}"
         if single_spaces:
-            text = text.rstrip(" \u2581")
-        return in_chunks(encode, text, lengths)
+            part = part.rstrip(" \u2581")
+        return part if metaspace else part.replace(" ", "\u2581")
 
-    return True, add_space, encode_text
+    def encode_part(part: str, begins: bool) -> list[int]:
+        if add_space and metaspace and (begins or not only_first) and part[0] not in " \u2581":
+            part = f" {part}"
+        return in_chunks(encode, part, lengths)
+
+    return True, add_space, normalize, encode_part
 
 
 def _message(*fields: tuple[int, int | float | bytes]) -> bytes:

@@ -13,11 +13,22 @@ import numpy as np
 from ...errors import ConfigError, TokenizerError, UnsupportedError, escape
 from ...text.bpe import order_of_merging
 from ...text.pretokenizer import CUSTOM, WORDS
-from ...text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, is_control_name, spelled
+from ...text.tokenizer import (
+    BYTE,
+    CONTROL,
+    MAX_TOKENS,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    spelled,
+    unused,
+)
 from ..json_file import JsonFile
 
 SPACE = "\u2581"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+OPTIONS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
 # Decoders that a file may have, because they do not change ids.
 ANY_DECODER = ("ByteLevel", "Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
 
@@ -38,6 +49,7 @@ class _TokenizerJson:
         if model is None:
             raise TokenizerError(f"{file.path} is JSON, but no tokenizer.json: it has no model")
         self.model = model
+        self.options: dict[int, set[str]] = {}  # of each added token
         self.tokens, self.kinds = self.vocabulary()
         self.ids = {text: i for i, text in enumerate(self.tokens)}
 
@@ -66,9 +78,19 @@ class _TokenizerJson:
         for step in self.steps("decoder"):
             if step.get("type") not in ANY_DECODER:
                 self.unsupported(f"decoder {escape(step.get('type'))} is not understood")
+        merges = self.merges()
+        made = {merge.replace(" ", "", 1) for merge in merges}
+        made |= {text for text in self.model.require("vocab", dict) if len(text) == 1}
+        both = [i for i in self.options if self.kinds[i] == USER_DEFINED and self.tokens[i] in made]
+        for i in both:  # merging makes it too, where the text is not cut at it
+            self.kinds[i] = NORMAL
         steps = self.steps("pre_tokenizer")
         byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-        out = self.byte_level(steps) if byte_level else self.like_sentencepiece(steps)
+        out = self.byte_level(steps, merges) if byte_level else self.like_sentencepiece(steps, merges)
+        option_ids = {name: [i for i, found in self.options.items() if name in found] for name in OPTIONS}
+        for name, ids in (option_ids | {"added": both}).items():
+            if ids:
+                out[f"numpy_llama.tokenizer.{name}"] = np.array(ids, np.int32)
         bos = self.bos_of_post_processor()
         out["tokenizer.ggml.add_bos_token"] = bos is not None
         if bos is not None:
@@ -79,37 +101,31 @@ class _TokenizerJson:
         }
 
     def vocabulary(self) -> tuple[list[str], list[int]]:
-        """The model's tokens and those added to them: ids must run from 0 without a gap."""
+        """The model's tokens and those added to them. An id that no token has is UNUSED."""
         texts: dict[int, str] = {}
-        added: dict[int, bool] = {}  # whether it is special
         for text, i in self.model.require("vocab", dict).items():
             if type(i) is not int or texts.setdefault(i, text) != text:
                 raise TokenizerError(f"{self.source}: token {escape(text, 60)} has id {escape(i, 60)}")
+        byte_fallback = self.model.get("byte_fallback", bool, False)
+        unknown = self.model.get("unk_token", str, "<unk>") if byte_fallback else None
+        kinds = dict.fromkeys(texts, NORMAL)
+        if byte_fallback:
+            kinds |= {i: BYTE for i, text in texts.items() if text in BYTES}
         for values in self.file.get("added_tokens", list, []):
             entry = JsonFile(self.file.path, values=values)
             i, text = entry.require("id", int), entry.require("content", str)
-            if i in added or texts.setdefault(i, text) != text:
+            if i in self.options or texts.setdefault(i, text) != text:
                 what = f"added token {escape(text, 60)} has id {i}, which is {escape(texts[i], 60)}"
                 raise TokenizerError(f"{self.source}: {what}")
-            added[i] = entry.get("special", bool, False)
-            for option in ("lstrip", "rstrip", "single_word"):
-                if entry.get(option, bool, False):
-                    self.unsupported(f"added token {escape(text, 60)} has {option}")
-        if sorted(texts) != list(range(len(texts))):
-            gap = next((i for i, found in enumerate(sorted(texts)) if i != found), 0)
-            raise TokenizerError(
-                f"{self.source}: ids do not run from 0 to {len(texts) - 1}: {gap} is missing"
-            )
-        unknown = self.model.get("unk_token", str) if self.model.get("byte_fallback", bool, False) else None
-        kinds = [NORMAL] * len(texts)
-        for i, text in texts.items():
-            if text == unknown:
-                kinds[i] = UNKNOWN
-            elif i in added:
-                kinds[i] = CONTROL if added[i] else USER_DEFINED
-            elif unknown is not None and text in BYTES:
-                kinds[i] = BYTE
-        return [texts[i] for i in range(len(texts))], kinds
+            self.options[i] = {name for name in OPTIONS if entry.get(name, bool, False)}
+            kinds[i] = CONTROL if entry.get("special", bool, False) else USER_DEFINED
+        kinds |= {i: UNKNOWN for i, text in texts.items() if text == unknown}
+        n = max(texts, default=-1) + 1
+        if min(texts, default=0) < 0 or n > MAX_TOKENS:
+            wrong = min(texts) if min(texts) < 0 else n - 1
+            what = f"token {escape(texts[wrong], 60)} has id {wrong}, wanted 0 to {MAX_TOKENS - 1}"
+            raise TokenizerError(f"{self.source}: {what}")
+        return [texts.get(i, unused(i)) for i in range(n)], [kinds.get(i, UNUSED) for i in range(n)]
 
     def merges(self) -> list[str]:
         """The merges as "a b". Files since 2024 also have the form ["a", "b"]."""
@@ -142,14 +158,10 @@ class _TokenizerJson:
 
     # -------------------------------------------------------------------------------- byte-level
 
-    def byte_level(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    def byte_level(self, steps: list[dict[str, Any]], merges: list[str]) -> dict[str, Any]:
         if self.steps("normalizer"):
             kinds = [step.get("type") for step in self.steps("normalizer")]
             self.unsupported(f"normalizer {escape(kinds)}; a byte-level LLaMA has none")
-        added = {text for text, kind in zip(self.tokens, self.kinds, strict=True) if kind == USER_DEFINED}
-        merges = self.merges()
-        if found := added and added.intersection(merge.replace(" ", "") for merge in merges):
-            self.unsupported(f"added token {escape(min(found), 60)} is one that merges make")
         alphabet = {spelled(bytes([byte])) for byte in range(256)}
         if self.model.get("unk_token", str) is not None and not alphabet <= self.ids.keys():
             self.unsupported("the model has no token for some byte, and an unk_token in its place")
@@ -190,18 +202,14 @@ class _TokenizerJson:
 
     # -------------------------------------------------------------------------------- like SentencePiece
 
-    def like_sentencepiece(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    def like_sentencepiece(self, steps: list[dict[str, Any]], listed: list[str]) -> dict[str, Any]:
         if not self.model.get("byte_fallback", bool, False):
             self.unsupported("the model has no byte_fallback and no ByteLevel: some texts had no ids")
         if self.model.get("ignore_merges", bool, False):
             self.unsupported("the model has ignore_merges without ByteLevel")
-        prefix, only_if_none = self.spaces(steps)
-        for i, kind in enumerate(self.kinds):
-            if kind == USER_DEFINED and not is_control_name(self.tokens[i]):
-                name = escape(self.tokens[i], 60)
-                self.unsupported(f"added token {name} is not special; understood in byte-level BPE only")
+        prefix, metaspace, only_first = self.spaces(steps)
         merges = []
-        for i, merge in enumerate(self.merges()):
+        for i, merge in enumerate(listed):
             left, _, right = merge.partition(" ")
             if left not in self.ids or right not in self.ids or left + right not in self.ids:
                 what = f"merges[{i}] is {escape(merge, 60)}, it must be two tokens that make a third"
@@ -217,19 +225,20 @@ class _TokenizerJson:
                 [-order.get(text, len(order)) for text in self.tokens], np.float32
             ),
             "tokenizer.ggml.add_space_prefix": prefix,
-            "numpy_llama.tokenizer.space_if_none": only_if_none,
+            "numpy_llama.tokenizer.space_if_none": metaspace,
+            "numpy_llama.tokenizer.space_at_start": only_first,
         }
 
-    def spaces(self, steps: list[dict[str, Any]]) -> tuple[bool, bool]:
-        """-> is a space put before a text? is it left out before a text that begins with a space?"""
+    def spaces(self, steps: list[dict[str, Any]]) -> tuple[bool, bool, bool]:
+        """-> is a space put before a part? not if it begins with one? only before the first part?"""
         normalizer = self.steps("normalizer")
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         prepend = {"type": "Prepend", "prepend": SPACE}
         if not steps and normalizer in ([replace], [prepend, replace]):
-            return prepend in normalizer, False
+            return prepend in normalizer, False, False
         match steps:
             case [{"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}]:
                 if not normalizer and scheme in ("always", "first", "never"):
-                    return scheme != "never", True
+                    return scheme != "never", True, scheme == "first"
         found = f"normalizer {escape(normalizer)} with pre_tokenizer {escape(steps)}"
         self.unsupported(f"{found} is not understood")

@@ -262,8 +262,9 @@ class _Reader:
     """The entries tokenizer.ggml.* of a file, each checked when it is read; `entries` collects these.
 
     Entries that GGUF has no name for are called numpy_llama.tokenizer.*: ranks, pattern, whole_words,
-    space_if_none, space_at_start, end_token_ids, and the ids of tokens with an option: added (normal tokens
-    that a text is cut at), symbols (sentencepiece finds them), lstrip, rstrip, single_word, normalized.
+    space_if_none, space_at_start, replace_first, double_first, end_token_ids. Others are the ids of tokens
+    with an option: added (normal tokens that a text is cut at), symbols (sentencepiece finds them), lstrip,
+    rstrip, single_word, normalized.
     """
 
     def __init__(self, metadata: Mapping[str, Any], source: str):
@@ -474,6 +475,8 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> _Rules:
     add_space = read.get("add_space_prefix", bool, True)
     metaspace = read.own("space_if_none", bool, False)
     only_first = read.own("space_at_start", bool, False)
+    # Hugging Face's normalizer, which changes spaces before normalized tokens are looked for.
+    replace, double = read.own("replace_first", bool, not metaspace), read.own("double_first", bool, False)
     single_spaces = read.get("remove_extra_whitespaces", bool, False)
     # The characters of a text for each token. If bytes spell a character, the first byte counts 1.
     is_later_byte = {f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)}.__contains__
@@ -489,7 +492,8 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> _Rules:
             part = f" {part}"
         if single_spaces:
             part = part.rstrip(" \u2581")
-        return part if metaspace else part.replace(" ", "\u2581")
+        part = part.replace(" ", "\u2581") if replace else part
+        return f"\u2581{part}" if double and part[:1] == "\u2581" else part
 
     def encode_part(part: str, begins: bool) -> list[int]:
         if add_space and metaspace and (begins or not only_first) and part[0] not in " \u2581":

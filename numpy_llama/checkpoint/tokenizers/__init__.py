@@ -10,16 +10,26 @@ from typing import Any
 import numpy as np
 
 from ...errors import MismatchError, TokenizerError, TruncatedError, escape
-from ...text.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer, tokenizer_from_gguf
+from ...text.tokenizer import (
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    Tokenizer,
+    tokenizer_from_gguf,
+)
 from .. import files
 from ..files import MappedFile
 from ..gguf.file import GGUFFile
 from ..json_file import JsonFile, parse_json
-from .json_tokenizer import json_metadata
+from .json_tokenizer import OPTIONS, json_metadata
 from .llama2c_file import llama2c_metadata
 from .sentencepiece_file import sentencepiece_metadata
 from .tiktoken_file import tiktoken_metadata
 
+# The classes of transformers that put a space only before the first part, unless they are "legacy".
+METASPACE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
+SPM = "tokenizer.ggml.remove_extra_whitespaces"  # an entry that only a SentencePiece model has
 MAX_BYTES = 32 << 20  # the largest is Llama 4's tokenizer.json, 28 million bytes
 WANTED = "a tokenizer: SentencePiece's or tiktoken's tokenizer.model, tokenizer.json, llama2.c's .bin, GGUF"
 # Files that are sometimes in a tokenizer's place, by their first bytes.
@@ -101,6 +111,8 @@ class _Beside:
 
     def complete(self, metadata: dict[str, Any]) -> None:
         """Add to GGUF's form the values of these files: added tokens, BOS, and the tokens that end a turn."""
+        if SPM in metadata:
+            self.spaces(metadata)
         self.add_tokens(metadata)
         ids = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
         known = {
@@ -129,41 +141,88 @@ class _Beside:
         for file in (self.config, self.map):
             value = file.get(key, (str, dict))
             if value is not None:
-                whole = JsonFile(file.path, values={"content": value} if isinstance(value, str) else value)
-                text: str = whole.require("content", str)
-                return text
+                return self.content(file, value)
         return None
 
+    def spaces(self, metadata: dict[str, Any]) -> None:
+        """How transformers puts a space before the parts of a text, by its class for the tokenizer."""
+        prefix, legacy = self.config.get("add_prefix_space", bool), self.config.get("legacy", bool)
+        known = self.config.get("tokenizer_class", str, "").removesuffix("Fast") in METASPACE_CLASSES
+        if known or legacy is False:
+            metadata["numpy_llama.tokenizer.space_if_none"] = True
+            metadata["numpy_llama.tokenizer.space_at_start"] = not legacy
+        if prefix is not None:
+            metadata["tokenizer.ggml.add_space_prefix"] = prefix
+
     def add_tokens(self, metadata: dict[str, Any]) -> None:
-        special = {self.named(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-        found = {text: (i, text in special) for text, i in self.added.values.items()}
+        special = self.special()
+        normalized = {"normalized"} if metadata.get("numpy_llama.tokenizer.space_if_none") else set[str]()
+        found = {
+            text: (i, text in special, set() if text in special else normalized)
+            for text, i in self.added.values.items()
+        }
         for number, values in self.config.get("added_tokens_decoder", dict, {}).items():
             entry = JsonFile(self.config.path, values=values)
             text = entry.require("content", str)
             i = int(number) if re.fullmatch("[0-9]{1,9}", number) else number
-            found[text] = i, entry.get("special", bool, False) or text in special
+            options = {name for name in OPTIONS if entry.get(name, bool, False)}
+            if SPM in metadata:  # transformers looks for these in the text itself
+                options -= {"normalized"} - normalized
+            found[text] = i, entry.get("special", bool, False) or text in special, options
         tokens = list(metadata["tokenizer.ggml.tokens"])
         kinds = metadata["tokenizer.ggml.token_type"].tolist()
-        before = len(tokens)
-        wrong = [text for text, (i, _) in found.items() if type(i) is not int]
-        for text in wrong or sorted(found, key=found.__getitem__):
-            i, is_special = found[text]
+        before, ids = len(tokens), {text: i for i, text in enumerate(tokens)}
+        wrong = [text for text, (i, *_) in found.items() if type(i) is not int]
+        for text in wrong or sorted(found, key=lambda text: found[text][0]):
+            i, is_special, options = found[text]
             if type(i) is not int or not 0 <= i <= len(tokens):
                 what = f"added token {escape(text, 60)} has id {escape(i, 60)}"
                 raise TokenizerError(f"{self.folder}: {what}, the vocabulary has {len(tokens)} tokens")
             if i == len(tokens):
                 tokens.append(text)
                 kinds.append(USER_DEFINED)
+                ids[text] = i
             elif tokens[i] != text:
                 what = f"added token {escape(text, 60)} has id {i}, which is {escape(tokens[i], 60)}"
                 raise MismatchError(f"{self.folder}: {what}")
             if is_special and kinds[i] in (NORMAL, USER_DEFINED, UNUSED):
                 kinds[i] = CONTROL
+            options |= {"added"} if kinds[i] == NORMAL else set()
+            for name in (*OPTIONS, "added"):
+                key = f"numpy_llama.tokenizer.{name}"
+                others = metadata.get(key, np.zeros(0, np.int32))
+                if name in options or i in others:
+                    chosen = {*others.tolist()} - {i} | ({i} if name in options else set())
+                    metadata[key] = np.array(sorted(chosen), np.int32)
+        for text in special:
+            if text not in ids:  # a token without an id gets the next one
+                ids[text] = len(tokens)
+                tokens.append(text)
+                kinds.append(CONTROL)
+            elif kinds[ids[text]] == USER_DEFINED:
+                kinds[ids[text]] = CONTROL
         metadata["tokenizer.ggml.tokens"] = tokens
         metadata["tokenizer.ggml.token_type"] = np.array(kinds, np.int32)
         if "tokenizer.ggml.scores" in metadata:
             scores = metadata["tokenizer.ggml.scores"]
             metadata["tokenizer.ggml.scores"] = np.append(scores, np.zeros(len(tokens) - before, np.float32))
+
+    def special(self) -> list[str]:
+        """The special tokens that these files name, in the order in which transformers adds them."""
+        named = (self.named(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+        found = dict.fromkeys(text for text in named if text is not None)
+        for file in (self.config, self.map):
+            for key in ("extra_special_tokens", "additional_special_tokens"):
+                values = file.get(key, (list, dict), [])
+                more = values.values() if isinstance(values, dict) else values
+                found |= dict.fromkeys(self.content(file, value) for value in more)
+        return list(found)
+
+    def content(self, file: JsonFile, value: Any) -> str:
+        """The text of a token, which is a text, or an object with its content."""
+        whole = JsonFile(file.path, values={"content": value} if isinstance(value, str) else value)
+        text: str = whole.require("content", str)
+        return text
 
 
 def _numbers(file: JsonFile, key: str, n_tokens: int) -> list[int]:

@@ -111,16 +111,21 @@ class _TokenizerJson:
         kinds = dict.fromkeys(texts, NORMAL)
         if byte_fallback:
             kinds |= {i: BYTE for i, text in texts.items() if text in BYTES}
+        n = len(texts)
         for values in self.file.get("added_tokens", list, []):
             entry = JsonFile(self.file.path, values=values)
             i, text = entry.require("id", int), entry.require("content", str)
+            known, next_id = i in texts, max([n - 1, *self.options]) + 1  # tokenizers counts by itself
+            if not known and i != next_id:
+                what = f"added token {escape(text, 60)} has id {i}, tokenizers gives it {next_id}"
+                raise TokenizerError(f"{self.source}: {what}; write the id that the model was trained with")
             if i in self.options or texts.setdefault(i, text) != text:
                 what = f"added token {escape(text, 60)} has id {i}, which is {escape(texts[i], 60)}"
                 raise TokenizerError(f"{self.source}: {what}")
             self.options[i] = {name for name in OPTIONS if entry.get(name, bool, False)}
             kinds[i] = CONTROL if entry.get("special", bool, False) else USER_DEFINED
         kinds |= {i: UNKNOWN for i, text in texts.items() if text == unknown}
-        n = max(texts, default=-1) + 1
+        n = max(texts, default=-1) + 1  # there may be gaps in the model's ids
         if min(texts, default=0) < 0 or n > MAX_TOKENS:
             wrong = min(texts) if min(texts) < 0 else n - 1
             what = f"token {escape(texts[wrong], 60)} has id {wrong}, wanted 0 to {MAX_TOKENS - 1}"
@@ -207,7 +212,7 @@ class _TokenizerJson:
             self.unsupported("the model has no byte_fallback and no ByteLevel: some texts had no ids")
         if self.model.get("ignore_merges", bool, False):
             self.unsupported("the model has ignore_merges without ByteLevel")
-        prefix, metaspace, only_first = self.spaces(steps)
+        spaces = self.spaces(steps)
         merges = []
         for i, merge in enumerate(listed):
             left, _, right = merge.partition(" ")
@@ -224,21 +229,27 @@ class _TokenizerJson:
             "tokenizer.ggml.scores": np.array(
                 [-order.get(text, len(order)) for text in self.tokens], np.float32
             ),
-            "tokenizer.ggml.add_space_prefix": prefix,
-            "numpy_llama.tokenizer.space_if_none": metaspace,
-            "numpy_llama.tokenizer.space_at_start": only_first,
+            **spaces,
         }
 
-    def spaces(self, steps: list[dict[str, Any]]) -> tuple[bool, bool, bool]:
-        """-> is a space put before a part? not if it begins with one? only before the first part?"""
+    def spaces(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        """The entries for the rule by which a space is put before the parts of a text."""
         normalizer = self.steps("normalizer")
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        double = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
         prepend = {"type": "Prepend", "prepend": SPACE}
         if not steps and normalizer in ([replace], [prepend, replace]):
-            return prepend in normalizer, False, False
-        match steps:
-            case [{"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}]:
-                if not normalizer and scheme in ("always", "first", "never"):
-                    return scheme != "never", True, scheme == "first"
+            return {"tokenizer.ggml.add_space_prefix": prepend in normalizer}
+        scheme = steps[0].get("prepend_scheme") if len(steps) == 1 else None
+        metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+        known = scheme in ("always", "first", "never") and normalizer in ([], [replace], [replace, double])
+        if steps == [metaspace] and known:
+            return {
+                "tokenizer.ggml.add_space_prefix": scheme != "never",
+                "numpy_llama.tokenizer.space_if_none": True,
+                "numpy_llama.tokenizer.space_at_start": scheme == "first",
+                "numpy_llama.tokenizer.replace_first": replace in normalizer,
+                "numpy_llama.tokenizer.double_first": double in normalizer,
+            }
         found = f"normalizer {escape(normalizer)} with pre_tokenizer {escape(steps)}"
         self.unsupported(f"{found} is not understood")

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ...errors import ResourceLimitError, TokenizerError, UnsupportedError, escape
-from ...text.tokenizer import CONTROL, MAX_TOKENS, NORMAL
+from ...text.tokenizer import CONTROL, MAX_TOKENS, NORMAL, USER_DEFINED
 
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5  # wire types
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
@@ -69,6 +69,8 @@ def sentencepiece_metadata(data: bytes, source: str) -> dict[str, Any]:
         "tokenizer.ggml.add_space_prefix": bool(normalizer[3]),
         "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer[4]),
     }
+    if symbols := [i for i, kind in enumerate(kinds) if kind == USER_DEFINED]:
+        metadata["numpy_llama.tokenizer.symbols"] = np.array(symbols, np.int32)
     control = {text: i for i, text in enumerate(tokens) if kinds[i] == CONTROL}
     for key, number in (("bos", 46), ("eos", 47)):  # sentencepiece uses the names, not the ids
         if (i := control.get(reader.text(trainer[number]))) is not None:

@@ -41,10 +41,10 @@ from .generation.sampling import Sampler
 from .generation.transcript import Completion, Piece, StopTexts, Transcript
 from .model import Transformer
 from .rope import DynamicScaling
-from .text.chat import ChatFormat
+from .text.chat import ChatFormat, Extras
 from .text.tokenizer import Tokenizer
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 
 # This thread's replacements of models, with the hooks of inspect/tracing.py: the model -> the hooked one.
 STAND_INS: ContextVar[Mapping[Transformer, Transformer]]
@@ -110,7 +110,7 @@ class Llama:
         return finish(self.stream(prompt, **options))
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
-        """The assistant's next message in a conversation. The options are those of `stream`."""
+        """The assistant's next message in a conversation. The options are those of `stream_chat`."""
         return finish(self.stream_chat(messages, **options))
 
     def stream(
@@ -125,9 +125,17 @@ class Llama:
         """
         return self._stream(self._encode(prompt, special), at_start=False, **options)
 
-    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
-        """Like `chat`, one piece at a time. The options are those of `stream`."""
-        return self._stream(self.encode_chat(messages), at_start=True, **options)
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Extras = None,
+        documents: Extras = None,
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Like `chat`, one piece at a time. The options are those of `stream`, and those of `encode_chat`."""
+        ids = self.encode_chat(messages, tools=tools, documents=documents)
+        return self._stream(ids, at_start=True, **options)
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
         """Continue several texts, or lists of ids, at once: faster than one after another.
@@ -148,11 +156,23 @@ class Llama:
         check_iterable("conversations", conversations, "a list of lists of messages")
         return self._batch(conversations, self.encode_chat, at_start=True, **options)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation in the model's own format. Text in it never becomes a control token."""
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Extras = None,
+        documents: Extras = None,
+    ) -> list[int]:
+        """The ids of a conversation in the model's own format. Text in it never becomes a control token.
+
+        tools, documents: lists for the model's template, as transformers' `apply_chat_template` takes them.
+        Then a message may have further keys, such as tool_calls.
+        """
         if self.chat_format is None:
             raise TemplateError("this model has no chat template; `generate` continues plain text with it")
-        return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt)
+        extras = {name: values for name, values in (("tools", tools), ("documents", documents)) if values}
+        return self.chat_format.encode(self.tokenizer, messages, add_generation_prompt, **extras)
 
     def _encode(self, prompt: str | Sequence[int], special: bool = False) -> list[int]:
         """The ids of a prompt. A list of ids is only checked."""

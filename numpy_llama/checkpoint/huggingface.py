@@ -236,13 +236,7 @@ def chat_template(folder: Path) -> str | None:
     """The Jinja source. Versions of transformers store it in different places; the newest comes first."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
-        file = MappedFile(path, "a chat template")
-        if file.size > 4 * MAX_SOURCE:
-            raise TemplateError(f"{path} has {file.size} bytes, at most {4 * MAX_SOURCE} are read")
-        try:
-            return str(file.map[:], "utf-8")
-        except UnicodeDecodeError as error:
-            raise TemplateError(f"{path}: byte {error.start} is not UTF-8") from None
+        return template_file(path)
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = folder / name
         found = None
@@ -256,3 +250,14 @@ def chat_template(folder: Path) -> str | None:
         if found is not None:
             return found
     return None
+
+
+def template_file(path: Path) -> str:
+    """The Jinja source in a file, without a byte order mark."""
+    file = MappedFile(path, "a chat template")
+    if file.size > 4 * MAX_SOURCE:
+        raise TemplateError(f"{path} has {file.size} bytes, at most {4 * MAX_SOURCE} are read")
+    try:
+        return str(file.map[:], "utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"{path}: byte {error.start} is not UTF-8") from None

@@ -9,9 +9,10 @@ import contextlib
 import sys
 from typing import Any
 
+from ..checkpoint.huggingface import template_file
 from ..errors import ContextOverflowError, ParameterError, TextError
 from ..llama import Llama
-from ..text.chat import CHAT_FORMATS
+from ..text.chat import CHAT_FORMATS, ChatFormat, ChatTemplate
 from ..text.tokenizer import check_text
 from . import common
 
@@ -24,10 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system", metavar="TEXT", help="the system message: instructions for the model [the template's]"
     )
     parser.add_argument(
-        "--chat-format", choices=CHAT_FORMATS, help="the form of the conversation [the model's template]"
+        "--chat-format",
+        metavar="FORMAT",
+        help=f"the form of the conversation: {', '.join(CHAT_FORMATS)}, or a file of a Jinja template "
+        "[the model's template]",
     )
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=None)
+
+
+def chat_format(text: str) -> ChatFormat:
+    """A format by its name, or a template in a file."""
+    if text in CHAT_FORMATS:
+        return CHAT_FORMATS[text]
+    if not (path := common.path(text)).is_file():
+        raise ParameterError(f"--chat-format {text}: no file, and not one of {', '.join(CHAT_FORMATS)}")
+    return ChatTemplate(template_file(path))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_model(args: argparse.Namespace) -> Llama:
+    chosen = None if args.chat_format is None else chat_format(args.chat_format)
     llama = common.load_model(args)
-    if args.chat_format is not None:
-        llama.chat_format = CHAT_FORMATS[args.chat_format]
+    llama.chat_format = llama.chat_format if chosen is None else chosen
     return llama
 
 

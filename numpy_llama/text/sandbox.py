@@ -6,15 +6,20 @@ This file adds lists of the allowed filters and methods, a deadline, and the bud
 """
 
 import json
+import re
 import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import wraps
+from string import Formatter
 from types import CodeType
 from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.filters import do_batch, do_indent, do_round, do_slice
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -29,19 +34,24 @@ MAX_INT = 1 << 63
 # Characters of an argument: the time of 'aa...'.strip('ba...') grows with the product of both lengths.
 MAX_ARGUMENT = 1 << 10
 
-# The filters and methods that real templates use. Jinja has others, which make gigabytes out of a number.
+MAX_WIDTH = 1 << 10  # of a padded value
+
+# The filters and methods of Jinja and of str whose result is little more than their inputs. Those that pad or
+# repeat are below, with a limit. What is in neither list has no use in a template: attr, lipsum, xmlattr, ...
 FILTERS = {
-    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float",
-    "groupby", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject",
-    "rejectattr", "reverse", "safe", "select", "selectattr", "sort", "string", "title", "trim",
-    "unique", "upper",
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "filesizeformat",
+    "first", "float", "forceescape", "groupby", "int", "items", "last", "length", "list", "lower", "map",
+    "max", "min", "reject", "rejectattr", "reverse", "safe", "select", "selectattr", "sort", "string",
+    "striptags", "title", "trim", "truncate", "unique", "upper", "urlencode", "wordcount",
 }  # fmt: skip
 METHODS = {
-    "capitalize", "casefold", "count", "endswith", "find", "get", "index", "isalnum", "isalpha",
-    "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "items", "join", "keys",
-    "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rstrip", "split",
-    "splitlines", "startswith", "strip", "swapcase", "title", "upper", "values",
+    "capitalize", "casefold", "copy", "count", "endswith", "find", "format", "get", "index", "isalnum",
+    "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable",
+    "isspace", "istitle", "isupper", "items", "join", "keys", "lower", "lstrip", "partition",
+    "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
+    "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper", "values",
 }  # fmt: skip
+PADDING = {"center", "expandtabs", "ljust", "rjust", "zfill"}  # methods with a width
 
 Value = TypeVar("Value")
 
@@ -55,9 +65,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
-    def __init__(self, room: int = MAX_MADE) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        own = {"join": self.join, "replace": self.replace, "tojson": self.tojson}
+    def __init__(self, room: int = MAX_MADE, ascii: str = "") -> None:
+        """`ascii`: characters that JSON in ASCII keeps as they are, because they stand for other texts."""
+        extensions = ["jinja2.ext.loopcontrols", Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        own = {name: getattr(self, name) for name in ("join", "replace", "tojson", "round", "sum")}
+        own |= {"center": self.center, "indent": self.indent, "format": self.percent}
+        own |= {"batch": self.limited(do_batch), "slice": self.limited(do_slice)}
+        self.not_ascii = re.compile(rf"[^\x00-\x7f{re.escape(ascii)}]")
         self.filters = {name: self.weighed(self.filters[name]) for name in FILTERS} | own
         self.tests = {name: self.weighed(test) for name, test in self.tests.items()}
         del self.globals["lipsum"]
@@ -123,6 +138,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 function, args = self.join, (*args, owner)
             elif name == "replace":
                 function, args = self.replace, (owner, *args)
+            elif name == "format":
+                function, args = self.braces, (owner, *args)
+            elif name in PADDING:
+                width = max([8, *(x for x in (*args, *kwargs.values()) if isinstance(x, int))])
+                self.check_width(width)
+                self.make_room(width * (owner.count("\t") + 1))
             elif any(isinstance(x, str) and len(x) > MAX_ARGUMENT for x in args):
                 self.fail(f"the method {name} has an argument of more than {MAX_ARGUMENT} characters")
         value = super().call(context, function, *args, **kwargs)
@@ -130,18 +151,73 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """10**10**9, 'a' * 10**10 and '%1000000000d' % 1 are one step each, which no deadline can stop."""
+        if operator == "%" and isinstance(left, str):
+            return self.percent(left, *(right if isinstance(right, tuple) else (right,)))
         size = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
         too_much = operator == "*" and size != [left, right] and size[0] * size[1] > self.room
-        if too_much or operator == "**" or (operator == "%" and isinstance(left, str)):
+        power = operator == "**" and not (isinstance(left, int | float) and right in range(64))
+        if too_much or power:
             self.fail(f"operator {operator} is not allowed, or not on such values")
         return self.weigh(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> None:
-        """None: Jinja's safe str.format still pads to any width, and `format` is not one of METHODS."""
+        """None: `call` gives str.format to `braces`."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         plain = isinstance(obj, str | int | float | list | tuple | dict | type)
-        return (not plain or attr in METHODS) and super().is_safe_attribute(obj, attr, value)
+        allowed = attr in METHODS or (isinstance(obj, str) and attr in PADDING)
+        return (not plain or allowed) and super().is_safe_attribute(obj, attr, value)
+
+    def check_width(self, *values: Any) -> None:
+        if any(isinstance(x, int) and abs(x) > MAX_WIDTH for x in values):
+            self.fail(f"a width of more than {MAX_WIDTH}")
+
+    def limited(self, cut: Callable[..., Any]) -> Callable[..., list[Any]]:
+        """The filters batch and slice: lists of `number` items, or `number` lists."""
+
+        def run(values: Any, number: int, fill_with: Any = None) -> list[Any]:
+            self.check_width(number)
+            return [self.weigh(part) for part in cut(values, number, fill_with)]
+
+        return run
+
+    def center(self, value: Any, width: int = 80) -> str:
+        self.check_width(width)
+        return self.weigh(str(value).center(width))
+
+    def indent(self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+        self.check_width(width, len(width) if isinstance(width, str) else 0)
+        self.make_room((str(text).count("\n") + 1) * (len(width) if isinstance(width, str) else width))
+        return self.weigh(do_indent(str(text), width, first, blank))
+
+    def round(self, value: float, precision: int = 0, method: Any = "common") -> float:
+        self.check_width(precision)
+        return self.weigh(do_round(value, precision, method))
+
+    def sum(self, values: Any, attribute: str | None = None, start: Any = 0) -> Any:
+        values = [value if attribute is None else self.getitem(value, attribute) for value in values]
+        if not all(isinstance(value, int | float) for value in [*values, start]):
+            self.fail("the filter sum adds numbers only")
+        return self.weigh(sum(values, start))
+
+    def percent(self, form: Any, *args: Any, **kwargs: Any) -> str:
+        """form % args, with widths of at most three digits."""
+        if re.search(r"%[^%a-zA-Z]*(\*|\d{4})", str(form)):
+            self.fail("operator % is not allowed with such a width")
+        self.make_room(str(form).count("%") * self.most(*args, *kwargs.values()))
+        return self.weigh(str(form) % (kwargs or args))
+
+    def braces(self, form: str, *args: Any, **kwargs: Any) -> str:
+        """form.format(...) without attributes of the values, and with widths of at most three digits."""
+        for _, field, spec, _ in Formatter().parse(form):
+            if re.search(r"[.\[]", field or "") or re.search(r"[{]|\d{4}", spec or ""):
+                self.fail("the method format is not allowed with such a field")
+        self.make_room(form.count("{") * self.most(*args, *kwargs.values()))
+        return self.weigh(form.format(*args, **kwargs))
+
+    def most(self, *values: Any) -> int:
+        """The characters that one field may make of these values."""
+        return max([1000, *(len(self.weigh(str(value))) for value in values)])
 
     def join(self, values: Any, d: str = "", attribute: str | None = None) -> str:
         if attribute is not None:
@@ -154,10 +230,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.make_room(str(text).count(old) * len(new))
         return self.weigh(str(text).replace(old, new, count))
 
-    def tojson(self, value: Any, indent: int | None = None) -> str:
+    def tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         """`value` as JSON, without the escapes for HTML that Jinja's own filter writes."""
-        encoder = json.JSONEncoder(ensure_ascii=False, indent=None if indent is None else min(indent, 8))
-        return "".join(map(self.weigh, encoder.iterencode(value)))
+        self.check_width(indent, *map(len, separators or ()))
+        encoder = json.JSONEncoder(
+            ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        text = "".join(map(self.weigh, encoder.iterencode(value)))
+        if not ensure_ascii:
+            return text
+        return self.weigh(self.not_ascii.sub(lambda match: json.dumps(match[0])[1:-1], text))
 
     def strftime_now(self, form: str) -> str:
         if len(form) > MAX_ARGUMENT:
@@ -166,6 +255,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def fail(self, message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
+
+
+class Generation(Extension):
+    """{% generation %}: Hugging Face's tag around what the model writes. It changes no text."""
+
+    tags = {"generation"}  # noqa: RUF012  as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 class _Weighing(NodeTransformer):

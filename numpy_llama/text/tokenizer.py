@@ -57,6 +57,11 @@ END_TOKENS = {
     "<|eot|>", "<|eom|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>",
 }  # fmt: skip
 
+# The special tokens in Hugging Face's files, and in GGUF's entries NAME_token_id.
+NAMED_TOKENS = {
+    "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "cls": "cls",
+    "mask": "mask",
+}  # fmt: skip
 RANKS = "numpy_llama.tokenizer.ranks"  # true: no merges; the normal tokens are in tiktoken's order
 
 # GPT-2 writes a byte as one printable character: itself if it is printable, else the next from U+0100 on.
@@ -132,6 +137,13 @@ class Tokenizer:
         if self.vocab_size > rows or unused >= max(PADDING, rows / 8):
             found = f"the tokenizer has {self.n_used} ids, the embedding {rows} rows"
             raise MismatchError(f"{found}; wanted the tokenizer that came with the weights")
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens by the names that chat templates have for them: bos_token, pad_token, ..."""
+        ids = {name: self.entries.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED_TOKENS.items()}
+        ids |= {"bos": self.bos_id, "eos": self.eos_ids[0] if self.eos_ids else None}
+        return {f"{name}_token": self.tokens[i] for name, i in ids.items() if i is not None}
 
     @cached_property
     def control_names(self) -> re.Pattern[str]:
@@ -248,7 +260,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     if model == "llama":  # as in ggml, LLaMA's own ids for a file without these entries
         names = {"bos": (1, "<s>"), "eos": (2, "</s>")}
         usual = {key: i for key, (i, name) in names.items() if read.tokens[i] == name and kinds[i] == CONTROL}
-    bos, *ends, _ = (read.token_id(name, usual.get(name)) for name in ("bos", "eos", "eot", "eom", "unknown"))
+    bos = read.token_id("bos", usual.get("bos"))
+    ends = [read.token_id(name, usual.get(name)) for name in ("eos", "eot", "eom")]
+    for name in NAMED_TOKENS.values():
+        read.token_id(name, None)
     add_bos = read.get("add_bos_token", bool, add_bos) and bos is not None
     control = {text: i for i, text in enumerate(read.tokens) if kinds[i] in (CONTROL, UNKNOWN)}
     ends += [*read.end_ids(), *(control.get(text) for text in sorted(END_TOKENS))]
@@ -306,11 +321,16 @@ class _Reader:
         return value
 
     def token_id(self, name: str, default: int | None) -> int | None:
+        """A special id. BOS must be a token. Any other that no token has is left out: nothing makes it."""
         token_id: int | None = self.get(f"{name}_token_id", int, default)
         n = len(self.tokens)
-        if token_id is not None and not 0 <= token_id < n:
-            self.fail(f"{name}_token_id", f"is {token_id}, the vocabulary has {n} tokens", MismatchError)
-        return token_id
+        if token_id is None or 0 <= token_id < n:
+            return token_id
+        if name == "bos":
+            what = f"is {token_id}, the vocabulary has {n} tokens; wanted the id of a token, or no such entry"
+            self.fail(f"{name}_token_id", what, MismatchError)
+        del self.entries[f"tokenizer.ggml.{name}_token_id"]
+        return None
 
     def own_ids(self, name: str) -> frozenset[int]:
         """An array of ids that GGUF has no name for."""
@@ -339,16 +359,14 @@ class _Reader:
             kept = {"<unk>", "<s>", "<|endoftext|>"}
             ids = [i for text, i in (plain | control).items() if text not in kept]
             self.metadata = {"numpy_llama.tokenizer.rstrip": np.array(ids, np.int32), **self.metadata}
-        options = map(self.own_ids, ("lstrip", "rstrip", "single_word", "normalized"))
-        return AddedTokens(plain | control, frozenset(control.values()), *options, normalize)
+        left, right, word = map(self.own_ids, ("lstrip", "rstrip", "single_word"))
+        control_ids, normalized = frozenset(control.values()), self.own_ids("normalized")
+        return AddedTokens(plain | control, control_ids, left, right, word, normalized, normalize)
 
     def end_ids(self) -> list[int]:
         """The tokens that generation_config.json lists as ends of a turn."""
         ids: list[int] = self.own("end_token_ids", np.int32, np.zeros(0, np.int32)).tolist()
-        n = len(self.tokens)
-        if wrong := [i for i in ids if not 0 <= i < n]:
-            raise MismatchError(f"{self.source}: end of turn {wrong[0]}, the vocabulary has {n} tokens")
-        return ids
+        return [i for i in ids if 0 <= i < len(self.tokens)]
 
     def vocabulary(self, model: str) -> tuple[list[int], list[bytes]]:
         """The type of each token, and the bytes that it adds to a text."""

@@ -3,6 +3,7 @@
 The first bytes of a file decide its format, never its name: tokenizer.model is the name of two formats.
 """
 
+import codecs
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from ...errors import MismatchError, TokenizerError, TruncatedError, escape
 from ...text.tokenizer import (
     CONTROL,
+    NAMED_TOKENS,
     NORMAL,
     UNUSED,
     USER_DEFINED,
@@ -36,6 +38,7 @@ WANTED = "a tokenizer: SentencePiece's or tiktoken's tokenizer.model, tokenizer.
 MISTAKEN = files.MISTAKEN | {
     b"PK\x03\x04": "a zip archive, perhaps PyTorch's",
     b"\x80": "a Python pickle",
+    codecs.BOM_UTF8: "a byte order mark; save the file as UTF-8 without one",
 }
 
 
@@ -116,7 +119,7 @@ class _Beside:
         self.add_tokens(metadata)
         ids = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
         known = {
-            file.path.stem: {name: _numbers(file, f"{name}_token_id", len(ids)) for name in ("bos", "eos")}
+            file.path.stem: {name: _numbers(file, name, len(ids)) for name in ("bos", "eos")}
             for file in (self.model, self.generation)
         }
         # config.json often has a library's defaults: its ids count only if no other file has any.
@@ -129,6 +132,9 @@ class _Beside:
                 guess[name] = []
             elif guess[name]:
                 metadata[key] = guess[name][0]
+        for name, gguf in NAMED_TOKENS.items():
+            if name not in guess and (text := self.named(f"{name}_token")) in ids:
+                metadata[f"tokenizer.ggml.{gguf}_token_id"] = ids[text]
         ends = known["generation_config"]["eos"] or guess["eos"]
         if ends:
             metadata["numpy_llama.tokenizer.end_token_ids"] = np.array(ends, np.int32)
@@ -225,11 +231,15 @@ class _Beside:
         return text
 
 
-def _numbers(file: JsonFile, key: str, n_tokens: int) -> list[int]:
-    """A list of ids from one id or a list; MismatchError unless all are tokens. Null and absent are []."""
+def _numbers(file: JsonFile, name: str, n_tokens: int) -> list[int]:
+    """The special ids of a file: one, or a list. Null, [] and an absent key are none.
+
+    BOS must be a token. Another id that no token has is left out: nothing makes it.
+    """
+    key = f"{name}_token_id"
     value = file.get(key, (int, list), [])
     numbers = value if isinstance(value, list) else [value]
-    if not all(type(i) is int and 0 <= i < n_tokens for i in numbers):
+    if not all(type(i) is int and (name != "bos" or 0 <= i < n_tokens) for i in numbers):
         wanted = f"wanted ids of tokens, 0 to {n_tokens - 1}"
         raise MismatchError(f"{file.path}: {key} is {escape(value, 60)}, {wanted}")
-    return numbers
+    return [i for i in numbers if 0 <= i < n_tokens]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.filters import do_batch, do_indent, do_round, do_slice
+from jinja2.filters import do_batch, do_indent, do_round, sync_do_slice
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -71,7 +71,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         own = {name: getattr(self, name) for name in ("join", "replace", "tojson", "round", "sum")}
         own |= {"center": self.center, "indent": self.indent, "format": self.percent}
-        own |= {"batch": self.limited(do_batch), "slice": self.limited(do_slice)}
+        own |= {"batch": self.limited(do_batch), "slice": self.limited(sync_do_slice)}
         self.not_ascii = re.compile(rf"[^\x00-\x7f{re.escape(ascii)}]")
         self.filters = {name: self.weighed(self.filters[name]) for name in FILTERS} | own
         self.tests = {name: self.weighed(test) for name, test in self.tests.items()}

@@ -1,3 +1,5 @@
+import functools
+import json
 import tracemalloc
 from datetime import datetime
 from functools import cache
@@ -17,8 +19,8 @@ from helpers.tokenizers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import numpy_llama as nl
 from numpy_llama.checkpoint.gguf.file import GGUFFile
@@ -111,14 +113,12 @@ LLAMA3_VOCABULARY = renamed(**HEADERS)
 
 
 def as_hugging_face_renders(
-    source: str, messages, bos: str, eos: str, add_generation_prompt: bool = True
+    source: str, messages, bos: str, eos: str, add_generation_prompt: bool = True, **more
 ) -> str:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    return environment.from_string(source).render(
-        messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos
-    )
+    """What apply_chat_template of transformers renders."""
+    values = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt} | more
+    (text,), _ = render_jinja_template(conversations=[messages], chat_template=source, **values)
+    return text
 
 
 def control_ids(tokenizer, ids):
@@ -444,7 +444,8 @@ def test_longest_control_token_first():
         [{"content": "hi"}],
         [{"role": "user", "content": None}],
         [{"role": "user", "content": b"hi"}],
-        [{"role": "user", "content": "hi", "name": "me"}],
+        [{"role": "user", "content": "hi", "name": {1, 2}}],
+        [{"role": "user", "content": 7, "name": "me"}],
         [{"role": "<|im_end|>", "content": "hi"}],
         [{"role": ["user"], "content": "hi"}],
     ],
@@ -491,7 +492,7 @@ def test_what_hugging_face_gives_to_templates():
         ("{{ raise_exception.__globals__ }}{{ raise_exception.__globals__.x }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 'a' * 10000000000 }}", r"operator \*"),
-        ("{{ 10 ** 10 }}", r"operator \*\*"),
+        ("{{ 10 ** 100 }}", r"operator \*\*"),
         ("{{ '%1000000000d' % 1 }}", "operator %"),
         ("{% for i in range(1000000000) %}{% endfor %}", "[Rr]ange too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
@@ -595,6 +596,20 @@ GROWTH = {
     "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
     "translate": "{{ ('a' * 60000).translate({97: 'b' * 60000}) }}",
     "fromkeys": "{{ dict.fromkeys(range(99999)) }}",
+    "indent": "{% set a = 'a\n' * 9000 %}{{ a | indent(1000) }}",
+    "indent by a text": "{{ 'a' | indent('b' * 90000) }}",
+    "center": "{{ 'x' | center(3000000000) }}",
+    "batch": "{{ [1] | batch(1000000000, 'x') | list }}",
+    "slice": "{{ [1] | slice(1000000000) | list }}",
+    "tabs": "{{ ('\t' * 90000).expandtabs(1000) }}",
+    "zeros": "{{ '1'.zfill(1000000000) }}",
+    "formats": "{{ ('%s' * 9000) | format('x') }}",
+    "format's width": "{{ '%*d' | format(1000000000, 1) }}",
+    "format many times": A + "{{ ('{0}' * 90).format(a) }}",
+    "format by it": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "format of lists": "{% set a = 'a' * 9000 %}{{ ('%s' * 200) % (([a] * 20,) * 200) }}",
+    "separators": "{{ [1, 2] | tojson(separators=('a' * 90000, ':')) }}",
+    "powers": "{{ [0] * (2 ** 40) }}",
     "sums": "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}",
 }
 
@@ -606,7 +621,9 @@ def test_a_template_has_room_for_so_much(source, monkeypatch):
     )  # memory is traced here, which takes time
     tracemalloc.start()
     try:
-        with pytest.raises(TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter"):
+        with pytest.raises(
+            TemplateError, match=r"too much|not allowed|unsafe|of 200000 char|No filter|numbers only|a width"
+        ):
             ChatTemplate(source).render(conversation("hi"), BYTE_LEVEL)
         assert tracemalloc.get_traced_memory()[1] < 12 << 20
     finally:
@@ -623,11 +640,11 @@ def test_namespaces_in_each_other_have_no_long_text():
     [
         ("{% set a = 3 %}" + "{% set a = a * a %}" * 60, "a number beyond"),
         ("{{ ('9' * 4000) | int // 3 }}", "a number beyond"),
-        ("{{ 1.5 | round(1000000000, 'ceil') }}", "No filter"),
+        ("{{ 1.5 | round(1000000000, 'ceil') }}", "a width of more than 1024"),
         ("{{ range(99999) | select('in', ['a'] * 90000) | list }}", "takes longer"),
         ("{% set l = ['a'] * 90000 %}{% for i in range(99999) if i in l %}{% endfor %}", "takes longer"),
         ("{{ ('a' * 9999).strip('b' * 9999 ~ 'a') }}", "more than 1024 characters"),
-        ("{{ 'ab'.rfind('b') }}", "unsafe"),
+        ("{{ ('ab' * 9999).rfind('b' * 9999) }}", "more than 1024 characters"),
         ("{{ 'a' | e }}" * 5000, "parts, at most 8192"),
         ("{{ 1" + "+1" * 30_000 + "}}", "recursion"),
         ("{{ " + "[" * 20_000 + "]" * 20_000 + " }}", "recursion"),
@@ -677,6 +694,183 @@ def test_what_real_templates_do_is_done(contents):
     expected = as_hugging_face_renders(PLAIN, messages, "", "")
     with WITHOUT_A_CLOCK:
         assert template(PLAIN).render(messages, BYTE_LEVEL) == expected
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The <b>weather</b> 'now', \u00e9",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "f", "arguments": {"a": [1.5, None, True]}},
+}
+WITH_TOOLS = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "7", "name": "f", "tool_call_id": "call00001"},
+]
+ALLOWED = {
+    "generation": "{% for m in messages %}{% generation %}{{ m.role }}\n{% endgeneration %}-{% endfor %}",
+    "a scope": "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}",
+    "break": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "continue": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+    "tools": "{% for tool in tools %}{{ tool.function.name }}{{ tool | tojson }}{% endfor %}",
+    "indented": "{{ tools | tojson(indent=4) }}{{ tools | tojson(indent=1, sort_keys=true) }}",
+    "separators": "{{ tools[0] | tojson(separators=(',', ':')) }}",
+    "ASCII": "{{ tools[0] | tojson(ensure_ascii=True) }}{{ '\U0001f999' | tojson(ensure_ascii=true) }}",
+    "documents": "{% for d in documents %}{{ d.title }}: {{ d['text'] }}\n{% endfor %}",
+    "tool calls": "{% for m in messages %}{{ m.tool_calls is defined }}{{ m.get('content') }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{{ c.id }}{% endfor %}{% endfor %}",
+    "named tokens": "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token is defined }}",
+    "filters": "{{ 'a\nb' | indent }}|{{ 'a\nb' | indent(2, true) }}|{{ 2.567 | round(1) }}|{{ 2.5 | round }}"
+    "|{{ [1, 2, 3] | sum }}|{{ [{'n': 2}] | sum(attribute='n', start=1) }}|{{ 'x' | center(5) }}|"
+    "{{ '%s-%02d' | format('a', 7) }}|{{ 'a b c' | wordcount }}|{{ 'abcdefgh' | truncate(5, true, '') }}|"
+    "{{ [1, 2, 3] | batch(2, 0) | list }}|{{ [1, 2, 3] | slice(2) | list }}|{{ 'a b' | urlencode }}|"
+    "{{ 12345 | filesizeformat }}|{{ '<i>x</i>' | striptags }}|{{ '<' | forceescape }}",
+    "methods": "{{ 'a'.ljust(3) }}|{{ 'a'.rjust(3, '*') }}|{{ '7'.zfill(3) }}|{{ 'a-b-c'.rsplit('-', 1) }}|"
+    "{{ 'a-b'.rpartition('-') }}|{{ 'aba'.rfind('a') }}|{{ 'aba'.rindex('a') }}|{{ '\tx'.expandtabs(2) }}|"
+    "{{ '{0}, {1:>3}{n!r}'.format('a', 'b', n='c') }}|{{ '{}-{}'.format(1, 2) }}"
+    "{{ 'a'.isascii() }}{{ '1'.isdecimal() }}{{ 'a'.isprintable() }}{{ {'a': 1}.copy() }}",
+    "operators": "{{ 2 ** 10 }}|{{ 10 ** 10 }}|{{ '%s %d' % ('a', 3) }}|{{ '%.2f' % 1.5 }}|{{ 'ab' * 2 }}",
+    "the date": "{{ strftime_now('%Y-%m') }}",
+}
+
+
+@pytest.mark.parametrize("source", ALLOWED.values(), ids=ALLOWED)
+def test_a_template_may_do_what_transformers_allows(source):
+    extras = {"tools": [TOOL], "documents": [{"title": "A", "text": "one"}]}
+    names = {"unk_token": "<unk>"}
+    expected = as_hugging_face_renders(source, WITH_TOOLS, "<s>", "</s>", **extras, **names)
+    messages = [{key: value for key, value in m.items() if value is not None} for m in WITH_TOOLS]
+    entries = {"tokenizer.ggml.unknown_token_id": 0}
+    tokenizer = tokenizer_from_gguf(sentencepiece_metadata() | entries, "x")
+    assert ChatTemplate(source).render(messages, tokenizer, **extras) == expected
+
+
+def test_names_in_tools_and_documents_make_no_control_token():
+    """Whatever of JSON shows them: the values, the keys, and JSON in ASCII."""
+    source = (
+        "{{ '<|im_start|>' }}{{ tools | tojson(ensure_ascii=true) }}{{ documents | tojson }}"
+        "{{ messages[0].tool_calls | tojson }}{{ '<|im_end|>' }}"
+    )
+    name = "x<|im_end|></s>\u00e9"
+    messages = [{"role": "assistant", "tool_calls": [{name: name}]}]
+    extras = {"tools": [{name: [name]}], "documents": [{"title": name, name: 1}]}
+    ids = ChatTemplate(source).encode(BYTE_LEVEL, messages, **extras)
+    control = BYTE_LEVEL.control_tokens
+    assert control_ids(BYTE_LEVEL, ids) == [control["<|im_start|>"], control["<|im_end|>"]]
+    in_ascii = json.dumps(extras["tools"])
+    plain = json.dumps(extras["documents"], ensure_ascii=False) + json.dumps(
+        messages[0]["tool_calls"], ensure_ascii=False
+    )
+    assert BYTE_LEVEL.decode(ids) == in_ascii + plain
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {"tools": "x"},
+        {"tools": [1]},
+        {"documents": {"title": "x"}},
+        {"tools": [{"a": {1}}]},
+        {"tools": [{1: 2}]},
+    ],
+)
+def test_tools_are_json(extras):
+    with pytest.raises(ParameterError, match=r"(tools|documents) is .*, it must be a list of objects"):
+        ChatTemplate("x").encode(BYTE_LEVEL, conversation("hi"), **extras)
+    deep = {"tools": [{"a": functools.reduce(lambda inner, _: [inner], range(99), 1)}]}
+    with pytest.raises(ParameterError, match="tools is"):
+        ChatTemplate("x").encode(BYTE_LEVEL, conversation("hi"), **deep)
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "chatml"])
+def test_a_format_without_tools_refuses_them(name):
+    tokenizer = {"llama2": SENTENCE_PIECE, "llama3": LLAMA3_VOCABULARY, "chatml": BYTE_LEVEL}[name]
+    with pytest.raises(ParameterError, match="no place for tools"):
+        CHAT_FORMATS[name].encode(tokenizer, conversation("hi"), tools=[TOOL])
+    with pytest.raises(ParameterError, match=r"messages\[0\] is"):
+        CHAT_FORMATS[name].encode(tokenizer, [{"role": "user", "content": "x", "name": "y"}])
+
+
+# ---------------------------------------------------------------- the common formats
+
+FORMATTED = {  # as the models' cards show them: system, question, answer, question
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+    "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\n",
+    "mistral": "[INST] S\n\nQ [/INST] A</s>[INST] R [/INST]",
+    "zephyr": "<|system|>\nS</s>\n<|user|>\nQ</s>\n<|assistant|>\nA</s>\n<|user|>\nR</s>\n<|assistant|>\n",
+    "phi3": "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\nA<|end|>\n"
+    "<|user|>\nR<|end|>\n<|assistant|>\n",
+    "tulu": "<|system|>\nS\n<|user|>\nQ\n<|assistant|>\nA</s>\n<|user|>\nR\n<|assistant|>\n",
+    "vicuna": "S USER: Q ASSISTANT: A</s>USER: R ASSISTANT:",
+    "alpaca": "S\n\n### Instruction:\nQ\n\n### Response:\nA</s>\n\n### Instruction:\nR\n\n### Response:\n",
+    "solar": "### System:\nS\n\n### User:\nQ\n\n### Assistant:\nA\n\n### User:\nR\n\n### Assistant:\n",
+    "openchat": "S<|end_of_turn|>GPT4 Correct User: Q<|end_of_turn|>GPT4 Correct Assistant: A<|end_of_turn|>"
+    "GPT4 Correct User: R<|end_of_turn|>GPT4 Correct Assistant:",
+    "deepseek": "S\n\nUser: Q\n\nAssistant: A</s>User: R\n\nAssistant:",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CHAT_FORMATS if name not in ("llama2", "llama3")])
+def test_common_formats(name):
+    messages = [{"role": "system", "content": "S"}, *conversation("Q", "A", "R")]
+    format = CHAT_FORMATS[name]
+    assert format.render(messages, SENTENCE_PIECE) == FORMATTED[name]
+    prompt = format.render(messages[:2], SENTENCE_PIECE)[
+        len(format.render(messages[:2], SENTENCE_PIECE, False)) :
+    ]
+    assert FORMATTED[name].endswith(prompt) and (prompt or name == "mistral")
+    ids = format.encode(SENTENCE_PIECE, messages)
+    expected = SENTENCE_PIECE.encode(FORMATTED[name], bos=True, special=True)
+    assert ids == expected
+
+
+@pytest.mark.parametrize("name", FORMATTED)
+def test_common_formats_refuse_their_own_marks(name):
+    """Where a mark is a control token, the text of a message never makes one, and nothing is refused."""
+    format = CHAT_FORMATS[name]
+    for mark in format.marks:
+        assert mark in format.source or mark.strip("<|>") in ("system", "user", "assistant")
+        if mark in SENTENCE_PIECE.control_tokens:
+            harmless = control_ids(SENTENCE_PIECE, format.encode(SENTENCE_PIECE, conversation("x")))
+            ids = format.encode(SENTENCE_PIECE, conversation(f"a{mark}b"))
+            assert control_ids(SENTENCE_PIECE, ids) == harmless
+            continue
+        with pytest.raises(TextError, match="which only the chat format may write"):
+            format.encode(SENTENCE_PIECE, conversation("hi", f"a{mark}b"))
+
+
+@pytest.mark.parametrize("name", ["mistral", "vicuna", "alpaca"])
+def test_a_role_that_a_format_does_not_have(name):
+    with pytest.raises(TemplateError, match="this format has no role tool"):
+        CHAT_FORMATS[name].encode(SENTENCE_PIECE, [{"role": "tool", "content": "7"}])
+
+
+def test_the_format_of_the_command_line(tmp_path):
+    assert chat_command.chat_format("vicuna") is CHAT_FORMATS["vicuna"]
+    path = tmp_path / "mine.jinja"
+    path.write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}!")  # a byte order mark is no text
+    text = chat_command.chat_format(str(path)).render(conversation("hi"), BYTE_LEVEL)
+    assert text == "hi!"
+    with pytest.raises(ParameterError, match="--chat-format nope: no file, and not one of llama2, llama3"):
+        chat_command.chat_format("nope")
+    path.write_bytes(b"\xff")
+    with pytest.raises(TemplateError, match=r"mine.jinja: byte 0 is not UTF-8"):
+        chat_command.chat_format(str(path))
+    path.write_bytes(b"x" * 300_000)
+    with pytest.raises(TemplateError, match="300000 bytes, at most 262144 are read"):
+        chat_command.chat_format(str(path))
+
+
+def test_a_template_that_does_not_run_has_a_way_round():
+    with pytest.raises(TemplateError, match=r"'nope'.*; --chat-format has the common formats"):
+        ChatTemplate("{% nope %}").render(conversation("hi"), BYTE_LEVEL)
 
 
 # What a file may hold that means harm, by the names that it has among the hostile cases.

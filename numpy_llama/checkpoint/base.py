@@ -58,7 +58,7 @@ class Checkpoint(InPlace, ABC):
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return self.read_tokenizer()
+        return self.read_tokenizer().within(self.args.vocab_size)
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer

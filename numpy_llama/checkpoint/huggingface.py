@@ -120,20 +120,35 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _names(self) -> dict[str, str]:
         """Our name of each weight -> its name in the file."""
-        tied = self.config.get("tie_word_embeddings", bool, False)
-        plain = {name: info.shape for name, info in self.tensors.items() if name not in self._parts}
-        shapes = {name: shape for name, shape in plain.items() if not ANGLES.search(name)}
+        tied, plain = self.config.get("tie_word_embeddings", bool, False), self._plain()
+        shapes = {name: self.tensors[theirs].shape for name, theirs in plain.items()}
         shapes |= {name: weight.shape for name, weight in self._quantized.items()}
         if tied:
             shapes.pop("lm_head.weight", None)
-        return matched_names(self.path, "hf", self._args, shapes, tied)
+        elif "lm_head.weight" not in shapes and "model.embed_tokens.weight" in shapes:
+            raise MismatchError(
+                f"{self.path}: 1 missing weights: 'lm_head.weight'; if the embedding is the output matrix "
+                'too, write "tie_word_embeddings": true into config.json'
+            )
+        names = matched_names(self.path, "hf", self._args, shapes, tied)
+        return {ours: plain.get(theirs, theirs) for ours, theirs in names.items()}
+
+    def _plain(self) -> dict[str, str]:
+        """The usual name of each weight that is not quantised -> its name in the file."""
+        names = [name for name in self.tensors if name not in self._parts and not ANGLES.search(name)]
+        plain = {usual(name): name for name in names}
+        if hidden := set(names) - set(plain.values()):
+            name = min(hidden)
+            other = plain[usual(name)]
+            raise MismatchError(f"{self.path} has {escape(name)} and {escape(other)}; wanted one of them")
+        return plain
 
     def weights(self) -> dict[str, StoredTensor]:
         args, names = self._args, self._names()
         stored = {theirs: self._stored(theirs) for theirs in names.values()}
-        has_head = "lm_head.weight" in self.tensors or "lm_head.weight" in self._quantized
-        if names["output.weight"] != "lm_head.weight" and has_head:
-            self._check_tied(stored[names["output.weight"]])
+        heads = [name for name in (*self.tensors, *self._quantized) if usual(name) == "lm_head.weight"]
+        if names["output.weight"] not in heads:
+            self._check_tied(stored[names["output.weight"]], heads)
         for ours, theirs in names.items():
             if (rows := hf_rows(ours, args)) is not None:
                 stored[theirs] = stored[theirs].with_row_order(rows)
@@ -152,15 +167,15 @@ class HuggingFaceCheckpoint(Checkpoint):
         file = of_safetensors(self.path, self._holders[name])
         return FileTensor(file.tensors[name], file)
 
-    def _check_tied(self, embedding: StoredTensor) -> None:
+    def _check_tied(self, embedding: StoredTensor, heads: list[str]) -> None:
         """MismatchError if a tied model has another output matrix: versions of transformers then differ."""
-        head = self._stored("lm_head.weight")
-        same = (head.format, head.shape) == (embedding.format, embedding.shape)
-        left, right = head.data, embedding.data
-        parts = [slice(i, i + ROWS_COMPARED) for i in range(0, len(head), ROWS_COMPARED)]
-        if not same or not all(np.array_equal(left[part], right[part]) for part in parts):
-            what = "is true, but there is an lm_head.weight, and it is not the embedding"
-            raise MismatchError(f"{self.config.path}: tie_word_embeddings {what}")
+        for head in (self._stored(name) for name in heads):
+            same = (head.format, head.shape) == (embedding.format, embedding.shape)
+            left, right = head.data, embedding.data
+            parts = [slice(i, i + ROWS_COMPARED) for i in range(0, len(head), ROWS_COMPARED)]
+            if not same or not all(np.array_equal(left[part], right[part]) for part in parts):
+                what = "is true, but there is an lm_head.weight, and it is not the embedding"
+                raise MismatchError(f"{self.config.path}: tie_word_embeddings {what}")
 
     def tokenizer_path(self) -> Path:
         return tokenizer_path(self.path)
@@ -170,6 +185,11 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def chat_template(self) -> str | None:
         return chat_template(self.path)
+
+
+def usual(name: str) -> str:
+    """The name of a weight without that of torch.compile's wrapper."""
+    return name.replace("_orig_mod.", "")
 
 
 def _open(path: Path) -> SafetensorsFile | TorchFile:

@@ -138,6 +138,27 @@ class Tokenizer:
             found = f"the tokenizer has {self.n_used} ids, the embedding {rows} rows"
             raise MismatchError(f"{found}; wanted the tokenizer that came with the weights")
 
+    def within(self, rows: int) -> "Tokenizer":
+        """This tokenizer without the ids from `rows` on, if nothing needs them.
+
+        Many fine-tunes add a [PAD] token and leave the embedding as it was. Nothing makes such a token: it
+        is a control token, and neither BOS nor an end of a turn. Any other id without a row stays, and
+        `check_rows` refuses it.
+        """
+        kinds, n = self.entries["tokenizer.ggml.token_type"], self.vocab_size
+        needed = {self.bos_id, *self.eos_ids}.intersection(range(rows, n))
+        if needed or not rows < n < rows + PADDING or not np.isin(kinds[rows:], (CONTROL, UNUSED)).all():
+            return self
+
+        def kept(key: str, value: Any) -> Any:
+            if key.startswith("numpy_llama.") and isinstance(value, np.ndarray):  # ids
+                return value[value < rows]
+            return value[:rows] if isinstance(value, (list, np.ndarray)) and len(value) == n else value
+
+        entries = {key: kept(key, value) for key, value in self.entries.items()}
+        known = {key: value for key, value in entries.items() if not key.endswith("_id") or value < rows}
+        return tokenizer_from_gguf(known, self.source)
+
     @property
     def named_tokens(self) -> dict[str, str]:
         """The special tokens by the names that chat templates have for them: bos_token, pad_token, ..."""
@@ -368,9 +389,20 @@ class _Reader:
         ids: list[int] = self.own("end_token_ids", np.int32, np.zeros(0, np.int32)).tolist()
         return [i for i in ids if 0 <= i < len(self.tokens)]
 
+    def kinds(self, model: str) -> list[int]:
+        """The type of each token: from the file, or else from the names that these tokens always have."""
+        if "tokenizer.ggml.token_type" not in self.metadata:
+            names = {"<s>": CONTROL, "</s>": CONTROL}
+            if model == "llama":
+                names |= {"<unk>": UNKNOWN} | dict.fromkeys(_BYTE_TOKENS, BYTE)
+            known = (names.get(text, CONTROL if is_control_name(text) else NORMAL) for text in self.tokens)
+            self.metadata = {**self.metadata, "tokenizer.ggml.token_type": np.fromiter(known, np.int32)}
+        kinds: list[int] = self.column("token_type", np.int32).tolist()
+        return kinds
+
     def vocabulary(self, model: str) -> tuple[list[int], list[bytes]]:
         """The type of each token, and the bytes that it adds to a text."""
-        tokens, kinds, meanings = self.tokens, self.column("token_type", np.int32).tolist(), []
+        tokens, kinds, meanings = self.tokens, self.kinds(model), []
         ids = {text: i for i, text in enumerate(tokens)}
         for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)):
             # Old converters wrote added control tokens as USER_DEFINED, which a text may spell.
@@ -463,6 +495,9 @@ def _sentencepiece(read: _Reader, kinds: list[int]) -> _Rules:
     before each part. Metaspace leaves it out if the part begins with a space: its scheme "always" puts it
     before the other parts, "first" only before the part that begins the text.
     """
+    if "tokenizer.ggml.scores" not in read.metadata:
+        what = "is missing, so the order of merging is not certain: convert the original model again"
+        read.fail("scores", what, TokenizerError)
     tokens, scores = read.tokens, read.column("scores", np.float32)
     if kinds.count(UNKNOWN) > 1 or kinds.count(BYTE) != 256:
         found = f"{kinds.count(UNKNOWN)} UNKNOWN and {kinds.count(BYTE)} BYTE tokens"

@@ -31,6 +31,7 @@ from numpy_llama.errors import (
     ParameterError,
     ResourceLimitError,
 )
+from numpy_llama.text.added import AddedTokens
 from numpy_llama.text.chat import CHAT_FORMATS
 from numpy_llama.text.tokenizer import UNUSED, Tokenizer
 
@@ -323,8 +324,10 @@ def test_a_tokenizer_is_that_of_its_embedding(n_used, rows, fits):
     kinds = np.ones(n_used, np.int32)
     unused = {"tokenizer.ggml.token_type": np.append(kinds, np.full(max(rows - n_used, 0), UNUSED, np.int32))}
     for entries in ({"tokenizer.ggml.token_type": kinds}, unused):
-        n = len(entries["tokenizer.ggml.token_type"])
-        tokenizer = Tokenizer([""] * n, [], {}, lambda text: [], None, (), False, False, entries)
+        n, added = len(entries["tokenizer.ggml.token_type"]), AddedTokens({})
+        tokenizer = Tokenizer(
+            [""] * n, [], {}, added, lambda part, begins: [], None, (), False, False, entries
+        )
         if fits:
             tokenizer.check_rows(rows)
             continue

@@ -543,7 +543,7 @@ Q, K = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_pro
         ("q_proj.weight has the shape .24, 24., the arguments want .40,", {"head_dim": 10}, {}),
         ("q_proj.weight has the shape .20, 24.", {}, {Q: torch.ones(20, 24)}),
         ("k_proj.weight has the shape .24, 12., the arguments want .12, 24.", {}, {K: torch.ones(24, 12)}),
-        ("1 missing weights: 'lm_head.weight'", {}, {"lm_head.weight": None}),
+        ("'lm_head.weight'; if .*, write .tie_word_embeddings.: true", {}, {"lm_head.weight": None}),
         ("1 missing weights: 'lm_head.weight'", {"tie_word_embeddings": False}, {"lm_head.weight": None}),
         ("1 unknown weights: '.*q_proj.bias'", {}, {Q.replace("weight", "bias"): torch.ones(24)}),
         ("tie_word_embeddings is true, but", {"tie_word_embeddings": True}, {}),
@@ -556,6 +556,19 @@ def test_config_and_weights_disagree(message, config, weights, folder, state):
     changed = {name: tensor for name, tensor in (state | weights).items() if tensor is not None}
     save_file(changed, folder / "model.safetensors")
     refused(folder, message)
+
+
+@pytest.mark.parametrize("before", ["model.", "self_attn.", "lm_head."])
+def test_names_as_torch_compile_writes_them(folder, state, before):
+    expected = HuggingFaceCheckpoint(folder).weights()
+    renamed = {name.replace(before, f"_orig_mod.{before}"): tensor for name, tensor in state.items()}
+    save_file(renamed, folder / "model.safetensors")
+    found = HuggingFaceCheckpoint(folder).weights()
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        np.testing.assert_array_equal(weight.dequantize(), expected[name].dequantize())
+    save_file({name: x.clone() for name, x in (renamed | state).items()}, folder / "model.safetensors")
+    refused(folder, f"has .*{before}.* and .*{before}.*; wanted one of them")
 
 
 def test_a_tied_model_may_hold_its_embedding_twice(folder, state, monkeypatch):

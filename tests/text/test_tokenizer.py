@@ -272,9 +272,8 @@ def test_ids_need_not_be_in_the_order_of_the_merges():
         ("tokens", lambda t: [*t[:400], t[7], *t[401:]], TokenizerError, r"tokens\[7\].*so is tokens\[400\]"),
         ("tokens", lambda t: np.zeros(420, np.uint8), FormatError, "tokens"),
         ("bos_token_id", lambda i: 2**31 - 1, MismatchError, "bos_token_id is 2147483647"),
-        ("eos_token_id", lambda i: 420, MismatchError, "eos_token_id is 420, the vocabulary has 420 tokens"),
-        ("eot_token_id", lambda i: -1, MismatchError, "eot_token_id is -1"),
-        ("unknown_token_id", lambda i: 2**32 - 1, MismatchError, "unknown_token_id"),
+        ("bos_token_id", lambda i: -1, MismatchError, "bos_token_id is -1, the vocabulary has 420 tokens"),
+        ("eos_token_id", lambda i: 420.0, FormatError, "eos_token_id is 420.0 .float., it must be int"),
         ("bos_token_id", lambda i: "1", FormatError, "bos_token_id is '1' .str., it must be int"),
         ("add_bos_token", lambda b: 1, FormatError, "add_bos_token is 1"),
         ("model", lambda m: "bert", UnsupportedError, "'bert'"),
@@ -304,7 +303,97 @@ def test_a_bad_byte_level_vocabulary_is_refused(name, change, error, message):
         tokenizer_from_gguf(altered(byte_level_metadata(), name, change), "small.gguf")
 
 
-@pytest.mark.parametrize("name", ["model", "tokens", "token_type", "merges", "pre"])
+@pytest.mark.parametrize("wrong", [-1, 420, 2**32 - 1])
+@pytest.mark.parametrize("name", ["eos", "eot", "eom", "unknown", "padding", "seperator", "cls", "mask"])
+def test_a_special_id_that_no_token_has_is_left_out(name, wrong):
+    """Nothing makes it. BOS is refused, because a prompt would need it."""
+    usual = tokenizer_from_gguf(sentencepiece_metadata(), "small.gguf")
+    entries = {
+        f"tokenizer.ggml.{name}_token_id": wrong,
+        "numpy_llama.tokenizer.end_token_ids": np.array([min(wrong, 420)], np.int32),
+    }
+    found = tokenizer_from_gguf(sentencepiece_metadata() | entries, "small.gguf")
+    assert (found.bos_id, {*found.eos_ids} - {2}) == (usual.bos_id, {*usual.eos_ids} - {2})
+    again = tokenizer_from_gguf(found.metadata, "again")
+    assert (again.bos_id, again.eos_ids, again.named_tokens) == (
+        found.bos_id,
+        found.eos_ids,
+        found.named_tokens,
+    )
+
+
+def test_special_tokens_have_names_for_templates():
+    ids = {"padding": 4, "unknown": 0, "mask": 5}
+    entries = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+    tokenizer = tokenizer_from_gguf(sentencepiece_metadata() | entries, "x")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tokenizer.named_tokens == names | {
+        "pad_token": tokenizer.tokens[4],
+        "mask_token": tokenizer.tokens[5],
+    }
+
+
+@pytest.mark.parametrize("metadata", [sentencepiece_metadata, lambda: byte_level_metadata("gpt-2")])
+def test_types_that_a_file_leaves_out_are_those_of_the_names(metadata):
+    """llama.cpp runs such files. [INST] is no name that only control tokens have."""
+    whole = tokenizer_from_gguf(metadata(), "x")
+    without = metadata().copy()
+    del without["tokenizer.ggml.token_type"]
+    found = tokenizer_from_gguf(without, "x")
+    assert found.control_tokens == {n: i for n, i in whole.control_tokens.items() if n != "[INST]"}
+    for text in ("the fox\u00e9 \U0001f999", "<|im_end|></s><unk>"):
+        assert found.encode(text) == whole.encode(text)
+    assert tokenizer_from_gguf(found.metadata, "x").control_tokens == found.control_tokens
+
+
+def test_pieces_without_scores_are_refused_with_a_way_out():
+    without = sentencepiece_metadata().copy()
+    del without["tokenizer.ggml.scores"]
+    with pytest.raises(TokenizerError, match=r"scores is missing, .*: convert the original model again"):
+        tokenizer_from_gguf(without, "x")
+
+
+def padded_with(kinds: list[int], **entries):
+    """The small byte-level vocabulary and further tokens of these types."""
+    metadata, n = byte_level_metadata(), len(kinds)
+    types = np.append(metadata["tokenizer.ggml.token_type"], np.int32(kinds)).astype(np.int32)
+    tokens = [*metadata["tokenizer.ggml.tokens"], *(f"[PAD{i}]" for i in range(n))]
+    return tokenizer_from_gguf(
+        metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | entries, "x"
+    )
+
+
+def test_a_control_token_without_a_row_of_the_embedding_is_left_out():
+    rows = len(byte_level_metadata()["tokenizer.ggml.tokens"])
+    options = {f"numpy_llama.tokenizer.{name}": np.int32([1, rows]) for name in ("lstrip", "rstrip")}
+    found = padded_with([CONTROL, CONTROL], **options, **{"tokenizer.ggml.padding_token_id": rows}).within(
+        rows
+    )
+    found.check_rows(rows)
+    assert found.vocab_size == rows and "pad_token" not in found.named_tokens
+    assert found.encode("the [PAD0]", special=True) == byte_level().encode("the [PAD0]")
+    assert found.added.left == frozenset([1])
+    assert found.within(rows) is found
+
+
+@pytest.mark.parametrize(
+    ("kinds", "needed"),
+    [
+        ([USER_DEFINED], ""),
+        ([USER_DEFINED, CONTROL], ""),
+        ([CONTROL], "eos"),
+        ([CONTROL], "bos"),
+        ([CONTROL] * 1024, ""),
+    ],
+)
+def test_a_token_that_may_be_needed_must_have_a_row(kinds, needed):
+    rows = len(byte_level_metadata()["tokenizer.ggml.tokens"])
+    entries = {f"tokenizer.ggml.{needed}_token_id": rows} if needed else {}
+    with pytest.raises(MismatchError, match=f"the embedding {rows} rows"):
+        padded_with(kinds, **entries).within(rows).check_rows(rows)
+
+
+@pytest.mark.parametrize("name", ["model", "tokens", "merges", "pre"])
 def test_a_missing_entry_is_named(name):
     metadata = {key: value for key, value in byte_level_metadata().items() if not key.endswith(f".{name}")}
     with pytest.raises(TokenizerError, match=f"small.gguf: tokenizer.ggml.{name} is missing"):

@@ -899,9 +899,8 @@ def test_a_default_in_config_json_does_not_overrule_the_tokenizer(tmp_path):
         ({"added_tokens": {"<x>": [], "<y>": 420}}, TokenizerError, r"has id \[\]"),
         ({"added_tokens": {"<x>": 3}}, MismatchError, "'<x>' has id 3, which is "),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<x>"}}}}, TokenizerError, "id 'x'"),
-        ({"generation_config": {"eos_token_id": 420}}, MismatchError, "wanted ids of tokens, 0 to 419"),
-        ({"generation_config": {"eos_token_id": [-1]}}, MismatchError, "wanted ids of tokens"),
-        ({"generation_config": {"eos_token_id": [1 << 31]}}, MismatchError, "wanted ids of tokens"),
+        ({"generation_config": {"bos_token_id": 420}}, MismatchError, "wanted ids of tokens, 0 to 419"),
+        ({"generation_config": {"eos_token_id": ["</s>"]}}, MismatchError, "wanted ids of tokens"),
     ],
 )
 def test_files_beside_that_do_not_fit(tmp_path, files, error, message):
@@ -915,34 +914,34 @@ SPECIAL = [(file, key) for file in ("config", "generation_config") for key in ("
 
 @pytest.mark.parametrize("known", [True, False])  # whether the tokenizer's own files say it too
 @pytest.mark.parametrize(("file", "key"), SPECIAL)
-def test_every_special_id_is_a_token(tmp_path, file, key, known):
-    """One rule for every file and key, used or not: no id at all is none, any other must be a token."""
+def test_one_rule_for_every_special_id(tmp_path, file, key, known):
+    """For every file and key, used or not. No id at all is none. BOS must be a token.
+
+    An end that no token has is left out: nothing makes it. What is no whole number is an error.
+    """
     options = {} if known else {"bos_id": -1, "eos_id": 1}
     sentencepiece_file(tmp_path, **options)
     plain = tokenizer_of_folder(tmp_path)
+
+    def found(value):
+        tokenizer = tokenizer_of_folder(beside(tmp_path, **{file: {f"{key}_token_id": value}}))
+        return tokenizer.bos_id, tokenizer.eos_ids
+
     for nothing in (None, []):
-        found = tokenizer_of_folder(beside(tmp_path, **{file: {f"{key}_token_id": nothing}}))
-        assert (found.bos_id, found.eos_ids) == (plain.bos_id, plain.eos_ids)
+        assert found(nothing) == (plain.bos_id, plain.eos_ids)
     for token in (0, 419, [0, 419]):
-        tokenizer_of_folder(beside(tmp_path, **{file: {f"{key}_token_id": token}}))
-    for wrong in (
-        -1,
-        420,
-        1 << 31,
-        1 << 70,
-        [420],
-        [1, 420],
-        [420, 1],
-        [-1],
-        ["1"],
-        [None],
-        [[1]],
-        [1.0],
-        [True],
-    ):
-        message = f"{file}.json: {key}_token_id is .*, wanted ids of tokens, 0 to 419"
+        found(token)
+    message = f"{file}.json: {key}_token_id is .*, wanted ids of tokens, 0 to 419"
+    for wrong in (["1"], [None], [[1]], [1.0], [True]):
         with pytest.raises(MismatchError, match=message):
-            tokenizer_of_folder(beside(tmp_path, **{file: {f"{key}_token_id": wrong}}))
+            found(wrong)
+    for beyond in (-1, 420, 1 << 31, 1 << 70, [420], [-1]):
+        if key == "eos":
+            assert found(beyond) == (plain.bos_id, plain.eos_ids)
+            assert found([1, beyond] if isinstance(beyond, int) else [1, *beyond]) == found([1])
+        else:
+            with pytest.raises(MismatchError, match=message):
+                found(beyond)
 
 
 # ---------------------------------------------------------------- merging

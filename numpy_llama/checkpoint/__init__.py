@@ -16,6 +16,7 @@ from .gguf.model import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint
 from .llama2c import Llama2cCheckpoint, looks_like_llama2c
 from .meta import MetaCheckpoint
+from .other_models import other_folder
 from .tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder
 
 
@@ -47,6 +48,10 @@ def is_meta(folder: Path, must_be_model: bool = True) -> bool:
     if must_be_model and not names & {"params.json", "config.json"}:
         if "adapter_config.json" in names:
             raise FormatError(f"{folder} holds an adapter (LoRA): {not_models.ADAPTER}")
+        if known := other_folder(names):
+            raise FormatError(f"{folder} holds {known}")
+        if ggufs := sorted(name for name in names if name.lower().endswith(".gguf")):
+            raise FormatError(f"{folder} holds GGUF files: name one of them, such as {folder / ggufs[0]}")
         found = ", ".join(escape(name, 40) for name in sorted(names)[:5]) or "nothing"
         wanted = "a folder with params.json (Meta) or config.json (Hugging Face)"
         raise FormatError(f"{folder} is a folder that holds {found}; wanted {wanted}, or a file's name")

@@ -2,6 +2,8 @@
 
 import re
 
+from .other_models import NOTHING, SAME
+
 WANTED = "a GGUF, a llama2.c .bin, or a folder with params.json (Meta) or config.json (Hugging Face)"
 FOLDER = "name its folder, with params.json (Meta) or config.json (Hugging Face) in it"
 TOKENIZER = "it has no weights; name the model, which finds its tokenizer by itself"
@@ -10,6 +12,8 @@ UNPACK = "unpack it and name the model in it"
 OTHER = f"wanted {WANTED}"
 
 HEAD_BYTES = 4096
+# Names of tensors that only diffusion models and their adapters have.
+DIFFUSION = rb'(model\.diffusion_model\.|first_stage_model\.|"double_blocks\.|"down_blocks\.|"lora_unet_)'
 ZIP = rb"PK\x03\x04.{26}"  # the name of the first member follows
 # (how the file begins, what it is, the way out); the first that matches counts.
 KINDS = [
@@ -20,6 +24,7 @@ KINDS = [
     (rb'\s*\{.*"(peft_type|lora_alpha)"', "an adapter's settings (LoRA)", ADAPTER),
     (rb"\s*[{[]", "JSON", FOLDER),
     (rb".{4}\0{4}\{.*\.lora_A\.", "an adapter (LoRA)", ADAPTER),
+    (rb".{4}\0{4}\{.*" + DIFFUSION, "a diffusion model, or a part of one", NOTHING),
     (rb".{4}\0{4}\{", "safetensors", FOLDER),
     (ZIP + rb"[^\0]{1,99}?\.pkl.*\.lora_A\.", "an adapter (LoRA)", ADAPTER),
     (ZIP + rb"[^\0]{1,99}?\.pkl|\x80\x02", "PyTorch's weights", FOLDER),
@@ -31,6 +36,10 @@ KINDS = [
     (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "a picture", OTHER),
     (rb"%PDF", "a PDF document", OTHER),
     (rb"\x89HDF", "HDF5, perhaps of Keras", OTHER),
+    (rb".{4}TFL3", "a model of TensorFlow Lite", SAME),
+    (rb"\x08\x01\x12", "a saved model of TensorFlow", SAME),
+    (rb"\x08[\x02-\x0f]\x12[\x80-\xff]?.\n", "a CoreML model", SAME),
+    (rb"\x08[\x02-\x1f](\x12.[ -~]{4}|:)", "an ONNX export", SAME),
 ]
 
 

@@ -88,6 +88,15 @@ FILES = {
     "png": (lambda: drawn("png"), "a picture: wanted a GGUF"),
     "jpeg": (lambda: b"\xff\xd8\xff\xe0" + b"x" * 30, "a picture: wanted a GGUF"),
     "pdf": (lambda: drawn("pdf"), "a PDF document: wanted a GGUF"),
+    "ONNX": (lambda: b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + b"x" * 99, "an ONNX export: if it is a LLaMA"),
+    "ONNX without a producer": (lambda: b"\x08\x09:\x80\x01" + b"x" * 99, "an ONNX export"),
+    "CoreML": (lambda: b"\x08\x04\x12\xd2\x01\n\x10\n" + b"x" * 99, "a CoreML model: if it is a LLaMA"),
+    "TensorFlow": (lambda: b"\x08\x01\x12\xff\x10" + b"x" * 99, "a saved model of TensorFlow"),
+    "TensorFlow Lite": (lambda: b"\x1c\0\0\0TFL3" + b"x" * 99, "a model of TensorFlow Lite"),
+    "diffusion": (
+        lambda: safetensors.numpy.save({"model.diffusion_model.out.0.bias": np.ones(2)}),
+        "a diffusion model, or a part of one: nothing here runs it",
+    ),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n", "HDF5, perhaps of Keras: wanted a GGUF"),
 }
 

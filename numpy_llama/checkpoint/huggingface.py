@@ -31,6 +31,7 @@ from .base import Checkpoint, TensorInfo, size
 from .files import MappedFile
 from .json_file import JsonFile
 from .names import hf_rows, matched_names
+from .other_models import other_config, other_folder
 from .pytorch.file import TorchFile
 from .quantized import FileTensor, QuantizedWeight, method_of
 from .quantized.base import of_safetensors
@@ -72,7 +73,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._args = model_args(self.config)  # a model of another kind fails here, before its weights
         name = next((name for name in WEIGHTS if os.path.lexists(self.path / name)), None)
         if name is None:
-            raise FormatError(f"{folder} has no weights; looked for {', '.join(WEIGHTS)}")
+            there = other_folder(path.name for path in self.path.iterdir())
+            found = f"it holds {there}" if there else f"looked for {', '.join(WEIGHTS)}"
+            raise FormatError(f"{folder} has no weights; {found}")
         if name.endswith(".index.json"):
             self._holders = self._shards(JsonFile(self.path / name))
         else:
@@ -199,6 +202,8 @@ def _open(path: Path) -> SafetensorsFile | TorchFile:
 
 def model_args(config: JsonFile) -> ModelArgs:
     """The hyperparameters. An absent key takes transformers' default, or is an error."""
+    if known := other_config(config.values):
+        raise UnsupportedError(f"{config.path}: {known}")
     context = _context(config)
     method_of(config)  # a method that is not run is an error
     _check_plain(config)

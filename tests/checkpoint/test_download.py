@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written_is_named(index, tmp_path, monkeypatch):
 
 
 def test_names_and_paths(index, tmp_path):
-    with pytest.raises(DownloadError, match="no model is called 'x'; there are: smollm2"):
+    with pytest.raises(DownloadError, match="no model is called 'x'; names: smollm2"):
         pull("x")
     with pytest.raises(DownloadError, match="neither a file or folder nor the name of a model"):
         locate(tmp_path / "none.gguf")

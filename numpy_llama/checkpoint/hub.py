@@ -1,0 +1,473 @@
+"""Models of the Hugging Face Hub: hf:OWNER/REPO[@REVISION][:QUANTIZATION or FILE].
+
+What this file promises: only the files that the model needs are fetched, and none of them is run. A file
+gets its name only when its size and its checksum are those that the Hub announces. What was fetched before a
+cut or Ctrl-C is kept, and the next fetch continues it. huggingface_hub, an extra, has the addresses, the
+token and the connection. The files lie in its cache, in its published layout, where other programs find them:
+
+    models--OWNER--REPO/blobs/CHECKSUM         the bytes; CHECKSUM.incomplete until they are whole
+    models--OWNER--REPO/refs/REVISION          the commit that was the revision when the Hub was last asked
+    models--OWNER--REPO/snapshots/COMMIT/NAME  a link to the bytes
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ..backend import Progress
+from ..errors import DownloadError, ParameterError, ResourceLimitError, UnsupportedError, escape
+from .files import lock, sync
+from .huggingface import SHARD, WEIGHTS, model_args
+from .json_file import MAX_BYTES, JsonFile
+from .other_models import other_architecture, other_folder
+
+PREFIX = "hf:"
+FORM = "hf:OWNER/REPO, perhaps with :Q4_K_M, :FILE.gguf or @REVISION behind it"
+_WORD = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
+_NAME = re.compile(
+    rf"hf:(?P<repo>{_WORD}/{_WORD})(?:@(?P<revision>[\w.-]+))?(?::(?P<file>[\w.+/-]+))?", re.ASCII
+)
+# The files beside the weights of a Hugging Face folder that a reader here opens.
+BESIDE = (
+    *("config.json", "generation_config.json", "quantize_config.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+MAX_BESIDE = 32 << 20  # bytes of each: the largest is a tokenizer.json
+META = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
+SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+NO_MODEL = re.compile(r"mmproj|imatrix")  # GGUF files beside a model
+# The choice without a quantization: the first of these that is there. All run as they are stored.
+PREFERRED = (
+    *("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q6_K", "Q8_0"),
+    *("BF16", "F16", "F32"),
+)
+TRIES = 5  # connections one after another that bring no byte
+SHOWN = 12  # file names in a message
+
+
+class Name(NamedTuple):
+    """The parts of hf:OWNER/REPO[@REVISION][:FILE]. `file` may be a quantization."""
+
+    repo: str
+    revision: str
+    file: str | None
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.repo}" + (f"@{self.revision}" if self.revision != "main" else "")
+
+
+def parse(text: str) -> Name:
+    """The parts of a name; ParameterError if it is none."""
+    found = _NAME.fullmatch(text)
+    odd = ".." in text or (
+        found and (re.search(r"--|\.git$", found["repo"]) or not is_plain(found["file"] or "x"))
+    )
+    if not found or odd:
+        raise ParameterError(f"{escape(text, 120)} is no name of a model of the Hub, wanted {FORM}")
+    return Name(found["repo"], found["revision"] or "main", found["file"])
+
+
+def is_plain(name: str) -> bool:
+    """Whether the name of a file in a repository stays inside a folder: no .., no absolute path."""
+    return all(SHARD.fullmatch(part) and part.strip(".") for part in name.split("/"))
+
+
+class File(NamedTuple):
+    """A file as the Hub announces it: the SHA-256 of its bytes, or for a small file git's SHA-1 of it."""
+
+    name: str
+    size: int
+    checksum: str
+
+
+def fetch(text: str, progress: Progress) -> Path:
+    """The file or folder of a model of the Hub. What is not in the cache is fetched."""
+    repository = _repository(parse(text))
+    names = _needed(repository, progress)
+    repository.get(names, progress)
+    return repository.path(names[0]) if names[0].endswith(".gguf") else repository.folder
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants, errors, utils  # noqa: F401  they become its attributes
+    except ImportError:
+        raise UnsupportedError(
+            "models of the Hugging Face Hub need huggingface_hub: pip install 'numpy_llama[hub]'"
+        ) from None
+    except ValueError as error:  # it reads the environment when it is imported
+        raise DownloadError(f"huggingface_hub does not start, look at the variables HF_*: {error}") from None
+    return huggingface_hub
+
+
+@dataclass
+class Repository:
+    """The files of one commit. Without the Hub they are those in the cache."""
+
+    name: Name
+    root: Path  # models--OWNER--REPO in the cache
+    commit: str
+    files: dict[str, File]
+    is_cached: bool = False  # the Hub was not reached
+    architecture: str | None = None  # of its GGUF files
+    base: str | None = None  # the model that an adapter belongs to
+
+    def __str__(self) -> str:
+        return f"{self.name} in the cache (the Hub was not reached)" if self.is_cached else str(self.name)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "snapshots" / self.commit
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def get(self, names: Sequence[str], progress: Progress) -> None:
+        """Fetch the files that are not in the cache."""
+        missing = [self.files[name] for name in names if not self._is_there(self.files[name])]
+        if missing:
+            with (
+                _explained(self.name),
+                lock(self.root.parent / ".locks" / self.root.name / "numpy_llama.lock"),
+            ):
+                self._get(missing, progress)
+
+    def _get(self, missing: Sequence[File], progress: Progress) -> None:
+        blobs = self.root / "blobs"
+        blobs.mkdir(parents=True, exist_ok=True)
+        new = [file for file in missing if not (blobs / file.checksum).exists()]
+        parts = [blobs / f"{file.checksum}.incomplete" for file in new]
+        total, done = sum(file.size for file in new), 0
+        left = total - sum(part.stat().st_size for part in parts if part.exists())
+        if (free := shutil.disk_usage(blobs).free) < left:
+            raise ResourceLimitError(f"{self.name} needs {left:,} more bytes, {blobs} has {free:,} left")
+        for file in missing:
+            blob = blobs / file.checksum
+            if not blob.exists() and not self._is_there(file):  # another process may have fetched it
+                _Download(self.name, self.commit, file, blob, done, total, progress).run()
+                done += file.size
+            self._link(file, blob)
+        if self.name.revision != self.commit:
+            ref = self.root / "refs" / self.name.revision
+            ref.parent.mkdir(exist_ok=True)
+            ref.write_text(self.commit)
+
+    def _is_there(self, file: File) -> bool:
+        path = self.path(file.name)
+        if not path.exists():
+            return False
+        if (found := path.stat().st_size) != file.size:
+            what = f"has {found:,} bytes, the Hub announces {file.size:,}: delete it"
+            raise DownloadError(f"{path.resolve()} {what}")
+        return True
+
+    def _link(self, file: File, blob: Path) -> None:
+        path = self.path(file.name)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link to a file that is gone
+        try:
+            path.symlink_to(os.path.relpath(blob, path.parent))
+        except OSError:  # a file system without links
+            os.replace(blob, path)
+
+
+def _repository(name: Name) -> Repository:
+    """The repository as the Hub has it now; without a connection, as it is in the cache."""
+    library = _library()
+    folder = library.constants.HF_HUB_CACHE
+    root = Path(folder).absolute() / f"models--{name.repo.replace('/', '--')}"
+    errors = library.errors
+    with _explained(name):
+        try:
+            info = library.HfApi(library_name="numpy_llama").model_info(
+                name.repo,
+                revision=name.revision,
+                files_metadata=True,
+                timeout=library.constants.HF_HUB_ETAG_TIMEOUT,
+            )
+            return _announced(name, root, info)
+        except (OSError, _http_error()) as error:
+            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            if (cached := _cached(name, root)) is None:
+                raise
+            return cached
+        except UnicodeEncodeError:
+            raise DownloadError(f"{name}: HF_TOKEN has characters that no token has") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = f"{type(error).__name__}: {escape(str(error), 120)}"
+            raise DownloadError(f"{name}: the Hub's answer cannot be read ({found})") from None
+
+
+def _announced(name: Name, root: Path, info: Any) -> Repository:
+    """The repository that the Hub describes."""
+    if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
+        raise DownloadError(f"{name}: the Hub names the commit {escape(info.sha, 60)}")
+    files = {}
+    for one in info.siblings or []:
+        checksum = one.lfs.sha256 if one.lfs else one.blob_id
+        files[one.rfilename] = File(one.rfilename, one.size, checksum)
+    architecture = info.gguf.get("architecture") if isinstance(info.gguf, dict) else None
+    base = getattr(info.card_data, "base_model", None)
+    base = base if isinstance(base, str) else None
+    return Repository(name, root, info.sha, files, False, architecture, base)
+
+
+def _cached(name: Name, root: Path) -> Repository | None:
+    """The repository as it is in the cache, or None if nothing of that revision is there."""
+    ref = root / "refs" / name.revision
+    commit = ref.read_text().strip() if ref.is_file() else name.revision
+    folder = root / "snapshots" / commit
+    if not re.fullmatch("[0-9a-f]{40}", commit) or not folder.is_dir():
+        return None
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return Repository(name, root, commit, {one: File(one, size, "") for one, size in names.items()}, True)
+
+
+# --- the files that a model needs
+
+
+def _needed(repository: Repository, progress: Progress) -> list[str]:
+    """The names of the files of the model. The first is a GGUF file if the model is one."""
+    name, files = repository.name, repository.files
+    ggufs = _gguf_models(repository)
+    weights = next((one for one in WEIGHTS if one in files), None)
+    meta = [one for one in files if META.fullmatch(one)]
+    if name.file is not None or (ggufs and not weights):
+        names = _chosen_gguf(repository, ggufs)
+        if known := other_architecture(repository.architecture):
+            raise UnsupportedError(f"{name}: the architecture is {known}")
+        return _checked(repository, names)
+    if "adapter_config.json" in files and not weights:
+        base = f", the model {escape(repository.base, 80)[1:-1]}," if repository.base else ""
+        raise UnsupportedError(
+            f"{name} is an adapter (LoRA): `hf download {name.repo}` prints its folder; "
+            f"name its base{base} with -m and the folder with --adapter"
+        )
+    if not weights and len(meta) >= 3:
+        return _checked(repository, sorted(meta, reverse=True))
+    if not weights or "config.json" not in files:
+        if known := other_folder(files):
+            raise UnsupportedError(f"{name} holds {known}")
+        raise DownloadError(f"{repository} has no model that can be fetched; there is: {_listed(files)}")
+    beside = [one for one in BESIDE if one in files]
+    repository.get(_checked(repository, ["config.json"], MAX_BYTES), progress)
+    model_args(JsonFile(repository.path("config.json")))  # a model that does not run: before its weights
+    shards = [weights]
+    if weights.endswith(".index.json"):
+        repository.get(_checked(repository, [weights], MAX_BYTES), progress)
+        shards += _shards(repository, weights)
+    return _checked(repository, beside, MAX_BESIDE) + _checked(repository, shards)
+
+
+def _shards(repository: Repository, index: str) -> list[str]:
+    weight_map = JsonFile(repository.path(index)).get("weight_map", dict, {})
+    shards = sorted({str(one) for one in weight_map.values()})
+    if missing := [one for one in shards if one not in repository.files]:
+        raise DownloadError(f"{repository}: {index} names {_listed(missing)}, which is not there")
+    return shards
+
+
+def _checked(repository: Repository, names: list[str], most: int | None = None) -> list[str]:
+    """The names, if they are plain, and if size and checksum are announced."""
+    for one in names:
+        file = repository.files[one]
+        if not is_plain(one):
+            raise DownloadError(f"{repository.name}: {escape(one, 80)} is no plain file name")
+        known = repository.is_cached or re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(file.checksum))
+        if type(file.size) is not int or file.size < 0 or not known:
+            found = f"{escape(file.size, 40)} bytes, checksum {escape(file.checksum, 80)}"
+            raise DownloadError(f"{repository.name}: the Hub announces {one} with {found}")
+        if most is not None and file.size > most:
+            found = f"{one} has {file.size:,} bytes"
+            raise DownloadError(f"{repository.name}: {found}, at most {most:,} are read")
+    return names
+
+
+def _gguf_models(repository: Repository) -> dict[str, list[str]]:
+    """The GGUF files of each model. A split model has several, under the name of its first."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(repository.files):
+        if not name.lower().endswith(".gguf") or NO_MODEL.search(name.lower()):
+            continue
+        split = SPLIT.fullmatch(name)
+        first = f"{split[1]}-00001-of-{split[3]}.gguf" if split else name
+        found.setdefault(first, []).append(name)
+    return found
+
+
+def _chosen_gguf(repository: Repository, models: dict[str, list[str]]) -> list[str]:
+    """The files of the one model that is meant."""
+    wanted = repository.name.file
+    if wanted is None:
+        found = next((hits for one in PREFERRED if (hits := _matching(models, one))), list(models))
+    else:
+        files = {file: first for first, files in models.items() for file in files}
+        same = [first for file, first in files.items() if wanted in (file, file.rpartition("/")[2])]
+        found = list(dict.fromkeys(same)) or _matching(models, wanted)
+    if not found:
+        there = _listed(models or repository.files)
+        raise DownloadError(f"{repository} has no GGUF {escape(wanted, 80)[1:-1]}; there is: {there}")
+    if len(found) > 1:
+        raise DownloadError(f"{repository} has several models, name one file: {_listed(found)}")
+    names = models[found[0]]
+    if (split := SPLIT.fullmatch(found[0])) and len(names) != int(split[3]):
+        raise DownloadError(f"{repository}: {len(names)} of {int(split[3])} parts of {found[0]} are there")
+    return names
+
+
+def _matching(models: dict[str, list[str]], quantization: str) -> list[str]:
+    """The models whose names have the quantization as a word: q4_k_m in a-Q4_K_M.gguf, not in Q4_K_M_L."""
+    word = re.compile(rf"(?<![a-z0-9]){re.escape(quantization)}(?![a-z0-9_])", re.IGNORECASE)
+    return [first for first in models if word.search(re.sub(r"-\d{5}-of-\d{5}", "", first))]
+
+
+def _listed(names: Sequence[str] | dict[str, Any]) -> str:
+    """File names for a message."""
+    shown = ", ".join(escape(one, 80)[1:-1] for one in list(names)[:SHOWN])
+    return (shown or "nothing") + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+# --- one file
+
+
+@dataclass
+class _Download:
+    """The transfer of one file into the cache."""
+
+    name: Name
+    commit: str
+    file: File
+    blob: Path
+    before: int  # bytes of the files before this one
+    total: int  # bytes of all files
+    progress: Progress
+    digest: Any = field(init=False)  # of the bytes so far
+
+    def run(self) -> None:
+        part = self.blob.with_name(f"{self.blob.name}.incomplete")
+        with part.open("a+b") as out:
+            self._begin()
+            out.seek(0)
+            while block := out.read(1 << 20):
+                self.digest.update(block)
+            most, failures = out.tell(), 0
+            while out.tell() < self.file.size:
+                error = self._transfer(out)
+                failures = 0 if out.tell() > most else failures + 1
+                most = max(most, out.tell())
+                if failures == TRIES:
+                    raise error or DownloadError(f"{self.name}: the Hub sends no more of {self.file.name}")
+                time.sleep(failures)
+            sync(out)
+            found = out.tell(), self.digest.hexdigest()
+        if found != (self.file.size, self.file.checksum):
+            part.unlink()
+            raise DownloadError(
+                f"{self.name}: {self.file.name} came with {found[0]:,} bytes and checksum {found[1]}, "
+                f"the Hub announces {self.file.size:,} and {self.file.checksum}; it was removed"
+            )
+        os.replace(part, self.blob)
+
+    def _begin(self) -> None:
+        if len(self.file.checksum) == 64:
+            self.digest = hashlib.sha256()
+        else:  # as git hashes a file
+            self.digest = hashlib.sha1(b"blob %d\0" % self.file.size, usedforsecurity=False)
+
+    def _transfer(self, out: BinaryIO) -> Exception | None:
+        """Append what the Hub sends from the end of `out` on; -> the error that cut the connection."""
+        library, start = _library(), out.tell()
+        headers = library.utils.build_hf_headers(library_name="numpy_llama") | {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        url = library.hf_hub_url(self.name.repo, self.file.name, revision=self.commit)
+        seconds = library.constants.HF_HUB_DOWNLOAD_TIMEOUT
+        try:
+            with library.get_session().stream("GET", url, headers=headers, timeout=seconds) as response:
+                if response.status_code != 416:  # what is here already is longer than the file
+                    library.hf_raise_for_status(response)
+                there = response.headers.get("Content-Range", "")
+                if start and not (response.status_code == 206 and there.startswith(f"bytes {start}-")):
+                    out.truncate(0)  # the Hub sends all of it again
+                    out.seek(0)
+                    self._begin()
+                if response.status_code == 416:
+                    return None
+                for block in response.iter_bytes():
+                    out.write(block)
+                    self.digest.update(block)
+                    if out.tell() > self.file.size:
+                        break
+                    self.progress(f"fetching {self.file.name}", self.before + out.tell(), self.total)
+        except _http_error() as error:
+            if isinstance(error, library.errors.HfHubHTTPError):  # an answer, not a cut
+                raise
+            return error
+        return None
+
+
+# --- what can go wrong
+
+
+def _http_error() -> type[Exception]:
+    """The root of the errors of the HTTP client, whichever client huggingface_hub uses."""
+    root: type[Exception] = _library().errors.HfHubHTTPError.__bases__[0]
+    return root
+
+
+@contextmanager
+def _explained(name: Name) -> Iterator[None]:
+    """Errors of huggingface_hub and of the disk, as one line that says what to do."""
+    errors = _library().errors
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+        raise DownloadError(_answer(name, error)) from None
+    except _http_error() as error:
+        where = _library().constants.ENDPOINT
+        raise DownloadError(
+            f"{name}: {escape(where, 80)[1:-1]} cannot be reached ({type(error).__name__}: "
+            f"{escape(str(error), 120)[1:-1]}); what is in the cache already runs without it"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise ResourceLimitError(
+                f"{name}: the disk is full; what was fetched is kept, and the next fetch continues it"
+            ) from None
+        raise DownloadError(f"{name} cannot be kept in the cache: {error}") from None
+
+
+def _answer(name: Name, error: Any) -> str:
+    """The message for an answer of the Hub that is an error."""
+    errors, page = _library().errors, f"{_library().constants.ENDPOINT}/{name.repo}"
+    login = "set HF_TOKEN, or run `hf auth login`"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} is gated: accept its licence on {page}, then {login}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the Hub has no model {name.repo}, or it is private: check the name, or {login}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name.repo} has no revision {name.revision}: {page}/tree/main lists them"
+    status = error.response.status_code
+    if status in (401, 403):
+        return f"{name}: the Hub refuses access ({status}), or the token is wrong: {login}"
+    if status == 404:
+        return f"{name}: the Hub does not have a file that it lists (404)"
+    if status == 429:
+        return f"{name}: the Hub has had too many requests (429): wait some minutes, or {login}"
+    return f"{name}: the Hub answers with an error ({status}): try again later"

@@ -1,0 +1,555 @@
+"""Models of the Hugging Face Hub, which a thread of the test serves to the real client."""
+
+import errno
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+from helpers.hub import COMMIT, checksum, served
+from helpers.tiny_models import write_speaker
+from huggingface_hub import constants
+
+import numpy_llama as nl
+from numpy_llama.checkpoint import hub as client
+from numpy_llama.checkpoint.download import locate, on_the_hub, pull
+from numpy_llama.checkpoint.huggingface import WEIGHTS
+from numpy_llama.checkpoint.repositories import REPOSITORIES
+from numpy_llama.errors import DownloadError, ParameterError, ResourceLimitError, UnsupportedError
+
+GGUF = b"GGUF" + bytes(range(256)) * 800  # more than the sockets hold between two reads
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+    **{"vocab_size": 300, "rms_norm_eps": 1e-5, "max_position_embeddings": 64},
+}
+SHARDS = {f"model-0000{i}-of-00002.safetensors": b"shard %d" % i for i in (1, 2)}
+INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+
+
+def as_json(value) -> bytes:
+    return json.dumps(value).encode()
+
+
+FOLDER = SHARDS | {
+    "config.json": as_json(CONFIG),
+    "model.safetensors.index.json": as_json(INDEX),
+    **{"generation_config.json": b"{}", "tokenizer.json": b'{"t": 1}', "tokenizer_config.json": b'{"c": 1}'},
+    "chat_template.jinja": b"{{ messages }}",
+}
+NOT_NEEDED = {
+    **{"README.md": b"# A model", ".gitattributes": b"", "modeling_llama.py": b"raise SystemExit"},
+    **{"pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle", "model.onnx": b"x"},
+    **{"original/params.json": b"{}", "optimizer.pt": b"x", "training_args.bin": b"x"},
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub with a GGUF repository and a folder of safetensors, and an empty cache."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with served() as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        patience = {"HF_HUB_ETAG_TIMEOUT": 300, "HF_HUB_DOWNLOAD_TIMEOUT": 300}  # a machine may be slow
+        changes = patience | {
+            "ENDPOINT": hub.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_OFFLINE": False,
+        }
+        paths = {"HF_HUB_CACHE": "cache", "HF_TOKEN_PATH": "token", "AGENT_HARNESSES_PATH": "harnesses"}
+        for name, value in (changes | {key: str(tmp_path / one) for key, one in paths.items()}).items():
+            monkeypatch.setattr(constants, name, value, raising=False)  # the versions differ
+        hub.repositories["o/gguf"] = {"README.md": b"", "m-Q4_K_M.gguf": GGUF, "m-Q8_0.gguf": GGUF + b"8"}
+        hub.repositories["o/folder"] = FOLDER | NOT_NEEDED
+        yield hub
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def unreachable(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+
+
+def refused(name: str, words: str, error=DownloadError) -> str:
+    with pytest.raises(error, match=words) as caught:
+        pull(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def asked(hub, name: str) -> list[str | None]:
+    """The ranges of a file that were asked for."""
+    return [one.range for one in hub.requests if one.path.startswith("/cdn/") and one.path.endswith(name)]
+
+
+# --- what is fetched
+
+
+def test_one_quantization_of_many(hub):
+    news = []
+    path = pull("hf:o/gguf", lambda *one: news.append(one))
+    assert path.name == "m-Q4_K_M.gguf" and path.read_bytes() == GGUF
+    assert hub.contents() == ["m-Q4_K_M.gguf"]
+    assert news[-1] == ("fetching m-Q4_K_M.gguf", len(GGUF), len(GGUF))
+    assert pull("hf:o/gguf") == locate("hf:o/gguf:q4_k_m") == path
+    assert hub.contents() == []  # nothing is fetched twice
+    assert (
+        locate("hf:o/gguf:Q8_0").read_bytes() == locate("hf:o/gguf:m-Q8_0.gguf").read_bytes() == GGUF + b"8"
+    )
+    assert hub.contents() == ["m-Q8_0.gguf"]
+
+
+def test_only_the_files_of_a_folder_that_a_model_needs(hub):
+    folder = pull("hf:o/folder")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FOLDER
+    assert hub.contents() == sorted(FOLDER)
+    assert pull("hf:o/folder") == folder and hub.contents() == []
+
+
+def test_config_comes_first_and_stops_a_model_that_does_not_run(hub):
+    for change, words in [
+        ({"model_type": "qwen2"}, "model_type 'qwen2', a Qwen: nothing here runs it"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "quantised by 'exl2'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "a classifier"),
+    ]:
+        hub.repositories["o/folder"]["config.json"] = as_json(CONFIG | change)
+        hub.commit = checksum("", words.encode())
+        refused("hf:o/folder", words, UnsupportedError)
+        assert hub.contents() == ["config.json"]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS[::2])
+def test_the_best_weights_that_are_there(hub, weights):
+    files = dict.fromkeys([*WEIGHTS[WEIGHTS.index(weights) :: 2], "consolidated.00.pth", "x.py"], b"w")
+    hub.repositories["o/m"] = files | {"config.json": as_json(CONFIG)}
+    pull("hf:o/m")
+    assert hub.contents() == ["config.json", weights]
+
+
+def test_a_download_of_meta(hub):
+    files = ["params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth"]
+    hub.repositories["o/m"] = dict.fromkeys([*files, "example.py", "LICENSE.txt"], b"x")
+    assert sorted(path.name for path in pull("hf:o/m").iterdir()) == sorted(files)
+
+
+PARTS = [f"Q8_0/m-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("ask", ["", ":q8_0", f":{PARTS[0]}", f":{PARTS[2]}", ":m-Q8_0-00002-of-00003.gguf"])
+def test_a_split_model_has_all_its_parts(hub, ask):
+    hub.repositories["o/split"] = {name: name.encode() for name in PARTS}
+    path = pull(f"hf:o/split{ask}")
+    assert path.as_posix().endswith(PARTS[0])
+    assert [one.read_bytes().decode() for one in sorted(path.parent.iterdir())] == PARTS
+    del hub.repositories["o/split"][PARTS[1]]
+    refused(f"hf:o/split{ask.replace('0002-', '0001-')}", "2 of 3 parts of Q8_0/m-Q8_0-00001-of-00003.gguf")
+
+
+@pytest.mark.parametrize(
+    "names, wanted",
+    [
+        (["m-Q2_K.gguf", "m-q5_k_m.gguf", "m-F16.gguf", "mmproj-Q4_K_M.gguf"], "m-q5_k_m.gguf"),
+        (["m.Q4_K_M.gguf", "m.Q4_K_M_L.gguf", "m.IQ4_XS.gguf"], "m.Q4_K_M.gguf"),
+        (["m-bf16.gguf", "m-f16.gguf"], "m-bf16.gguf"),
+        (["model.gguf", "model.imatrix.gguf"], "model.gguf"),
+        (["m-IQ2_M.gguf"], "m-IQ2_M.gguf"),
+    ],
+)
+def test_the_choice_without_a_quantization(hub, names, wanted):
+    hub.repositories["o/m"] = dict.fromkeys(names, b"x")
+    assert pull("hf:o/m").name == wanted
+
+
+def test_several_models_in_a_repository_are_listed(hub):
+    hub.repositories["o/m"] = {"a-Q4_0.gguf": b"a", "b-Q4_0.gguf": b"b", "c.gguf": b"c"}
+    refused("hf:o/m", "has several models, name one file: a-Q4_0.gguf, b-Q4_0.gguf$")
+    refused("hf:o/m:Q4_0", "has several models")
+    assert pull("hf:o/m:b-Q4_0.gguf").read_bytes() == b"b"
+    hub.repositories["o/n"] = {f"{i}-IQ1_S.gguf": b"" for i in range(20)}
+    assert "and 8 more" in refused("hf:o/n", "several models")
+
+
+def test_a_revision(hub):
+    assert pull("hf:o/gguf@main:q8_0") == pull(f"hf:o/gguf@{COMMIT}:q8_0")
+    assert "/tree/main" in refused("hf:o/gguf@v9", "o/gguf has no revision v9")
+
+
+def test_the_model_runs(hub, tmp_path):
+    hub.repositories["o/speaker"] = {"m-F32.gguf": write_speaker(tmp_path / "m.gguf").read_bytes()}
+    llama = nl.load("hf:o/speaker", backend="numpy")
+    assert np.isfinite(llama.model(np.array([[1, 2]]))).all()
+    assert nl.load_tokenizer("hf:o/speaker:f32").vocab_size == 259
+
+
+def test_known_names(hub):
+    assert all(client.parse(f"hf:{repository}").file is None for repository in REPOSITORIES.values())
+    assert on_the_hub("tinyllama") == "hf:TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF"
+    hub.repositories[REPOSITORIES["llama-3.2-1b-instruct"]] = {"L-Q4_K_M.gguf": b"x"}
+    assert pull("llama-3.2-1b-instruct").name == locate("llama-3.2-1b-instruct").name == "L-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize("way", [pull, locate])
+def test_a_name_that_is_none_gets_a_hint(way):
+    for name, words in [
+        ("llama-3.2-1b-instuct", "did you mean llama-3.2-1b-instruct\\?"),
+        ("TinyLLama", "did you mean tinyllama\\?"),
+        ("xyz", "names: smollm2-135m-instruct, smollm2-360m-instruct, "),
+        ("meta-llama/Llama-2-7b", "of the Hugging Face Hub has the name hf:meta-llama/Llama-2-7b; names: "),
+        ("https://huggingface.co/o/r/tree/main", "has the name hf:o/r; names: "),
+        ("no/such.gguf", "; names: "),
+        ("hf.co/o/r", "has the name hf:o/r; names: "),
+    ]:
+        with pytest.raises(DownloadError, match=words):
+            way(name)
+
+
+# --- the cache is everyone's
+
+
+def test_other_programs_find_the_files(hub, cache):
+    path, folder = pull("hf:o/gguf"), pull("hf:o/folder")
+    hub.requests.clear()
+    assert huggingface_hub.try_to_load_from_cache("o/gguf", path.name) == str(path)
+    assert huggingface_hub.hf_hub_download("o/folder", "config.json") == str(folder / "config.json")
+    assert [one.method for one in hub.requests if "/resolve/" in one.path] == ["HEAD"]
+    info = huggingface_hub.scan_cache_dir(cache)
+    assert info.warnings == [] and {one.repo_id for one in info.repos} == {"o/gguf", "o/folder"}
+
+
+def test_files_of_other_programs_are_found(hub):
+    for name in FOLDER:
+        huggingface_hub.hf_hub_download("o/folder", name)
+    hub.requests.clear()
+    folder = pull("hf:o/folder")
+    assert hub.contents() == [] and (folder / "config.json").read_bytes() == FOLDER["config.json"]
+
+
+def test_a_new_commit_fetches_what_changed(hub):
+    old = pull("hf:o/folder")
+    hub.repositories["o/folder"]["tokenizer.json"] = b"[]"
+    hub.commit = "f" * 40
+    hub.contents()
+    new = pull("hf:o/folder")
+    assert hub.contents() == ["tokenizer.json"] and new != old
+    assert (new / "tokenizer.json").read_bytes() == b"[]" and (
+        old / "tokenizer.json"
+    ).read_bytes() == b'{"t": 1}'
+
+
+def test_without_links(hub, monkeypatch):
+    def no_links(self, target):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", no_links)
+    path = pull("hf:o/gguf")
+    assert path.read_bytes() == GGUF and not path.is_symlink()
+    hub.contents()
+    assert pull("hf:o/gguf") == path and hub.contents() == []
+
+
+def test_two_at_once_fetch_it_once(hub):
+    hub.holds["m-Q4_K_M.gguf"] = 5000
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(pull, "hf:o/gguf") for _ in range(2)]
+        while sum("/api/models/" in one.path for one in hub.requests) < 2 or not asked(hub, "m-Q4_K_M.gguf"):
+            assert not any(one.done() for one in both)
+        hub.released.set()
+        assert [one.result().read_bytes() for one in both] == [GGUF, GGUF]
+    assert asked(hub, "m-Q4_K_M.gguf") == [None, "bytes=5000-"]
+
+
+# --- cuts
+
+
+def test_a_cut_is_continued(hub):
+    hub.cuts["m-Q4_K_M.gguf"] = [1000, 5000]
+    assert pull("hf:o/gguf").read_bytes() == GGUF
+    assert asked(hub, "m-Q4_K_M.gguf") == [None, "bytes=1000-", "bytes=6000-"]
+
+
+def test_the_next_fetch_continues_an_interrupted_one(hub, cache):
+    hub.cuts["m-Q4_K_M.gguf"] = [1000]
+
+    def interrupt(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull("hf:o/gguf", interrupt)
+    (part,) = cache.glob("models--o--gguf/blobs/*")
+    assert part.suffix == ".incomplete" and part.read_bytes() == GGUF[:1000]
+    hub.cuts.clear()
+    hub.requests.clear()
+    assert pull("hf:o/gguf").read_bytes() == GGUF and not part.exists()
+    assert asked(hub, "m-Q4_K_M.gguf") == ["bytes=1000-"]
+
+
+@pytest.mark.parametrize("length", [len(GGUF), len(GGUF) + 5, 5])
+def test_a_part_that_is_wrong_is_removed(hub, cache, length):
+    part = cache / "models--o--gguf" / "blobs" / f"{checksum('m.gguf', GGUF)}.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"?" * length)
+    refused("hf:o/gguf", "the Hub announces .*; it was removed")
+    assert not part.exists()
+    assert pull("hf:o/gguf").read_bytes() == GGUF
+
+
+def test_a_part_that_is_whole_is_not_fetched_again(hub, cache):
+    part = cache / "models--o--gguf" / "blobs" / f"{checksum('m.gguf', GGUF)}.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(GGUF)
+    assert pull("hf:o/gguf").read_bytes() == GGUF and hub.contents() == []
+
+
+def test_a_hub_that_ignores_ranges_sends_all_again(hub, monkeypatch):
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    hub.ignores_ranges = True
+    hub.cuts["m-Q4_K_M.gguf"] = [1000, 700]
+    assert pull("hf:o/gguf").read_bytes() == GGUF
+    assert asked(hub, "m-Q4_K_M.gguf") == [None, "bytes=1000-", "bytes=700-"]
+
+
+def test_a_hub_that_sends_nothing_more_is_given_up(hub, cache, monkeypatch):
+    waits = []
+    monkeypatch.setattr(client.time, "sleep", waits.append)
+    hub.cuts["m-Q4_K_M.gguf"] = [100] + [0] * 9
+    refused("hf:o/gguf", "cannot be reached")
+    assert waits == [0, 1, 2, 3, 4]
+    hub.cuts.clear()
+    hub.sent["m-Q4_K_M.gguf"] = GGUF[:100]  # and no more
+    refused("hf:o/gguf", "the Hub sends no more of m-Q4_K_M.gguf")
+    assert waits == [0, 1, 2, 3, 4, 1, 2, 3, 4]
+
+
+# --- faults of the Hub and of the user
+
+
+def test_wrong_bytes_are_removed(hub, cache):
+    for wrong in (GGUF[:-1] + b"?", GGUF + b"?"):
+        hub.sent["m-Q4_K_M.gguf"] = wrong
+        refused("hf:o/gguf", rf"came with [\d,]+ bytes and checksum {checksum('x.gguf', wrong)[:4]}")
+        assert list(cache.glob("models--o--gguf/blobs/*")) == [] == list(cache.rglob("*.gguf"))
+    hub.sent["m-Q4_K_M.gguf"] = GGUF + bytes(20_000_000)
+    came = re.search(r"came with ([\d,]+) bytes", refused("hf:o/gguf", "it was removed"))
+    assert int(came[1].replace(",", "")) < 2_000_000  # it does not wait for the end
+    hub.sent["config.json"] = FOLDER["config.json"].replace(b"32", b"64")
+    refused("hf:o/folder", "config.json came with")
+
+
+def test_a_file_in_the_cache_of_another_size_is_named(hub):
+    pull("hf:o/gguf").resolve().write_bytes(b"short")
+    refused("hf:o/gguf", "has 5 bytes, the Hub announces 204,804: delete it")
+
+
+def test_a_gated_repository(hub, monkeypatch):
+    hub.token = "hf_secret"
+    for name in ("hf:o/gguf", "hf:o/folder"):
+        message = refused(
+            name, "is gated: accept its licence on http://.*, then set HF_TOKEN, or run `hf auth"
+        )
+        assert f"{hub.endpoint}/o/" in message
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.requests.clear()
+    pull("hf:o/gguf")
+    given = {(one.host, one.authorization) for one in hub.requests if "m-Q4_K_M" in one.path}
+    assert given == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}  # the token stays with the Hub
+
+
+def test_a_repository_that_is_not_there(hub):
+    refused("hf:o/none", "the Hub has no model o/none, or it is private: check the name, or set HF_TOKEN")
+
+
+def test_a_file_that_is_not_there(hub):
+    refused("hf:o/gguf:Q5_K_M", "hf:o/gguf has no GGUF Q5_K_M; there is: m-Q4_K_M.gguf, m-Q8_0.gguf$")
+    refused("hf:o/folder:Q5_K_M", "has no GGUF Q5_K_M; there is: model-00001-of-00002.safetensors")
+    del hub.repositories["o/folder"]["model-00002-of-00002.safetensors"]
+    refused("hf:o/folder", "index.json names model-00002-of-00002.safetensors, which is not there")
+    hub.repositories["o/empty"] = {"README.md": b""}
+    refused("hf:o/empty", "has no model that can be fetched; there is: README.md")
+
+
+@pytest.mark.parametrize(
+    "status, headers, words",
+    [
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "refuses access \\(401\\)"),
+        (403, {}, "refuses access \\(403\\), or the token is wrong"),
+        (400, {}, "answers with an error \\(400\\)"),
+        (429, {}, "too many requests \\(429\\)"),
+        (503, {}, "answers with an error \\(503\\): try again later"),
+    ],
+)
+def test_other_answers(hub, status, headers, words):
+    hub.failure = status, headers
+    refused("hf:o/gguf", words)
+
+
+@pytest.mark.parametrize("failing", ["refused", "offline", "503"])
+def test_without_the_hub_the_cache_serves(hub, cache, monkeypatch, failing):
+    path, folder = pull("hf:o/gguf"), pull("hf:o/folder")
+    if failing == "refused":
+        unreachable(monkeypatch)
+    elif failing == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        hub.failure = 503, {}
+    assert pull("hf:o/gguf") == path and pull("hf:o/folder") == folder
+    missing = "forbids" if failing == "offline" else "cannot be reached" if failing == "refused" else "503"
+    refused("hf:o/none", missing)
+    refused(
+        "hf:o/gguf:Q8_0", r"in the cache \(the Hub was not reached\) has no GGUF Q8_0; there is: m-Q4_K_M"
+    )
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused("hf:o/folder", "names model-00002-of-00002.safetensors, which is not there")
+
+
+def test_a_full_disk(hub, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused("hf:o/gguf", "needs 204,804 more bytes, .* has 1,000 left", ResourceLimitError)
+    assert hub.contents() == []
+    monkeypatch.undo()
+
+
+def test_a_disk_that_becomes_full(hub, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(client, "sync", full)
+    refused("hf:o/gguf", "the disk is full; what was fetched is kept", ResourceLimitError)
+
+
+def test_a_cache_that_cannot_be_written(hub, cache):
+    cache.write_text("a file")
+    refused("hf:o/gguf", "cannot be kept in the cache: .*Not a directory")
+
+
+def test_without_the_library(hub, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    refused("hf:o/gguf", "need huggingface_hub: pip install 'numpy_llama\\[hub\\]'", UnsupportedError)
+
+
+# --- what is no model, and what means harm
+
+
+def test_an_adapter_says_what_to_do(hub):
+    hub.repositories["o/lora"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
+    hub.about["o/lora"] = {"cardData": {"base_model": "meta-llama/Llama-2-7b"}}
+    message = refused("hf:o/lora", r"is an adapter \(LoRA\): `hf download o/lora` prints", UnsupportedError)
+    assert "the model meta-llama/Llama-2-7b, with -m" in message and "--adapter" in message
+    assert hub.contents() == []
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ({"model_index.json": b"{}", "unet/config.json": b"{}"}, "a diffusion model"),
+        ({"onnx/model.onnx": b"x", "config.json": b"{}"}, "an ONNX export"),
+        ({"tf_model.h5": b"x", "config.json": b"{}"}, "weights of TensorFlow"),
+        ({"Llama.mlpackage/Data/weight.bin": b"x"}, "a CoreML model"),
+    ],
+)
+def test_a_repository_of_another_kind(hub, files, words):
+    hub.repositories["o/other"] = files
+    refused("hf:o/other", f"hf:o/other holds {words}", UnsupportedError)
+    assert hub.contents() == []
+
+
+def test_the_hub_knows_the_architecture_of_a_gguf(hub):
+    hub.about["o/gguf"] = {"gguf": {"architecture": "gemma3"}}
+    refused("hf:o/gguf", "hf:o/gguf: the architecture is 'gemma3', a Gemma", UnsupportedError)
+    assert hub.contents() == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "hf:",
+            "hf:x",
+            "hf:../..",
+            "hf:a/b/c",
+            "hf:a b/c",
+            "hf:a/b:",
+            "hf:a/b@",
+            "hf:/a/b",
+            "hf:a/b:/etc/x",
+        ),
+        *(
+            "hf:a/b:../x.gguf",
+            "hf:a/b:x/../y.gguf",
+            "hf:a/b@../x",
+            "hf:a/..",
+            "hf:.a/b",
+            "hf:a/b.git",
+            "hf:a--b/c",
+        ),
+        *("hf:a/b\n", "hf:a/b\0", "hf:a/b:x y", "hf:ä/b", "hf:a/b?x=1", "hf:a/b#c", "hf:" + "a" * 97 + "/b"),
+    ],
+)
+def test_names_that_are_none(name):
+    refused(name, "is no name of a model of the Hub, wanted hf:OWNER/REPO", ParameterError)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x.gguf", "/etc/x.gguf", "a/../b.gguf", "a\\b.gguf", "a\nb.gguf", "./x.gguf"]
+)
+def test_file_names_that_leave_the_cache(hub, cache, name):
+    hub.repositories["o/m"] = {name: b"x"}
+    refused("hf:o/m", "is no plain file name")
+    index = {"weight_map": {"a": name}}
+    hub.repositories["o/folder"] |= {"model.safetensors.index.json": as_json(index), name: b"x"}
+    refused("hf:o/folder", "is no plain file name|several models")
+    assert not list(cache.rglob("x.gguf"))
+
+
+def test_an_enormous_index_is_not_fetched(hub):
+    hub.announced["model.safetensors.index.json"] = {"size": 1 << 30}
+    refused("hf:o/folder", "index.json has 1,073,741,824 bytes, at most 1,048,576 are read")
+    hub.announced = {"tokenizer.json": {"size": 1 << 40}}
+    refused("hf:o/folder", "tokenizer.json has 1,099,511,627,776 bytes, at most 33,554,432 are read")
+    assert "tokenizer.json" not in hub.contents()
+    hub.announced = {"chat_template.jinja": {"size": 10}}  # and more is sent
+    refused("hf:o/folder", "chat_template.jinja came with")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": None}, {"size": -1}, {"size": "9"}, {"lfs": {"size": 1, "sha256": "../x", "pointerSize": 1}}],
+)
+def test_what_is_announced_wrongly(hub, change):
+    hub.announced["m-Q4_K_M.gguf"] = change
+    refused("hf:o/gguf", "the Hub announces m-Q4_K_M.gguf with")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"no JSON",
+        b"[]",
+        b"{}",
+        b'{"id": 3}',
+        b'{"id": "o/gguf", "sha": "main"}',
+        b'{"id": "x", "siblings": 3}',
+    ],
+)
+def test_answers_that_cannot_be_read(hub, answer):
+    hub.answer = answer
+    refused("hf:o/gguf", "the Hub's answer cannot be read|the Hub names the commit")
+
+
+@pytest.mark.parametrize(
+    "where", ["file:///etc/passwd", "ftp://x/y", "/o/gguf/resolve/main/m-Q4_K_M.gguf", "http://["]
+)
+def test_redirects_that_lead_nowhere(hub, monkeypatch, where):
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    hub.redirect = where
+    refused("hf:o/gguf", "cannot be reached")

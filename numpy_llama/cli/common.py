@@ -4,6 +4,7 @@ import argparse
 import codecs
 import io
 import json
+import logging
 import math
 import os
 import signal
@@ -17,7 +18,8 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
 
-from ..checkpoint.download import DEFAULT_MODEL
+from ..checkpoint.download import DEFAULT_MODEL, locate, on_the_hub
+from ..checkpoint.hub import PREFIX
 from ..errors import NumpyLlamaError, ParameterError, TextError, escape, printable, visible
 from ..generation.generate import PREFILL_CHUNK
 from ..generation.sampling import Sampler
@@ -36,7 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
+        help="a file, a folder, hf:OWNER/REPO, or a name that `pull` lists [%(default)s]",
     )
     add_adapter_argument(group)
     group.add_argument(
@@ -187,13 +189,25 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**sampling, "max_tokens": args.max_tokens, "stop": args.stop}
 
 
+def located(
+    model: str, progress: Callable[[str, int, int], None], find: Callable[..., Path] = locate
+) -> Path:
+    """The file or folder of a model. A note names the GGUF that was chosen where no quantization is given."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its remarks on tokens and repeats
+    path = find(model, progress)
+    address = on_the_hub(model)
+    if address and ":" not in address.removeprefix(PREFIX) and path.is_file():
+        note(f"{model} is {path.name}" + ("" if address == model else f" of {address}"))
+    return path
+
+
 def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
         names = ("backend", "threads", "exact", "max_seq_len", "activation_bits", "cache_dtype", "adapter")
         options = {name: getattr(args, name) for name in names}
-        llama = load(args.model, progress=progress, **options)
+        llama = load(located(args.model, progress), progress=progress, **options)
     ids, rows = llama.tokenizer.n_used, llama.model.args.vocab_size
     if rows - ids >= PADDING:
         note(f"the tokenizer has {ids} ids, the embedding {rows} rows: is it the tokenizer of this model?")

@@ -305,7 +305,7 @@ def load(
     cache_dtype: str | None = None,
     adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
 ) -> Llama:
-    """Load a model from a file, a folder, or by a name of `pull`, which is fetched on first use.
+    """Load a model from a file or a folder, or by a name of `pull` or hf:OWNER/REPO, fetched on first use.
 
     dtype: None keeps the weights as they are stored. numpy.float32, or numpy.float64 with backend "numpy",
     expands them. backend: "c", or "numpy" for the readable path. threads: of the C kernels; default all CPUs.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..checkpoint import open_checkpoint
-from ..checkpoint.download import locate
 from ..checkpoint.memory import available_memory, gib, memory_plan, peak_memory
 from ..errors import ParameterError, printable
 from ..inspect.bench import Machine, Result, Task, formats, measure
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         raise ParameterError("nothing to measure: -p and -n are 0")
     machines = [(threads, Machine(threads)) for threads in args.threads or [None]]
     with common.transfer_bar() as progress:
-        path = locate(args.model, progress)
+        path = common.located(args.model, progress)
     opened = open_checkpoint(path)
     model_args = opened.args
     if args.max_seq_len is not None:

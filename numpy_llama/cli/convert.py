@@ -10,13 +10,14 @@ import argparse
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.convert import DTYPES, convert
-from ..checkpoint.download import locate
 from ..checkpoint.memory import gib
 from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a file, a folder, or a name that `pull` fetches")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a file, a folder, hf:OWNER/REPO, or a name that `pull` lists"
+    )
     parser.add_argument("out", metavar="OUT", type=common.path, help="the file to write or replace")
     parser.add_argument(
         "--dtype",
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
-        source = open_checkpoint(locate(args.model, progress))
+        source = open_checkpoint(common.located(args.model, progress))
         out = convert(source, args.out, args.dtype, args.threads, progress, args.packed)
     how = [args.dtype] * bool(args.dtype) + ["packed"] * args.packed or ["every weight in its format"]
     common.note(f"{out}: {gib(out.stat().st_size)}, {', '.join(how)}")

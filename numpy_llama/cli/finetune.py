@@ -10,7 +10,7 @@ import argparse
 from shlex import quote
 
 from ..checkpoint import open_checkpoint
-from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL
 from ..errors import ParameterError
 from ..training.data import read_data
 from ..training.finetune import METHODS, RESULT, LoRA, finetune
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
+        help="a file, a folder, hf:OWNER/REPO, or a name that `pull` lists [%(default)s]",
     )
     parser.add_argument("--method", choices=METHODS, default="lora", help="what learns, and from what [lora]")
     runs.add_run_arguments(parser, iters=100, batch_size=4, seq_len=512)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     lora = LoRA(rank, alpha, bool(args.rslora), targets)
     data = read_data(args.data)
     with common.transfer_bar() as progress:
-        source = open_checkpoint(locate(args.model, progress))
+        source = open_checkpoint(common.located(args.model, progress))
     rate = LEARNING_RATES[args.method] if args.lr is None else args.lr
     with open_folder(args.out, args.resume) as folder:
         with common.count_bar("examples") as progress:

@@ -11,7 +11,7 @@ from ..backend.formats import StoredTensor
 from ..checkpoint import open_checkpoint
 from ..checkpoint.adapters import Adapter, is_adapter, open_adapter
 from ..checkpoint.base import Checkpoint
-from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL
 from ..checkpoint.memory import LEAST_CONTEXT, MemoryPlan, available_memory, gib, memory_plan
 from ..errors import NumpyLlamaError, escape, printable
 from . import common
@@ -23,13 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder, an adapter, or a name that `pull` fetches [%(default)s]",
+        help="a file, a folder, an adapter, hf:OWNER/REPO, or a name that `pull` lists [%(default)s]",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
-        path = locate(args.model, progress)
+        path = common.located(args.model, progress)
     if is_adapter(path):
         show_adapter(open_adapter(path))
         return

@@ -11,7 +11,7 @@ import statistics
 from ..checkpoint import open_checkpoint
 from ..checkpoint.adapters import read_adapters
 from ..checkpoint.convert import DTYPES
-from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL
 from ..checkpoint.merge import merge
 from ..lora import by_weight
 from . import common
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="the base: a file, a folder, or a name that `pull` fetches [%(default)s]",
+        help="the base: a file, a folder, hf:OWNER/REPO, or a name that `pull` lists [%(default)s]",
     )
     common.add_adapter_argument(parser, required=True)
     parser.add_argument("--out", required=True, metavar="OUT", type=common.path, help="the model to write")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
-        source = open_checkpoint(locate(args.model, progress))
+        source = open_checkpoint(common.located(args.model, progress))
         updates = by_weight(read_adapters(args.adapter, source.args, source.weights()))
         found = merge(source, updates, args.out, args.dtype, args.threads, progress)
     size, kept = statistics.median(one.update for one in found), min(one.kept for one in found)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL
 from ..errors import ParameterError
 from ..llama import load_tokenizer
 from . import common
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a model, a tokenizer file, or a name that `pull` fetches [%(default)s]",
+        help="a model, a tokenizer file, hf:OWNER/REPO, or a name that `pull` lists [%(default)s]",
     )
 
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         raise ParameterError('nothing to tokenize: numpy-llama tokenize "Once upon a time"')
     text = common.read_stdin() if args.text is None else common.without_mark(args.text, "the text")
     with common.transfer_bar() as progress:
-        tokenizer = load_tokenizer(locate(args.model, progress))
+        tokenizer = load_tokenizer(common.located(args.model, progress))
     common.note_names(tokenizer, text, args.special)
     for token in tokenizer.encode(text, bos=tokenizer.add_bos, special=args.special):
         whole = token in tokenizer.control_tokens.values() or _is_utf8(tokenizer.token_bytes(token))

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import open_checkpoint
-from ..checkpoint.download import DEFAULT_MODEL, locate
+from ..checkpoint.download import DEFAULT_MODEL
 from ..checkpoint.memory import available_memory, gib, memory_plan, peak_memory
 from ..errors import printable
 from . import common
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a file, a folder, or a name that `pull` fetches [%(default)s]",
+        help="a file, a folder, hf:OWNER/REPO, or a name that `pull` lists [%(default)s]",
     )
     parser.add_argument("--against", metavar="REFERENCE", help="another copy of the same model")
     parser.add_argument(
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     began = time.perf_counter()
     with common.transfer_bar() as progress:
-        opened = open_checkpoint(locate(args.model, progress))
-        reference = None if args.against is None else open_checkpoint(locate(args.against, progress))
+        opened = open_checkpoint(common.located(args.model, progress))
+        reference = None if args.against is None else open_checkpoint(common.located(args.against, progress))
     plan = memory_plan(opened.args, opened.weights(), "c")
     plan.check(available_memory(plan.mapped), opened.path)
     files = [one for one in (opened, reference) if one is not None]

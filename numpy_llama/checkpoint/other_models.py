@@ -21,7 +21,7 @@ ARCHITECTURES = [
     (r"u?m?t5|m?bart$|pegasus|marian|m2m|nllb|led$", "an encoder-decoder (T5, BART)"),
     (r"sd\d|sdxl|flux|stable-diffusion|unet|ltxv|wan$|hyvid|hidream|lumina|aura|cosmos", "a diffusion model"),
     (r"clip|siglip|vit|dino|swin|convnext|resnet|detr|sam\d?$", "a vision model, or the vision part of one"),
-    (r"mllama|llava|idefics|smolvlm|paligemma|pixtral|mistral3|internvl|blip", "a model for pictures"),
+    (r"mllama|llava|idefics|smolvlm|paligemma|pixtral|internvl|blip", "a model for pictures"),
     (r"qwen.*(vl|omni|audio)|minicpm-?v|phi3-v|phi4-multimodal|phi4mm", "a model for pictures or sound"),
     (r"qwen", "a Qwen"),
     (r"gemma|recurrent-gemma", "a Gemma"),

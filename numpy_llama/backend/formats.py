@@ -352,18 +352,27 @@ def _inverse(d: Array) -> Array:
 
 def _pairs(q: Array) -> Array:
     """(..., 32) numbers -> (..., 16) bytes: the lower four bits of i and of i + 16."""
-    return q[..., :16] & 15 | q[..., 16:] << 4
+    eights = np.ascontiguousarray(q & 15).view(np.uint64)  # eight numbers at a time
+    out = np.empty((*q.shape[:-1], 2), np.uint64)
+    for i in range(2):
+        out[..., i] = eights[..., i] | eights[..., i + 2] << np.uint64(4)
+    return out.view(np.uint8)
 
 
 def _fifth_bits(q: Array) -> Array:
     """(..., 32) numbers -> (..., 4) bytes."""
-    return np.packbits(q >> 4, axis=-1, bitorder="little")
+    return np.packbits((q >> 4).reshape(-1), bitorder="little").reshape(*q.shape[:-1], 4)
 
 
 def _blocks(parts: Sequence[Array]) -> Array:
     """The parts of each block, side by side as bytes: -> (rows, bytes a row)."""
-    blocks = np.concatenate([np.ascontiguousarray(p).view(np.uint8) for p in parts], axis=-1)
-    return blocks.reshape(len(blocks), -1)
+    pieces = [np.ascontiguousarray(part).view(np.uint8) for part in parts]
+    # Each piece is one item of a record, which NumPy copies at once.
+    kinds = [f"V{piece.shape[-1]}" for piece in pieces]
+    out = np.empty(pieces[0].shape[:-1], [(f"{i}", kind) for i, kind in enumerate(kinds)])
+    for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
+        out[f"{i}"] = piece.view(kind)[..., 0]
+    return out.view(np.uint8).reshape(len(out), -1)
 
 
 WITH_MINIMA = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")  # two float16 numbers in a block

@@ -18,16 +18,18 @@ from ..json_file import JsonFile
 from .base import FileTensor, Method, check_parts
 from .grouped import FLOATS, GroupedWeight, groups_of, whole_numbers
 
-GEMM_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-PLACE = np.argsort(GEMM_ORDER)  # of each of eight rows in its word
+GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 MIDDLE = 8
 VERSIONS = ("gemm", "gemv")
 
 
 def gemm_numbers(words: Array) -> Array:
     """(K, N / 8) words in the order of gemm -> (N, K) uint8."""
-    q = whole_numbers(words, 4)
-    return np.ascontiguousarray(q.reshape(len(q), -1, 8)[..., PLACE].reshape(len(q), -1).T)
+    a_byte = np.ascontiguousarray(words.T).view(np.uint8).reshape(words.shape[1], len(words), 4)
+    q = np.empty((words.shape[1], 8, len(words)), np.uint8)
+    for i, row in enumerate(GEMM_ORDER):
+        q[:, row] = a_byte[..., i // 2] >> np.uint8(i % 2 * 4) & 15
+    return q.reshape(-1, len(words))
 
 
 def dequantize_gemm(qweight: Array, qzeros: Array, scales: Array) -> Array:

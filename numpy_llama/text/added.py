@@ -14,6 +14,8 @@ from functools import cached_property
 
 import regex
 
+from .pretokenizer import is_word_character
+
 Parts = list[str | int]  # texts, and the ids of the tokens between them
 
 
@@ -70,7 +72,9 @@ class AddedTokens:
         end = 0  # of the last token, with the spaces that it takes
         for match in pattern.finditer(text) if ids else ():
             i, (start, stop) = ids[match[0]], match.span()
-            if i in self.word and (_WORD.match(text[start - 1 : start]) or _WORD.match(text, stop)):
+            if i in self.word and any(
+                map(is_word_character, (text[start - 1 : start], text[stop : stop + 1]))
+            ):
                 continue
             while i in self.left and start > end and _SPACE.match(text, start - 1):
                 start -= 1
@@ -83,4 +87,4 @@ class AddedTokens:
 
 
 _Names = tuple[re.Pattern[str], dict[str, int]]
-_WORD, _SPACE = regex.compile(r"\w"), regex.compile(r"\s")
+_SPACE = regex.compile(r"\s")

@@ -6,6 +6,7 @@ GGUF. Any other pattern comes with its file.
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import accumulate, pairwise
 
 import regex
@@ -37,6 +38,7 @@ CUSTOM = "custom"  # our name for a pattern without a name, which is the entry n
 PATTERN_SECONDS = 10.0
 
 _BYTES_ALONE = {bytes([byte]): byte for byte in range(256)}
+_WORD_CHARACTER = tiktoken.Encoding("", pat_str=r"\w", mergeable_ranks=_BYTES_ALONE, special_tokens={})
 _LETTER_OR_NUMBER = r"[\p{L}\p{N}]"
 _compared: set[str] = set()  # characters whose class in the two tables has been compared
 _newer: dict[int, str] = {}  # newer letter or number -> U+FFFD, which is no letter, number or space
@@ -63,6 +65,12 @@ def of_older_unicode(words: Callable[[str], Iterable[str]]) -> Callable[[str], I
         return [text[begin:end] for begin, end in pairwise(ends)]
 
     return cut
+
+
+@cache
+def is_word_character(character: str) -> bool:
+    """Whether a character is one of a word, by tiktoken's tables."""
+    return bool(_WORD_CHARACTER.encode_ordinary(character))
 
 
 def custom_words(pattern: str, source: str) -> Callable[[str], Iterable[str]]:

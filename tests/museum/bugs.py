@@ -344,6 +344,22 @@ BUGS = [
         "tests/text/test_tokenizer_files.py::test_a_stream_with_control_tokens_anywhere_is_the_text_at_once",
     ),
     Bug(
+        "a space after every added token, whatever the file says",
+        "huggingface/transformers#29872; ggml-org/llama.cpp#7049",
+        "numpy_llama/text/tokenizer.py",
+        " and (begins or not only_first)",
+        "",
+        "tests/text/test_added_tokens.py::test_a_text_is_cut_as_tokenizers_cuts_it",
+    ),
+    Bug(
+        "normalized added tokens looked for in the text as it is",
+        "huggingface/tokenizers#1786",
+        "numpy_llama/text/added.py",
+        "found = {self.normalize(text): i for",
+        "found = {text: i for",
+        "tests/text/test_added_tokens.py::test_a_text_is_cut_as_tokenizers_cuts_it",
+    ),
+    Bug(
         "of the vectors of all shards two are compared",
         OURS,
         "numpy_llama/checkpoint/meta.py",

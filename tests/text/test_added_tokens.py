@@ -129,6 +129,7 @@ def test_a_text_is_cut_as_tokenizers_cuts_it(tmp_path, rule):
         "spaces that a token takes"
     )
     @example(text="word words_word.word").via("a word alone")
+    @example(text="word\u0558 word\u200d \U00010ef6word").via("letters of a newer Unicode")
     def compare(text):
         ids = reference.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text, special=True) == ids

@@ -15,6 +15,7 @@ from ..errors import BuildError, ConfigError, TokenizerError, escape
 from ..text.chat import ChatFormat, ChatTemplate, format_for
 from ..text.tokenizer import Tokenizer
 from .files import MappedFile
+from .names import hf_rows, rows_in_fused
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,20 @@ def size(header: Header, key: str, ours: str | None = None, default: int | None 
         found = f"{key} is {escape(value, 60)}"
         raise ConfigError(f"{header.path}: {found}, it must be a whole number from 1 to {limit}")
     return value
+
+
+def weight_in(
+    tensor: StoredTensor, name: str, args: ModelArgs, half_split: bool, fused: bool = False
+) -> StoredTensor:
+    """The weight `name` of the tensor that holds it: its rows, in the model's order. Nothing is copied.
+
+    half_split: rows of wq and wk have Hugging Face's order. fused: some weights are rows of one tensor.
+    """
+    order = hf_rows(name, args) if half_split else None
+    place = rows_in_fused(name, args) if fused else None
+    if order is None and place is None:
+        return tensor
+    rows = slice(0, len(tensor)) if place is None else place[0]
+    data = tensor.data[rows] if tensor.in_place else lambda: tensor.data[rows]
+    shape = rows.stop - rows.start, *tensor.shape[1:]
+    return StoredTensor(tensor.format, shape, data, order, tensor.column_order)

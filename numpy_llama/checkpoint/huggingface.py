@@ -27,15 +27,15 @@ from ..errors import (
 )
 from ..text.sandbox import MAX_SOURCE
 from ..text.tokenizer import Tokenizer
-from .base import Checkpoint, TensorInfo, size
+from .base import Checkpoint, TensorInfo, size, weight_in
 from .files import MappedFile
 from .json_file import JsonFile
-from .names import hf_rows, matched_names
+from .names import matched_names
 from .other_models import other_config, other_folder
 from .pytorch.file import TorchFile
 from .quantized import FileTensor, QuantizedWeight, method_of
 from .quantized.base import of_safetensors
-from .rope_scalings import hf_rope
+from .rope_scalings import PHI3, hf_rope
 from .safetensors_file import SafetensorsFile
 from .tokenizers import tokenizer_of_folder, tokenizer_path
 
@@ -59,6 +59,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
 }
+# The architectures of each model_type that are computed here. The second spelling is of some weeks in 2023.
+LLAMA: tuple[list[str], ...] = ([], ["LlamaForCausalLM"], ["LLaMAForCausalLM"])
+SPELLINGS: dict[str | None, tuple[list[str], ...]] = {
+    None: LLAMA,
+    "llama": LLAMA,
+    "mistral": (["MistralForCausalLM"],),
+    PHI3: (["Phi3ForCausalLM"],),
+}
+WINDOWS = ("mistral", PHI3)  # a LlamaForCausalLM does not read sliding_window
 ROWS_COMPARED = 4096  # at a time: two whole matrices are never in memory
 
 
@@ -71,6 +80,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.path = Path(folder)
         self.config = JsonFile(self.path / "config.json")
         self._args = model_args(self.config)  # a model of another kind fails here, before its weights
+        self.fused = self.config.get("model_type", str) == PHI3  # some weights are rows of one tensor
         name = next((name for name in WEIGHTS if os.path.lexists(self.path / name)), None)
         if name is None:
             there = other_folder(path.name for path in self.path.iterdir())
@@ -133,7 +143,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                 f"{self.path}: 1 missing weights: 'lm_head.weight'; if the embedding is the output matrix "
                 'too, write "tie_word_embeddings": true into config.json'
             )
-        names = matched_names(self.path, "hf", self._args, shapes, tied)
+        names = matched_names(self.path, "hf", self._args, shapes, tied, self.fused)
         return {ours: plain.get(theirs, theirs) for ours, theirs in names.items()}
 
     def _plain(self) -> dict[str, str]:
@@ -152,10 +162,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         heads = [name for name in (*self.tensors, *self._quantized) if usual(name) == "lm_head.weight"]
         if names["output.weight"] not in heads:
             self._check_tied(stored[names["output.weight"]], heads)
-        for ours, theirs in names.items():
-            if (rows := hf_rows(ours, args)) is not None:
-                stored[theirs] = stored[theirs].with_row_order(rows)
-        return {ours: stored[theirs] for ours, theirs in names.items()}
+        return {
+            ours: weight_in(stored[theirs], ours, args, half_split=True, fused=self.fused)
+            for ours, theirs in names.items()
+        }
 
     def holders(self) -> dict[str, Path]:
         names = {ours: theirs for ours, theirs in self._names().items() if theirs not in self._quantized}
@@ -232,19 +242,15 @@ def model_args(config: JsonFile) -> ModelArgs:
 def _context(config: JsonFile) -> int:
     """The number of positions; UnsupportedError for a model of another kind."""
     kind, names = config.get("model_type", str), config.get("architectures", list, [])
-    context = size(config, "max_position_embeddings", default=2048)
-    if (kind, names) == ("mistral", ["MistralForCausalLM"]) and "sliding_window" in config.values:
-        # Mistral is a LLaMA with attention over one window. Both are the same up to the length of the window,
-        # so that is the longest context.
-        return min(context, size(config, "sliding_window", default=context))
-    spellings: tuple[list[str], ...] = (
-        [],
-        ["LlamaForCausalLM"],
-        ["LLaMAForCausalLM"],  # for some weeks in 2023
+    context = size(config, "max_position_embeddings", default=4096 if kind == PHI3 else 2048)
+    stated = kind != "mistral" or "sliding_window" in config.values  # its default has changed
+    if stated and (kind or names) and names in SPELLINGS.get(kind, ()):
+        # A sliding window changes nothing within its length, so that is the longest context.
+        return min(context, size(config, "sliding_window", default=context) if kind in WINDOWS else context)
+    known = (
+        "LlamaForCausalLM (llama), Phi3ForCausalLM (phi3), "
+        "and MistralForCausalLM (mistral) that states its sliding_window"
     )
-    if kind in (None, "llama") and names in spellings and (kind or names):
-        return context
-    known = "LlamaForCausalLM (llama), and MistralForCausalLM (mistral) that states its sliding_window"
     found = f"architectures {escape(names)}, model_type {escape(kind)}"
     raise UnsupportedError(f"{config.path}: {found}; this program runs {known}")
 

@@ -166,6 +166,9 @@ def _check_folder(source: Checkpoint, out: Path, dtype: str | None) -> None:
     if not isinstance(source, HuggingFaceCheckpoint):
         what = f"a folder is written only from a folder of Hugging Face, and {source.path} is {source.format}"
         raise ParameterError(f"{out}: {what}; wanted a name that ends in .gguf")
+    if source.fused:
+        what = "the updates are of separate tensors, and a folder of Phi-3 has fused ones"
+        raise ParameterError(f"{out}: {what}; wanted a name that ends in .gguf")
     if dtype is not None and DTYPES[dtype] not in RUNNABLE:
         raise ParameterError(f"{out}: safetensors have no {DTYPES[dtype]}; wanted a name that ends in .gguf")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):

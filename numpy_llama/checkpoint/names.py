@@ -6,6 +6,7 @@ explained in config.py. A matrix is (OUT, IN) in all four schemes.
 
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ LAYER = (
     ("feed_forward.w_up",   "feed_forward.w3", "mlp.up_proj",              "ffn_up",      ("F", "D")),
     ("feed_forward.w_down", "feed_forward.w2", "mlp.down_proj",            "ffn_down",    ("D", "F")),
 )
+# Phi-3 has these matrices one below the other in one tensor.
+FUSED = (
+    # Hugging Face          GGUF        its parts, from the first row on
+    ("self_attn.qkv_proj", "attn_qkv", ("attention.wq", "attention.wk", "attention.wv")),
+    ("mlp.gate_up_proj",   "ffn_up",   ("feed_forward.w_gate", "feed_forward.w_up")),
+)
 # fmt: on
 
 _SHAPES = {f"{row[0]}.weight": row[-1] for row in MODEL} | {
@@ -42,8 +49,11 @@ _SHAPES = {f"{row[0]}.weight": row[-1] for row in MODEL} | {
 }
 
 
-def tensor_names(args: ModelArgs, scheme: str) -> dict[str, str]:
-    """Our name of every weight of the model -> its name in `scheme`: "ours", "meta", "hf" or "gguf"."""
+def tensor_names(args: ModelArgs, scheme: str, fused: bool = False) -> dict[str, str]:
+    """Our name of every weight of the model -> its name in `scheme`: "ours", "meta", "hf" or "gguf".
+
+    fused: the names in a Phi-3 of "hf" or "gguf", where several weights share a tensor.
+    """
     if scheme not in SCHEMES:
         raise ParameterError(f"no naming scheme {scheme!r}; there are {', '.join(SCHEMES)}")
     theirs = SCHEMES.index(scheme)
@@ -51,7 +61,24 @@ def tensor_names(args: ModelArgs, scheme: str) -> dict[str, str]:
     for i in range(args.n_layers):
         ours_prefix, prefix = LAYER_PREFIX[0].format(i=i), LAYER_PREFIX[theirs].format(i=i)
         names |= {f"{ours_prefix}{row[0]}.weight": f"{prefix}{row[theirs]}.weight" for row in LAYER}
+        for *theirs_fused, parts in FUSED if fused else ():
+            tensor = f"{prefix}{theirs_fused[('hf', 'gguf').index(scheme)]}.weight"
+            names |= {f"{ours_prefix}{part}.weight": tensor for part in parts}
     return names
+
+
+def rows_in_fused(our_name: str, args: ModelArgs) -> tuple[slice, int] | None:
+    """The rows of a weight in Phi-3's fused tensor, and the number of rows of that tensor.
+
+    None for a weight that has a tensor of its own.
+    """
+    for *_, parts in FUSED:
+        if stem := next((part for part in parts if our_name.endswith(f".{part}.weight")), None):
+            sizes = [expected_shape(our_name.replace(stem, part), args)[0] for part in parts]
+            ends = list(accumulate(sizes, initial=0))
+            at = parts.index(stem)
+            return slice(ends[at], ends[at + 1]), ends[-1]
+    return None
 
 
 def our_name(theirs: str, scheme: str) -> str | None:
@@ -86,13 +113,14 @@ def matched_names(
     args: ModelArgs,
     shapes: Mapping[str, tuple[int, ...]],
     tied: bool | None = None,
+    fused: bool = False,
 ) -> dict[str, str]:
     """Our name of every weight -> its name in a file that holds tensors of these `shapes`.
 
     A weight that is missing, unknown or of another shape is a MismatchError: an unknown one would change the
     model. `tied`: the output matrix is the embedding. None: it is tied if the file has no output matrix.
     """
-    names = tensor_names(args, scheme)
+    names = tensor_names(args, scheme, fused)
     ours_in, ours_out = "tok_embeddings.weight", "output.weight"
     if tied or (tied is None and names[ours_out] not in shapes):
         names[ours_out] = names[ours_in]
@@ -104,6 +132,8 @@ def matched_names(
             raise MismatchError(f"{source}: {len(odd)} {what} weights: {escape(', '.join(sorted(odd)))}")
     for ours, theirs in names.items():
         found, wanted = tuple(shapes[theirs]), expected_shape(ours, args)
+        if fused and (place := rows_in_fused(ours, args)):
+            wanted = place[1], wanted[1]
         if found != wanted:
             raise MismatchError(f"{source}: {theirs} has the shape {found}, the arguments want {wanted}")
     return names

@@ -25,6 +25,7 @@ from .gguf.file import GGUFFile
 from .json_file import JsonFile
 
 HF_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # "su" is the older longrope
+PHI3 = "phi3"  # the model_type whose "yarn" is a LongRoPE
 HF_NOT_RUN = ("mrope", "proportional", "axial")
 # Every key that is read. Other keys could change the angles: an error names them.
 HF_KEYS = {
@@ -35,10 +36,10 @@ HF_KEYS = {
 GGUF_KINDS = ("none", "linear", "yarn", "longrope")
 # Values that mean the same in all versions of llama.cpp, which differ in any others.
 GGUF_PLAIN = {
-    "llama.rope.scaling.alpha": 0.0,
-    "llama.rope.scaling.yarn_ext_factor": 1.0,
-    "llama.rope.scaling.yarn_attn_factor": 1.0,
-    "llama.rope.scaling.yarn_log_multiplier": 0.0,
+    "alpha": 0.0,
+    "yarn_ext_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_log_multiplier": 0.0,
 }
 DIVISORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (DIVISORS, LONG, SHORT)
@@ -73,6 +74,8 @@ def hf_rope(config: JsonFile) -> tuple[float, RopeScaling | None]:
         )
     if kind == "default":
         return theta, None
+    if kind == "yarn" and config.get("model_type", str) == PHI3:
+        kind = "longrope"
     made, values = _hf_values(config, rope, kind)
     try:
         return theta, made(*values)
@@ -143,7 +146,8 @@ def _agreed(config: JsonFile, key: str, values: list[Any], default: Any) -> Any:
 
 def gguf_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
     """The scaling by llama.cpp's keys, or by tensors of divisors. `args` has no scaling yet."""
-    for key, plain in GGUF_PLAIN.items():
+    scaling_keys = f"{file.metadata['general.architecture']}.rope.scaling."
+    for key, plain in ((scaling_keys + key, plain) for key, plain in GGUF_PLAIN.items()):
         if file.metadata.get(key, plain) != plain:
             raise UnsupportedError(f"{file.path}: {key} is {escape(file.metadata[key], 60)}, not {plain}")
     if (found := _gguf_values(file, args)) is None:
@@ -161,10 +165,11 @@ def gguf_scaling(file: GGUFFile, args: ModelArgs) -> RopeScaling | None:
 
 def _gguf_values(file: GGUFFile, args: ModelArgs) -> tuple[type[RopeScaling], tuple[Any, ...]] | None:
     """The class of the scaling, and the arguments of its constructor; None without a scaling."""
-    key, ours = "llama.rope.scaling.", "numpy_llama.rope."
+    rope, ours = f"{file.metadata['general.architecture']}.rope.", "numpy_llama.rope."
+    key = f"{rope}scaling."
     tensors = {name: _divisors(file, name, args) for name in TENSORS if name in file.tensors}
     kind = file.get(f"{key}type", str, "longrope" if LONG in tensors else "linear")
-    factor = file.decimal(f"{key}factor", file.decimal("llama.rope.scale_linear", 1.0))
+    factor = file.decimal(f"{key}factor", file.decimal(f"{rope}scale_linear", 1.0))
     original = file.get(f"{key}original_context_length", int, args.max_seq_len)
     length, dynamic = file.decimal(f"{key}attn_factor", 1.0), file.decimal(f"{ours}dynamic_factor", 0.0)
     if kind not in GGUF_KINDS:

@@ -553,7 +553,7 @@ YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
         ({"attention__scale": 0.1}, "UnsupportedError", "attention.scale is 0.1"),
         ({"attention__causal": False}, "UnsupportedError", "causal is False, not True"),
         ({"logit_scale": 2.0}, "UnsupportedError", "logit_scale is 2.0"),
-        ({"attention__sliding_window": 0}, "ConfigError", "sliding_window is 0"),
+        ({"attention__sliding_window": np.int32(-1)}, "ConfigError", "sliding_window is -1"),
         (
             {"rope__scaling__type": "spiral", "rope__scaling__factor": 4.0},
             "UnsupportedError",

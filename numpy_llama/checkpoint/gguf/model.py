@@ -1,7 +1,7 @@
 """A LLaMA in a GGUF file, or in the parts of a split one: hyperparameters, weights, tokenizer.
 
-The keys are those of llama.cpp's converter (gguf.md, "llama"). The rows of wq and wk have Meta's order in
-GGUF, so nothing is permuted here.
+The keys are those of llama.cpp's converter (gguf.md), behind the name of the architecture. The rows of wq and
+wk have Meta's order in "llama". "phi3" has Hugging Face's order, and some weights are rows of one tensor.
 """
 
 from dataclasses import replace
@@ -15,20 +15,21 @@ from ...errors import ConfigError, MismatchError, UnsupportedError, escape
 from ...text.chat import CHAT_FORMATS, ChatFormat
 from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
 from .. import not_models
-from ..base import Checkpoint, size
+from ..base import Checkpoint, size, weight_in
 from ..names import matched_names
 from ..other_models import other_architecture
-from ..rope_scalings import TENSORS, gguf_scaling
+from ..rope_scalings import PHI3, TENSORS, gguf_scaling
 from .file import GGUFFile, open_gguf
 
 # Other keys that could change the mathematics, and their values for a LLaMA.
 PLAIN = {
-    "llama.attention.scale": 0.0,
-    "llama.attention.clamp_kqv": 0.0,
-    "llama.attention.causal": True,
-    "llama.logit_scale": 0.0,
-    "llama.use_parallel_residual": False,
+    "attention.scale": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.causal": True,
+    "logit_scale": 0.0,
+    "use_parallel_residual": False,
 }
+ARCHITECTURES = ("llama", PHI3)
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -64,43 +65,44 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def model_args(file: GGUFFile) -> ModelArgs:
-    """The hyperparameters from the llama.* keys. An absent key takes ggml's default, or is an error."""
+    """The hyperparameters from the keys. An absent key takes ggml's default, or is an error."""
     if file.metadata.get("general.type") == "adapter":
         raise UnsupportedError(f"{file.path} holds an adapter (LoRA): {not_models.ADAPTER}")
-    if known := other_architecture(file.metadata.get("general.architecture")):
-        raise UnsupportedError(f"{file.path}: the architecture is {known}")
-    architecture = file.require("general.architecture", str)
-    if architecture != "llama":
-        raise UnsupportedError(f"{file.path}: the architecture is {escape(architecture)}, not 'llama'")
-    if n_experts := file.get("llama.expert_count", int, 0):
+    if other := other_architecture(file.metadata.get("general.architecture")):
+        raise UnsupportedError(f"{file.path}: the architecture is {other}")
+    arch = file.require("general.architecture", str)
+    if arch not in ARCHITECTURES:
+        known = " or ".join(map(repr, ARCHITECTURES))
+        raise UnsupportedError(f"{file.path}: the architecture is {escape(arch)}, not {known}")
+    if n_experts := file.get(f"{arch}.expert_count", int, 0):
         raise UnsupportedError(f"{file.path}: a mixture of {n_experts} experts, only dense models can be run")
 
-    for key, plain in PLAIN.items():
+    for key, plain in ((f"{arch}.{key}", plain) for key, plain in PLAIN.items()):
         if file.metadata.get(key, plain) != plain:
             raise UnsupportedError(f"{file.path}: {key} is {escape(file.metadata[key], 60)}, not {plain}")
-    dim = size(file, "llama.embedding_length", "dim")
-    n_heads = size(file, "llama.attention.head_count", "n_heads")
-    if "llama.attention.key_length" not in file.metadata and dim % n_heads:
+    dim = size(file, f"{arch}.embedding_length", "dim")
+    n_heads = size(file, f"{arch}.attention.head_count", "n_heads")
+    if f"{arch}.attention.key_length" not in file.metadata and dim % n_heads:
         raise ConfigError(f"{file.path}: dim {dim} cannot be divided among {n_heads} heads")
-    head_dim = size(file, "llama.attention.key_length", "head_dim", dim // n_heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    head_dim = size(file, f"{arch}.attention.key_length", "head_dim", dim // n_heads)
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if (found := size(file, key, "head_dim", head_dim)) != head_dim:
             raise UnsupportedError(f"{file.path}: {key} is {found}, only head_dim {head_dim} can be run")
     values: dict[str, Any] = {
         "dim": dim,
-        "n_layers": size(file, "llama.block_count", "n_layers"),
+        "n_layers": size(file, f"{arch}.block_count", "n_layers"),
         "n_heads": n_heads,
-        "n_kv_heads": size(file, "llama.attention.head_count_kv", "n_kv_heads", n_heads),
+        "n_kv_heads": size(file, f"{arch}.attention.head_count_kv", "n_kv_heads", n_heads),
         "head_dim": head_dim,
-        "hidden_dim": size(file, "llama.feed_forward_length", "hidden_dim"),
-        "vocab_size": _vocab_size(file),
-        "norm_eps": file.decimal("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": file.decimal("llama.rope.freq_base", 10000.0),
-        "max_seq_len": size(file, "llama.context_length", "max_seq_len"),
+        "hidden_dim": size(file, f"{arch}.feed_forward_length", "hidden_dim"),
+        "vocab_size": _vocab_size(file, arch),
+        "norm_eps": file.decimal(f"{arch}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": file.decimal(f"{arch}.rope.freq_base", 10000.0),
+        "max_seq_len": size(file, f"{arch}.context_length", "max_seq_len"),
     }
-    # A sliding window changes nothing within its length, so that is the longest context.
-    window = size(file, "llama.attention.sliding_window", "max_seq_len", values["max_seq_len"])
-    values["max_seq_len"] = min(values["max_seq_len"], window)
+    # A sliding window changes nothing within its length, so that is the longest context. 0: there is none.
+    if file.get(window := f"{arch}.attention.sliding_window", int, 0):
+        values["max_seq_len"] = min(values["max_seq_len"], size(file, window, "max_seq_len"))
     try:
         args = ModelArgs(**values)
     except ConfigError as error:
@@ -108,14 +110,14 @@ def model_args(file: GGUFFile) -> ModelArgs:
     return replace(args, rope_scaling=gguf_scaling(file, args))
 
 
-def _vocab_size(file: GGUFFile) -> int:
+def _vocab_size(file: GGUFFile, arch: str) -> int:
     """The rows of the embedding, which is the number of logits. MismatchError if another count differs."""
     if "token_embd.weight" not in file.tensors:
         raise MismatchError(f"{file.path}: there is no token_embd.weight; a vocabulary without a model?")
     rows: int = file.tensors["token_embd.weight"].shape[0]
-    declared = file.get("llama.vocab_size", int, rows)
+    declared = file.get(f"{arch}.vocab_size", int, rows)
     tokens = file.get("tokenizer.ggml.tokens", list, range(rows))
-    for what, n in (("llama.vocab_size", declared), ("the number of tokens", len(tokens))):
+    for what, n in ((f"{arch}.vocab_size", declared), ("the number of tokens", len(tokens))):
         if n != rows:
             raise MismatchError(f"{file.path}: {what} is {n}, but token_embd.weight has {rows} rows")
     return rows
@@ -124,6 +126,7 @@ def _vocab_size(file: GGUFFile) -> int:
 def weights(file: GGUFFile, args: ModelArgs) -> dict[str, StoredTensor]:
     """Every weight under our name."""
     shapes = {name: info.shape for name, info in file.tensors.items() if name not in TENSORS}
-    names = matched_names(file.path, "gguf", args, shapes)
+    phi3 = file.metadata["general.architecture"] == PHI3
+    names = matched_names(file.path, "gguf", args, shapes, fused=phi3)
     stored = {theirs: file.tensor(theirs) for theirs in names.values()}
-    return {ours: stored[theirs] for ours, theirs in names.items()}
+    return {ours: weight_in(stored[theirs], ours, args, phi3, phi3) for ours, theirs in names.items()}

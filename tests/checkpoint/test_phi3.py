@@ -1,0 +1,241 @@
+"""Phi-3: fused tensors, LongRoPE and its names, as transformers and llama.cpp's converter write them.
+
+`pytest -s` prints the largest differences of the logits from transformers'.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from numpy_llama import errors
+from numpy_llama.backend import build
+from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.convert import convert
+from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
+from numpy_llama.checkpoint.merge import merge
+from numpy_llama.checkpoint.names import FUSED
+from numpy_llama.proof.bounds import assert_near
+from numpy_llama.rope import LongRopeScaling, longrope_length
+from numpy_llama.text.tokenizer import tokenizer_from_gguf
+from tests.helpers.gguf_writer import byte_vocabulary
+
+HEAD_DIM, ORIGINAL, LONGER = 96, 32, 96
+CLOSE = 5e-6  # of the largest logit, in exact arithmetic
+LISTS = {
+    "short_factor": [1 + 0.01 * j for j in range(HEAD_DIM // 2)],
+    "long_factor": [1 + 0.5 * j for j in range(HEAD_DIM // 2)],
+}
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 2 * HEAD_DIM,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+LONG = {
+    "max_position_embeddings": LONGER,
+    "original_max_position_embeddings": ORIGINAL,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4} | LISTS,
+}
+BACKENDS = "numpy", "c"
+
+
+def model_of(**changes) -> Phi3ForCausalLM:
+    torch.manual_seed(0)
+    config = Phi3Config(**SIZES | changes, initializer_range=0.08, attn_implementation="eager")
+    model = Phi3ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def folder_of(model: Phi3ForCausalLM, folder: Path, **changes) -> Path:
+    """The model as transformers saves it; `changes` to config.json, None removes a key."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None or key not in changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tokens_of(T: int) -> np.ndarray:
+    return np.random.default_rng(T).integers(SIZES["vocab_size"], size=(2, T))
+
+
+def expected(model: Phi3ForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def logits(checkpoint, tokens: np.ndarray, backend: str, context: int | None = None) -> np.ndarray:
+    args = replace(checkpoint.args, max_seq_len=context or checkpoint.args.max_seq_len)
+    return build(args, checkpoint.weights(), backend=backend, threads=1, exact=True)(tokens)
+
+
+def gguf_of(model: Phi3ForCausalLM, path: Path, window: int = 0, dtype=np.float32) -> Path:
+    """The file that llama.cpp's converter makes of a Phi-3 with LongRoPE: no type is written."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "phi3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(1e4)
+    writer.add_sliding_window(window)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
+    for name, x in model.state_dict().items():
+        kept = x.numpy().astype(dtype if x.ndim == 2 else np.float32)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), kept)
+    if config.rope_parameters["rope_type"] == "longrope":
+        writer.add_rope_scaling_attn_factors(longrope_length(LONGER / ORIGINAL, ORIGINAL))
+        writer.add_tensor("rope_factors_long.weight", np.array(LISTS["long_factor"], np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.array(LISTS["short_factor"], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [ORIGINAL, ORIGINAL + 1, LONGER])
+def test_logits_as_transformers_on_both_sides_of_the_original_context(T, backend, tmp_path):
+    """transformers chooses the list by the length of the text, and this model by its context."""
+    model = model_of(**LONG)
+    checkpoint = HuggingFaceCheckpoint(folder_of(model, tmp_path))
+    assert checkpoint.args.head_dim == HEAD_DIM and isinstance(checkpoint.args.rope_scaling, LongRopeScaling)
+    tokens = tokens_of(T)
+    found, wanted = logits(checkpoint, tokens, backend, T), expected(model, tokens)
+    difference = np.abs(found - wanted).max() / np.abs(wanted).max()
+    print(f"\nPhi-3, {T} tokens, {backend}: {difference:.1e} of the largest logit")
+    assert difference < CLOSE
+    other = ORIGINAL if T > ORIGINAL else LONGER  # the other list shows
+    if other >= T:
+        assert np.abs(logits(checkpoint, tokens, backend, other) - wanted).max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_gguf_has_the_logits_of_the_folder(dtype, backend, tmp_path):
+    model = model_of(**LONG)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    folder = HuggingFaceCheckpoint(folder_of(model, tmp_path))
+    file = open_checkpoint(gguf_of(model, tmp_path / "phi3.gguf", dtype=dtype))
+    assert file.args == folder.args
+    tokens = tokens_of(LONGER)
+    wanted = expected(model, tokens)
+    assert_near(logits(file, tokens, backend), wanted, CLOSE * np.abs(wanted).max())
+
+
+def test_nothing_is_copied(tmp_path):
+    """Each part of a fused tensor is a view of the mapped file, in both formats."""
+    model = model_of(**LONG)
+    folder = open_checkpoint(folder_of(model, tmp_path))
+    file = open_checkpoint(gguf_of(model, tmp_path / "phi3.gguf"))
+    for checkpoint in (folder, file):
+        weights = checkpoint.weights()
+        for *_, parts in FUSED:
+            views = [weights[f"layers.1.{part}.weight"] for part in parts]
+            ends = [view.data.ctypes.data + view.data.nbytes for view in views]
+            assert [view.data.ctypes.data for view in views[1:]] == ends[:-1]  # one behind the other
+            assert all(view.in_place and not view.data.flags.owndata for view in views)
+
+
+def test_convert_writes_separate_tensors_in_metas_order(tmp_path):
+    """A native file of "llama" with the same logits: nothing of Phi-3 is left but its numbers."""
+    source = HuggingFaceCheckpoint(folder_of(model_of(**LONG), tmp_path))
+    weights, tokens = source.weights(), tokens_of(LONGER)
+    source._tokenizer = tokenizer()
+    source.chat_template = lambda: None
+    file = open_checkpoint(convert(source, tmp_path / "native.gguf", "f32"))
+    assert file.args == source.args
+    for name, w in file.weights().items():
+        np.testing.assert_array_equal(w.dequantize(), weights[name].dequantize())
+    np.testing.assert_array_equal(logits(file, tokens, "numpy"), logits(source, tokens, "numpy"))
+
+
+def tokenizer():
+    entries = byte_vocabulary(SIZES["vocab_size"])
+    return tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in entries.items()}, "")
+
+
+def test_an_adapter_is_merged_into_a_native_file_only(tmp_path):
+    source = HuggingFaceCheckpoint(folder_of(model_of(**LONG), tmp_path))
+    with pytest.raises(
+        errors.ParameterError, match="Phi-3 has fused ones; wanted a name"
+    ):
+        merge(source, {}, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("spelling", ["su", "yarn", "longrope"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_every_name_of_phi3s_longrope(spelling, key, tmp_path):
+    """Phi-3's own files have "su" or "yarn", and the original context beside the scaling."""
+    old = {key: spelling} | LISTS
+    folder = folder_of(model_of(**LONG), tmp_path, rope_parameters=None, rope_scaling=old, rope_theta=1e4)
+    if spelling != "su":  # which transformers 5 checks before it renames it
+        assert Phi3Config.from_pretrained(folder).rope_parameters["rope_type"] == "longrope"
+    scaling = HuggingFaceCheckpoint(folder).args.rope_scaling
+    assert scaling.length_factor == pytest.approx(longrope_length(LONGER / ORIGINAL, ORIGINAL))
+    assert scaling.original_max_seq_len == ORIGINAL and len(scaling.long_factor) == HEAD_DIM // 2
+
+
+def test_without_a_scaling_as_phi3_mini_4k_has_none(tmp_path):
+    model = model_of(max_position_embeddings=64)
+    folder, file = folder_of(model, tmp_path), gguf_of(model, tmp_path / "phi3.gguf")
+    tokens = tokens_of(64)
+    wanted = expected(model, tokens)
+    for checkpoint in map(open_checkpoint, (folder, file)):
+        assert checkpoint.args.rope_scaling is None
+        assert_near(logits(checkpoint, tokens, "c"), wanted, CLOSE * np.abs(wanted).max())
+
+
+REFUSED = {
+    "partial_rotary_factor": (0.75, "partial_rotary_factor is 0.75"),
+    "attention_bias": (True, "attention_bias is True"),
+    "mlp_bias": (True, "mlp_bias is True"),
+    "hidden_act": ("gelu", "hidden_act is 'gelu'"),
+    "architectures": (["Phi3SmallForCausalLM"], "Phi3ForCausalLM"),
+    "model_type": ("phi3small", "Phi3ForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_is_not_computed_is_refused_by_its_name(key, tmp_path):
+    value, message = REFUSED[key]
+    folder = folder_of(model_of(**LONG), tmp_path, **{key: value})
+    with pytest.raises(errors.UnsupportedError, match=message):
+        HuggingFaceCheckpoint(folder)
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 1}, {"intermediate_size": 96}])
+def test_a_fused_tensor_of_another_size_is_refused(changes, tmp_path):
+    folder = folder_of(model_of(**LONG), tmp_path, head_dim=HEAD_DIM, **changes)
+    with pytest.raises(errors.MismatchError, match=r"(qkv|gate_up)_proj.weight has the shape"):
+        HuggingFaceCheckpoint(folder).weights()
+
+
+def test_a_missing_fused_tensor_is_named(tmp_path):
+    model = model_of(**LONG)
+    state = {name: x for name, x in model.state_dict().items() if "layers.1.self_attn.qkv" not in name}
+    (folder_of(model, tmp_path) / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        errors.MismatchError, match=r"missing weights.*\.1\.self_attn\.qkv_proj\.weight"
+    ):
+        HuggingFaceCheckpoint(tmp_path).weights()

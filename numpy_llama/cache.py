@@ -28,15 +28,17 @@ class KVCache:
         self.v = np.empty(shape, dtype)
         self.batch, self.max_seq_len, self.head_dim = batch, max_seq_len, args.head_dim
         self.filled = [0] * args.n_layers  # positions stored so far, by layer
+        self.dropped = [0] * args.n_layers  # of them, the first that are kept no longer: see window.py
 
     def update(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:
         """Store T new keys and values (B, T, K, Dh) at start_pos; return all S so far, (B, S, K, Dh)."""
         end = self.check(layer, start_pos, xk.shape[0], xk.shape[1])
         self.filled[layer] = start_pos  # until all are stored: an interrupted update does not count
+        new = slice(start_pos - self.dropped[layer], end - self.dropped[layer])
         k, v = self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)  # (B, max_seq_len, K, Dh)
         try:
             with np.errstate(over="raise"):  # an infinite key could pass unseen, by a score of -inf
-                k[:, start_pos:end], v[:, start_pos:end] = xk, xv
+                k[:, new], v[:, new] = xk, xv
         except FloatingPointError:
             raise NumericsError(
                 f"layer {layer}, positions {start_pos}..{end - 1}: a key or value, "
@@ -44,7 +46,7 @@ class KVCache:
                 f"the largest {k.dtype}: exact=True keeps a cache of float32"
             ) from None
         self.filled[layer] = end
-        return k[:, :end], v[:, :end]
+        return k[:, : new.stop], v[:, : new.stop]
 
     def check(self, layer: int, start_pos: int, B: int, T: int) -> int:
         """The end of T new positions of B sequences at start_pos; an error if they have no place there."""

@@ -75,6 +75,7 @@ class ModelArgs:
     rope_theta: float
     max_seq_len: int
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # Mistral 7B v0.1: a token sees this many positions, its own included
 
     def __post_init__(self) -> None:
         _check(self)
@@ -103,7 +104,8 @@ def _check(
 ) -> None:
     for field in fields(args):  # type: ignore[arg-type]  # every kind of RopeScaling is a dataclass
         value, limit = getattr(args, field.name), LIMITS.get(field.name, sys.maxsize)
-        if field.type is int and not (type(value) is int and 0 < value <= limit):
+        whole = field.type is int or (field.type == int | None and value is not None)
+        if whole and not (type(value) is int and 0 < value <= limit):
             raise ConfigError(f"{field.name} is {value!r}, it must be a whole number from 1 to {limit}")
         numbers = {field.name: value} if field.type is float else {}
         if isinstance(value, tuple):

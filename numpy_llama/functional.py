@@ -93,14 +93,16 @@ def apply_rotary_emb(x: Array, freqs_cis: Array) -> Array:
     return (x.view(freqs_cis.dtype) * freqs_cis[..., None, :]).view(x.dtype)
 
 
-def causal_mask(T: int, S: int, dtype: type = np.float32) -> Array:
+def causal_mask(T: int, S: int, dtype: type = np.float32, window: int | None = None) -> Array:
     """0 where query t sees a position, -inf where it does not. The T queries are the last of S positions.
 
     -> (T, S). With T = 2 new tokens after 3 cached ones: [[0 0 0 0 -inf], [0 0 0 0 0]].
+    With a window, a query sees only the last `window` of these positions, its own included.
     """
     if T > S:
         raise MismatchError(f"{T} queries cannot be the last of {S} positions")
-    return np.triu(np.full((T, S), -np.inf, dtype), k=S - T + 1)
+    mask: Array = np.triu(np.full((T, S), -np.inf, dtype), k=S - T + 1)
+    return mask if window is None else mask + np.tril(np.full_like(mask, -np.inf), k=S - T - window)
 
 
 def repeat_kv(x: Array, n_rep: int) -> Array:
@@ -108,11 +110,11 @@ def repeat_kv(x: Array, n_rep: int) -> Array:
     return np.repeat(x, n_rep, axis=2)
 
 
-def attention_scores(q: Array, k: Array) -> Array:
+def attention_scores(q: Array, k: Array, window: int | None = None) -> Array:
     """q k^T / sqrt(Dh) + mask: (B, T, H, Dh), (B, S, K, Dh) -> (B, H, T, S)."""
     (T, H, Dh), (S, K) = q.shape[1:], k.shape[1:3]
     k = repeat_kv(k, H // K).astype(q.dtype).transpose(0, 2, 3, 1)  # (B, H, Dh, S)
-    return q.swapaxes(1, 2) @ k / math.sqrt(Dh) + causal_mask(T, S, q.dtype.type)
+    return q.swapaxes(1, 2) @ k / math.sqrt(Dh) + causal_mask(T, S, q.dtype.type, window)
 
 
 def weighted_values(weights: Array, v: Array) -> Array:
@@ -121,7 +123,7 @@ def weighted_values(weights: Array, v: Array) -> Array:
     return (weights @ v).swapaxes(1, 2)
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
+def attention(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
     """softmax(q k^T / sqrt(Dh) + mask) v for each head (Vaswani et al. 2017, eq. 1).
 
     q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh), for example (1, 8, 32, 128).
@@ -129,4 +131,4 @@ def attention(q: Array, k: Array, v: Array) -> Array:
     (B, _, H, Dh), (S, K) = q.shape, k.shape[1:3]
     if k.shape != (B, S, K, Dh) or v.shape != k.shape or H % K:  # NumPy would broadcast what it can
         raise MismatchError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
-    return weighted_values(softmax(attention_scores(q, k)), v)
+    return weighted_values(softmax(attention_scores(q, k, window)), v)

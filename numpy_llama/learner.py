@@ -11,6 +11,7 @@ The inner loops come from outside, as in model.py: a backend has its own `Functi
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -123,8 +124,8 @@ class SavingAttention:
     def __init__(self, attention: Function, saving: Function, backward: Function):
         self.attention, self.saving, self.backward = attention, saving, backward
 
-    def __call__(self, q: Array, k: Array, v: Array) -> Array:
-        return self.attention(q, k, v)
+    def __call__(self, q: Array, k: Array, v: Array, **window: int) -> Array:
+        return self.attention(q, k, v, **window)
 
 
 @dataclass
@@ -166,6 +167,7 @@ class Learner(Transformer):
         first = np.zeros_like(tokens) if first is None else first
         check_first(first, tokens)
         positions = np.arange(tokens.shape[1]) - first
+        check_window(self.args.sliding_window, positions)
         freqs_cis = F.freqs_cis_at(self.freqs_cis, positions, 1)[:, :, 0]  # (B, T, Dh / 2)
         for name, part in self._parts():
             check_gradient(name, part)
@@ -242,6 +244,8 @@ class Learner(Transformer):
             return (FrozenRMSNorm if self.frozen else TrainedRMSNorm)(part.weight, part.eps)
         if part == f.attention:
             return SavingAttention(part, f.attention_saving, f.attention_backward)
+        if isinstance(part, partial) and hasattr(own := self._with_gradient(part.func), "saving"):
+            return SavingAttention(part, own.saving, own.backward)  # within a window: `forward` checks it
         return part
 
 
@@ -277,6 +281,15 @@ def check_first(first: Array, tokens: Array) -> None:
     begins = first == np.arange(first.shape[1])  # a document begins, or else it goes on
     if not (begins[:, 0].all() and (begins | (first == np.roll(first, 1, axis=1))).all()):
         raise ParameterError("first[b, t] must be the position at which the document of token t begins")
+
+
+def check_window(window: int | None, positions: Array) -> None:
+    """UnsupportedError if a document is longer than the sliding window, which has no gradient here."""
+    if window is not None and (longest := int(positions.max()) + 1) > window:
+        raise UnsupportedError(
+            f"a document has {longest} tokens, and the model a sliding window of {window}: "
+            f"training computes documents of up to {window} tokens"
+        )
 
 
 def check_targets(run: Pass, targets: Array, weights: Array) -> None:

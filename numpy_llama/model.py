@@ -9,6 +9,7 @@ config.py explains the letters of the shape comments.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,8 @@ class Transformer:
         cache_type: type[KVCache] = KVCache,
     ):
         self.args, self.cache_type = args, cache_type
+        if args.sliding_window is not None:
+            attention = partial(attention, window=args.sliding_window)
         self.tok_embeddings = weights["tok_embeddings.weight"]
         self.layers = [TransformerBlock(args, i, weights, linear, attention) for i in range(args.n_layers)]
         self.norm = RMSNorm(weights["norm.weight"], args.norm_eps)

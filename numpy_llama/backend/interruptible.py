@@ -29,17 +29,16 @@ def linear(x: Array, w: Array) -> Array:
     return np.concatenate([F.linear(x, w[i : i + rows]) for i in range(0, len(w), rows)], axis=-1)
 
 
-def _attention(q: Array, k: Array, v: Array) -> Array:
+def _attention(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
     """F.attention, some key heads at a time, each with the query heads that share it."""
     (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
     heads = max(1, ATTENTION_WORK * K // max(B * T * S * H * Dh, 1))
     if heads >= K:
-        return F.attention(q, k, v)
-    n_rep = H // K
-    parts = [
-        F.attention(q[:, :, i * n_rep : (i + heads) * n_rep], k[:, :, i : i + heads], v[:, :, i : i + heads])
-        for i in range(0, K, heads)
-    ]
+        return F.attention(q, k, v, window)
+    n_rep, parts = H // K, []
+    for i in range(0, K, heads):
+        some, shared = slice(i, i + heads), slice(i * n_rep, (i + heads) * n_rep)
+        parts.append(F.attention(q[:, :, shared], k[:, :, some], v[:, :, some], window))
     return np.concatenate(parts, axis=2)
 
 

@@ -75,6 +75,8 @@ class Session:
         same = 0
         while same < min(len(self.ids), len(prompt) - 1) and self.ids[same] == prompt[same]:
             same += 1
+        if same < getattr(self.cache, "least_start", 0):  # a sliding window's cache has dropped what it saw
+            same = 0
         del self.ids[same:]
         return same
 

@@ -45,7 +45,7 @@ PLACES = {
     "layers.*.attention.q": ("B T H Dh", "queries, turned"),
     "layers.*.attention.k": ("B S K Dh", "keys of all positions, turned, as the cache has them"),
     "layers.*.attention.v": ("B S K Dh", "values of all positions, as the cache has them"),
-    "layers.*.attention.scores": ("B H T S", "q k^T / sqrt(Dh), -inf for later positions"),
+    "layers.*.attention.scores": ("B H T S", "q k^T / sqrt(Dh), -inf for positions that are not seen"),
     "layers.*.attention.weights": ("B H T S", "softmax of the scores, the share of each position"),
     "layers.*.attention.heads": ("B T H Dh", "the result of each head: weights times values"),
     "layers.*.attention": ("B T D", "attention's update of the stream"),
@@ -236,7 +236,8 @@ def with_hooks(model: Transformer, hooks: Sequence[Hooks]) -> Transformer:
     for place in sorted(places, key=lambda place: -place.count(".")):  # inner parts before outer ones
         part = _part(model, place)
         if place.endswith(".attention.attention"):
-            part = _with_inner_hooks(part, place.removesuffix(".attention"), wanted, hook)
+            at, window = place.removesuffix(".attention"), model.args.sliding_window
+            part = _with_inner_hooks(part, at, wanted, hook, window)
         else:
             before, after = places[place] - {place}, places[place] & {place}
             part = _with_hooks(part, hook, [*before], [*after])
@@ -285,7 +286,9 @@ def _with_hooks(part: Any, hook: Hook, before: Sequence[str], after: Sequence[st
     return hooked
 
 
-def _with_inner_hooks(attend: Function, at: str, wanted: set[str], hook: Hook) -> Function:
+def _with_inner_hooks(
+    attend: Function, at: str, wanted: set[str], hook: Hook, window: int | None
+) -> Function:
     """`attention` with hooks on q, k, v, scores, weights and heads."""
     within = {f"{at}.scores", f"{at}.weights"} & wanted
 
@@ -293,7 +296,7 @@ def _with_inner_hooks(attend: Function, at: str, wanted: set[str], hook: Hook) -
         q, k, v = hook(f"{at}.q", q), hook(f"{at}.k", k), hook(f"{at}.v", v)
         heads = attend(q, k, v)
         if within:  # the kernel does not store scores and weights
-            scores = F.attention_scores(q, k)
+            scores = F.attention_scores(q, k, window)
             expected, near = F.weighted_values(F.softmax(scores), v), 0.01 * np.abs(v).max()
             if np.isfinite(heads).all() and not np.allclose(heads, expected, rtol=0, atol=near):
                 raise ParameterError(

@@ -21,7 +21,7 @@ def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.head_dim = args.head_dim
+        self.head_dim, self.window = args.head_dim, args.sliding_window
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
@@ -32,7 +32,10 @@ class Attention(nn.Module):
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), freqs_cis)  # (B, T, K, Dh)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads first
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        if self.window is not None:
+            visible = visible.triu(1 - self.window)
+        out = scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
 

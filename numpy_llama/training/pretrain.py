@@ -86,7 +86,7 @@ def pretrain(
     options: dict[str, Any] = {
         "method": METHOD,
         "seq_len": seq_len,
-        **{name: value for name, value in asdict(args).items() if name != "rope_scaling"},
+        **{name: value for name, value in asdict(args).items() if value is not None},
         "backend": compute.backend,
         "checkpointing": plan.checkpointing,
     }

@@ -176,9 +176,7 @@ def tokenizer():
 
 def test_an_adapter_is_merged_into_a_native_file_only(tmp_path):
     source = HuggingFaceCheckpoint(folder_of(model_of(**LONG), tmp_path))
-    with pytest.raises(
-        errors.ParameterError, match="Phi-3 has fused ones; wanted a name"
-    ):
+    with pytest.raises(errors.ParameterError, match="Phi-3 has fused ones; wanted a name"):
         merge(source, {}, tmp_path / "merged")
 
 
@@ -235,7 +233,5 @@ def test_a_missing_fused_tensor_is_named(tmp_path):
     state = {name: x for name, x in model.state_dict().items() if "layers.1.self_attn.qkv" not in name}
     (folder_of(model, tmp_path) / "model.safetensors").unlink()
     torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        errors.MismatchError, match=r"missing weights.*\.1\.self_attn\.qkv_proj\.weight"
-    ):
+    with pytest.raises(errors.MismatchError, match=r"missing weights.*\.1\.self_attn\.qkv_proj\.weight"):
         HuggingFaceCheckpoint(tmp_path).weights()

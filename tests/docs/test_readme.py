@@ -85,7 +85,7 @@ def test_the_quotation_stands_in_the_source():
 def test_the_budgets_are_kept():
     """CONTRIBUTING.md, "How much a change may cost"."""
     counted = {name: len((ROOT / "numpy_llama" / f"{name}.py").read_text().splitlines()) for name in FOUR}
-    assert counted["model"] < 200 and sum(counted.values()) <= 460
+    assert counted["model"] < 200 and sum(counted.values()) <= 470
     assert len(README.splitlines()) <= 120
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     {"backend", "generation"},
     {"learner", "lora"},
     {"model", "backward"},
-    {"functional", "cache", "rope", "parts"},
+    {"functional", "cache", "rope", "parts", "window"},
     {"config", "text"},
     {"errors"},
 ]
@@ -147,12 +147,12 @@ def test_a_circle_is_seen():
 
 def test_the_four_files_are_short():
     assert lines(PACKAGE / "model.py") < 200
-    assert sum(lines(PACKAGE / f"{name}.py") for name in FOUR) <= 460
+    assert sum(lines(PACKAGE / f"{name}.py") for name in FOUR) <= 470
 
 
 def test_what_the_core_imports():
     ours = {f"numpy_llama.{name}" for name in ("functional", "cache", "config", "parts")}
-    outside = {"numpy", "typing", "collections.abc", "dataclasses"}
+    outside = {"numpy", "typing", "collections.abc", "dataclasses", "functools"}
     assert set(imported(PACKAGE / "model.py", PACKAGE)) <= ours | outside
     ours = {f"numpy_llama.{name}" for name in ("config", "errors")}
     assert set(imported(PACKAGE / "functional.py", PACKAGE)) <= ours | {"numpy", "math"}

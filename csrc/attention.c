@@ -1,6 +1,7 @@
 /* attention: out = softmax(q @ k.T / sqrt(Dh) + causal mask) @ v, without a (T, S) array of scores.
  *
- * The T queries are the last T of the S positions, so query t sees positions 0 .. t + S - T.
+ * The T queries are the last T of the S positions, so query t sees positions 0 .. t + S - T. With a sliding
+ * window it sees the last `window` of these. No loop enters blocks that all of its rows do not see.
  * H / K query heads share one KV head (GQA): head h reads KV head h / (H / K).
  *
  * The softmax is computed online (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Its state has
@@ -84,15 +85,23 @@ INLINE int64_t visible_positions(const nl_attention_args *a, const query_block *
     return a->begin + (qb->first + row) / qb->n_rep + a->S - a->T + 1;
 }
 
+/* The sliding window: the first position that a row sees. */
+INLINE int64_t first_visible(const nl_attention_args *a, const query_block *qb, int64_t row) {
+    const int64_t visible = visible_positions(a, qb, row);
+    return a->window && visible > a->window ? visible - a->window : 0;
+}
+
 /* The key, or the value, of position j: Dh elements. `format` is that of the arguments, as a constant where
  * the caller has it. */
 INLINE const uint8_t *key_at(const int format, const nl_attention_args *a, const query_block *qb, int64_t j) {
-    const int64_t *s = a->k_strides, offset = qb->b * s[0] + j * s[1] + qb->kv_head * s[2];
+    const int64_t *s = a->k_strides, stored = j - a->dropped;
+    const int64_t offset = qb->b * s[0] + stored * s[1] + qb->kv_head * s[2];
     return (const uint8_t *)a->k + bytes_of(format, offset);
 }
 INLINE const uint8_t *value_at(const int format, const nl_attention_args *a, const query_block *qb,
                                int64_t j) {
-    const int64_t *s = a->v_strides, offset = qb->b * s[0] + j * s[1] + qb->kv_head * s[2];
+    const int64_t *s = a->v_strides, stored = j - a->dropped;
+    const int64_t offset = qb->b * s[0] + stored * s[1] + qb->kv_head * s[2];
     return (const uint8_t *)a->v + bytes_of(format, offset);
 }
 
@@ -124,6 +133,12 @@ static void merge_states(const nl_attention_args *a, const query_block *qb, floa
     const softmax_state span = softmax_state_in(span_memory, qb->rows, a->Dh);
     for (int64_t row = 0; row < qb->rows; row++) {
         if (visible_positions(a, qb, row) <= span_begin) continue;
+        if (first_visible(a, qb, row) >= span_begin + KV_SPAN) continue;
+        if (first_visible(a, qb, row) >= span_begin) { /* it saw nothing before */
+            memcpy(all.o + row * padded(a->Dh), span.o + row * padded(a->Dh), a->Dh * sizeof(float));
+            all.m[row] = span.m[row], all.l[row] = span.l[row];
+            continue;
+        }
         const float m = span.m[row] > all.m[row] ? span.m[row] : all.m[row];
         const float before = expf(all.m[row] - m), here = expf(span.m[row] - m);
         float *o = all.o + row * padded(a->Dh), *span_o = span.o + row * padded(a->Dh);
@@ -155,8 +170,11 @@ int nl_attention(const nl_attention_args *a, int threads) {
     if (!is_cached(a->format)) return NL_UNKNOWN_FORMAT;
     if (a->begin >= a->end) return 0;
     const kernels *kernel = chosen_kernels();
-    const int64_t blocks = a->B * a->K * query_blocks_per_head(a), spans = (a->S + KV_SPAN - 1) / KV_SPAN;
-    const int64_t rows = query_block_at(a, 0).rows, state_floats = softmax_state_floats(rows, a->Dh);
+    const query_block earliest = query_block_at(a, 0);
+    const int64_t blocks = a->B * a->K * query_blocks_per_head(a);
+    const int64_t first_span = first_visible(a, &earliest, 0) / KV_SPAN;
+    const int64_t spans = (a->S + KV_SPAN - 1) / KV_SPAN - first_span;
+    const int64_t rows = earliest.rows, state_floats = softmax_state_floats(rows, a->Dh);
     /* Decode has one query block for each head, too few for many threads: then each span is a task. */
     const int64_t tasks_per_block = blocks == a->B * a->K ? spans : 1;
     float *states = allocate_floats(tasks_per_block > 1 ? blocks * tasks_per_block * state_floats : 1);
@@ -175,11 +193,13 @@ int nl_attention(const nl_attention_args *a, int threads) {
             if (!memory || !states) continue;
             const int64_t index = task / tasks_per_block;
             const query_block qb = query_block_at(a, index);
+            const int64_t own_first = tasks_per_block > 1 ? first_span : first_visible(a, &qb, 0) / KV_SPAN;
+            const int64_t begin = (own_first + task % tasks_per_block) * KV_SPAN;
             float *all = tasks_per_block > 1 ? states + task * state_floats : memory;
             float *span = memory + state_floats, *scratch = span + state_floats;
-            kernel->attention(a, index, task % tasks_per_block * KV_SPAN, all, scratch);
+            kernel->attention(a, index, begin, all, scratch);
             if (tasks_per_block > 1) continue;
-            for (int64_t j = KV_SPAN; j < visible_positions(a, &qb, qb.rows - 1); j += KV_SPAN) {
+            for (int64_t j = begin + KV_SPAN; j < visible_positions(a, &qb, qb.rows - 1); j += KV_SPAN) {
                 kernel->attention(a, index, j, span, scratch);
                 merge_states(a, &qb, all, span, j);
             }
@@ -190,7 +210,7 @@ int nl_attention(const nl_attention_args *a, int threads) {
             const query_block qb = query_block_at(a, index);
             float *all = states + index * spans * state_floats;
             for (int64_t i = 1; i < spans; i++)
-                merge_states(a, &qb, all, all + i * state_floats, i * KV_SPAN);
+                merge_states(a, &qb, all, all + i * state_floats, (first_span + i) * KV_SPAN);
             write_output(a, &qb, all);
         }
         free(memory);
@@ -214,7 +234,9 @@ void attention_scalar(const nl_attention_args *a, int64_t index, int64_t span_be
         float k[MAX_DH], v[MAX_DH], *o = state.o + row * padded(a->Dh);
         float m = -FLT_MAX, l = 0; /* -inf - -inf would be NaN */
         for (int64_t d = 0; d < a->Dh; d++) o[d] = 0;
-        for (int64_t j = span_begin; j < span_begin + KV_SPAN && j < visible_positions(a, &qb, row); j++) {
+        const int64_t seen_from = first_visible(a, &qb, row),
+                      from = seen_from > span_begin ? seen_from : span_begin;
+        for (int64_t j = from; j < span_begin + KV_SPAN && j < visible_positions(a, &qb, row); j++) {
             load_head(k, a->format, key_at(a->format, a, &qb, j), a->Dh);
             load_head(v, a->format, value_at(a->format, a, &qb, j), a->Dh);
             float score = 0;
@@ -365,6 +387,13 @@ VEC_INLINE int64_t visible_in_block(const kv_block *b, int64_t row) {
     return left < 0 ? 0 : left < b->n ? left : b->n;
 }
 
+/* How many of its first positions a row does not see, because they are before its sliding window. */
+VEC_INLINE int64_t hidden_in_block(const kv_block *b, int64_t row) {
+    const int64_t real_row = row < b->qb.rows ? row : b->qb.rows - 1;
+    const int64_t hidden = first_visible(b->a, &b->qb, real_row) - b->j;
+    return hidden < 0 ? 0 : hidden < b->n ? hidden : b->n;
+}
+
 /* k[i] = the key of position `from` + i of the block; zeros behind the block's last. */
 VEC_INLINE void key_pointers(const int format, const uint8_t *k[], int count, const kv_block *b,
                              int64_t from) {
@@ -462,6 +491,7 @@ VEC_INLINE void online_softmax(const kv_block *b) {
         float *s = b->s + row * KV_BLOCK;
         const int64_t n = visible_in_block(b, row), whole = (n + LANES - 1) / LANES * LANES;
         for (int64_t i = n; i < whole; i++) s[i] = -INFINITY;
+        for (int64_t i = hidden_in_block(b, row) - 1; i >= 0; i--) s[i] = -INFINITY;
         vec largest = vec_all(b->state.m[row]), row_sum = vec_zero();
         for (int64_t i = 0; i < whole; i += LANES) largest = vec_max(largest, vec_load(s + i));
         const float new_m = vec_largest(largest);
@@ -491,15 +521,25 @@ VEC_INLINE void prefill_scores(const int rows, const kv_block *b, int64_t row, i
 
 /* o = alpha * o + p @ v, for elements d .. d + TILE_COLS - 1 of some rows. They are elements v_d and so on of
  * the rows of v. One tile takes the positions that all rows see. On the diagonal each row then adds the
- * others that it sees. */
+ * others that it sees. Where a sliding window begins at another position for each row, each adds its own. */
 VEC_INLINE void accumulate_output(const int rows, const kv_block *b, int64_t row, int64_t d, const float *p,
                                   const int64_t p_stride, const int format, const uint8_t *v,
                                   int64_t v_stride, int64_t v_d, const uint8_t *next) {
     const int64_t o_stride = padded(b->a->Dh), all_see = visible_in_block(b, row);
+    const int64_t hidden = hidden_in_block(b, row);
     const float one = 1;
     float *o = b->state.o + row * o_stride + d;
-    attention_micro_kernel(rows, o, o_stride, b->alpha + row, p, p_stride, format, v, v_stride, v_d, all_see,
-                           next);
+    if (hidden_in_block(b, row + rows - 1) != hidden) {
+        for (int r = 0; r < rows; r++) {
+            const int64_t from = hidden_in_block(b, row + r);
+            attention_micro_kernel(1, o + r * o_stride, o_stride, b->alpha + row + r, p + r * p_stride + from,
+                                   p_stride, format, v + from * v_stride, v_stride, v_d,
+                                   visible_in_block(b, row + r) - from, NULL);
+        }
+        return;
+    }
+    attention_micro_kernel(rows, o, o_stride, b->alpha + row, p + hidden, p_stride, format,
+                           v + hidden * v_stride, v_stride, v_d, all_see - hidden, next);
     if (visible_in_block(b, row + rows - 1) == all_see) return;
     for (int r = 0; r < rows; r++)
         attention_micro_kernel(1, o + r * o_stride, o_stride, &one, p + r * p_stride + all_see, p_stride,
@@ -569,7 +609,8 @@ VEC_TARGET void VEC(attention)(const nl_attention_args *a, int64_t index, int64_
         for (int64_t d = 0; d < a->Dh; d++) b.q[row * MAX_DH + d] = q[d] * scale;
     }
     const int decode = a->format != F32 && a->T <= NL_GEMV_TOKENS && a->Dh % TILE_COLS == 0;
-    const int64_t step = decode ? DECODE_KV_BLOCK : KV_BLOCK;
+    const int64_t step = decode ? DECODE_KV_BLOCK : KV_BLOCK, seen_from = first_visible(a, &b.qb, 0);
+    if (seen_from > b.j) b.j += (seen_from - b.j) / step * step;
     for (; b.j < span_end; b.j += step) {
         b.n = span_end - b.j < step ? span_end - b.j : step;
         switch (a->format) {

@@ -106,11 +106,14 @@ typedef struct {
     int64_t B, T, S, H, K, Dh;          /* Dh at most NL_MAX_DH */
     int64_t k_strides[3], v_strides[3]; /* from one batch, one position, one head to the next */
     int64_t begin, end;                 /* the queries of T to compute */
-    float *lse; /* (B, H, T) log(sum(exp(scores))) of each softmax; NULL: not stored */
+    float *lse;      /* (B, H, T) log(sum(exp(scores))) of each softmax; NULL: not stored */
+    int64_t window;  /* a query sees the last `window` positions, its own included; 0: all */
+    int64_t dropped; /* positions that no query sees, and that k and v begin behind: whole KV blocks */
 } nl_attention_args;
 
-/* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S)) @ v)[:, begin:end]      attention.c
- *   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
+/* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S, window)) @ v)[:, begin:end]
+ *                                                                                           attention.c
+ *   k, v (B, S - dropped, K, Dh).   Returns 0, NL_NO_MEMORY or NL_UNKNOWN_FORMAT. */
 int nl_attention(const nl_attention_args *a, int threads);
 
 /* The arguments of nl_attention_backward. T = S, and all arrays are dense. */
@@ -174,13 +177,15 @@ typedef struct {
 
 /* The keys and values of the layers, with room for T positions more. Strides count elements. */
 typedef struct {
-    void *const *keys;           /* keys[b] (layers, K, start[b] + T, Dh) */
-    void *const *values;         /* values[b] (layers, K, start[b] + T, Dh) */
+    void *const *keys;           /* keys[b] (layers, K, start[b] - dropped[b] + T, Dh) */
+    void *const *values;         /* values[b], the same */
     int format;                  /* of both: F32, F16 or Q8_0 */
     int64_t position_stride;     /* from one position to the next */
     const int64_t *head_stride;  /* (B,) from one head of sequence b to the next */
     const int64_t *layer_stride; /* (B,) from one layer of sequence b to the next */
-    const int64_t *start;        /* (B,) start_pos: how many positions of sequence b are stored already */
+    const int64_t *start;        /* (B,) start_pos: how many positions of sequence b were stored already */
+    const int64_t *dropped;      /* (B,) how many of these are stored no longer: as in nl_attention_args */
+    int64_t window;              /* the same */
 } nl_kv_cache;
 
 /* The arguments of nl_layers. */

@@ -221,8 +221,9 @@ static void rope_and_cache(const layer_call *c, range heads) {
         if (is_q)
             to += (token * H + h) * Dh * (int64_t)sizeof(float);
         else
-            to += bytes_of(cache->format, c->layer * cache->layer_stride[b] + h * cache->head_stride[b] +
-                                              (cache->start[b] + t) * cache->position_stride);
+            to += bytes_of(cache->format,
+                           c->layer * cache->layer_stride[b] + h * cache->head_stride[b] +
+                               (cache->start[b] - cache->dropped[b] + t) * cache->position_stride);
         const float *x = stored + h * Dh;
         float ordered[NL_MAX_DH];
         if (order) {
@@ -334,6 +335,8 @@ static int attend(const layer_call *c, int64_t part, int64_t parts, int threads)
             .v_strides = {0, cache->position_stride, cache->head_stride[b]},
             .begin = T * part / parts,
             .end = T * (part + 1) / parts,
+            .window = cache->window,
+            .dropped = cache->dropped[b],
         };
         status = nl_attention(&a, threads);
     }

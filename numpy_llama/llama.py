@@ -43,6 +43,7 @@ from .model import Transformer
 from .rope import DynamicScaling
 from .text.chat import ChatFormat, Extras
 from .text.tokenizer import Tokenizer
+from .window import positions_stored
 
 Message = Mapping[str, Any]
 
@@ -279,7 +280,8 @@ class Llama:
     def _check_memory(self, rooms: Sequence[int]) -> None:
         """ResourceLimitError unless there is memory for KV caches of these sizes in positions."""
         one = self.model.new_cache(batch=1, max_seq_len=1)
-        nbytes, available = sum(rooms) * (one.k.nbytes + one.v.nbytes), available_memory()
+        positions = sum(positions_stored(self.model.args, room) for room in rooms)
+        nbytes, available = positions * (one.k.nbytes + one.v.nbytes), available_memory()
         if nbytes > available:
             raise ResourceLimitError(
                 f"{len(rooms)} sequences of up to {max(rooms)} tokens need {gib(nbytes)} of KV cache, "

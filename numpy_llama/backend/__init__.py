@@ -20,9 +20,10 @@ from ..config import ModelArgs
 from ..errors import ParameterError, UnsupportedError, escape
 from ..lora import LowRank, adapted
 from ..model import Transformer
+from ..window import WindowKVCache
 from . import interruptible
 from .formats import StoredTensor
-from .quantized_cache import QuantizedKVCache
+from .quantized_cache import QuantizedKVCache, QuantizedWindowKVCache
 
 Progress = Callable[[str, int, int], None]  # the step that runs, bytes done, bytes in all
 Made = TypeVar("Made")
@@ -66,7 +67,7 @@ def build(
     block formats that are not packed yet. `progress` counts the bytes of all others.
     """
     check_options(dtype, backend, exact, cache_dtype)
-    cache, kept = cache_of(backend, dtype, exact, cache_dtype)
+    cache, kept = cache_of(args, backend, dtype, exact, cache_dtype)
     if backend == "numpy":
         expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
         model = Transformer(args, expanded, interruptible.linear, interruptible.attention, kept, cache)
@@ -109,10 +110,11 @@ def _each(
 
 
 def cache_of(
-    backend: str, dtype: DTypeLike | None, exact: bool, cache_dtype: str | None
+    args: ModelArgs, backend: str, dtype: DTypeLike | None, exact: bool, cache_dtype: str | None
 ) -> tuple[type[KVCache], np.dtype[Any]]:
     """The class of the KV cache, and the dtype of its numbers: float16 if only the C kernels read it."""
+    has_window = args.sliding_window is not None
     if cache_dtype is not None:
-        return QuantizedKVCache, np.dtype(dtype or np.float32)
+        return QuantizedWindowKVCache if has_window else QuantizedKVCache, np.dtype(dtype or np.float32)
     half = backend == "c" and dtype is None and not exact
-    return KVCache, np.dtype(np.float16 if half else dtype or np.float32)
+    return WindowKVCache if has_window else KVCache, np.dtype(np.float16 if half else dtype or np.float32)

@@ -16,13 +16,13 @@ from ..config import Array
 from ..errors import MismatchError, ParameterError
 from ..lora import LoRALinear
 from ..model import Linear, Transformer, TransformerBlock
+from ..window import WindowKVCache
 from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
-from .quantized_cache import QuantizedKVCache
+from .quantized_cache import QuantizedKVCache, QuantizedWindowKVCache
 
 CACHED = {
-    (KVCache, np.dtype(np.float32)),
-    (KVCache, np.dtype(np.float16)),
-    (QuantizedKVCache, np.dtype(np.uint8)),
+    *((kind, np.dtype(kept)) for kind in (KVCache, WindowKVCache) for kept in (np.float32, np.float16)),
+    *((kind, np.dtype(np.uint8)) for kind in (QuantizedKVCache, QuantizedWindowKVCache)),
 }
 
 
@@ -92,26 +92,34 @@ def run(blocks: list[FusedBlock], x: Array, start_pos: int, freqs_cis: Array, ca
         raise MismatchError(f"a cache of {few[0]} layers does not fit layer {layers.stop - 1} of the model")
     if not x.size:
         raise ParameterError("there is no token to compute")
-    if sum(one.batch for one in caches) == B:
-        at_layers, ends = slice(first, layers.stop), []
-        for one, at in zip(caches, starts, strict=True):
-            least_filled = min(layers, key=one.filled.__getitem__)
-            ends.append(one.check(least_filled, at, one.batch, T))
+    if sum(one.batch for one in caches) == B and have_room(caches, starts, layers, T):
+        at_layers = slice(first, layers.stop)
         for one, at in zip(caches, starts, strict=True):
             one.filled[at_layers] = [at] * len(blocks)  # until all are stored, as in KVCache.update
         keys = [one.k[at_layers, b] for one in caches for b in range(one.batch)]
         values = [one.v[at_layers, b] for one in caches for b in range(one.batch)]
-        starts = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
+        first_of_each = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
+        dropped = [one.dropped[first] for one in caches for _ in range(one.batch)]
         weights = [block.weights for block in blocks]
-        y = blocks[0].kernels.layers(weights, x, starts, freqs_cis, keys, values)
+        y = blocks[0].kernels.layers(weights, x, first_of_each, freqs_cis, keys, values, dropped)
         if y is not None:
-            for one, end in zip(caches, ends, strict=True):
-                one.filled[at_layers] = [end] * len(blocks)
+            for one, at in zip(caches, starts, strict=True):
+                one.filled[at_layers] = [at + T] * len(blocks)
             return y
     # A number is beyond float16, or the cache is of another batch: the parts raise an error with its place.
+    # Or a cache has no room for T tokens at once.
     for block in blocks:
         x = TransformerBlock.__call__(block, x, start_pos, freqs_cis, cache)
     return x
+
+
+def have_room(caches: list[Any], starts: list[int], layers: range, T: int) -> bool:
+    """Whether T more positions can be stored in each cache; an error if they have no place in one."""
+    for one, at in zip(caches, starts, strict=True):
+        for worst in min(layers, key=one.filled.__getitem__), max(layers, key=one.dropped.__getitem__):
+            one.check(worst, at, one.batch, T)
+    windows = [(one, at) for one, at in zip(caches, starts, strict=True) if isinstance(one, WindowKVCache)]
+    return all([one.make_room(layers, at, T) for one, at in windows])
 
 
 def parts_of(block: TransformerBlock) -> tuple[Any, ...]:
@@ -134,12 +142,16 @@ def _attributes(linear: Any) -> tuple[Any, ...]:
 
 def fuse(model: Transformer, kernels: Kernels) -> Transformer:
     """The same model with its blocks as one C call, where the kernels take their sizes."""
-    blocks = {f"layers.{i}": (block, fused_weights(block, kernels)) for i, block in enumerate(model.layers)}
+    window = model.args.sliding_window
+    made = [(block, fused_weights(block, kernels, window)) for block in model.layers]
+    blocks = {f"layers.{i}": one for i, one in enumerate(made)}
     fused = {name: FusedBlock(block, kernels, w) for name, (block, w) in blocks.items() if w}
     return FusedTransformer(model.with_parts(fused))
 
 
-def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | None:
+def fused_weights(
+    block: TransformerBlock, kernels: Kernels, window: int | None = None
+) -> FusedWeights | None:
     """A block's weights in the form of nl_layers; None if it cannot take their sizes."""
     a, f = block.attention, block.feed_forward
     linears: tuple[Any, ...] = (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)
@@ -153,7 +165,7 @@ def fused_weights(block: TransformerBlock, kernels: Kernels) -> FusedWeights | N
         return None
     updates = [_update(part) if isinstance(part, LoRALinear) else None for part in linears]
     eps, bits = block.attention_norm.eps, kernels.activation_bits
-    return FusedWeights(weights, norms, eps, a.head_dim, bits, updates)
+    return FusedWeights(weights, norms, eps, a.head_dim, bits, updates, window)
 
 
 def _update(part: LoRALinear) -> tuple[Array, Array]:

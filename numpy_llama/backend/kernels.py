@@ -11,6 +11,7 @@ arguments that csrc/kernels.h allows. The extension is called here and in traini
 
 import mmap
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -279,12 +280,13 @@ class FusedWeights(InPlace):
         head_dim: int,
         activation_bits: int,
         updates: Sequence[tuple[Array, Array] | None] = (None,) * 7,
+        window: int | None = None,
     ):
         """updates: of each weight LoRA's A (r, IN) and scale * B^T (r, OUT) in float32, or None."""
         wq, wk, _, _, w_gate, _, _ = weights
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
-        self.D, self.K, self.Dh = D, K_Dh // head_dim, head_dim
+        self.D, self.K, self.Dh, self.window = D, K_Dh // head_dim, head_dim, window
         self.kept = weights, norms, orders, updates  # what the struct points to
         self.formats = [w.format for w in weights]
         self.struct = ffi.new("nl_layer_weights *")
@@ -305,7 +307,7 @@ class FusedWeights(InPlace):
             ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in orders
         )
         # Multiply-adds of a step for each token; of NL_ATTENTION for each position that a token sees.
-        self.sizes = D, F, H_Dh, K_Dh, head_dim, max(ranks)
+        self.sizes = D, F, H_Dh, K_Dh, head_dim, max(ranks), window
         work = [sum(w.shape) * r + w.shape[0] * w.shape[1] for w, r in zip(weights, ranks, strict=True)]
         work_of_step = {
             lib.NL_QKV: sum(work[:3]),
@@ -388,16 +390,18 @@ class Kernels(InPlace):
         _check(lib.nl_quantize_activations(activations, x, code, bits, T, w.width, threads), w.format)
         return activations
 
-    def attention(self, q: Array, k: Array, v: Array) -> Array:
+    def attention(self, q: Array, k: Array, v: Array, window: int | None = None) -> Array:
         """softmax(q k^T / sqrt(Dh) + causal mask) v: q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh)."""
-        return self._attend(q, k, v)[0]
+        return self._attend(q, k, v, window)[0]
 
-    def _attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    def _attend(self, q: Array, k: Array, v: Array, window: int | None = None) -> tuple[Array, Array]:
         """`attention`, and the log of the sum of each softmax: -> (B, T, H, Dh), (B, H, T)."""
         B, T, H, Dh = q.shape
         S, K = k.shape[1:3]
         if k.shape != (B, S, K, Dh) or v.shape != k.shape or T > S or K == 0 or H % K:
             raise MismatchError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
+        if window is not None:
+            check_whole("window", window, 1, sys.maxsize)
         if Dh > MAX_HEAD_DIM:
             raise UnsupportedError(f"head_dim is {Dh}, the C kernel goes up to {MAX_HEAD_DIM}")
         if k.dtype != v.dtype:
@@ -407,7 +411,8 @@ class Kernels(InPlace):
         out, lse = np.empty_like(q), np.empty((B, H, T), np.float32)
         if out.size == 0:
             return out, lse
-        threads = self._share(2 * B * T * S * H * Dh)
+        seen = S if window is None else min(S, window + T)  # at most, by one of the queries or another
+        threads = self._share(2 * B * T * seen * H * Dh)
         # A struct of cffi keeps addresses only. The local names of the arrays keep them alive.
         arguments = ffi.new(
             "nl_attention_args *",
@@ -421,10 +426,11 @@ class Kernels(InPlace):
                 "k_strides": [stride // k.itemsize for stride in k.strides[:3]],
                 "v_strides": [stride // v.itemsize for stride in v.strides[:3]],
                 "lse": ffi.from_buffer("float[]", lse, require_writable=True),
+                "window": window or 0,
             },
         )
         work = WORK_PER_CALL * (1 if isa() == "scalar" else ATTENTION_WORK)
-        queries, block = max(work // (B * S * H * Dh), 1) * threads, max(ATTENTION_ROWS * K // H, 1)
+        queries, block = max(work // (B * seen * H * Dh), 1) * threads, max(ATTENTION_ROWS * K // H, 1)
         queries = max(queries // block * block, min(queries, block))
         for begin in range(0, T, queries):
             arguments.begin, arguments.end = begin, min(begin + queries, T)
@@ -440,20 +446,22 @@ class Kernels(InPlace):
         freqs_cis: Array,
         keys: Sequence[Array],
         values: Sequence[Array],
+        dropped: Sequence[int] = (),
     ) -> Array | None:
         """TransformerBlocks, one after another: x (B, T, D) -> (B, T, D). They have the same sizes.
 
         The T positions of sequence b begin at starts[b]. keys, values: the cache of each sequence, with space
-        for T more positions. It is (layers, K, max_seq_len, Dh) float32 or float16, or (layers, K,
-        max_seq_len, bytes of a head) in Q8_0. The result is None if float16 cannot hold a new key or value,
-        or its scale.
+        for T more positions. It begins behind dropped[b] positions, by default none, which no token sees. It
+        is (layers, K, max_seq_len, Dh) float32 or float16, or (layers, K, max_seq_len, bytes of a head) in
+        Q8_0. The result is None if float16 cannot hold a new key or value, or its scale.
         """
         x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
         y, (B, T, _), w = np.empty_like(x), x.shape, weights[0]
         format = FORMATS[CACHED[keys[0].dtype]]
         if freqs_cis.shape not in ((T, w.Dh // 2), (B, T, w.Dh // 2)) or x.shape[2] != w.D:
             raise MismatchError(f"x {x.shape} and freqs_cis {freqs_cis.shape} do not fit the layer")
-        if not len(starts) == len(keys) == len(values) == B:
+        dropped = dropped or [0] * B
+        if not len(starts) == len(keys) == len(values) == len(dropped) == B:
             raise MismatchError(
                 f"{B} sequences, {len(starts)} starts, {len(keys)} keys, {len(values)} values"
             )
@@ -466,7 +474,8 @@ class Kernels(InPlace):
                     f"a cache of shape {one.shape} and {one.dtype} does not fit {len(weights)} layers "
                     f"with n_kv_heads {w.K} and head_dim {w.Dh}"
                 )
-        work = w.work(B * T, T * (sum(starts) + B * T)) * len(weights)
+        seen = sum(start if w.window is None else min(start, w.window) for start in starts)
+        work = w.work(B * T, T * (seen + B * T)) * len(weights)
         threads = self._share(sum(work))
         try:
             scratch = self._scratch.pop()
@@ -481,7 +490,7 @@ class Kernels(InPlace):
         value_pointers = ffi.new("void *[]", [ffi.from_buffer(v[0]) for v in values])
         layer_strides = ffi.new("int64_t[]", [_numbers(k.strides[0], format) for k in keys])
         head_strides = ffi.new("int64_t[]", [_numbers(k.strides[1], format) for k in keys])
-        start_positions = ffi.new("int64_t[]", starts)
+        start_positions, dropped_positions = ffi.new("int64_t[]", starts), ffi.new("int64_t[]", dropped)
         arguments = ffi.new("nl_layers_args *")
         arguments.y = ffi.from_buffer("float[]", y, require_writable=True)
         arguments.x = ffi.from_buffer("float[]", x)
@@ -494,6 +503,7 @@ class Kernels(InPlace):
         cache.format = format.code
         cache.position_stride, cache.head_stride = _numbers(keys[0].strides[2], format), head_strides
         cache.layer_stride, cache.start = layer_strides, start_positions
+        cache.dropped, cache.window = dropped_positions, w.window or 0
         for first, last, parts in _short_calls(work, WORK_PER_CALL * threads):
             for part in range(parts):
                 status = lib.nl_layers(arguments, first, last, part, parts, threads)

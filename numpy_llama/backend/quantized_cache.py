@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 from ..cache import KVCache
 from ..config import Array, ModelArgs
 from ..errors import NumericsError, UnsupportedError
+from ..window import WindowKVCache
 from .formats import FORMATS, MAX_F16, dequantize_q8_0, quantize_q8_0
 
 Q8_0 = FORMATS["Q8_0"]
@@ -65,3 +66,7 @@ class QuantizedKVCache(KVCache):
                 rows = np.ascontiguousarray(stored).reshape(-1, stored.shape[-1])
                 x[...] = dequantize_q8_0(rows).reshape(x.shape)
         return x
+
+
+class QuantizedWindowKVCache(QuantizedKVCache, WindowKVCache):
+    """A cache of 8 bits for a model with a sliding window."""

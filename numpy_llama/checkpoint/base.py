@@ -137,3 +137,8 @@ def weight_in(
     data = tensor.data[rows] if tensor.in_place else lambda: tensor.data[rows]
     shape = rows.stop - rows.start, *tensor.shape[1:]
     return StoredTensor(tensor.format, shape, data, order, tensor.column_order)
+
+
+def within(window: int, context: int) -> int | None:
+    """The sliding window of a model of `context` positions; None if it hides no position."""
+    return window if window < context else None

@@ -224,6 +224,7 @@ def model_metadata(args: ModelArgs) -> dict[str, Any]:
         "llama.rope.freq_base": float(args.rope_theta),
         "llama.rope.dimension_count": args.head_dim,
         "llama.vocab_size": args.vocab_size,
+        **({} if (window := args.sliding_window) is None else {"llama.attention.sliding_window": window}),
     } | gguf_metadata(args.rope_scaling)
 
 

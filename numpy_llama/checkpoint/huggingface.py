@@ -27,7 +27,7 @@ from ..errors import (
 )
 from ..text.sandbox import MAX_SOURCE
 from ..text.tokenizer import Tokenizer
-from .base import Checkpoint, TensorInfo, size, weight_in
+from .base import Checkpoint, TensorInfo, size, weight_in, within
 from .files import MappedFile
 from .json_file import JsonFile
 from .names import matched_names
@@ -233,6 +233,8 @@ def model_args(config: JsonFile) -> ModelArgs:
         "rope_theta": theta,
         "max_seq_len": min(context, LIMITS["max_seq_len"]),
     }
+    if config.get("model_type", str) in WINDOWS and config.values.get("sliding_window") is not None:
+        values["sliding_window"] = within(size(config, "sliding_window"), values["max_seq_len"])
     try:
         return ModelArgs(**values, rope_scaling=scaling)
     except ConfigError as error:
@@ -245,8 +247,7 @@ def _context(config: JsonFile) -> int:
     context = size(config, "max_position_embeddings", default=4096 if kind == PHI3 else 2048)
     stated = kind != "mistral" or "sliding_window" in config.values  # its default has changed
     if stated and (kind or names) and names in SPELLINGS.get(kind, ()):
-        # A sliding window changes nothing within its length, so that is the longest context.
-        return min(context, size(config, "sliding_window", default=context) if kind in WINDOWS else context)
+        return context
     known = (
         "LlamaForCausalLM (llama), Phi3ForCausalLM (phi3), "
         "and MistralForCausalLM (mistral) that states its sliding_window"

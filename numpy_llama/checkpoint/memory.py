@@ -2,7 +2,7 @@
 
     weights used in place, in the mapped file    as large as in the file
     weights made on loading                      rows that are packed then, joined shards, float32 for NumPy
-    KV cache                                     2 * n_layers * K * Dh numbers a position
+    KV cache                                     2 * n_layers * K * Dh numbers a stored position
     scratch                                      RoPE's table, and the activations of the widest step
 
 If they do not fit, `MemoryPlan.check` raises an error with these numbers. Otherwise the system might kill the
@@ -24,6 +24,7 @@ from ..backend.limits import groups, numbers
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
 from ..generation.generate import PREFILL_CHUNK
+from ..window import positions_stored
 from .convert import target_format
 
 LEAST_CONTEXT = 512  # positions that a model must at least have room for
@@ -33,13 +34,17 @@ PYTHON = 64 << 20  # the interpreter, NumPy and this package
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All numbers are bytes, except `parameters` and `max_seq_len`, the positions that the model allows."""
+    """Numbers are bytes, except `parameters`, and the positions that the model allows and the cache stores.
+
+    `stored_positions` is `max_seq_len`, or less with a sliding window.
+    """
 
     mapped: int
     made: int
     kv_per_position: int
     scratch: int
     max_seq_len: int
+    stored_positions: int
     parameters: int
     instead: Mapping[str, int]  # another way to run the model -> the bytes of its weights then
 
@@ -48,18 +53,19 @@ class MemoryPlan:
         """All but the KV cache."""
         return self.mapped + self.made + self.scratch
 
-    def peak(self, positions: int) -> int:
-        """All memory, with a KV cache of `positions` positions, all in use."""
-        return self.fixed + positions * self.kv_per_position
+    def peak(self, positions: int, batch: int = 1) -> int:
+        """All memory, with a KV cache for `batch` sequences of `positions` positions, all in use."""
+        return self.fixed + batch * min(positions, self.stored_positions) * self.kv_per_position
 
     def context_within(self, available: int) -> int:
         """The number of positions that fit."""
-        return max(0, min(self.max_seq_len, (available - self.fixed) // self.kv_per_position))
+        stored = (available - self.fixed) // self.kv_per_position
+        return self.max_seq_len if stored >= self.stored_positions else max(0, stored)
 
     def check(self, available: int, source: object) -> None:
         """ResourceLimitError if the model `source` does not fit. It names the numbers, and ways that fit."""
         positions = min(LEAST_CONTEXT, self.max_seq_len)
-        cache = positions * self.kv_per_position
+        cache = self.peak(positions) - self.fixed
         if self.peak(positions) <= available:
             return
         other = self.scratch + cache
@@ -83,7 +89,7 @@ def memory_plan(
     cache_dtype: str | None = None,
 ) -> MemoryPlan:
     """The memory plan of a model on one backend, from the shapes and formats of its weights alone."""
-    cache, kept = cache_of(backend, dtype, exact, cache_dtype)
+    cache, kept = cache_of(args, backend, dtype, exact, cache_dtype)
     position = cache(args, 1, 1, kept)
     mapped = made = parameters = 0
     instead = {"`--backend c`": 0} if backend == "numpy" else {}
@@ -119,7 +125,8 @@ def memory_plan(
         step += itemsize * positions * (4 * PREFILL_CHUNK * args.n_heads + 4 * heads)
     scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + table + max(step, table // 2)
     kv_per_position = position.k.nbytes + position.v.nbytes
-    return MemoryPlan(mapped, made, kv_per_position, scratch, args.max_seq_len, parameters, instead)
+    context = args.max_seq_len, positions_stored(args, args.max_seq_len)
+    return MemoryPlan(mapped, made, kv_per_position, scratch, *context, parameters, instead)
 
 
 def available_memory(mapped: int = 0) -> int:

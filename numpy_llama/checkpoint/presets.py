@@ -44,18 +44,18 @@ def _row(
     max_seq_len: int,
     rope_scaling: RopeScaling | None = None,
     tied: bool = False,
+    window: int | None = None,
 ) -> Preset:
     head_dim = dim // n_heads  # true for all of them
     sizes = (dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size)
-    return Preset(ModelArgs(*sizes, norm_eps, rope_theta, max_seq_len, rope_scaling), tied)
+    return Preset(ModelArgs(*sizes, norm_eps, rope_theta, max_seq_len, rope_scaling, window), tied)
 
 
 # Llama 3.1 was trained on 8192 positions, and its context was then extended: by 8, in 3.2 1B and 3B by 32.
 _BY_8, _BY_32 = Llama3Scaling(8.0), Llama3Scaling(32.0)
 
 # Code Llama 70B Instruct and Python were not trained on long texts, unlike their base model, so they have
-# another row. Mistral 7B v0.1 has a context of 32768 and attends to the last 4096 positions only. Within 4096
-# positions that window has no effect, so 4096 is its context here. From v0.2 on there is no window.
+# another row. Mistral 7B v0.1 attends to the last 4096 positions only. From v0.2 on there is no such window.
 PRESETS: Mapping[str, Preset] = MappingProxyType({
     #                                  D    L    H   K      F       V   eps  theta context  scaled, tied
     "llama-7b":               _row( 4096,  32,  32, 32, 11008,  32000, 1e-6,   1e4,   2048),
@@ -86,7 +86,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
     "smollm2-135m":           _row(  576,  30,   9,  3,  1536,  49152, 1e-5,   1e5,   8192, None, True),
     "smollm2-360m":           _row(  960,  32,  15,  5,  2560,  49152, 1e-5,   1e5,   8192, None, True),
     "smollm2-1.7b":           _row( 2048,  24,  32, 32,  8192,  49152, 1e-5, 1.3e5,   8192, None, True),
-    "mistral-7b-v0.1":        _row( 4096,  32,  32,  8, 14336,  32000, 1e-5,   1e4,   4096),
+    "mistral-7b-v0.1":        _row( 4096,  32,  32,  8, 14336,  32000, 1e-5,   1e4,  32768, window=4096),
     "mistral-7b-v0.2":        _row( 4096,  32,  32,  8, 14336,  32000, 1e-5,   1e6,  32768),
     "mistral-7b-v0.3":        _row( 4096,  32,  32,  8, 14336,  32768, 1e-5,   1e6,  32768),
 })  # fmt: skip

@@ -99,6 +99,8 @@ def kinds(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str, int]]:
 def arguments(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
     for field in fields(checkpoint.args):
         value = getattr(checkpoint.args, field.name)
+        if field.name == "sliding_window" and value is None:
+            continue
         if field.name == "rope_scaling":
             value = "none" if value is None else value.describe(checkpoint.args.max_seq_len)
         yield field.name, value
@@ -117,7 +119,8 @@ def memory(plan: MemoryPlan, available: int) -> Iterator[tuple[str, str]]:
         yield "weights", f"{gib(plan.mapped)}, used where they lie in the file"
     if plan.made:
         yield "weights made", f"{gib(plan.made)}, joined, expanded or packed on loading"
-    yield "KV cache", f"{gib(1024 * plan.kv_per_position)} for 1,024 tokens"
+    most = "" if plan.stored_positions == plan.max_seq_len else _most(plan)
+    yield "KV cache", f"{gib(1024 * plan.kv_per_position)} for 1,024 tokens{most}"
     yield "scratch", f"{gib(plan.scratch)}, with Python and the tokenizer"
     fits = plan.context_within(available)
     for positions in sorted({min(LEAST_CONTEXT, plan.max_seq_len), plan.max_seq_len}):
@@ -126,3 +129,9 @@ def memory(plan: MemoryPlan, available: int) -> Iterator[tuple[str, str]]:
     if fits < min(LEAST_CONTEXT, plan.max_seq_len):
         verdict = "it does not fit"
     yield "available", f"{gib(available)}: {verdict}"
+
+
+def _most(plan: MemoryPlan) -> str:
+    """What a cache takes at most, with a sliding window."""
+    nbytes, positions = plan.stored_positions * plan.kv_per_position, plan.stored_positions
+    return f", at most {gib(nbytes)} ({positions:,} positions) with the sliding window"

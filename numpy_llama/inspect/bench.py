@@ -58,7 +58,7 @@ class Task:
             raise ContextOverflowError(
                 f"{self} takes {positions} positions, the context of {source} has {plan.max_seq_len}"
             )
-        peak = plan.peak(self.batch * positions)
+        peak = plan.peak(positions, self.batch)
         if peak > available:
             raise ResourceLimitError(
                 f"{self} does not fit: {source} and its KV cache take {gib(peak)}; "
@@ -71,14 +71,17 @@ class Cost:
     """The work of a task, counted and not measured."""
 
     operations: int  # two for each weight and token; the output matrix takes one token a step
-    nbytes: int  # the matrices, once a step, and the keys and values of all positions so far
+    nbytes: int  # the matrices, once a step, and the keys and values of all positions that are seen
 
 
 def cost(model: Transformer, task: Task, kv_per_position: int) -> Cost:
     *layers, output = (math.prod(linear.weight.shape) for linear in matrices(model))
-    steps, weights = task.steps, sum(stored(linear).nbytes for linear in matrices(model))
+    steps, window = task.steps, model.args.sliding_window or model.args.max_seq_len
+    weights = sum(stored(linear).nbytes for linear in matrices(model))
     multiplied = sum(layers) * task.length + output * len(steps)
-    read = weights * len(steps) + task.batch * kv_per_position * sum(end for _, end in steps)
+    read = weights * len(steps) + task.batch * kv_per_position * sum(
+        min(end, window + end - begin) for begin, end in steps
+    )
     return Cost(2 * task.batch * multiplied, read)
 
 
@@ -188,8 +191,10 @@ def measure(
         time.sleep(PAUSE)
         read.append(machine.read_bandwidth(pieces))
         fma.append(machine.fma_peak())
+        if task.depth < getattr(cache, "least_start", 0):  # the last run has dropped what this one sees
+            cache = filled_cache(model, task, rng)
         seconds.append(once(model, ids, cache, task, task.steps))
-    kv_per_position = (cache.k.nbytes + cache.v.nbytes) // (task.batch * cache.max_seq_len)
+    kv_per_position = (cache.k.nbytes + cache.v.nbytes) // (task.batch * cache.k.shape[3])
     limits = statistics.median(read), statistics.median(fma)
     return Result(task, cost(model, task, kv_per_position), seconds, *limits)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .. import backward, cache, functional, learner, model
+from .. import backward, cache, functional, learner, model, window
 from ..backend import formats
 from ..config import Array, ModelArgs
 from ..errors import BuildError
@@ -47,6 +47,7 @@ OPERATIONS = {
         "quantize_activations",
     ),
     cache: ("KVCache",),
+    window: ("WindowKVCache",),
     model: ("Transformer",),
     backward: (
         *("linear_dx", "linear_dw", "embedding_backward", "rms_norm_backward"),
@@ -59,9 +60,12 @@ OPERATIONS = {
     lora: ("TrainedLoRA",),
     objectives: ("dpo",),
 }
-NAMES = [name for names in OPERATIONS.values() for name in names]
+# `windowed_attention` is `attention` with its window.
+NAMES = [*(name for names in OPERATIONS.values() for name in names), "windowed_attention"]
 # Operations whose results are this number of arrays, in the precision of the arguments.
-ARRAYS = dict.fromkeys({*OPERATIONS[functional], *OPERATIONS[sampling]} - {"greedy", "sample"}, 1)
+ARRAYS = dict.fromkeys(
+    {*OPERATIONS[functional], "windowed_attention", *OPERATIONS[sampling]} - {"greedy", "sample"}, 1
+)
 ARRAYS |= dict.fromkeys(("quantize_activations", *OPERATIONS[backward][:5], "log_probs"), 1)
 ARRAYS |= {"cross_entropy_backward": 1, "attention_backward": 3, "dpo": 2}
 ARRAYS |= dict.fromkeys(("rms_norm_backward", "swiglu_backward", "attention_saving", "cross_entropy"), 2)
@@ -159,6 +163,7 @@ def numpy_implementation(
 ) -> Implementation:
     """The functions of this package, which are the definition."""
     found = {one: getattr(module, one) for module, names in modules.items() for one in names}
+    found["windowed_attention"] = functional.attention
     return Implementation(name, found | {"Learner": Learner})
 
 
@@ -244,6 +249,7 @@ def compiled(isa: str) -> Implementation:
         "apply_rotary_emb_backward": in_c(apply_rotary_emb_backward),
         "linear": in_c(kernels.linear),
         "attention": in_c(kernels.attention),
+        "windowed_attention": in_c(kernels.attention),
         "Transformer": Transformer,
         "KVCache": cache.KVCache,
     }

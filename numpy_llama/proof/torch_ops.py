@@ -92,11 +92,15 @@ def weighted_values(weights: Array, v: Array) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:
+    return windowed_attention(q, k, v, k.shape[1])
+
+
+def windowed_attention(q: Array, k: Array, v: Array, window: int) -> Array:
     def heads_first(x: Array) -> torch.Tensor:
         return tensor(x.astype(q.dtype, copy=False)).transpose(1, 2)
 
     T, S = q.shape[1], k.shape[1]
-    visible = torch.ones(T, S, dtype=torch.bool).tril(diagonal=S - T)
+    visible = torch.ones(T, S, dtype=torch.bool).tril(diagonal=S - T).triu(diagonal=S - T - window + 1)
     heads = heads_first(q), heads_first(k), heads_first(v)
     out = tF.scaled_dot_product_attention(*heads, visible, enable_gqa=True)
     return out.transpose(1, 2).numpy()

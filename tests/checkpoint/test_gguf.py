@@ -913,11 +913,12 @@ def test_names_and_shapes_are_those_of_hugging_face():
         expected_shape("x", ARGS)
 
 
-@pytest.mark.parametrize("window, context", [(8, 8), (32, 32), (1000, 32)])
-def test_a_sliding_window_cuts_the_context(window, context):
-    """Within the window it changes nothing."""
+@pytest.mark.parametrize("window, read", [(8, 8), (32, None), (1000, None), (0, None)])
+def test_a_sliding_window(window, read):
+    """0 means none. One that is no shorter than the context hides nothing, and is none."""
     metadata = llama_metadata(ARGS) | {"llama.attention.sliding_window": window}
-    assert opened(gguf_bytes(metadata, small_tensors()), model_args).max_seq_len == context
+    args = opened(gguf_bytes(metadata, small_tensors()), model_args)
+    assert args == replace(ARGS, sliding_window=read)
 
 
 @pytest.mark.parametrize("start", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>"])

@@ -96,7 +96,7 @@ def test_room_for_a_context():
 
 def test_what_does_not_fit_is_refused_with_what_would():
     instead = {"bf16": 16 << 30, "q8": 9 << 30, "q4": 5 << 30}
-    plan = memory.MemoryPlan(16 << 30, 0, 1 << 18, 1 << 28, 8192, 8 << 30, instead)
+    plan = memory.MemoryPlan(16 << 30, 0, 1 << 18, 1 << 28, 8192, 8192, 8 << 30, instead)
     plan.check(plan.peak(512), "m")
     with pytest.raises(ResourceLimitError) as caught:
         plan.check(12 << 30, "m.gguf")

@@ -17,7 +17,7 @@ from numpy_llama.backend import kernels
 from numpy_llama.backend.formats import FORMATS, QK, dequantize_q8_0, quantize_q8_0
 from numpy_llama.backend.kernels import Kernels
 from numpy_llama.cache import KVCache
-from numpy_llama.errors import MismatchError, NumericsError, UnsupportedError
+from numpy_llama.errors import MismatchError, NumericsError, ParameterError, UnsupportedError
 from numpy_llama.model import Transformer
 from numpy_llama.proof.bounds import MODEL_32, U32, assert_near, assert_within, g
 from numpy_llama.proof.tiny import TINY, random_tokens, random_weights
@@ -52,16 +52,21 @@ def in_float64(x: np.ndarray) -> np.ndarray:
     return dequantize_q8_0(rows).reshape(*x.shape[:-1], -1).astype(np.float64)
 
 
-def c_attention(threads: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Kernels.attention, and the same for Q8_0, which only a whole layer gives to C."""
-    if k.dtype != np.uint8:
-        return Kernels(threads).attention(q, k, v)
+def c_attention(
+    threads: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None = None, dropped: int = 0
+) -> np.ndarray:
+    """Kernels.attention, and the same for Q8_0 and dropped positions, which only a whole layer gives to C."""
+    if k.dtype != np.uint8 and not dropped:
+        return Kernels(threads).attention(q, k, v, window)
     kernels.team(threads)
     q, out, (B, T, H, Dh) = np.ascontiguousarray(q), np.empty(q.shape, np.float32), q.shape
     pointers = (ffi.cast("void *", a.ctypes.data) for a in (out, q, k, v))
-    strides = [[stride // 34 * QK for stride in a.strides[:3]] for a in (k, v)]
-    sizes = B, T, k.shape[1], H, k.shape[2], Dh
-    arguments = ffi.new("nl_attention_args *", [*pointers, FORMATS["Q8_0"].code, *sizes, *strides, 0, T])
+    units = {np.dtype(np.uint8): ("Q8_0", 34, QK), np.dtype(np.float16): ("F16", 2, 1)}
+    name, nbytes, numbers = units.get(k.dtype, ("F32", 4, 1))
+    strides = [[stride // nbytes * numbers for stride in a.strides[:3]] for a in (k, v)]
+    sizes = B, T, dropped + k.shape[1], H, k.shape[2], Dh
+    more = *strides, 0, T, ffi.NULL, window or 0, dropped
+    arguments = ffi.new("nl_attention_args *", [*pointers, FORMATS[name].code, *sizes, *more])
     assert lib.nl_attention(arguments, threads) == 0
     return out
 
@@ -512,3 +517,78 @@ def test_a_model_gets_the_dtype_of_its_cache(rng):
     expected = small[0](tokens)
     assert_near(small[1](tokens), expected, MODEL_32)
     assert np.abs(Transformer(TINY, weights)(tokens) - expected).max() > MODEL_32 * np.abs(expected).max()
+
+
+# --- sliding windows --------------------------------------------------------------------------------------
+
+windows = st.one_of(st.integers(1, 20), st.integers(60, 70), st.integers(120, 140), st.just(SPAN))
+
+
+@for_each
+@given(
+    shape=shapes,
+    older=st.one_of(older, st.sampled_from([300, SPAN - 9, 2 * SPAN + 5])),
+    window=windows,
+    dtype=st.sampled_from(CACHED),
+    threads=st.integers(1, 3),
+    seed=seeds,
+)
+@example({"B": 1, "T": 1, "K": 2, "n_rep": 2, "Dh": 64}, 3 * SPAN, SPAN, np.float16, 2, 0)  # decode
+@example({"B": 1, "T": 20, "K": 1, "n_rep": 5, "Dh": 33}, 2 * SPAN - 9, 120, np.float32, 2, 0)
+def test_a_window_hides_what_is_before_it(isa, shape, older, window, dtype, threads, seed):
+    """As in NumPy. No number before the first query's window is read, and a later query reads no more."""
+    rng = np.random.default_rng(seed)
+    T, S = shape["T"], shape["T"] + older
+    q, k, v = draw_attention(rng, S=S, dtype=dtype, **shape)
+    expected = F.attention(*map(in_float64, (q, k, v)), window)
+    whole = c_attention(threads, q, in_cache_layout(k), in_cache_layout(v), window)
+    assert_within(whole, expected, attention_bound(q, k, v))
+    t = int(rng.integers(0, T))
+    hidden = max(older + t + 1 - window, 0)  # from query t
+    k[:, :hidden], v[:, :hidden] = (255, 255) if dtype == np.uint8 else (np.nan, np.nan)
+    np.testing.assert_array_equal(bits(c_attention(1, q, k, v, window)[:, t:]), bits(whole[:, t:]))
+
+
+@for_each
+@given(
+    T=st.one_of(st.integers(1, 8), st.sampled_from([20, 130])),
+    n_rep=st.integers(1, 4),
+    window=st.sampled_from([1, 100, 128, 900, SPAN + 30]),
+    blocks=st.integers(0, 20),
+    beside=st.integers(0, 140),
+    Dh=st.sampled_from([5, 32, 96]),
+    dtype=st.sampled_from(CACHED),
+    seed=seeds,
+)
+def test_dropped_positions_change_no_bit(isa, T, n_rep, window, blocks, beside, Dh, dtype, seed):
+    """Whole blocks that no query sees need not be there: their places are never read."""
+    rng = np.random.default_rng(seed)
+    dropped = blocks * 128
+    q, k, v = draw_attention(rng, 1, T, dropped + window - 1 + T + beside, 1, n_rep, Dh, dtype)
+    whole = c_attention(1, q, k, v, window)
+    guarded = Guarded()
+    kept = [guarded.copy(x[:, dropped:], at_end=False) for x in (k, v)]
+    for threads in (1, 2):
+        found = c_attention(threads, q, *kept, window, dropped)
+        np.testing.assert_array_equal(bits(found), bits(whole))
+    for t in rng.integers(0, T, 2):
+        if T <= GEMV_TOKENS or beside_it(dtype) <= t:
+            first = 0 if T <= GEMV_TOKENS else t - beside_it(dtype)
+            cut = k.shape[1] - T + t + 1
+            some = c_attention(1, q[:, first : t + 1], k[:, :cut], v[:, :cut], window)
+            np.testing.assert_array_equal(bits(some[:, -1]), bits(whole[:, t]))
+
+
+def test_a_window_gives_the_same_bits_in_short_calls(isa, rng, monkeypatch):
+    q, k, v = draw_attention(rng, B=2, T=23, S=70, K=2, n_rep=3, Dh=16)
+    whole = Kernels(2).attention(q, k, v, 9)
+    monkeypatch.setattr(kernels, "ATTENTION_WORK", 1)
+    monkeypatch.setattr(kernels, "ATTENTION_ROWS", 3)
+    monkeypatch.setattr(kernels, "WORK_PER_CALL", 1)
+    np.testing.assert_array_equal(bits(Kernels(2).attention(q, k, v, 9)), bits(whole))
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.5, "9"])
+def test_a_window_is_a_whole_number_from_1_on(rng, window):
+    with pytest.raises(ParameterError, match=r"window is .*, it must be a whole number from 1"):
+        Kernels(1).attention(*draw_attention(rng, 1, 1, 4, 1, 1, 8), window)

@@ -25,7 +25,7 @@ SAMPLING, GENERATE = (f"numpy_llama/generation/{name}.py" for name in ("sampling
 FORMATS = "numpy_llama/backend/formats.py"
 ROPE, ATTENTION, WHOLE = (f"{LAWS}test_{name}.py" for name in ("rope", "attention", "model"))
 NORM, SOFTMAX, STORED = (f"{LAWS}test_{name}.py" for name in ("rms_norm", "softmax", "quantisation"))
-CHANCE = f"{LAWS}test_sampling.py"
+CHANCE, WINDOWS = f"{LAWS}test_sampling.py", f"{LAWS}test_sliding_window.py"
 BACKWARD, LEARNER = "numpy_llama/backward.py", "numpy_llama/learner.py"
 GRADIENTS, LOSS, LEARNING = (f"{LAWS}test_{name}.py" for name in ("gradients", "loss", "learning"))
 TRAINED_ATTENTION = f"{LAWS}test_attention_backward.py"
@@ -157,9 +157,33 @@ BUGS = [
         "no mask where there is a cache",
         "meta-llama/llama#900; hyprstream/hyprstream#1521",
         F,
-        "    return np.triu(",
-        "    return 0 if S > T else np.triu(",
+        "    mask: Array = np.triu(",
+        "    mask = np.zeros((T, S), dtype) if S > T else np.triu(",
         ATTENTION,
+    ),
+    Bug(
+        "sliding window one position too long",
+        "ml-explore/mlx-lm#390; huggingface/transformers#29623",
+        F,
+        "k=S - T - window)",
+        "k=S - T - window - 1)",
+        WINDOWS,
+    ),
+    Bug(
+        "the sliding window never reaches attention",
+        "unslothai/unsloth#8253",
+        MODEL,
+        "            attention = partial(attention, window=args.sliding_window)",
+        "            pass",
+        WINDOWS,
+    ),
+    Bug(
+        "the cache of a sliding window drops what a chunk of the prompt still sees",
+        "ml-explore/mlx-lm#390, where its cache is discussed",
+        "numpy_llama/window.py",
+        "args.sliding_window + CHUNK + BLOCK)",
+        "args.sliding_window - 2 + BLOCK)",
+        f"{WINDOWS}::test_the_cache_returns_what_is_seen_and_stores_little_more",
     ),
     Bug(
         "scores not divided by sqrt(Dh)",
@@ -871,9 +895,8 @@ BUGS = [
         "spans from the fifth on dropped: a prompt longer than 4,096 positions",
         "the same in the other loop over spans",
         "csrc/attention.c",
-        "            for (int64_t j = KV_SPAN; j < visible_positions(a, &qb, qb.rows - 1); j += KV_SPAN) {",
-        "            for (int64_t j = KV_SPAN; j < 4 * KV_SPAN; j += KV_SPAN) {\n"
-        "                if (j >= visible_positions(a, &qb, qb.rows - 1)) break;",
+        "            for (int64_t j = begin + KV_SPAN; j < visible_positions(",
+        "            for (int64_t j = begin + KV_SPAN; j < 4 * KV_SPAN && j < visible_positions(",
         "tests/kernels/test_attention_kernel.py::test_each_of_many_spans_counts_by_its_probability",
     ),
 ]

@@ -15,7 +15,7 @@ from ...errors import ConfigError, MismatchError, UnsupportedError, escape
 from ...text.chat import CHAT_FORMATS, ChatFormat
 from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
 from .. import not_models
-from ..base import Checkpoint, size, weight_in
+from ..base import Checkpoint, size, weight_in, within
 from ..names import matched_names
 from ..other_models import other_architecture
 from ..rope_scalings import PHI3, TENSORS, gguf_scaling
@@ -100,9 +100,8 @@ def model_args(file: GGUFFile) -> ModelArgs:
         "rope_theta": file.decimal(f"{arch}.rope.freq_base", 10000.0),
         "max_seq_len": size(file, f"{arch}.context_length", "max_seq_len"),
     }
-    # A sliding window changes nothing within its length, so that is the longest context. 0: there is none.
-    if file.get(window := f"{arch}.attention.sliding_window", int, 0):
-        values["max_seq_len"] = min(values["max_seq_len"], size(file, window, "max_seq_len"))
+    if file.get(key := f"{arch}.attention.sliding_window", int, 0):  # 0: there is none
+        values["sliding_window"] = within(size(file, key), values["max_seq_len"])
     try:
         args = ModelArgs(**values)
     except ConfigError as error:

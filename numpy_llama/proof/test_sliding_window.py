@@ -21,7 +21,8 @@ windows = st.one_of(st.integers(1, 12), st.sampled_from([63, 64, 65, 127, 128, 1
 def test_as_pytorch(ops, source, n, window):
     """It gives what torch's scaled_dot_product_attention gives, with the mask of the window."""
     q, k, v = drawn(source, n)
-    expected = torch_ops.windowed_attention(*(x.astype(np.float64) for x in (q, k, v)), window)
+    wide_q, wide_k, wide_v = (x.astype(np.float64) for x in (q, k, v))
+    expected = torch_ops.windowed_attention(wide_q, wide_k, wide_v, window)
     assert_within(ops.windowed_attention(q, k, v, window), expected, 2 * bound(q, k, v))
 
 

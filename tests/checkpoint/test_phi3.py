@@ -174,6 +174,21 @@ def tokenizer():
     return tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in entries.items()}, "")
 
 
+def test_the_window_of_phi3_mini_4k(tmp_path):
+    """Read from both formats, and written into a native file."""
+    model = model_of(max_position_embeddings=64, sliding_window=20)
+    folder = HuggingFaceCheckpoint(folder_of(model, tmp_path))
+    file = open_checkpoint(gguf_of(model, tmp_path / "phi3.gguf", window=20))
+    assert folder.args == file.args and file.args.sliding_window == 20
+    file._tokenizer = tokenizer()
+    native = open_checkpoint(convert(file, tmp_path / "native.gguf", "f32"))
+    assert native.args == file.args
+    tokens = tokens_of(64)
+    wanted = expected(model, tokens)
+    for checkpoint in (folder, file, native):
+        assert_near(logits(checkpoint, tokens, "c"), wanted, CLOSE * np.abs(wanted).max())
+
+
 def test_an_adapter_is_merged_into_a_native_file_only(tmp_path):
     source = HuggingFaceCheckpoint(folder_of(model_of(**LONG), tmp_path))
     with pytest.raises(errors.ParameterError, match="Phi-3 has fused ones; wanted a name"):

@@ -16,7 +16,8 @@ import numpy_llama.window as module
 from numpy_llama import errors
 from numpy_llama.backend import build
 from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from numpy_llama.checkpoint.memory import memory_plan
+from numpy_llama.checkpoint.memory import gib, memory_plan
+from numpy_llama.cli import info
 from numpy_llama.generation.batch import generate_batch
 from numpy_llama.generation.generate import PREFILL_CHUNK, Request, Session, generate
 from numpy_llama.generation.sampling import Sampler
@@ -190,6 +191,9 @@ def test_the_room_is_that_of_the_window():
     assert plan.peak(32768) == plan.peak(4736) > plan.peak(4735)
     assert plan.context_within(plan.peak(4736)) == 32768 and plan.context_within(plan.peak(4735)) == 4735
     assert model.new_cache(max_seq_len=100).k.shape[3] == 100
+    rows = dict(info.memory(plan, 1 << 40))
+    print(f"KV cache  {rows['KV cache']}")
+    assert rows["KV cache"].endswith(f"at most {gib(nbytes)} (4,736 positions) with the sliding window")
 
 
 # --- what generation does with it -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from numpy_llama.backend import build, kernels
 from numpy_llama.backend.formats import FORMATS, MAX_F16, QK, StoredTensor, quantize_q8_0
 from numpy_llama.backend.fused import FusedBlock, fuse, fused_weights
 from numpy_llama.backend.kernels import Kernels, KernelWeight
-from numpy_llama.backend.quantized_cache import QuantizedKVCache
+from numpy_llama.backend.quantized_cache import QuantizedKVCache, QuantizedWindowKVCache
 from numpy_llama.cache import KVCache
 from numpy_llama.config import ModelArgs
 from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsError, ParameterError
@@ -27,6 +27,7 @@ from numpy_llama.generation.batch import BatchCache, side_by_side
 from numpy_llama.model import Transformer, TransformerBlock
 from numpy_llama.proof.bounds import U16, assert_near
 from numpy_llama.proof.tiny import TINY_BLOCKS, random_weights
+from numpy_llama.window import WindowKVCache
 
 pytestmark = pytest.mark.usefixtures("threads_even_for_little_work")
 
@@ -119,6 +120,32 @@ def test_a_layer_is_the_layer_of_the_model(isa, args, lengths, threads, scale, h
     assert_near(cache.v[0, 0, :, :T], other.v[0, 0, :, :T], LAYER_32)
     numpy = Transformer(args, {key: w.dequantize() for key, w in weights.items()})
     assert_near(y, run(numpy, x, lengths)[0], LAYER_32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
+@pytest.mark.parametrize("window", [1, 30, 300])
+def test_a_layer_with_a_sliding_window(isa, rng, window, dtype):
+    """Beyond the window and the room of its cache: as the parts, in pieces that change no bit."""
+    args = replace(SMALL, n_layers=1, head_dim=32, max_seq_len=1500, sliding_window=window)
+    weights = mixed_weights(rng, args)
+    compiled, ordinary = two_models(args, weights, 2, exact=True)
+    x = rng.standard_normal((1, 1400, args.dim), dtype=np.float32)
+    kind = QuantizedWindowKVCache if dtype == np.uint8 else WindowKVCache
+    found = []
+    for model, lengths in (
+        (ordinary, [512, 512, 376]),
+        (compiled, [512, 512, 376]),
+        (compiled, [400, 500] * 2),
+    ):
+        cache, at, parts = kind(args, 1, 1500, np.float32 if dtype == np.uint8 else dtype), 0, []
+        for T in lengths:
+            chunk, angles = x[:, at : at + T], model.freqs_cis[at : at + T]
+            parts.append(model.layers[0](chunk, at, angles[: chunk.shape[1]], cache))
+            at += chunk.shape[1]
+        assert cache.dropped[0] > 0
+        found.append(np.concatenate(parts, axis=1))
+    assert_near(found[1], found[0], LAYER_32 if dtype == np.float32 else 3e-2)
+    np.testing.assert_array_equal(bits(found[2]), bits(found[1]))
 
 
 @for_each
@@ -324,12 +351,13 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         )
         pointers = ffi.new("void *[]", [k_]), ffi.new("void *[]", [v_])
         head_stride, starts = ffi.new("int64_t[]", [(start + T) * head_dim]), ffi.new("int64_t[]", [start])
-        structs, layer_stride = ffi.new("nl_layer_weights *[]", [layer.struct]), ffi.new("int64_t[1]")
+        structs = ffi.new("nl_layer_weights *[]", [layer.struct])
+        layer_stride, dropped = ffi.new("int64_t[1]"), ffi.new("int64_t[1]")
         code = FORMATS[kernels.CACHED[np.dtype(dtype)]].code
         arguments = ffi.new("nl_layers_args *")
         arguments.y, arguments.x, arguments.freqs_cis = y_, x_, angles_
         arguments.weights, arguments.scratch, arguments.B, arguments.T = structs, scratch_, 1, T
-        arguments.cache = [*pointers, code, head_dim, head_stride, layer_stride, starts]
+        arguments.cache = [*pointers, code, head_dim, head_stride, layer_stride, starts, dropped]
         status = lib.nl_layers(arguments, 0, lib.NL_STEPS, 0, 1, 2)
         assert status == 0
         np.testing.assert_array_equal(bits(y), bits(expected))

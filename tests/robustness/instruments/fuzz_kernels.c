@@ -267,6 +267,9 @@ void fuzz_attention(void) {
     choose_isa();
     const int format = CACHED[number(0, 2)], kind = (int)number(0, KINDS - 1);
     const int64_t B = number(1, 2), T = number(1, number(0, 3) ? 5 : 20), S = T + number(0, 140);
+    const int64_t window = number(0, 1) * number(1, 150);
+    /* whole KV blocks before the first query's window */
+    const int64_t dropped = window && S - T >= window ? number(0, 1) * number(0, 20) * 128 : 0;
     const int64_t K = number(1, 2), H = K * number(1, 3),
                   Dh = format == Q8_0 ? number(1, 3) * QK
                        : number(0, 1) ? number(1, 6) * 16
@@ -290,7 +293,7 @@ void fuzz_attention(void) {
             .format = format,
             .B = B,
             .T = T,
-            .S = S,
+            .S = dropped + S,
             .H = H,
             .K = K,
             .Dh = Dh,
@@ -298,15 +301,18 @@ void fuzz_attention(void) {
             .v_strides = {strides[0], strides[1], strides[2]},
             .begin = part ? cut : 0,
             .end = part ? T : cut,
+            .window = window,
+            .dropped = dropped,
         };
         check(nl_attention(&a, 1) == 0, "no memory");
     }
     double *scores = room(8 * S), *sum = room(8 * Dh), *largest = room(8 * Dh);
     for (int64_t row = 0; row < B * T * H && kind != ANY_BITS; row++) {
         const int64_t b = row / (T * H), t = row / H % T, h = row % H, seen = S - T + t + 1;
+        const int64_t seen_from = window && seen > window ? seen - window : 0;
         const int64_t first = b * strides[0] + h / (H / K) * strides[2];
         double most = -INFINITY, spread = 0, all = 0;
-        for (int64_t j = 0; j < seen; j++) {
+        for (int64_t j = seen_from; j < seen; j++) {
             double dot = 0, size_of_dot = 0;
             for (int64_t d = 0; d < Dh; d++) {
                 const double product = (double)q[row * Dh + d] * kv[0][first + j * strides[1] + d];
@@ -316,7 +322,7 @@ void fuzz_attention(void) {
             most = fmax(most, scores[j]), spread = fmax(spread, size_of_dot / sqrt((double)Dh));
         }
         for (int64_t d = 0; d < Dh; d++) sum[d] = largest[d] = 0;
-        for (int64_t j = 0; j < seen; j++) {
+        for (int64_t j = seen_from; j < seen; j++) {
             const double p = exp(scores[j] - most);
             all += p;
             for (int64_t d = 0; d < Dh; d++) {
@@ -603,7 +609,7 @@ void fuzz_layer(void) {
     w.attention_norm = norms[0], w.ffn_norm = norms[1];
     int64_t *orders[2] = {any_order(q), any_order(kv)}, start[MAX_B], head[MAX_B];
     w.q_order = orders[0], w.k_order = orders[1];
-    const int64_t each_its_own = number(0, 1), angles = T * w.Dh;
+    const int64_t each_its_own = number(0, 1), angles = T * w.Dh, window = number(0, 1) * number(1, 20);
     float *freqs = floats((each_its_own ? B : 1) * angles, kind);
     for (int64_t b = 0; b < B; b++) {
         start[b] = number(0, 20);
@@ -630,13 +636,13 @@ void fuzz_layer(void) {
         }
         if (run == 2) nl_use_isa("scalar");
         status[run] = 0;
-        const int64_t one_layer[MAX_B] = {0};
+        const int64_t one_layer[MAX_B] = {0}, dropped[MAX_B] = {0};
         const nl_layer_weights *const weights[] = {&w};
         const nl_layers_args a = {
             .y = m->y,
             .x = x,
             .weights = weights,
-            .cache = {m->keys, m->values, cached, w.Dh, head, one_layer, start},
+            .cache = {m->keys, m->values, cached, w.Dh, head, one_layer, start, dropped, window},
             .freqs_cis = freqs,
             .freqs_cis_stride = each_its_own ? angles : 0,
             .B = B,

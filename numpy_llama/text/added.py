@@ -78,8 +78,8 @@ class AddedTokens:
                 continue
             while i in self.left and start > end and _SPACE.match(text, start - 1):
                 start -= 1
-            while i in self.right and _SPACE.match(text, stop):
-                stop += 1
+            if i in self.right:
+                stop = _SPACES.match(text, stop).end()
             parts += [text[end:start]] if end < start else []
             parts.append(i)
             end = stop
@@ -87,4 +87,4 @@ class AddedTokens:
 
 
 _Names = tuple[re.Pattern[str], dict[str, int]]
-_SPACE = regex.compile(r"\s")
+_SPACE, _SPACES = regex.compile(r"\s"), regex.compile(r"\s*")

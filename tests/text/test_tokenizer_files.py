@@ -786,6 +786,7 @@ def test_a_file_is_what_it_holds_not_what_it_is_called(folder):
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         (b"<!DOCTYPE html>", "an HTML page"),
         (b"PK\x03\x04", "a zip archive"),
+        (b'\xef\xbb\xbf{"version"', "a byte order mark; save the file as UTF-8 without one"),
         (b"\x80\x02}", "a Python pickle"),
         (b"hello world", "begins with b'hello world': unknown"),
         (b"\xff" * 100, "unknown; wanted a tokenizer"),

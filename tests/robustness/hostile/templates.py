@@ -52,6 +52,8 @@ def formats(folder: Path) -> Iterator[Variant]:
     yield template("format", "{{ '{0.__class__}'.format(messages) }}")
     yield template("format_map", "{{ '{a.__class__}'.format_map({'a': messages}) }}")
     yield template("%", "{{ '%(a)s' % {'a': messages} }}")
+    yield template("an index", "{{ '{0[role]}'.format(messages[0]) }}")
+    yield template("an attribute of an attribute", "{{ '{0.a.__class__}'.format(messages) }}")
     yield template("stored", "{% set f = '{0.__class__}'.format %}{{ f(messages) }}")
     yield template(
         "by a filter", "{{ ['{0.__class__}'.format]|map('string')|list }}{{ '{0}'|format(messages) }}"
@@ -88,6 +90,16 @@ def sizes(folder: Path) -> Iterator[Variant]:
         ("ljust", "{{ 'a'.ljust(1000000000) }}"),
         ("indent", "{{ 'a\nb'|indent(1000000000) }}"),
         ("tojson", "{{ [1]|tojson(indent=1000000000) }}{{ 'a' * 10000000000 }}"),
+        ("zfill", "{{ '1'.zfill(1000000000) }}"),
+        ("expandtabs", "{{ ('\t' * 100000).expandtabs(1000) }}"),
+        ("batch", "{{ [1]|batch(1000000000, 0)|list }}"),
+        ("slice", "{{ [1]|slice(1000000000)|list }}"),
+        ("a width in a format", "{{ '{:1000000000}'.format(1) }}"),
+        ("a width in a width", "{{ '{:{}}'.format(1, 1000000000) }}"),
+        ("a width as an argument", "{{ '%*d' % (1000000000, 1) }}"),
+        ("many formats", "{{ ('{0}' * 10000).format('a' * 10000) }}"),
+        ("a separator", "{{ [1, 2]|tojson(separators=('a' * 100000, '')) }}"),
+        ("a power", "{{ [0] * 2 ** 60 }}"),
         ("a list", "{% set l = [1] * 10000000000 %}"),
         (
             "squared",

@@ -47,6 +47,7 @@ SCALES = {
     "Q8_0": {0: 1 / 73.9},
     "Q4_0": {0: 1 / 4.61},
     "Q4_1": {0: 1 / 4.61, 2: -7.5 / 4.61},
+    "Q4_Z": {0: 1 / 4.61},
     "Q5_0": {0: 1 / 9.23},
     "Q5_1": {0: 1 / 9.23, 2: -15.5 / 9.23},
     "Q4_K": {0: 1 / 258, 2: 7.5 / 258},
@@ -74,6 +75,8 @@ def pool(format: Format, width: int) -> np.ndarray:
     blocks = rng.integers(0, 256, (POOL // format.block, format.block_bytes), dtype=np.uint8)
     for at, scale in SCALES.get(format.name, {}).items():
         blocks[:, at : at + 2] = np.array([scale * deviation], "<f2").view(np.uint8)
+    if format.name == "Q4_Z":
+        blocks[:, 2:4] = np.array([8], "<f2").view(np.uint8)  # its zero
     if format.name in FLOAT32_SCALES:
         blocks[:, :4] = np.array([FLOAT32_SCALES[format.name] * deviation], "<f4").view(np.uint8)
     return blocks

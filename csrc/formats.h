@@ -26,7 +26,7 @@ enum { QK = 32, QK_K = 256, QK_TABLE = 64, NONE = -1 };
  *     quants    q, or its low bits
  *
  * A weight is d * (q - zero) + m. In Q4_K and Q5_K it is d * scale * q - m * minimum, in Q6_K
- * d * scale * (q - zero). LLM_INT8, FP8, NF4 and FP4: see `weight`. ggml has no type of their codes.
+ * d * scale * (q - zero). In Q4_Z the number in the place of m is a zero of the block: d * (q - m). LLM_INT8, FP8, NF4 and FP4: see `weight`. ggml has no type of their codes.
  *
  *      name        code   weights  bytes     d   d32     m   scales  high  quants   zero */
 #define EACH_FORMAT(ROW)                                                                \
@@ -45,7 +45,8 @@ enum { QK = 32, QK_K = 256, QK_TABLE = 64, NONE = -1 };
     ROW(LLM_INT8, 19970,       QK,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
     ROW(FP8,      19971,       QK,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
     ROW(NF4,      19972, QK_TABLE,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
-    ROW(FP4,      19973, QK_TABLE,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)
+    ROW(FP4,      19973, QK_TABLE,   36, NONE,    0, NONE,   NONE, NONE,     4,    0)   \
+    ROW(Q4_Z,     19974,       QK,   20,    0, NONE,    2,   NONE, NONE,     4,    0)
 /* clang-format on */
 
 enum {
@@ -79,6 +80,7 @@ INLINE int largest_q(int format) {
     case LLM_INT8: return 128;
     case Q4_0:
     case Q4_1:
+    case Q4_Z:
     case Q4_K: return 15;
     case Q5_0:
     case Q5_1:
@@ -252,6 +254,7 @@ INLINE float weight(const int format, const uint8_t *p, int s, int i) {
     case FP4: return load_f32(p + f.d32) * table_of(format)[quants[8 * s + i / 2] >> 4 * !(i % 2) & 15];
     case Q4_0: return load_f16(p + f.d) * (float)((quants[i] >> 4 * s & 15) - f.zero);
     case Q4_1: return load_f16(p + f.d) * (float)(quants[i] >> 4 * s & 15) + load_f16(p + f.m);
+    case Q4_Z: return load_f16(p + f.d) * ((float)(quants[i] >> 4 * s & 15) - load_f16(p + f.m));
     case Q5_0: {
         const int q = (quants[i] >> 4 * s & 15) | (load_u16(p + f.high + 2 * s) >> i & 1) << 4;
         return load_f16(p + f.d) * (float)(q - f.zero);

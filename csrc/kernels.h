@@ -173,6 +173,7 @@ typedef struct {
     int64_t rank;                /* the largest r of them */
     const int64_t *q_order;      /* (H * Dh,) output i of wq is its row q_order[i]; NULL: row i */
     const int64_t *k_order;      /* (K * Dh,) the same for wk */
+    const int64_t *columns[7];   /* column j of weight i multiplies x[columns[i][j]]; NULL: x[j] */
 } nl_layer_weights;
 
 /* The keys and values of the layers, with room for T positions more. Strides count elements. */

@@ -57,11 +57,18 @@ typedef struct {
     float *attention_output;   /* (tokens, H * Dh) */
     float *h;                  /* (tokens, D) */
     float *gate, *up;          /* (tokens, F) */
+    float *sorted;             /* up to (tokens, F): x in the order of the columns of a weight */
     float *low;                /* up to three of (tokens, rank): x @ a.T of LoRA */
     uint8_t *quantized_normed; /* up to three: one for each format of the weights that multiply it */
     uint8_t *quantized_wide;   /* attention_output, then gate */
     int *status;               /* NL_F16_OVERFLOW when float16 cannot hold a key or value */
 } layer_call;
+
+static int has_columns(const nl_layer_weights *w) {
+    int found = 0;
+    for (int i = WQ; i <= W_DOWN; i++) found |= w->columns[i] != NULL;
+    return found;
+}
 
 /* Memory for an array behind *end. It begins on a cache line. */
 static void *allocate(uint8_t **end, int64_t bytes) {
@@ -85,6 +92,7 @@ static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
     c->h = allocate(&end, column * w->D);
     c->gate = allocate(&end, column * w->F);
     c->up = allocate(&end, column * w->F);
+    c->sorted = allocate(&end, has_columns(w) ? column * (w->D > wide ? w->D : wide) : 0);
     c->low = allocate(&end, 3 * column * w->rank);
     c->quantized_normed = allocate(&end, 3 * nl_activations_bytes(c->tokens, w->D));
     c->quantized_wide = allocate(&end, nl_activations_bytes(c->tokens, wide));
@@ -145,10 +153,14 @@ static void update(const layer_call *c, range rows, float *y, int weight) {
 
 /* ---------------------------------------------------------------- the steps */
 
-/* Quantizes the rows `tokens` of x for the weights first .. last, once for each of their formats, and
- * projects them for their updates. */
+/* Projects the rows `tokens` of x for the updates of the weights first .. last, sorts them by their columns,
+ * and quantizes them once for each of their formats. */
 static void prepare(const layer_call *c, range tokens, const float *x, int64_t IN, int first, int last) {
     project(c, tokens, x, IN, first, last);
+    const int64_t *columns = c->w->columns[first];
+    for (int64_t t = tokens.begin; columns && t < tokens.end; t++)
+        for (int64_t j = 0; j < IN; j++) c->sorted[t * IN + j] = x[t * IN + columns[j]];
+    if (columns) x = c->sorted;
     const int64_t group = group_tokens(c->tokens);
     for (int weight = first; weight <= last; weight++)
         if (takes_quantized(c, weight) && first_in_same_format(c, weight) == weight)
@@ -169,6 +181,7 @@ static void norm_and_prepare(const layer_call *c, range tokens, const float *x, 
 /* y[:, rows] = x @ weight[rows].T, and its update */
 static void multiply(const layer_call *c, range rows, float *y, const float *x, int weight) {
     const int quantized = takes_quantized(c, weight);
+    if (c->w->columns[weight]) x = c->sorted;
     const linear_args a = {.y = y,
                            .x = quantized ? (const void *)quantized_for(c, weight) : x,
                            .T = c->tokens,

@@ -165,7 +165,7 @@ VEC_INLINE void unpack_and_add(const int format, const int T, vec *y, const gemv
     unpack_block(format, q, p, b, s->column);
     for (int i = 0; i < scales; i++)
         d[i] = is_k(format) ? vec_load(s->d + (b * scales + i) * LANES) : scale_of_rows(format, p, s->column);
-    if (has_minima(format)) m = is_k(format) ? vec_load(s->m + b * LANES) : f16_of_rows(p, f.m, s->column);
+    if (has_minima(format)) m = is_k(format) ? vec_load(s->m + b * LANES) : m_of_rows(format, p, s->column);
     const int32_t *x = s->first + b * x_block_size(T), *second = second_block(&s->second, b, T);
     for (; x; x = second, second = NULL) add_block(format, T, y, q, d, m, x);
 }

@@ -33,6 +33,13 @@ VEC_INLINE vec scale_of_rows(const int format, const uint8_t *p, int64_t column)
     return format == LLM_INT8 ? vec_mul(d, vec_all(ONE_127TH)) : d;
 }
 
+/* What is added to d * q. -d * z of Q4_Z is exact: 11 bits times 5. */
+VEC_INLINE vec m_of_rows(const int format, const uint8_t *p, int64_t column) {
+    const nl_format f = format_of(format);
+    const vec m = f16_of_rows(p, f.m, column);
+    return format == Q4_Z ? vec_sub(vec_zero(), vec_mul(f16_of_rows(p, f.d, column), m)) : m;
+}
+
 /* ---------------------------------------------------------------- scales
  *
  * Of up to KC weights, packed at p: d[scale][column ...] and m[block][column ...], with rows of `stride`
@@ -93,7 +100,7 @@ VEC_INLINE void unpack_scales(const int format, const int exact, float *d, float
         for (int64_t b = 0; b < blocks; b++, p += PACKED_ROWS * f.bytes) {
             vec_store(d + b * stride,
                       exact ? d_of_rows(format, p, column) : scale_of_rows(format, p, column));
-            if (has_minima(format)) vec_store(m + b * stride, f16_of_rows(p, f.m, column));
+            if (has_minima(format)) vec_store(m + b * stride, m_of_rows(format, p, column));
         }
     }
 }
@@ -120,6 +127,7 @@ VEC_INLINE void unpack_bytes(const int format, ints q[8], const uint8_t *p, int6
 
 /* Q4_0, 18 bytes:      d d | q0 q16 | q1 q17 | ... | q15 q31                    w = d * (q - 8)
  * Q4_1, 20 bytes:      d d | m m | q0 q16 | q1 q17 | ... | q15 q31              w = d * q + m
+ * Q4_Z, 20 bytes:      d d | z z | q0 q16 | q1 q17 | ... | q15 q31              w = d * (q - z)
  *
  * Q5_0, 22 bytes:      d d | fifth bits of q0 .. q31, four bytes | q0 q16 | q1 q17 | ... | q15 q31
  *     w = d * (q - 16)
@@ -179,6 +187,7 @@ VEC_INLINE void unpack_block(const int format, ints q[8], const uint8_t *p, cons
     case LLM_INT8: unpack_bytes(format, q, p, column); break;
     case Q4_0:
     case Q4_1:
+    case Q4_Z:
     case Q5_0:
     case Q5_1: unpack_nibbles(format, q, p, column); break;
     case Q4_K:

@@ -1,12 +1,14 @@
 """Weights as they are stored: the formats, and their definitions in NumPy.
 
 A block format cuts each row into blocks of 32 weights. For each block it stores a float16 scale `d` and small
-whole numbers `q`; Q4_1 and Q5_1 also store a float16 minimum `m`:
+whole numbers `q`; Q4_1 and Q5_1 also store a float16 minimum `m`, and
+Q4_Z, which ggml does not have, a zero `z`, a whole number up to 31 as a float16:
 
     format   bytes a block                                             value
     Q8_0     d, 32 signed bytes                                        d * q
     Q4_0     d, 16 bytes of two 4-bit numbers                          d * (q - 8)
     Q4_1     d, m, 16 bytes of two 4-bit numbers                       d * q + m
+    Q4_Z     d, z, 16 bytes of two 4-bit numbers                       d * (q - z)
     Q5_0     d, 32 fifth bits, 16 bytes of two 4-bit numbers           d * (q - 16)
     Q5_1     d, m, 32 fifth bits, 16 bytes of two 4-bit numbers        d * q + m
 
@@ -116,6 +118,12 @@ def dequantize_q4_1(rows: Array) -> Array:
     blocks = rows.reshape(len(rows), -1, 4 + QK // 2)
     d, m = _float16(blocks[..., 0:2]), _float16(blocks[..., 2:4])
     return (d * _nibbles(blocks[..., 4:]) + m).reshape(len(rows), -1)
+
+
+def dequantize_q4_z(rows: Array) -> Array:
+    blocks = rows.reshape(len(rows), -1, 4 + QK // 2)
+    d, z = _float16(blocks[..., 0:2]), _float16(blocks[..., 2:4])
+    return (d * (_nibbles(blocks[..., 4:]) - z)).reshape(len(rows), -1)
 
 
 def dequantize_q5_0(rows: Array) -> Array:
@@ -331,7 +339,7 @@ def unpack_rows(packed: Array, format: "Format", rows: Array) -> Array:
 def whole_q8_0(d: Array, q: Array) -> Array:
     """Blocks of the weights d * q: float16 (rows, blocks), int8 (rows, blocks, 32) -> (rows, bytes a row).
 
-    Q8_0 holds every q. Q4_0 holds those of -8..7, and Q5_0 those of -16..15.
+    Q8_0 holds every q, Q4_0 those of -8..7.
     """
     return _blocks([d[..., None], q])
 
@@ -340,9 +348,9 @@ def whole_q4_0(d: Array, q: Array) -> Array:
     return _blocks([d[..., None], _pairs((q + np.int8(8)).view(np.uint8))])
 
 
-def whole_q5_0(d: Array, q: Array) -> Array:
-    q = (q + np.int8(16)).view(np.uint8)
-    return _blocks([d[..., None], _fifth_bits(q), _pairs(q)])
+def whole_q4_z(d: Array, z: Array, q: Array) -> Array:
+    """Blocks of d * (q - z): float16 (rows, blocks) twice, q of 0..15 (rows, blocks, 32)."""
+    return _blocks([d[..., None], z[..., None], _pairs(q)])
 
 
 def _inverse(d: Array) -> Array:
@@ -375,7 +383,7 @@ def _blocks(parts: Sequence[Array]) -> Array:
     return out.view(np.uint8).reshape(len(out), -1)
 
 
-WITH_MINIMA = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")  # two float16 numbers in a block
+WITH_MINIMA = ("Q4_1", "Q4_Z", "Q5_1", "Q4_K", "Q5_K")  # two float16 numbers in a block
 CODES_OF_FLOATS = ("FP8", "NF4", "FP4")  # multiplied as F16 is: their blocks have no whole numbers
 OURS = 0x4E00  # the first of our own numbers of types, above all of ggml's and of its forks
 
@@ -439,6 +447,7 @@ FORMATS = {
         Format("FP8", OURS + 3, QK, 36, dequantize_fp8),
         Format("NF4", OURS + 4, QK_TABLE, 36, dequantize_nf4),
         Format("FP4", OURS + 5, QK_TABLE, 36, dequantize_fp4),
+        Format("Q4_Z", OURS + 6, QK, 20, dequantize_q4_z),
     ]
 }
 PACKED = {f.packed.name: f for f in FORMATS.values() if f.block > 1}  # the format of the rows, unpacked

@@ -160,12 +160,20 @@ def fused_weights(
     weights = [part.weight for part in linears]
     norms = [norm.weight for norm in (block.attention_norm, block.ffn_norm)]
     whole = all(w.width == w.shape[1] > 0 and (w.row_order is None or i < 2) for i, w in enumerate(weights))
-    whole = whole and all(w.columns is None for w in weights)  # the columns of x are in one order in C
-    if not whole or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
+    wq, wk, wv, _, w_gate, w_up, _ = weights  # C sorts the columns of x once for those that multiply it
+    alike = all(_same_order(*pair) for pair in ((wq, wk), (wq, wv), (w_gate, w_up)))
+    if not whole or not alike or a.head_dim > MAX_HEAD_DIM or any(norm.dtype != np.float32 for norm in norms):
         return None
     updates = [_update(part) if isinstance(part, LoRALinear) else None for part in linears]
     eps, bits = block.attention_norm.eps, kernels.activation_bits
     return FusedWeights(weights, norms, eps, a.head_dim, bits, updates, window)
+
+
+def _same_order(a: Any, b: Any) -> bool:
+    """Whether two weights have their columns in the same order."""
+    if a.columns is None or b.columns is None:
+        return a.columns is b.columns
+    return np.array_equal(a.columns, b.columns)
 
 
 def _update(part: LoRALinear) -> tuple[Array, Array]:

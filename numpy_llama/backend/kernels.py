@@ -287,7 +287,8 @@ class FusedWeights(InPlace):
         (H_Dh, D), K_Dh, F = wq.shape, len(wk), len(w_gate)
         orders = [None if w.row_order is None else w.row_order.astype(np.int64) for w in (wq, wk)]
         self.D, self.K, self.Dh, self.window = D, K_Dh // head_dim, head_dim, window
-        self.kept = weights, norms, orders, updates  # what the struct points to
+        columns = [None if w.columns is None else w.columns.astype(np.int64) for w in weights]
+        self.kept = weights, norms, orders, columns, updates  # what the struct points to
         self.formats = [w.format for w in weights]
         self.struct = ffi.new("nl_layer_weights *")
         self.struct.D, self.struct.F, self.struct.Dh = D, F, head_dim
@@ -306,6 +307,9 @@ class FusedWeights(InPlace):
         self.struct.q_order, self.struct.k_order = (
             ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in orders
         )
+        self.struct.columns = [
+            ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in columns
+        ]
         # Multiply-adds of a step for each token; of NL_ATTENTION for each position that a token sees.
         self.sizes = D, F, H_Dh, K_Dh, head_dim, max(ranks), window
         work = [sum(w.shape) * r + w.shape[0] * w.shape[1] for w, r in zip(weights, ranks, strict=True)]

@@ -12,7 +12,7 @@ from numpy_llama.backend.formats import QK, StoredTensor
 
 # Where in a block its float16 numbers lie: the scale, and the minimum (or its scale) if there is one.
 HALVES = {
-    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_Z": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
 FLOAT32_D = ("INT8", "LLM_INT8", "FP8", "NF4", "FP4")  # a block begins with a float32 scale
@@ -77,6 +77,8 @@ def real_weight(rng, format, OUT: int, IN: int) -> StoredTensor:
     blocks = rng.integers(0, 256, (OUT * IN // format.block, format.block_bytes), dtype=np.uint8)
     for at in HALVES.get(format.name, ()):
         half = rng.normal(scale=2**-9, size=(len(blocks), 1))
+        if format.name == "Q4_Z" and at == 2:  # its zero
+            half = rng.integers(0, 16, half.shape)
         blocks[:, at : at + 2] = half.astype("<f2").view(np.uint8)
     set_float32_scales(rng, format, blocks, 1)
     return StoredTensor(format, (OUT, IN), blocks.reshape(-1))

@@ -2,12 +2,12 @@
 
     w[n, k] = scale[n, g] * (q[n, k] - zero[n, g])          g: the group of column k
 
-A block of ours is 32 weights d * q. So a weight whose groups are whole blocks takes the smallest format that
-holds all of its q - zero, with d = scale:
+A block of ours is 32 weights with one scale. So a weight whose groups are whole blocks takes the smallest
+format that holds all of its q - zero, with d = scale:
 
-    Q4_0     -8 .. 7      4 bits with one zero in the middle, 2 and 3 bits
-    Q5_0    -16 .. 15     4 bits with other zeros
-    Q8_0   -128 .. 127    8 bits with one zero in the middle
+    Q4_0     -8 .. 7              4 bits with one zero in the middle, 2 and 3 bits
+    Q4_Z      0 .. 15, less z     4 bits with other zeros
+    Q8_0   -128 .. 127            8 bits with one zero in the middle
 
 Everything else is expanded to float32: groups of another size, scales that float16 cannot hold, 8 bits with
 other zeros. Where groups are no runs of columns (act-order), the columns are stored sorted by group.
@@ -19,19 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, whole_q5_0, whole_q8_0
+from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, whole_q4_z, whole_q8_0
 from ...backend.limits import available_cpus
 from ...config import Array
 from ...errors import NumericsError
 from .base import FileTensor, QuantizedWeight
 
-Whole = Callable[[Array, Array], Array]
-# The formats of d * q, the smallest first: their least and largest q, and the function that stores them.
-HOLD: dict[str, tuple[int, int, Whole]] = {
-    "Q4_0": (-8, 7, whole_q4_0),
-    "Q5_0": (-16, 15, whole_q5_0),
-    "Q8_0": (-128, 127, whole_q8_0),
-}
 WEIGHTS_AT_ONCE = 1 << 20  # for each thread: its temporary arrays stay in the cache
 ROWS_AT_ONCE = 32  # at least, and a multiple: the file may have them in words of 8 or 16
 FLOATS = ("F16", "BF16", "F32")  # the types of a scale
@@ -101,9 +94,14 @@ class GroupedWeight(QuantizedWeight):
         """The smallest of our formats that holds the weight exactly, if its columns are sorted by group."""
         K, zeros = self.shape[1], self.zeros()
         least, most = -int(zeros.max()), (1 << self.bits) - 1 - int(zeros.min())
-        found = [name for name, (low, high, _) in HOLD.items() if low <= least and most <= high]
         whole = K % QK == 0 and (sorted_groups.reshape(-1, QK) == sorted_groups[::QK, None]).all()
-        return FORMATS[found[0] if found and whole and self._fits_float16() else "F32"]
+        if not whole or not self._fits_float16():
+            return FORMATS["F32"]
+        if least >= -8 and most <= 7:
+            return FORMATS["Q4_0"]
+        if self.bits <= 4:
+            return FORMATS["Q4_Z"]
+        return FORMATS["Q8_0" if least >= -128 and most <= 127 else "F32"]
 
     def _fits_float16(self) -> bool:
         if self.scales_part.info.type_name == "F16":
@@ -144,9 +142,12 @@ class GroupedWeight(QuantizedWeight):
     @staticmethod
     def _blocks(format: Format, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
         of_block = groups[::QK]
-        z = zeros if zeros.size == 1 else zeros[:, of_block]
-        difference = q.reshape(len(q), -1, QK) - z[..., None]  # modulo 256: the bits of an int8
-        return HOLD[format.name][2](scales[:, of_block].astype("<f2"), difference.view(np.int8))
+        d, q = scales[:, of_block].astype("<f2"), q.reshape(len(q), -1, QK)
+        z = np.broadcast_to(zeros if zeros.size == 1 else zeros[:, of_block], d.shape)
+        if format.name == "Q4_Z":
+            return whole_q4_z(d, z.astype("<f2"), q)
+        difference = (q - z[..., None]).view(np.int8)  # modulo 256: the bits of an int8
+        return whole_q4_0(d, difference) if format.name == "Q4_0" else whole_q8_0(d, difference)
 
     @staticmethod
     def _floats(format: Format, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:

@@ -69,17 +69,21 @@ def gptq(
     stored_minus: int = 1,
     stated: str | None = "gptq",
     act_order: bool = False,
+    one_order: bool = False,
     g_idx: bool = True,
     bias: bool = False,
     beside: str | None = None,
     dtype: torch.dtype = torch.float16,
     **settings: Any,
 ) -> Variant:
-    """stored_minus: what is subtracted from a zero in the file. stated: its checkpoint_format."""
+    """stored_minus: what is subtracted from a zero in the file. stated: its checkpoint_format.
+
+    one_order: weights that multiply the same x have their columns in the same order, as GPTQ makes them.
+    """
 
     def make(rng: np.random.Generator, N: int, K: int) -> tuple[Tensors, np.ndarray]:
         group = K if size == -1 else size
-        order = rng.permutation(K) if act_order else None
+        order = (np.random.default_rng(K) if one_order else rng).permutation(K) if act_order else None
         q, zeros, scales, groups = grouped(rng, N, K, bits, group, symmetric, dtype, order)
         tensors = {
             "qweight": packed(q, bits).T,
@@ -172,6 +176,7 @@ VARIANTS = {
     "GPTQ version 2, 3 bits, stated as 1": gptq(3, stored_minus=0, stated=None),
     "GPTQ version 1, stated as 2": gptq(4, stored_minus=1, stated="gptq_v2"),
     "GPTQ act-order": gptq(4, act_order=True),
+    "GPTQ act-order, one order": gptq(4, act_order=True, one_order=True),
     "GPTQ act-order, asymmetric": gptq(4, symmetric=False, act_order=True),
     "GPTQ act-order, 8 bits": gptq(8, act_order=True),
     "GPTQ groups of 64": gptq(4, 64),

@@ -84,12 +84,7 @@ def tensor(
     folder: Path, method: str, part: str, value: Any, *expected: str, of: str = Q_PROJ, **options: Any
 ) -> Variant:
     """One tensor of a weight is replaced by `value`, or removed."""
-    settings, make = {
-        "gptq": (GPTQ, gptq),
-        "awq": (AWQ, awq),
-        "gemv": (AWQ | {"version": "gemv"}, gemv),
-        "packed": (PACKED, compressed),
-    }[method]
+    settings, make = IN_ORDER[method]
 
     def change(tensors: Tensors) -> None:
         tensors.pop(f"{of}.{part}", None)
@@ -114,14 +109,17 @@ def setting(
     return model(f"{path.name} {str(shown)[:50]}", path, *expected, **options)
 
 
+IN_ORDER = {
+    "gptq": (GPTQ, gptq),
+    "awq": (AWQ, awq),
+    "gemv": (AWQ | {"version": "gemv"}, gemv),
+    "packed": (PACKED, compressed),
+}
+
+
 @case("OK6", "quantised folders in order")
 def in_order(folder: Path) -> Iterator[Variant]:
-    for name, settings, make in [
-        ("GPTQ", GPTQ, gptq),
-        ("AWQ gemm", AWQ, awq),
-        ("AWQ gemv", AWQ | {"version": "gemv"}, gemv),
-        ("compressed-tensors", PACKED, compressed),
-    ]:
+    for name, (settings, make) in IN_ORDER.items():
         yield model(name, folder_of(folder, settings, make), ACCEPTED)
 
 

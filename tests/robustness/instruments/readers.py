@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from helpers.gguf_writer import gguf_bytes, llama_metadata, llama_tensors
 from helpers.tiny_models import float_weights
-from robustness.hostile import gguf, models, quantized_floats, safetensors, tokenizers, torch
+from robustness.hostile import gguf, models, quantized, quantized_floats, safetensors, tokenizers, torch
 
 import numpy_llama as nl
 from numpy_llama.backend.formats import FORMATS, StoredTensor
@@ -214,6 +214,8 @@ def _configs() -> Iterator[bytes]:
     more = {"rope_scaling": scaling | {"original_max_position_embeddings": 32}, "eos_token_id": [2]}
     yield json.dumps(models.CONFIG | more | {"head_dim": 16}).encode()
     yield json.dumps(models.CONFIG | {"rope_parameters": {"rope_type": "linear", "factor": 2}}).encode()
+    for settings, _ in quantized.IN_ORDER.values():
+        yield json.dumps(models.CONFIG | {"quantization_config": settings}).encode()
 
 
 def _hf_beside(folder: Path) -> None:
@@ -233,6 +235,21 @@ def _quantized_beside(kind: str) -> Callable[[Path], None]:
         (folder / "config.json").write_text(json.dumps(models.CONFIG | settings))
 
     return write
+
+
+def _grouped(kind: str) -> "Reader":
+    """The weights of a folder whose settings name this method."""
+    settings, make = quantized.IN_ORDER[kind]
+
+    def weights() -> Iterator[bytes]:
+        path = quantized.folder_of(_new_folder(), settings, make) / "model.safetensors"
+        yield path.read_bytes()[8:].replace(b"]}}", b"]}}\0", 1)
+
+    def beside(folder: Path) -> None:
+        config = models.CONFIG | {"quantization_config": settings}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return Reader(weights, "model.safetensors", _use_folder, _with_length, beside)
 
 
 # ---------------------------------------------------------------- vocabularies, templates
@@ -307,5 +324,6 @@ READERS = {
     "tokenizer_json": Reader(_tokenizer_jsons, "tokenizer.json", _use_tokenizer),
     "sentencepiece": Reader(lambda: iter([models.sentencepiece_model()]), "tokenizer.model", _use_tokenizer),
     "tiktoken": Reader(lambda: iter([tokenizers.tiktoken_model()]), "tokenizer.model", _use_tokenizer),
+    **{kind: _grouped(kind) for kind in quantized.IN_ORDER},
     "template": Reader(lambda: (t.encode() for t in TEMPLATES), "template", _use_template, words=JINJA),
 }

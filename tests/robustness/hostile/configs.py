@@ -220,6 +220,22 @@ def other_models(folder: Path) -> Iterator[Variant]:
         ("aqlm", {"quantization_config": {"quant_method": "aqlm", "bits": 4}}),
     ]:
         yield config(folder, name, changes, "UnsupportedError", says=(name,))
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    for window in (1, 10**18, None):
+        yield config(folder, f"Mistral, a window of {window}", mistral | {"sliding_window": window}, ACCEPTED)
+    for window in (0, -(2**63), 10**30, 2.5, "4096", True, [4096]):
+        changes = mistral | {"sliding_window": window}
+        yield config(
+            folder, f"Mistral, a window of {window}", changes, "ConfigError", says=("sliding_window",)
+        )
+    phi3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+    for name, value in [
+        ("partial_rotary_factor", 0.75),
+        ("attention_bias", True),
+        ("model_type", "phi3small"),
+    ]:
+        yield config(folder, f"Phi-3, {name}", phi3 | {name: value}, "UnsupportedError", says=(name,))
+    yield config(folder, "Phi-3 without its fused tensors", phi3, "MismatchError", says=("qkv_proj",))
 
 
 # ---------------------------------------------------------------- against the weights

@@ -82,6 +82,11 @@ def finetune(
         raise ContextOverflowError(
             f"--seq-len is {seq_len}, the context of {source.path} has {args.max_seq_len} tokens"
         )
+    if args.sliding_window is not None and seq_len > args.sliding_window:
+        raise ParameterError(
+            f"--seq-len is {seq_len}, {source.path} has a sliding window of {args.sliding_window} tokens, "
+            "and training computes texts up to its length"
+        )
     if method != "full" and lora.rank > (highest := highest_rank(args, lora.targets)):
         raise ParameterError(f"--rank is {lora.rank}, the matrices of --targets have ranks up to {highest}")
     encoder = Encoder(source.tokenizer(), source.chat_format())

@@ -109,7 +109,7 @@ def llama_metadata(args: ModelArgs) -> dict:
         "llama.rope.freq_base": np.float64(args.rope_theta),
         "llama.rope.dimension_count": args.head_dim,
         "llama.vocab_size": args.vocab_size,
-    }
+    } | ({} if args.sliding_window is None else {"llama.attention.sliding_window": args.sliding_window})
 
 
 def llama_tensors(args: ModelArgs, weights: dict[str, np.ndarray], format: str = "F32"):

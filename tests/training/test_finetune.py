@@ -1,6 +1,7 @@
 """Fine-tuning a model of a file by LoRA, all weights, or preferences: its results, and resumed runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,14 @@ def test_what_cannot_be_trained_is_refused(method, data, options, error, found, 
     path = write(tmp_path / "data.jsonl", data)
     with pytest.raises(error, match=found):
         begin(folder, tmp_path / "run", method, data=path, **options)
+
+
+def test_a_row_is_no_longer_than_the_sliding_window(folder, tmp_path):
+    write_speaker(tmp_path / "model.gguf", replace(SPEAKER, sliding_window=20))
+    data, wanted = folder / "lora.jsonl", "--seq-len is 21, .* has a sliding window of 20 tokens"
+    begin(tmp_path, tmp_path / "run", data=data, seq_len=20)
+    with pytest.raises(ParameterError, match=wanted):
+        begin(tmp_path, tmp_path / "other", data=data, seq_len=21)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])

@@ -86,10 +86,15 @@ INLINE int largest_q(int format) {
     case Q5_1:
     case Q5_K: return 31;
     case Q6_K: return 63;
+    case NF4:
+    case FP4: return 127; /* of the two bytes of a number: table_bytes */
     }
     return 0;
 }
-INLINE int in_bytes(int format) { return largest_q(format) > 0; }
+/* Numbers out of a table have no whole q. GEMV rounds them to two bytes; GEMM takes them as floats. */
+INLINE int has_table(int format) { return format_of(format).weights == QK_TABLE; }
+INLINE int in_bytes(int format) { return largest_q(format) > 0 && !has_table(format); }
+INLINE int gemv_takes_bytes(int format) { return largest_q(format) > 0; }
 INLINE int has_sign(int format) { return largest_q(format) == 128; }
 
 /* Weights with one scale: a sub-block of a K format, a block of the others. */
@@ -230,6 +235,21 @@ INLINE const float *table_of(const int format) {
     return format == NF4 ? nf4 : fp4;
 }
 
+/* A number of a table times TABLE_MAX is 128 first + second - TABLE_ZERO, rounded. Both are bytes without a
+ * sign and up to 127, so two products of them and of activations fit into 16 bits. */
+enum { TABLE_MAX = 8127, TABLE_ZERO = 64 * 128 + 64 };
+INLINE const uint8_t *table_bytes(const int format, const int second) {
+    static const uint8_t nf4[2][16] = {
+        {1, 20, 31, 39, 46, 52, 58, 64, 69, 74, 80, 85, 92, 100, 110, 127},
+        {1, 38, 21, 55, 56, 98, 92, 64, 71, 92, 16, 122, 62, 28, 51, 127},
+    };
+    static const uint8_t fp4[2][16] = {
+        {64, 64, 106, 127, 85, 96, 75, 80, 64, 64, 22, 1, 43, 32, 53, 48},
+        {64, 106, 106, 127, 85, 32, 11, 48, 64, 22, 22, 1, 43, 96, 117, 80},
+    };
+    return format == NF4 ? nf4[second] : fp4[second];
+}
+
 /* FP8 is E4M3, without a NaN: a sign, 4 bits of exponent and 3 of fraction. With its bits moved to those of a
  * float16 it is 256 times too small, because the bias of the exponent is 15 there and 7 here. */
 enum { FP8_TIMES = 256 };
@@ -251,7 +271,9 @@ INLINE float weight(const int format, const uint8_t *p, int s, int i) {
     case LLM_INT8: return load_f32(p + f.d32) * (float)(int8_t)quants[16 * s + i] * ONE_127TH;
     case FP8: return load_f32(p + f.d32) * (FP8_TIMES * half_to_float(fp8_to_half(quants[16 * s + i])));
     case NF4:
-    case FP4: return load_f32(p + f.d32) * table_of(format)[quants[8 * s + i / 2] >> 4 * !(i % 2) & 15];
+    case FP4:
+        return load_f32(p + f.d32) *
+               table_of(format)[quants[8 * s + i / 8 * 4 + i % 4] >> i / 4 % 2 * 4 & 15];
     case Q4_0: return load_f16(p + f.d) * (float)((quants[i] >> 4 * s & 15) - f.zero);
     case Q4_1: return load_f16(p + f.d) * (float)(quants[i] >> 4 * s & 15) + load_f16(p + f.m);
     case Q4_Z: return load_f16(p + f.d) * ((float)(quants[i] >> 4 * s & 15) - load_f16(p + f.m));

@@ -16,14 +16,16 @@
  *     y     =  sum over blocks of  d * dx * (sum of (q - zero) * q_x)  +  m * dx * (sum of q_x)
  *                                           `------ exact: int32 -----'
  *
- * A CPU multiplies four bytes in the time of one float (vpdpbusd, vpmaddubsw). F16 and BF16 weights have no
- * whole numbers: with more than GEMV_TOKENS tokens both sides are rounded to 14 bits, and pairs of 16-bit
- * integers are multiplied; with fewer tokens nothing is rounded. The result is linear(x rounded, w) within
- * the rounding of float32 sums: tests/kernels/test_quantized_activations.py compares it with NumPy.
+ * A CPU multiplies four bytes in the time of one float (vpdpbusd, vpmaddubsw). F16, BF16 and FP8 weights have
+ * no whole numbers: with more than GEMV_TOKENS tokens both sides are rounded to 14 bits, and pairs of 16-bit
+ * integers are multiplied; with fewer tokens nothing is rounded. The same holds for NF4 and FP4, but with
+ * fewer tokens the 16 numbers of their table are rounded to two bytes. The result is linear(x rounded, w)
+ * within the rounding of float32 sums, and of those weights: tests/kernels/test_quantized_activations.py
+ * compares it with NumPy.
  *
  * Rows of a block format are packed (formats.h). Threads share out the rows of w. The vector forms are in
- * linear_gemv.c, for one to eight tokens, and in linear_gemm.c, for more. Both add in the same order, so a
- * token of a block format has the same bits in any number of tokens.
+ * linear_gemv.c, for one to eight tokens, and in linear_gemm.c, for more. Both add in the same order, so with
+ * weights that are whole numbers a token has the same bits in any number of tokens.
  *
  * Compiled once as it stands: the loop over threads and the scalar forms. Compiled once more for each
  * instruction set: the part under VECTOR_FORMS (README.md). */
@@ -137,7 +139,7 @@ VEC_TARGET void VEC(linear_exact)(const linear_args *a, int64_t begin, int64_t e
 }
 
 VEC_TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
-    if (a->T > GEMV_TOKENS || in_bytes(a->w.format)) {
+    if (a->T > GEMV_TOKENS || gemv_takes_bytes(a->w.format)) {
         VEC(linear_exact)(a, begin, end);
         return;
     }
@@ -146,8 +148,6 @@ VEC_TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
     case F16: gemv_floats(F16, a, begin, end); break;
     case BF16: gemv_floats(BF16, a, begin, end); break;
     case FP8: gemv_packed(FP8, a, begin, end); break;
-    case NF4: gemv_packed(NF4, a, begin, end); break;
-    case FP4: gemv_packed(FP4, a, begin, end); break;
     }
 }
 #endif
@@ -156,7 +156,7 @@ VEC_TARGET void VEC(linear_quantized)(const linear_args *a, int64_t begin, int64
     switch (a->w.format) {
 #define CASE(FORMAT, ...)                                                                                    \
     case FORMAT:                                                                                             \
-        if (a->T > GEMV_TOKENS || !in_bytes(FORMAT))                                                         \
+        if (a->T > GEMV_TOKENS || !gemv_takes_bytes(FORMAT))                                                 \
             gemm(FORMAT, 0, a, begin, end);                                                                  \
         else                                                                                                 \
             gemv_packed(FORMAT, a, begin, end);                                                              \

@@ -30,6 +30,7 @@ VEC_INLINE vec d_of_rows(const int format, const uint8_t *p, int64_t column) {
 /* What the sum of q is multiplied by. */
 VEC_INLINE vec scale_of_rows(const int format, const uint8_t *p, int64_t column) {
     const vec d = d_of_rows(format, p, column);
+    if (has_table(format)) return vec_mul(d, vec_all(1.0f / TABLE_MAX));
     return format == LLM_INT8 ? vec_mul(d, vec_all(ONE_127TH)) : d;
 }
 
@@ -198,20 +199,32 @@ VEC_INLINE void unpack_block(const int format, ints q[8], const uint8_t *p, cons
 
 /* ---------------------------------------------------------------- codes of floats
  *
- * FP8, 36 bytes:           d d d d | q0 | q1 | ... | q31               w = d * (q as E4M3)
- * NF4, FP4, 36 bytes:      d d d d | q1 q0 | q3 q2 | ... | q63 q62     w = d * table[q]
+ * FP8, 36 bytes:           d d d d | q0 | q1 | ... | q31                              w = d * (q as E4M3)
+ * NF4, FP4, 36 bytes:      d d d d | q0 q4 | q1 q5 | q2 q6 | q3 q7 | q8 q12 | ...     w = d * table[q]
  *
- * These are not multiplied as whole numbers. A unit has the codes of four weights, or of eight. */
+ * A unit has the codes of four weights, or of eight. GEMM multiplies them as floats, and so does GEMV with
+ * FP8. */
 INLINE int codes_in_unit(const int format) { return format == FP8 ? 4 : 8; }
 
 /* Code k of a unit, as a float: in FP8 divided by FP8_TIMES. */
 VEC_INLINE vec float_of_code(const int format, ints unit, const int k) {
-    if (format != FP8) return vec_from_table(table_of(format), ints_right(unit, k / 2 * 8 + 4 * !(k % 2)));
+    if (format != FP8) return vec_from_table(table_of(format), ints_right(unit, k % 4 * 8 + k / 4 * 4));
     const ints top = ints_signed_right(ints_left(unit, 24 - 8 * k), 1); /* the sign twice */
     return vec_from_low_f16(ints_right(ints_and(top, ints_all((int32_t)0xbf800000)), 16));
 }
 VEC_INLINE vec times_of_code(const int format, vec a) {
     return format == FP8 ? vec_mul(a, vec_all(FP8_TIMES)) : a;
+}
+
+/* 32 weights of a table in two bytes each: the b-th of the block at p. */
+VEC_INLINE void unpack_table(const int format, ints first[8], ints second[8], const uint8_t *p, const int b,
+                             int64_t column) {
+    for (int k = 0; k < 8; k++) {
+        const ints unit = unit_of_rows(p, format_of(format).quants, b * 4 + k / 2, column);
+        const ints codes = bits_of_bytes(unit, k % 2 * 4, 0, 15);
+        first[k] = bytes_from_table(table_bytes(format, 0), codes);
+        second[k] = bytes_from_table(table_bytes(format, 1), codes);
+    }
 }
 
 /* 32 weights of LANES rows: the b-th of the block at p. */

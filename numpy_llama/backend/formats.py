@@ -35,7 +35,7 @@ float16 scales, `d` and `dmin` (in Q6_K only `d`). A sub-block has small whole n
 The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used in place.
 
 Quantised checkpoints of Hugging Face have float32 scales. These blocks are ours: a float32 number `d`, and
-whole numbers or codes as they are in the checkpoint. They have 32 weights, those of NF4 and FP4 have 64:
+whole numbers or codes. They have 32 weights, those of NF4 and FP4 have 64:
 
     format     bytes a block                                           value
     INT8       d, 32 signed bytes                                      d * q
@@ -45,7 +45,7 @@ whole numbers or codes as they are in the checkpoint. They have 32 weights, thos
     FP4        d, 32 bytes of two 4-bit numbers                        d * FP4_TABLE[q]
 
     E4M3       2^(e - 7) * (1 + f / 8), and 2^-6 * f / 8 for e = 0; no NaN, so the largest is 480
-    NF4, FP4   byte i holds weight 2 i in its high half and weight 2 i + 1 in its low half (bitsandbytes)
+    NF4, FP4   4 bytes hold 8 weights: byte i weight i in its low half, weight i + 4 in its high half
 """
 
 import math
@@ -191,10 +191,9 @@ def dequantize_fp4(rows: Array) -> Array:
 
 
 def _from_table(rows: Array, table: Array) -> Array:
-    """d * table[q], q in pairs with the high half first."""
+    """d * table[q]."""
     blocks = rows.reshape(len(rows), -1, 4 + QK_TABLE // 2)
-    q = np.stack([blocks[..., 4:] >> 4, blocks[..., 4:] & 15], axis=-1)
-    q = q.reshape(*blocks.shape[:-1], QK_TABLE)
+    q = _nibbles(blocks[..., 4:].reshape(*blocks.shape[:-1], -1, 4)).reshape(*blocks.shape[:-1], QK_TABLE)
     return (_float32(blocks[..., :4]) * table[q]).reshape(len(rows), -1)
 
 
@@ -384,7 +383,7 @@ def _blocks(parts: Sequence[Array]) -> Array:
 
 
 WITH_MINIMA = ("Q4_1", "Q4_Z", "Q5_1", "Q4_K", "Q5_K")  # two float16 numbers in a block
-CODES_OF_FLOATS = ("FP8", "NF4", "FP4")  # multiplied as F16 is: their blocks have no whole numbers
+TABLES = {"NF4": NF4_TABLE, "FP4": FP4_TABLE}
 OURS = 0x4E00  # the first of our own numbers of types, above all of ggml's and of its forks
 
 
@@ -409,8 +408,8 @@ class Format:
 
     @property
     def in_floats(self) -> bool:
-        """Whether the kernels multiply its weights as floats. All others are whole numbers with scales."""
-        return self.block == 1 or self.name in CODES_OF_FLOATS
+        """Whether its weights are no whole numbers with scales: rounded activations meet rounded weights."""
+        return self.block == 1 or self.name == "FP8" or self.name in TABLES
 
     def row_bytes(self, n: int) -> int:
         """Bytes that a row of n weights takes."""

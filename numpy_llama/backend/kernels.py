@@ -34,6 +34,7 @@ from .formats import (
     FORMATS,
     MAX_F16,
     QK,
+    TABLES,
     Format,
     InPlace,
     PackedTensor,
@@ -182,7 +183,8 @@ def rounded_activations(x: Array, format: Format, bits: int) -> Array:
     if bits == 32 or not quantizes_activations(format, x.size // max(IN, 1)):
         return x
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -IN % QK)])  # as KernelWeight pads its rows
-    return quantize_activations(padded, 14 if format.in_floats else bits)[..., :IN]
+    few = format.name in TABLES and x.size <= IN * lib.NL_GEMV_TOKENS  # GEMV takes bytes, GEMM 14 bits
+    return quantize_activations(padded, 14 if format.in_floats and not few else bits)[..., :IN]
 
 
 def read_probe(arrays: Sequence[Array], threads: int) -> int:

@@ -354,10 +354,11 @@ def codes_with_scales(codes, d):
 @pytest.mark.parametrize("format, table", [("nf4", nf4()), ("fp4", fp4())])
 @law("dequantize_{format}")
 def test_a_table_of_16(ops, format, table):
-    """The paper's formula, within its rounding; the high half of a byte comes first."""
+    """The paper's formula, within its rounding. 4 bytes: four weights in low halves, then four more."""
     codes = np.arange(256, dtype=np.uint8).reshape(8, 32)
     d = 2.0 ** np.arange(-4, 4)
-    q = np.stack([codes >> 4, codes & 15], axis=-1).reshape(8, 64)
+    fours = codes.reshape(8, 8, 4)
+    q = np.stack([fours & 15, fours >> 4], axis=-2).reshape(8, 64)
     assert_within(
         dequantize(ops, format, codes_with_scales(codes, d))[0], (d[:, None] * table[q]).ravel(), 2e-6
     )

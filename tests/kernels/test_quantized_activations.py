@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
 
 from numpy_llama.backend import kernels
-from numpy_llama.backend.formats import FORMATS, QK, X_MAX, StoredTensor, quantize_activations
+from numpy_llama.backend.formats import FORMATS, QK, TABLES, X_MAX, StoredTensor, quantize_activations
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.proof.bounds import U32, assert_within
 
@@ -46,8 +46,8 @@ def x_block(format) -> int:
 
 
 def rounded(x, format, bits):
-    """What is multiplied. A GEMV leaves x as it is if the weights are floats."""
-    if format.in_floats:
+    """What is multiplied. A GEMV leaves x as it is if the weights are floats, and takes tables as bytes."""
+    if format.in_floats and (len(x) > GEMV_TOKENS or format.name not in TABLES):
         return x if len(x) <= GEMV_TOKENS else quantize_activations(x, 14)
     return quantize_activations(x, bits)
 
@@ -65,7 +65,12 @@ def expected_and_bound(x, w: StoredTensor, isa, bits=15):
     size = np.abs(x) @ np.repeat(blocks, QK, axis=-1).T
     terms = x.shape[-1] if format.in_floats or isa == "scalar" else 4 * x.shape[-1] / QK
     bound = (terms + 16) * U32 * 3 * size
-    if format.in_floats and len(x) > GEMV_TOKENS:
+    if format.name in TABLES:  # the numbers of the table are rounded to 1 / 8127
+        d = np.abs(w.data.reshape(len(dense), -1, format.block_bytes)[..., :4].copy().view("<f4"))
+        bound += (
+            np.abs(x) @ np.repeat(d[..., 0].astype(np.float64), format.block, axis=-1).T / (2 * 8127) * 1.01
+        )
+    elif format.in_floats and len(x) > GEMV_TOKENS:
         bound += size / (2 * float(X_MAX[14])) * 1.01
     return x @ dense.T, bound
 
@@ -234,7 +239,7 @@ def test_a_weight_that_is_not_finite_stays_with_its_row(isa, format, T, rng):
 
 @pytest.mark.parametrize("T", [1, 5])
 def test_next_to_nothing_is_nothing(isa, format, T, rng):
-    if format.in_floats and T <= GEMV_TOKENS:
+    if not kernels.quantizes_activations(format, T):
         return  # not rounded
     w = real_weight(rng, format, 4, 512)
     assert not Kernels(1).linear(np.full((T, 512), 9e-31, np.float32), w).any()
@@ -244,7 +249,7 @@ def test_next_to_nothing_is_nothing(isa, format, T, rng):
 @pytest.mark.parametrize("at_end", [True, False])
 def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
     for T, OUT, blocks in [(1, 1, 1), (1, 5, 17), (2, 3, 16), (4, 17, 1), (7, 33, 33), (9, 4, 2)]:
-        if format.in_floats and T <= GEMV_TOKENS:
+        if not kernels.quantizes_activations(format, T):
             continue  # nl_linear's
         guarded, IN = Guarded(), whole_blocks(format, blocks * QK)
         w = exact_weight(rng, format, OUT, IN)

@@ -97,14 +97,14 @@ class FourBitWeight(QuantizedWeight):
 
     def _blocks(self) -> Array:
         (N, K), format = self.shape, FORMATS[self.kind.upper()]
-        absmax, codes = self._absmax(), self._codes().reshape(N, K // QK_TABLE, QK_TABLE // 2)
+        absmax, codes = self._absmax(), self._codes().reshape(N, K // QK_TABLE, QK_TABLE // 8, 4)
         blocks = np.empty((N, K // QK_TABLE, format.block_bytes), np.uint8)
 
         def make(part: slice) -> None:
             first = np.arange(part.start * K, part.stop * K, QK_TABLE)  # weights of our blocks
             d = absmax[first // self.blocksize].reshape(-1, K // QK_TABLE, 1)
             blocks[part, :, :4] = d.view(np.uint8)
-            blocks[part, :, 4:] = codes[part]
+            blocks[part, :, 4:] = low_halves_first(codes[part]).reshape(*d.shape[:2], -1)
 
         each_part(self.shape, make)
         self.parts["weight"].forget()
@@ -139,6 +139,13 @@ class FourBitWeight(QuantizedWeight):
         if not np.isfinite(absmax).all():
             stored.fail("has a scale that is NaN or infinite", NumericsError)
         return np.ascontiguousarray(absmax, np.float32)
+
+
+def low_halves_first(codes: Array) -> Array:
+    """(..., 4) bytes: 01 23 45 67, high half first -> 40 51 62 73, the order of our NF4 and FP4."""
+    left, right = codes[..., :2], codes[..., 2:]
+    even, odd = left >> 4 | right & 0xF0, left & 15 | right << 4
+    return np.stack([even, odd], axis=-1).reshape(codes.shape)
 
 
 def halves(codes: Array) -> Array:

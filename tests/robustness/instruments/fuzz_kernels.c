@@ -143,6 +143,8 @@ static double reach(int format, const uint8_t *p, int s, double largest) {
     case Q8_0: return d * 128;
     case INT8: return fabs(load_f32(p)) * 128;
     case LLM_INT8: return fabs(load_f32(p)) * 128 / 127;
+    case NF4:
+    case FP4: return fabs(load_f32(p));
     case Q4_0: return d * 24;
     case Q4_1: return d * 15 + m;
     case Q5_0: return d * 48;
@@ -206,7 +208,8 @@ static void linear_in(int way) {
     }
     double *row = room(8 * IN), *size = room(8 * IN);
     const int rounds_w = way == QUANTIZED && !in_bytes(format),
-              x_in_bytes = way == QUANTIZED && in_bytes(format);
+              x_in_bytes =
+                  way == QUANTIZED && (T > NL_GEMV_TOKENS ? in_bytes(format) : gemv_takes_bytes(format));
     for (int64_t r = 0; r < OUT; r++) {
         const int good_row = read_row(row, size, format, w + r * row_bytes(format, IN), IN);
         for (int64_t t = 0; t < T; t++) {

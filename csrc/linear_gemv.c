@@ -146,13 +146,16 @@ VEC_INLINE void add_block(const int format, const int T, vec *y, const ints q[8]
 }
 
 /* The same for 32 numbers of a table: each is 128 first + second - TABLE_ZERO. The largest sum is
- * 128 * 32 * 127 * 127, below 2^31. */
+ * 128 * 32 * 127 * 127, below 2^31. Halves are summed apart, because a product waits for the one before. */
 VEC_INLINE void add_table_block(const int format, const int T, vec *y, const ints first[8],
                                 const ints second[8], vec d, const int32_t *x) {
     for (int t = 0; t < T; t++) {
-        const ints high = ints_left(byte_dots(format, ints_zero(), first, x + t, T, 8), 7);
-        const ints start = ints_add(high, ints_all(x_start(x, T, 0)[t]));
-        const ints sum = byte_dots(format, start, second, x + t, T, 8);
+        const ints start = ints_all(x_start(x, T, 0)[t]);
+        ints high = byte_dots(format, ints_zero(), first, x + t, T, 4);
+        ints low = byte_dots(format, start, second, x + t, T, 4);
+        high = ints_add(high, byte_dots(format, ints_zero(), first + 4, x + 4 * T + t, T, 4));
+        low = ints_add(low, byte_dots(format, ints_zero(), second + 4, x + 4 * T + t, T, 4));
+        const ints sum = ints_add(ints_left(high, 7), low);
         y[t] = vec_fma(vec_from_ints(sum), vec_mul(d, vec_all(x_dx(x, T)[t])), y[t]);
     }
 }

@@ -233,7 +233,7 @@ def test_a_batch_of_different_lengths(small, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trace_has_the_window(kind):
+def test_a_trace_has_the_window(small, kind):
     model = build(ARGS, stored(float_weights(ARGS), "F32"), **KINDS[kind])
     tokens = tokens_of(1, 30)
     with trace(model, "layers.1.attention.weights") as seen:

@@ -246,9 +246,9 @@ BUGS = [
         "cache written one position late",
         "microsoft/onnxruntime-genai#2354",
         CACHE,
-        "k[:, start_pos:end], v[:, start_pos:end] = xk, xv",
-        "k[:, start_pos + 1 : end + 1], v[:, start_pos + 1 : end + 1] = xk[:, : k.shape[1] - start_pos - 1], "
-        "xv[:, : k.shape[1] - start_pos - 1]",
+        "k[:, new], v[:, new] = xk, xv",
+        "late, T = slice(start_pos + 1, end + 1), k.shape[1] - start_pos - 1; "
+        "k[:, late], v[:, late] = xk[:, :T], xv[:, :T]",
         f"{LAWS}test_cache.py",
     ),
     Bug(
@@ -272,8 +272,8 @@ BUGS = [
         "a rewound cache still counts what lay behind, in C",
         OURS,
         "numpy_llama/backend/fused.py",
-        "                one.filled[at_layers] = [end] * len(blocks)\n",
-        "                one.most = max(end, vars(one).get('most', 0))\n"
+        "                one.filled[at_layers] = [at + T] * len(blocks)\n",
+        "                one.most = max(at + T, vars(one).get('most', 0))\n"
         "                one.filled[at_layers] = [one.most] * len(blocks)\n",
         "tests/kernels/test_layer.py::test_rewound_caches_count_no_position_behind",
     ),
@@ -289,8 +289,8 @@ BUGS = [
         "of the caches of a batch only two are checked",
         OURS,
         "numpy_llama/backend/fused.py",
-        "ends.append(one.check(least_filled, at, one.batch, T))",
-        "ends.append(at + T if len(ends) > 1 else one.check(least_filled, at, one.batch, T))",
+        "            one.check(worst, at, one.batch, T)",
+        "            one in caches[:2] and one.check(worst, at, one.batch, T)",
         "tests/generation/test_batch.py::test_each_of_many_caches_is_checked",
     ),
     # --- files and text

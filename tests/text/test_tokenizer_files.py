@@ -534,10 +534,11 @@ def test_a_json_like_sentencepiece_that_is_refused(folder, path, new, error, mes
 def test_a_byte_without_a_token(folder):
     """As if it were not there, unless an unk_token stands for it."""
     value = json.loads(byte_level_json("gpt-2"))
-    value["model"]["vocab"] = {spelled(b"\xf1"): -1} | value["model"]["vocab"]
-    del value["model"]["vocab"][spelled(b"\xf1")]
-    taken = {i for i in value["model"]["vocab"].values()} | {token["id"] for token in value["added_tokens"]}
-    value["added_tokens"].append(added(id=min(set(range(999)) - taken), content="<fill>", special=True))
+    vocab = value["model"]["vocab"]
+    rest = sorted({*vocab} - {spelled(b"\xf1")}, key=vocab.get)
+    value["model"]["vocab"] = {text: i for i, text in enumerate(rest)}
+    for i, token in enumerate(value["added_tokens"], len(rest)):
+        token["id"] = i
     tokenizer = open_tokenizer(write_json(folder, value))
     assert tokenizer.encode("a\U00041234b") == without_special(json.dumps(value)).encode("a\U00041234b").ids
     assert len(tokenizer.encode("\U00041234")) == 3

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from make_weights import random_blocks
 
 import numpy_llama as nl
 from numpy_llama.backend.formats import FORMATS, QK_K, Format, StoredTensor
@@ -43,13 +44,7 @@ def random_weight(format: Format, OUT: int, IN: int, rng: np.random.Generator) -
     """Normal weights. For a format that cannot be written: random bytes with fitting scales."""
     if format.quantize:
         return StoredTensor.quantize(rng.standard_normal((OUT, IN), np.float32), format)
-    blocks = rng.integers(0, 256, (OUT * IN // QK_K, format.block_bytes), np.uint8)
-    d = rng.uniform(0.5, 1.5, (len(blocks), 1)) * 2**-10
-    if format.name == "Q6_K":
-        blocks[:, 208:] = d.astype("<f2").view(np.uint8)
-    else:  # d * sc * q - dmin * m: the minimum subtracts the mean of q
-        mean = 7.5 if format.name == "Q4_K" else 15.5
-        blocks[:, :4] = np.hstack([d, mean * d]).astype("<f2").view(np.uint8)
+    blocks = random_blocks(format, OUT * IN // format.block, 1.0, rng)
     return StoredTensor(format, (OUT, IN), blocks.reshape(OUT, -1))
 
 

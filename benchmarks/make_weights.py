@@ -72,7 +72,12 @@ def pool(format: Format, width: int) -> np.ndarray:
     if format.block == 1:
         numbers = rng.standard_normal((1, POOL), dtype=np.float32) * np.float32(deviation)
         return format.quantize(numbers).reshape(-1, format.block_bytes)
-    blocks = rng.integers(0, 256, (POOL // format.block, format.block_bytes), dtype=np.uint8)
+    return random_blocks(format, POOL // format.block, deviation, rng)
+
+
+def random_blocks(format: Format, n: int, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """n blocks of a block format whose weights have this standard deviation: (n, bytes)."""
+    blocks = rng.integers(0, 256, (n, format.block_bytes), dtype=np.uint8)
     for at, scale in SCALES.get(format.name, {}).items():
         blocks[:, at : at + 2] = np.array([scale * deviation], "<f2").view(np.uint8)
     if format.name == "Q4_Z":

@@ -53,6 +53,9 @@ def arguments(found: ModelArgs, wanted: ModelArgs) -> Iterator[tuple[str, str]]:
             if not _same_rope(found, wanted):
                 shown = described(found), described(wanted)
                 yield field.name, f"rope_scaling is {shown[0]}, the reference has {shown[1]}"
+        elif a is None or b is None:
+            if a != b:
+                yield field.name, f"{field.name} is {a}, the reference has {b}"
         elif not math.isclose(a, b, rel_tol=1e-6):
             yield field.name, f"{field.name} is {a:g}, the reference has {b:g}"
 

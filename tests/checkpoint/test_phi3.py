@@ -224,7 +224,7 @@ REFUSED = {
     "mlp_bias": (True, "mlp_bias is True"),
     "hidden_act": ("gelu", "hidden_act is 'gelu'"),
     "architectures": (["Phi3SmallForCausalLM"], "Phi3ForCausalLM"),
-    "model_type": ("phi3small", "Phi3ForCausalLM"),
+    "model_type": ("phi3small", "a Phi of another architecture than Phi-3"),
 }
 
 

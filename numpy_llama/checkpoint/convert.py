@@ -8,7 +8,8 @@
 
 A packed file has the rows of block formats as the kernels take them (`pack_rows`), so that loading copies
 nothing. Other programs refuse it. An embedding that is no output matrix too is not packed: only its rows are
-used.
+used. A weight that keeps its format, and whose columns are in another order (act-order), is packed in every
+file: a program that does not know the order must not read it.
 
 What this file promises: OUT is either the old file or the whole new file, read back and compared. An error
 names which of the two. A full disk, Ctrl-C, a kill or a loss of power leaves a file of another name.
@@ -30,6 +31,7 @@ from ..text.chat import CHAT_FORMATS
 from ..text.tokenizer import UNUSED
 from .base import Checkpoint, TensorInfo
 from .files import sync, write_file
+from .gguf.file import COLUMN_ORDER
 from .gguf.model import GGUFCheckpoint
 from .gguf.write import layout, write_tensor
 from .names import tensor_names
@@ -79,7 +81,8 @@ def convert(
     source.tokenizer().check_rows(source.args.vocab_size)
     vocabulary = padded(source.tokenizer().metadata, source.args.vocab_size)
     metadata = model_metadata(source.args) | vocabulary | chat_metadata(source)
-    metadata |= {"general.alignment": CACHE_LINE} if packed else {}
+    metadata |= column_orders(names, weights, formats)
+    metadata |= {"general.alignment": CACHE_LINE} if any(f.rows > 1 for f in formats.values()) else {}
     head, infos = layout(plan, metadata)
     total = infos[-1].offset + infos[-1].nbytes
     tensors = [weights[ours] for ours in names] + list(extra.values())
@@ -91,7 +94,8 @@ def convert(
             for info, tensor, (_, format, _) in zip(infos, tensors, plan, strict=True):
                 digest = hashlib.blake2b()
                 where = f"{source.path}: {info.name}"
-                pieces = converted(where, tensor, format, threads, keep=dtype is None)
+                keep = dtype is None and (tensor.column_order is None or format.rows > 1)
+                pieces = converted(where, tensor, format, threads, keep)
                 for piece in write_tensor(file, info, pieces):
                     digest.update(piece.data)
                     progress("converting", done := done + piece.nbytes, total)
@@ -110,7 +114,10 @@ def target_formats(weights: Mapping[str, StoredTensor], dtype: str | None, packe
     if dtype is None:
         formats |= {name: w.format for name, w in weights.items() if len(w.shape) > 1}
     if not packed:
-        return formats
+        sorted_by = (
+            {name for name, w in weights.items() if w.column_order is not None} if dtype is None else ()
+        )
+        return formats | {name: formats[name].packed for name in sorted_by if formats[name].block > 1}
     multiplied = [
         name for name in weights if name != "tok_embeddings.weight" or "output.weight" not in weights
     ]
@@ -129,9 +136,17 @@ def check_kept(weights: Mapping[str, StoredTensor], may_be_plain: bool) -> None:
     """ParameterError unless weights can keep their formats, and some are quantised or `may_be_plain`."""
     if not may_be_plain and all(w.format.block == 1 for w in weights.values()):
         raise ParameterError(f"--dtype is missing, it must be one of {', '.join(DTYPES)}")
-    if sorted_by := [name for name, w in weights.items() if w.column_order is not None]:
-        what = "its columns are stored in another order (act-order), so it cannot keep its format"
-        raise ParameterError(f"{sorted_by[0]}: {what}; choose --dtype q8, which rounds, or f32")
+
+
+def column_orders(
+    names: Mapping[str, str], weights: Mapping[str, StoredTensor], formats: Mapping[str, Format]
+) -> dict[str, Any]:
+    """The keys of the weights whose columns stay in another order: see gguf/file.py."""
+    return {
+        f"{COLUMN_ORDER}{theirs}": order.astype(np.uint32)
+        for ours, theirs in names.items()
+        if (order := weights[ours].column_order) is not None and formats[ours].rows > 1
+    }
 
 
 def check_replaceable(source: Checkpoint, out: Path) -> None:

@@ -21,7 +21,9 @@ from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.backend.training import TrainingKernels
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import convert
+from numpy_llama.checkpoint.gguf.file import COLUMN_ORDER
 from numpy_llama.checkpoint.memory import gib, memory_plan
+from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.checkpoint.quantized import awq as awq_format
 from numpy_llama.checkpoint.quantized import compressed_tensors as compressed_format
 from numpy_llama.checkpoint.quantized import gptq as gptq_format
@@ -205,18 +207,35 @@ def with_tokenizer(folder: Path) -> Path:
 
 
 def test_a_native_file_keeps_every_weight(written, tmp_path):
-    """`convert` without a dtype. Columns in another order fit no block: those weights need a dtype."""
+    """`convert` without a dtype. Columns in another order stay so, in a packed weight beside their order."""
     name, folder, weights = written
     opened, out = open_checkpoint(with_tokenizer(folder)), tmp_path / "m.gguf"
-    if "act-order" in name or settled(name) == "F32":
-        with pytest.raises(errors.ParameterError, match=r"another order|--dtype is missing"):
+    if settled(name) == "F32":
+        with pytest.raises(errors.ParameterError, match="--dtype is missing"):
             convert(opened, out, None)
         convert(opened, out, "f32")
     else:
         convert(opened, out, None)
-    for ours, w in open_checkpoint(out).weights().items():
+    theirs = tensor_names(opened.args, "gguf")
+    for ours, w in (file := open_checkpoint(out)).weights().items():
         np.testing.assert_array_equal(w.dequantize(), weights[ours], ours)
         assert w.format.name in ("F32", settled(name))
+        is_packed = file.tensors[theirs[ours]].type_name.endswith("packed")
+        assert is_packed == ("act-order" in name and w.format.name != "F32")
+    tokens = np.arange(9)[None]
+    found, wanted = (build(one.args, one.weights(), threads=1)(tokens) for one in (file, opened))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("order", [range(1, 97), [0] * 96, range(95), range(97)])
+def test_an_order_of_columns_is_checked(order, tmp_path, monkeypatch):
+    write_folder(tmp_path, ARGS, VARIANTS["GPTQ act-order"])
+    file = open_checkpoint(convert(open_checkpoint(with_tokenizer(tmp_path)), tmp_path / "m.gguf", None))
+    key = next(key for key in file.file.metadata if key.startswith(COLUMN_ORDER))
+    assert file.tensors[key.removeprefix(COLUMN_ORDER)].shape[1] == 96
+    monkeypatch.setitem(file.file.metadata, key, np.array(order, np.uint32))
+    with pytest.raises(errors.MismatchError, match=rf"{key}' has {len(order)}, wanted each number below 96"):
+        file.weights()
 
 
 @pytest.mark.parametrize("name", ["GPTQ act-order", "AWQ gemm"])
@@ -245,7 +264,7 @@ def test_the_command_line(name, tmp_path, capsys):
     assert opened.format in shown and f"{gib(plan.made)}, joined, expanded or packed on loading" in shown
     n = sum(math.prod(w.shape) for w in opened.weights().values())
     assert re.search(rf"parameters +{n:,}\n", shown)
-    if name in ("GPTQ 4 bits", "AWQ gemm"):
+    if name != "W8A16, asymmetric":
         assert cli.main(["convert", folder, out]) == 0
         assert cli.main(["verify", "-m", out, "--against", folder]) == 0
     assert cli.main(["verify", "-m", folder]) == 0

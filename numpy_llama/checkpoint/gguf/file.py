@@ -54,6 +54,7 @@ MAX_ARRAY = 1 << 24  # elements
 MAX_TENSOR = 1 << 48  # bytes: more than a process can map
 MAX_PARTS = 1024  # files of a split model
 ROWS_AT_ONCE = 256  # rows expanded at a time, so that temporary arrays stay small
+COLUMN_ORDER = "numpy_llama.column_order."  # and the name of a packed tensor
 
 HEADER_BYTES = 24
 MIN_KV_BYTES = 14  # key length, a key of 1 byte, type, a value of 1 byte
@@ -110,7 +111,7 @@ class GGUFFile:
         if info.type_name in PACKED:
             format = PACKED[info.type_name]
             packed = data.reshape(-1, format.row_bytes(info.shape[-1]))
-            return PackedTensor(format, info.shape, packed)
+            return PackedTensor(format, info.shape, packed, column_order=self._column_order(info))
         dequantize = _dequantizer(info.type_name, f"{self.path}: {escape(name)}")
         rows = data.reshape(prod(info.shape[:-1]), -1)
 
@@ -122,6 +123,16 @@ class GGUFFile:
             return out.view(np.uint8)
 
         return StoredTensor(FORMATS["F32"], info.shape, expanded)
+
+    def _column_order(self, info: TensorInfo) -> np.ndarray | None:
+        """The place of each column of a packed tensor, if `convert` left the columns in another order."""
+        if (order := self.get(f"{COLUMN_ORDER}{info.name}", np.uint32)) is None:
+            return None
+        if not np.array_equal(np.sort(order), np.arange(info.shape[-1])):
+            what = f"wanted each number below {info.shape[-1]} once"
+            raise MismatchError(f"{self.path}: {escape(COLUMN_ORDER + info.name)} has {len(order)}, {what}")
+        places: np.ndarray = order.astype(np.int64)
+        return places
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """The metadata value under `key`, or `default` if there is none.

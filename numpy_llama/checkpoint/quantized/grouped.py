@@ -15,18 +15,16 @@ other zeros. Where groups are no runs of columns (act-order), the columns are st
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, whole_q4_z, whole_q8_0
-from ...backend.limits import available_cpus
 from ...config import Array
 from ...errors import NumericsError
 from .base import FileTensor, QuantizedWeight
+from .parts import each_part
 
-WEIGHTS_AT_ONCE = 1 << 20  # for each thread: its temporary arrays stay in the cache
-ROWS_AT_ONCE = 32  # at least, and a multiple: the file may have them in words of 8 or 16
+ROWS_AT_ONCE = 32  # or a multiple: the file may have them in words of 8 or 16
 FLOATS = ("F16", "BF16", "F32")  # the types of a scale
 
 
@@ -120,21 +118,13 @@ class GroupedWeight(QuantizedWeight):
             self.scales_part.fail("has a scale that is NaN or infinite, or makes such weights", NumericsError)
         if order is not None:
             groups = groups[order]
-        step = max(1, WEIGHTS_AT_ONCE // K // ROWS_AT_ONCE) * ROWS_AT_ONCE
         out = np.empty((N, format.row_bytes(K)), np.uint8)
 
-        def fill(begin: int) -> None:
-            rows = slice(begin, min(begin + step, N))
+        def fill(rows: slice) -> None:
             q, z = self.numbers(rows), zeros[rows if len(zeros) == N else slice(None)]
             out[rows] = make(format, q if order is None else q[:, order], scales[rows], z, groups)
 
-        # Threads of Python: NumPy releases the lock in each step.
-        with ThreadPoolExecutor(available_cpus()) as threads:
-            try:
-                list(threads.map(fill, range(0, N, step)))
-            except BaseException:  # Ctrl-C too
-                threads.shutdown(cancel_futures=True)
-                raise
+        each_part(self.shape, fill, ROWS_AT_ONCE)
         for part in self.parts.values():
             part.forget()
         return out

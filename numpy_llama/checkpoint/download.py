@@ -93,7 +93,8 @@ def _unknown(name: str) -> str:
     hint = "".join(f"did you mean {close}? " for close in get_close_matches(name.lower(), names, n=1))
     if (found := REPOSITORY.search(name)) and not found[1].endswith(FILES):
         hint = f"a model of the Hugging Face Hub has the name hf:{found[1]}; "
-    return f"{hint}names: {', '.join(names)}"
+    listed = "`numpy-llama pull` lists the names" if "/" in name else f"names: {', '.join(names)}"
+    return f"{hint}{listed}"
 
 
 def locate(model: str | os.PathLike[str], progress: Progress | None = None) -> Path:

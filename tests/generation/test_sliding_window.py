@@ -132,12 +132,10 @@ def test_a_cache_that_drops_is_one_that_keeps_all(small, kind, T):
     assert all(0 < LONGER - dropped <= cache.k.shape[3] for dropped in cache.dropped)
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", [kind for kind in CACHES if "numpy" not in kind])
 def test_prefill_in_chunks_has_the_bits_of_smaller_chunks(kind):
     """The C kernels' blocks begin at the same positions, whatever was dropped."""
     args = replace(ARGS, max_seq_len=2600, sliding_window=200)
-    if "numpy" in kind:
-        pytest.skip("NumPy sums in another order for another shape")
     model = build(args, stored(float_weights(args), "Q8_0"), threads=2, **CACHES[kind])
     tokens = tokens_of(1, 2500)
     logits = [in_pieces(model, tokens, [*range(n, 2500, n)]) for n in (500, 130)]

@@ -82,7 +82,11 @@ class CompressedTensors(Method):
             if weights is None or weights.get("type", str, "int") not in ("int", "float"):
                 found = escape(part.values.get("weights"), 80)
                 raise UnsupportedError(f"{self.path}: config_groups has weights {found}, which are not run")
-            self.bits.add(weights.require("num_bits", int))
+            self.bits.add(bits := weights.require("num_bits", int))
+            if weights.get("type", str, "int") == "float" and bits != 8:
+                raise UnsupportedError(
+                    f"{self.path}: floats of {escape(bits, 40)} bits; run are those of 8 bits"
+                )
             self.blocks += block_sizes(weights, "block_structure")
             size = weights.get("group_size", int, -1)
             if not -1 <= size <= MAX_BLOCK:
@@ -101,9 +105,9 @@ class CompressedTensors(Method):
         return PackedWeight(self, parts)
 
     def weight_of_bytes(self, name: str, parts: Mapping[str, FileTensor]) -> QuantizedWeight:
+        check_parts(name, parts, ("weight", "weight_scale"), (*OF_ACTIVATIONS, "weight_zero_point"))
         if zero := parts.get("weight_zero_point"):
             zero.fail("is there: bytes with a zero point are not run", UnsupportedError)
-        check_parts(name, parts, ("weight", "weight_scale"), OF_ACTIVATIONS)
         q = parts["weight"]
         kind = "FP8" if q.info.type_name == "F8_E4M3" else "INT8"
         return scaled_weight(q, parts["weight_scale"], kind, self.blocks)

@@ -110,7 +110,7 @@ def in_order_of(path: Path, kind: str) -> Path:
     return folder_of(path, make, settings, {})
 
 
-@case("OK6", "folders of bitsandbytes, FP8 and W8A8 in order")
+@case("OK7", "folders of bitsandbytes, FP8 and W8A8 in order")
 def in_order(folder: Path) -> Iterator[Variant]:
     for name in KINDS:
         yield model(name, in_order_of(folder / name, name), ACCEPTED)

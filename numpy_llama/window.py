@@ -101,9 +101,7 @@ class WindowKVCache(KVCache):
     def _drop(self, layer: int, dropped: int) -> None:
         if by := dropped - self.dropped[layer]:
             self.dropped[layer] = self.max_seq_len  # after an interruption nothing is left
-            for stored in (self.k, self.v):
-                for head in stored[layer].reshape(
-                    -1, *stored.shape[3:]
-                ):  # each alone: NumPy copies what moves
+            for stored in (self.k[layer], self.v[layer]):
+                for head in stored.reshape(-1, *stored.shape[2:]):  # each alone: NumPy copies what moves
                     head[:-by] = head[by:]
             self.dropped[layer] = dropped

@@ -204,10 +204,7 @@ def test_a_name_that_is_none_gets_a_hint(way):
         ("llama-3.2-1b-instuct", "did you mean llama-3.2-1b-instruct\\?"),
         ("TinyLLama", "did you mean tinyllama\\?"),
         ("xyz", "names: smollm2-135m-instruct, smollm2-360m-instruct, "),
-        (
-            "meta-llama/Llama-2-7b",
-            "of the Hugging Face Hub has the name hf:meta-llama/Llama-2-7b; `numpy-llama pull` lists the names",
-        ),
+        ("meta-llama/Llama-2-7b", "of the Hugging Face Hub has the name hf:meta-llama/Llama-2-7b; `numpy-"),
         ("https://huggingface.co/o/r/tree/main", "has the name hf:o/r; `numpy-llama pull` lists the names"),
         ("no/such.gguf", "; `numpy-llama pull` lists the names"),
         ("hf.co/o/r", "has the name hf:o/r; `numpy-llama pull` lists the names"),

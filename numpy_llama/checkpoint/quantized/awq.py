@@ -8,6 +8,7 @@
 K = IN, N = OUT. In gemm, bits 4 i .. 4 i + 3 of word c belong to row 8 c + [0, 2, 4, 6, 1, 3, 5, 7][i].
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -90,12 +91,13 @@ class AWQWeight(GroupedWeight):
         self.qweight.check(["I32"], self.qweight.info.shape)
         self._check(*self.shape, K // self.size)
 
+    @abstractmethod
     def _shape(self, rows: int, words: int) -> tuple[int, int]:
-        raise NotImplementedError
+        """(N, K) of a qweight of this shape."""
 
+    @abstractmethod
     def _check(self, N: int, K: int, G: int) -> None:
         """The shapes of qzeros and scales."""
-        raise NotImplementedError
 
     def groups(self) -> Array:
         return groups_of(self.shape[1], self.size)
@@ -108,9 +110,9 @@ class AWQWeight(GroupedWeight):
             return zeros
         return np.array([[MIDDLE]], np.uint8)
 
+    @abstractmethod
     def stored_zeros(self) -> Array:
         """-> (N, G)."""
-        raise NotImplementedError
 
 
 class GemmWeight(AWQWeight):

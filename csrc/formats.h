@@ -26,7 +26,8 @@ enum { QK = 32, QK_K = 256, QK_TABLE = 64, NONE = -1 };
  *     quants    q, or its low bits
  *
  * A weight is d * (q - zero) + m. In Q4_K and Q5_K it is d * scale * q - m * minimum, in Q6_K
- * d * scale * (q - zero). In Q4_Z the number in the place of m is a zero of the block: d * (q - m). LLM_INT8, FP8, NF4 and FP4: see `weight`. ggml has no type of their codes.
+ * d * scale * (q - zero). In Q4_Z the number in the place of m is a zero of the block: d * (q - m).
+ * LLM_INT8, FP8, NF4 and FP4: see `weight`. ggml has no type of their codes.
  *
  *      name        code   weights  bytes     d   d32     m   scales  high  quants   zero */
 #define EACH_FORMAT(ROW)                                                                \

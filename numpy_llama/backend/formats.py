@@ -1,8 +1,8 @@
 """Weights as they are stored: the formats, and their definitions in NumPy.
 
 A block format cuts each row into blocks of 32 weights. For each block it stores a float16 scale `d` and small
-whole numbers `q`; Q4_1 and Q5_1 also store a float16 minimum `m`, and
-Q4_Z, which ggml does not have, a zero `z`, a whole number up to 31 as a float16:
+whole numbers `q`; Q4_1 and Q5_1 also store a float16 minimum `m`, and Q4_Z, which ggml does not have, a zero
+`z`, a whole number up to 31 as a float16:
 
     format   bytes a block                                             value
     Q8_0     d, 32 signed bytes                                        d * q

@@ -335,8 +335,9 @@ class Kernels(InPlace):
     """The C functions, bound to a number of threads. The number never changes a result.
 
     `exact` multiplies weights and activations in float32. Otherwise activations are quantized to 8 bits, or
-    to 15 (csrc/linear.c): linear(x rounded, w). With F16 and BF16 weights and more than eight tokens, both
-    are rounded to 14 bits. With fewer, and with F32 weights, nothing is rounded.
+    to 15 (csrc/linear.c): linear(x rounded, w). With F16, BF16, FP8, NF4 and FP4 weights and more than
+    eight tokens, both are rounded to 14 bits. With fewer tokens nothing is rounded, but with NF4 and FP4 the
+    activations to 8 or 15 bits and the table to 14. With F32 weights nothing is rounded.
     """
 
     def __init__(

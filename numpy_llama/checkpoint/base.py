@@ -125,7 +125,9 @@ def size(header: Header, key: str, ours: str | None = None, default: int | None 
 def weight_in(
     tensor: StoredTensor, name: str, args: ModelArgs, half_split: bool, fused: bool = False
 ) -> StoredTensor:
-    """The weight `name` of the tensor that holds it: its rows, in the model's order. Nothing is copied.
+    """The weight `name` of the tensor that holds it: its rows, in the model's order.
+
+    Of a tensor in place nothing is copied. Of one that is made, the other rows are given back.
 
     half_split: rows of wq and wk have Hugging Face's order. fused: some weights are rows of one tensor.
     """
@@ -134,7 +136,7 @@ def weight_in(
     if order is None and place is None:
         return tensor
     rows = slice(0, len(tensor)) if place is None else place[0]
-    data = tensor.data[rows] if tensor.in_place else lambda: tensor.data[rows]
+    data = tensor.data[rows] if tensor.in_place else lambda: tensor.data[rows].copy()
     shape = rows.stop - rows.start, *tensor.shape[1:]
     return StoredTensor(tensor.format, shape, data, order, tensor.column_order)
 

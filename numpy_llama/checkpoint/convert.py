@@ -81,7 +81,7 @@ def convert(
     source.tokenizer().check_rows(source.args.vocab_size)
     vocabulary = padded(source.tokenizer().metadata, source.args.vocab_size)
     metadata = model_metadata(source.args) | vocabulary | chat_metadata(source)
-    metadata |= column_orders(names, weights, formats)
+    metadata |= column_orders(names, weights, formats) if dtype is None else {}
     metadata |= {"general.alignment": CACHE_LINE} if any(f.rows > 1 for f in formats.values()) else {}
     head, infos = layout(plan, metadata)
     total = infos[-1].offset + infos[-1].nbytes

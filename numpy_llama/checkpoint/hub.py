@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..backend import Progress
 from ..errors import DownloadError, ParameterError, ResourceLimitError, UnsupportedError, escape
+from . import quantized
 from .files import lock, sync
 from .huggingface import SHARD, WEIGHTS, model_args
 from .json_file import MAX_BYTES, JsonFile
@@ -37,7 +38,7 @@ _NAME = re.compile(
 )
 # The files beside the weights of a Hugging Face folder that a reader here opens.
 BESIDE = (
-    *("config.json", "generation_config.json", "quantize_config.json", "tokenizer.json", "tokenizer.model"),
+    *("config.json", "generation_config.json", *quantized.BESIDE, "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
@@ -48,8 +49,9 @@ NO_MODEL = re.compile(r"mmproj|imatrix")  # GGUF files beside a model
 # The choice without a quantization: the first of these that is there. All run as they are stored.
 PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q6_K", "Q8_0"),
-    *("BF16", "F16", "F32"),
+    *("BF16", "F16", "F32", "Q4", "FP16"),
 )
+TOO_MANY = 429  # requests: the status of an answer
 TRIES = 5  # connections one after another that bring no byte
 SHOWN = 12  # file names in a message
 
@@ -94,6 +96,7 @@ def fetch(text: str, progress: Progress) -> Path:
     repository = _repository(parse(text))
     names = _needed(repository, progress)
     repository.get(names, progress)
+    repository.name_commit()
     return repository.path(names[0]) if names[0].endswith(".gguf") else repository.folder
 
 
@@ -157,10 +160,15 @@ class Repository:
                 _Download(self.name, self.commit, file, blob, done, total, progress).run()
                 done += file.size
             self._link(file, blob)
-        if self.name.revision != self.commit:
-            ref = self.root / "refs" / self.name.revision
-            ref.parent.mkdir(exist_ok=True)
-            ref.write_text(self.commit)
+
+    def name_commit(self) -> None:
+        """Note that the revision is this commit, of which all that is needed is in the cache now."""
+        ref = self.root / "refs" / self.name.revision
+        if not self.is_cached and self.name.revision != self.commit:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            part = ref.with_name(f"{ref.name}.{os.getpid()}.part")
+            part.write_text(self.commit)
+            part.replace(ref)
 
     def _is_there(self, file: File) -> bool:
         path = self.path(file.name)
@@ -199,7 +207,8 @@ def _repository(name: Name) -> Repository:
             )
             return _announced(name, root, info)
         except (OSError, _http_error()) as error:
-            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+            refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code
+            if refused and refused < 500 and refused != TOO_MANY:
                 raise
             if (cached := _cached(name, root)) is None:
                 raise

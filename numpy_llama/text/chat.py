@@ -1,4 +1,4 @@
-"""A conversation to token ids: Meta's formats for Llama 2 and 3 as code, any other as its Jinja template.
+"""A conversation to token ids: Meta's formats for Llama 2 and 3 as code, all others as Jinja templates.
 
     messages  --template-->  one string  --cut at its control tokens-->  ids
 

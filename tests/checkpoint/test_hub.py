@@ -392,7 +392,7 @@ def test_other_answers(hub, status, headers, words):
     refused("hf:o/gguf", words)
 
 
-@pytest.mark.parametrize("failing", ["refused", "offline", "503"])
+@pytest.mark.parametrize("failing", ["refused", "offline", "503", "429"])
 def test_without_the_hub_the_cache_serves(hub, cache, monkeypatch, failing):
     path, folder = pull("hf:o/gguf"), pull("hf:o/folder")
     if failing == "refused":
@@ -400,15 +400,25 @@ def test_without_the_hub_the_cache_serves(hub, cache, monkeypatch, failing):
     elif failing == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     else:
-        hub.failure = 503, {}
+        hub.failure = int(failing), {}
     assert pull("hf:o/gguf") == path and pull("hf:o/folder") == folder
-    missing = "forbids" if failing == "offline" else "cannot be reached" if failing == "refused" else "503"
+    missing = {"offline": "forbids", "refused": "cannot be reached"}.get(failing, failing)
     refused("hf:o/none", missing)
     refused(
         "hf:o/gguf:Q8_0", r"in the cache \(the Hub was not reached\) has no GGUF Q8_0; there is: m-Q4_K_M"
     )
     (folder / "model-00002-of-00002.safetensors").unlink()
     refused("hf:o/folder", "names model-00002-of-00002.safetensors, which is not there")
+
+
+def test_an_update_that_fails_leaves_the_old_model(hub, monkeypatch):
+    folder, shard = pull("hf:o/folder"), "model-00002-of-00002.safetensors"
+    config = FOLDER["config.json"] + b" "
+    hub.commit, hub.repositories["o/folder"] = "1" * 40, FOLDER | {"config.json": config, shard: b"new"}
+    hub.sent[shard] = b"old"
+    refused("hf:o/folder", "checksum|differs|sha256|SHA-256")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pull("hf:o/folder") == folder and (folder / shard).read_bytes() == FOLDER[shard]
 
 
 def test_a_full_disk(hub, monkeypatch):

@@ -22,6 +22,7 @@ from numpy_llama.backend.training import TrainingKernels
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import convert
 from numpy_llama.checkpoint.gguf.file import COLUMN_ORDER
+from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.memory import gib, memory_plan
 from numpy_llama.checkpoint.names import tensor_names
 from numpy_llama.checkpoint.quantized import awq as awq_format
@@ -246,10 +247,16 @@ def test_a_quantised_folder_in_other_formats(name, tmp_path):
         found = open_checkpoint(convert(opened, tmp_path / f"{dtype}.gguf", dtype)).weights()
         ours = "layers.1.attention.wk.weight"
         np.testing.assert_array_equal(found[ours].data, StoredTensor.quantize(weights[ours], format).data)
-    if name == "AWQ gemm":
-        packed_file = convert(opened, tmp_path / "packed.gguf", None, packed=True)
-        for ours, w in open_checkpoint(packed_file).weights().items():
-            np.testing.assert_array_equal(w.dequantize(), weights[ours], ours)
+        both = (
+            convert(opened, tmp_path / f"packed-{dtype}.gguf", dtype, packed=True)
+            if dtype != "bf16"
+            else None
+        )
+        for other, w in open_checkpoint(both).weights().items() if both else ():
+            np.testing.assert_array_equal(w.dequantize(), found[other].dequantize(), other)
+    packed_file = convert(opened, tmp_path / "packed.gguf", None, packed=True)
+    for ours, w in open_checkpoint(packed_file).weights().items():
+        np.testing.assert_array_equal(w.dequantize(), weights[ours], ours)
 
 
 @pytest.mark.parametrize("name", ["GPTQ 4 bits", "GPTQ act-order", "AWQ gemm", "W8A16, asymmetric"])
@@ -312,3 +319,9 @@ def test_what_is_not_run_is_refused_by_name(settings, message, tmp_path):
     with pytest.raises(errors.UnsupportedError, match=message) as caught:
         open_checkpoint(tmp_path)
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["dynamic", "extra_config"])
+def test_a_weight_that_stays_plain_is_no_other_number_of_bits(key, tmp_path):
+    settings = {"bits": 4, "group_size": 32, key: {"lm_head": {"bits": 16}, "layers.0": {"bits": 8}}}
+    assert gptq_format.GPTQ(JsonFile(tmp_path / "config.json", values=settings)).bits == {4, 8}

@@ -153,7 +153,7 @@ def test_help_and_version():
 @pytest.mark.parametrize("verb", ["generate", "chat", "tokenize"])
 def test_a_wrong_path_is_refused(verb):
     assert_refused(
-        run(verb, "-m", "no/such.gguf", "hi"), 1, "'no/such.gguf' is neither a file or folder", "smollm2"
+        run(verb, "-m", "no/such.gguf", "hi"), 1, "'no/such.gguf' is neither a file or folder", "pull"
     )
 
 

@@ -67,7 +67,7 @@ class CompressedTensors(Method):
                 raise UnsupportedError(f"{self.path}: {key} is {escape(part, 80)}, which is not run")
         if (scheme := settings.get("kv_cache_scheme", dict)) is not None:
             found = f"kv_cache_scheme is {escape(scheme, 80)}"
-            raise UnsupportedError(f"{self.path}: {found}, which is not run; without it the model is")
+            raise UnsupportedError(f"{self.path}: {found}, which is not run")
         groups = settings.require("config_groups", dict)
         parts = [JsonFile(self.path, values={} if group is None else group) for group in groups.values()]
         formats = {settings.get("format", str), *(part.get("format", str) for part in parts)}

@@ -1,7 +1,7 @@
 """Weights of 8-bit floats, E4M3: fp8 (blocks of DeepSeek, AutoFP8) and fbgemm_fp8 (Meta's 405B).
 
     X.weight              float8_e4m3 (N, K)
-    X.weight_scale_inv    one scale for each block of weight_block_size, 128 x 128. In spite of its name:
+    X.weight_scale_inv    one scale for each block of weight_block_size, 128 x 128; it multiplies too
     X.weight_scale        one scale for all, or with fbgemm_fp8 (N, 1), one scale a row
 
     w[r, c] = weight[r, c] * scale[r // 128, c // 128]

@@ -23,6 +23,7 @@ from .base import FileTensor, Method, check_parts
 from .grouped import FLOATS, GroupedWeight, checked_groups, groups_of, whole_numbers
 
 BITS = (2, 3, 4, 8)
+PLAIN = (16, 32)  # bits of a weight that is not quantised
 ZERO_MINUS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> zero - stored zero
 
 
@@ -55,6 +56,7 @@ class GPTQ(Method):
         bits = settings.require("bits", int)
         others = settings.get("dynamic", dict, {}) | settings.get("extra_config", dict, {})  # of auto-round
         overrides = [JsonFile(self.path, values=value) for value in others.values() if value]
+        overrides = [other for other in overrides if other.get("bits", int, bits) not in PLAIN]
         self.bits = {bits, *(other.get("bits", int, bits) for other in overrides)}
         if odd := self.bits - set(BITS):
             found, run = escape(min(odd), 40), ", ".join(map(str, BITS))

@@ -24,7 +24,7 @@ from ...errors import NumericsError
 from .base import FileTensor, QuantizedWeight
 from .parts import each_part
 
-ROWS_AT_ONCE = 32  # or a multiple: the file may have them in words of 8 or 16
+ROWS_AT_ONCE = 32  # slices of rows begin at multiples of this: a word of the file may hold 8 or 16 rows
 FLOATS = ("F16", "BF16", "F32")  # the types of a scale
 
 
@@ -63,7 +63,7 @@ class GroupedWeight(QuantizedWeight):
 
     @abstractmethod
     def numbers(self, rows: slice) -> Array:
-        """q of some rows, a multiple of ROWS_AT_ONCE: -> (rows, K) uint8, in the file's order of columns."""
+        """q of some rows, from a multiple of ROWS_AT_ONCE on: -> (rows, K) uint8, columns as in the file."""
 
     @abstractmethod
     def zeros(self) -> Array:

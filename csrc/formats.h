@@ -72,8 +72,7 @@ INLINE int is_single(int format) { return format_of(format).weights == 1; }
 INLINE int is_k(int format) { return format_of(format).weights == QK_K; }
 INLINE int has_minima(int format) { return format_of(format).m != NONE; }
 
-/* The largest q of a format that is multiplied in bytes; 0 of the others. Of q with a sign: the largest |q|.
- */
+/* The largest |q| of a format that is multiplied in bytes; 0 for all other formats. */
 INLINE int largest_q(int format) {
     switch (format) {
     case Q8_0:

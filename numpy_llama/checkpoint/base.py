@@ -127,7 +127,7 @@ def weight_in(
 ) -> StoredTensor:
     """The weight `name` of the tensor that holds it: its rows, in the model's order.
 
-    Of a tensor in place nothing is copied. Of one that is made, the other rows are given back.
+    A tensor in place is not copied. A tensor that is made at each use is: its other rows are released.
 
     half_split: rows of wq and wk have Hugging Face's order. fused: some weights are rows of one tensor.
     """

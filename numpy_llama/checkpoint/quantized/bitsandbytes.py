@@ -10,7 +10,7 @@
 
 4 bits, QLoRA (Dettmers et al. 2023): the weight as one row of n = N * K numbers, in blocks of 64 or so.
 
-    X.weight               N * K / 2 bytes, in any dtype. Of two numbers the first is the high half
+    X.weight               N * K / 2 bytes, in any dtype; the first of two is the high half
     X.weight.quant_map     float32 (16): the numbers of NF4 or FP4
     X.weight.absmax        float32 (blocks), or with double quantisation uint8 (blocks) and two more:
     X.weight.nested_absmax       float32 (blocks / 256)
@@ -162,7 +162,7 @@ def four_bits(name: str, parts: Mapping[str, FileTensor]) -> FourBitWeight:
     states = [state for state in STATES if state in parts]
     if len(states) != 1:
         wanted = " or ".join(STATES)
-        parts["weight.absmax"].fail(f"has {len(states)} of the tensors {wanted} beside it, wanted one")
+        parts["weight.absmax"].fail(f"has {len(states)} of the tensors {wanted} beside it, it must have one")
     nested = NESTED if any(part in parts for part in NESTED) else ()
     check_parts(name, parts, ("weight", "weight.absmax", "weight.quant_map", states[0], *nested))
     state, kind = _state(parts[states[0]], bool(nested)), STATES[states[0]]

@@ -102,7 +102,7 @@ class GPTQWeight(GroupedWeight):
             return
         if method.sorted:
             qweight.fail(
-                "has no g_idx beside it, and desc_act is true: the groups of its columns are unknown"
+                "has no g_idx beside it. With desc_act the groups of the columns are unknown without it"
             )
         self.size = method.group_size if method.one_size else -(-K // G)
         self.size = K if self.size == -1 else min(self.size, K)

@@ -1,4 +1,4 @@
-"""B: folders of bitsandbytes, FP8 and compressed-tensors, in order but for one tensor or setting."""
+"""B: folders of bitsandbytes, FP8 and compressed-tensors. One tensor or one setting of each is wrong."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -18,10 +18,9 @@
  *
  * A CPU multiplies four bytes in the time of one float (vpdpbusd, vpmaddubsw). F16, BF16 and FP8 weights have
  * no whole numbers: with more than GEMV_TOKENS tokens both sides are rounded to 14 bits, and pairs of 16-bit
- * integers are multiplied; with fewer tokens nothing is rounded. The same holds for NF4 and FP4, but with
- * fewer tokens the 16 numbers of their table are rounded to two bytes. The result is linear(x rounded, w)
- * within the rounding of float32 sums, and of those weights: tests/kernels/test_quantized_activations.py
- * compares it with NumPy.
+ * integers are multiplied; with fewer tokens nothing is rounded. The 16 numbers of NF4 and of FP4 are rounded
+ * to bytes. The result is linear(x rounded, w) within the rounding of float32 sums, and of those weights:
+ * tests/kernels/test_quantized_activations.py compares it with NumPy.
  *
  * Rows of a block format are packed (formats.h). Threads share out the rows of w. The vector forms are in
  * linear_gemv.c, for one to eight tokens, and in linear_gemm.c, for more. Both add in the same order, so with
@@ -89,7 +88,7 @@ int nl_linear_scalar_micro_kernel(float *y, const void *x, int64_t T, const nl_m
 
 /* ---------------------------------------------------------------- scalar: the definition in C */
 
-INLINE void rows_scalar(const int format, const linear_args *a, int64_t begin, int64_t end) {
+INLINE void rows_scalar(const int format, const int exact, const linear_args *a, int64_t begin, int64_t end) {
     const int64_t OUT = a->w.OUT, IN = a->w.IN, weights = block_weights(format);
     for (int64_t r = begin; r < end; r++) {
         for (int64_t t = 0; t < a->T; t++) a->y[t * OUT + r] = 0;
@@ -97,7 +96,9 @@ INLINE void rows_scalar(const int format, const linear_args *a, int64_t begin, i
             uint8_t room[QK_K];
             const uint8_t *block = block_of(format, room, &a->w, r, b);
             float w[QK_K];
-            for (int i = 0; i < weights; i++) w[i] = weight(format, block, i / 16, i % 16);
+            for (int i = 0; i < weights; i++)
+                w[i] = exact ? weight(format, block, i / 16, i % 16)
+                             : rounded_weight(format, block, i / 16, i % 16);
             for (int64_t t = 0; t < a->T; t++) {
                 const float *x = (const float *)a->x + t * IN + b;
                 float sum = a->y[t * OUT + r];
@@ -108,20 +109,18 @@ INLINE void rows_scalar(const int format, const linear_args *a, int64_t begin, i
     }
 }
 
-void linear_scalar(const linear_args *a, int64_t begin, int64_t end) {
+/* The scalar form has one order of summing, and its quantized activations are float32. */
+INLINE void scalar(const int exact, const linear_args *a, int64_t begin, int64_t end) {
     switch (a->w.format) {
 #define CASE(FORMAT, ...)                                                                                    \
-    case FORMAT: rows_scalar(FORMAT, a, begin, end); break;
+    case FORMAT: rows_scalar(FORMAT, exact, a, begin, end); break;
         EACH_FORMAT(CASE)
 #undef CASE
     }
 }
-
-/* The scalar form has one order of summing, and its quantized activations are float32. */
-void linear_exact_scalar(const linear_args *a, int64_t begin, int64_t end) { linear_scalar(a, begin, end); }
-void linear_quantized_scalar(const linear_args *a, int64_t begin, int64_t end) {
-    linear_scalar(a, begin, end);
-}
+void linear_scalar(const linear_args *a, int64_t begin, int64_t end) { scalar(1, a, begin, end); }
+void linear_exact_scalar(const linear_args *a, int64_t begin, int64_t end) { scalar(1, a, begin, end); }
+void linear_quantized_scalar(const linear_args *a, int64_t begin, int64_t end) { scalar(0, a, begin, end); }
 
 #else
 /* ---------------------------------------------------------------- vectors: GEMV or GEMM
@@ -139,7 +138,7 @@ VEC_TARGET void VEC(linear_exact)(const linear_args *a, int64_t begin, int64_t e
 }
 
 VEC_TARGET void VEC(linear)(const linear_args *a, int64_t begin, int64_t end) {
-    if (a->T > GEMV_TOKENS || gemv_takes_bytes(a->w.format)) {
+    if (a->T > GEMV_TOKENS || in_bytes(a->w.format)) {
         VEC(linear_exact)(a, begin, end);
         return;
     }
@@ -156,7 +155,7 @@ VEC_TARGET void VEC(linear_quantized)(const linear_args *a, int64_t begin, int64
     switch (a->w.format) {
 #define CASE(FORMAT, ...)                                                                                    \
     case FORMAT:                                                                                             \
-        if (a->T > GEMV_TOKENS || !gemv_takes_bytes(FORMAT))                                                 \
+        if (a->T > GEMV_TOKENS || !in_bytes(FORMAT))                                                         \
             gemm(FORMAT, 0, a, begin, end);                                                                  \
         else                                                                                                 \
             gemv_packed(FORMAT, a, begin, end);                                                              \

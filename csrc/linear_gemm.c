@@ -48,7 +48,7 @@ VEC_INLINE void pack_panel(const int format, const int exact, panel *to, const n
             const uint8_t *p =
                 (const uint8_t *)w->data + group * row_bytes + pc / weights * bytes * PACKED_ROWS;
             const int64_t lane = (jr + first) % PACKED_ROWS;
-            if (!in_bytes(format)) {
+            if (!in_bytes(format) || (exact && has_table(format))) {
                 unpack_packed_codes(format, exact, to, p, kc, column, lane);
                 continue;
             }

@@ -20,8 +20,7 @@
  *
  * Sums of whole numbers are int32, and none can overflow: 32 * 255 * 127 < 2^31.
  *
- * NF4 and FP4 have numbers out of a table, rounded to two bytes: two products in place of one. With AVX-512 a
- * block, 576 bytes, takes 4 loads, 12 operations for the codes, 16 to look them up and 16 vpdpbusd.
+ * NF4 and FP4 take 8 operations more, to look up a byte for each code.
  *
  * FP8 takes the same way, with an FMA of floats in place of the products of bytes (`add_codes`).
  *
@@ -145,21 +144,6 @@ VEC_INLINE void add_block(const int format, const int T, vec *y, const ints q[8]
     }
 }
 
-/* The same for 32 numbers of a table: each is 128 first + second - TABLE_ZERO. The largest sum is
- * 128 * 32 * 127 * 127, below 2^31. Halves are summed apart, because a product waits for the one before. */
-VEC_INLINE void add_table_block(const int format, const int T, vec *y, const ints first[8],
-                                const ints second[8], vec d, const int32_t *x) {
-    for (int t = 0; t < T; t++) {
-        const ints start = ints_all(x_start(x, T, 0)[t]);
-        ints high = byte_dots(format, ints_zero(), first, x + t, T, 4);
-        ints low = byte_dots(format, start, second, x + t, T, 4);
-        high = ints_add(high, byte_dots(format, ints_zero(), first + 4, x + 4 * T + t, T, 4));
-        low = ints_add(low, byte_dots(format, ints_zero(), second + 4, x + 4 * T + t, T, 4));
-        const ints sum = ints_add(ints_left(high, 7), low);
-        y[t] = vec_fma(vec_from_ints(sum), vec_mul(d, vec_all(x_dx(x, T)[t])), y[t]);
-    }
-}
-
 /* What a step of KC weights has in hand: packed rows, LANES of them from `column` on, and the tokens. In a K
  * format d and m are the scales of its sub-blocks. */
 typedef struct {
@@ -173,25 +157,18 @@ typedef struct {
 
 VEC_INLINE void unpack_and_add(const int format, const int T, vec *y, const gemv_step *s, const int b) {
     const nl_format f = format_of(format);
-    const int scales = QK / scale_weights(format), in_block = (int)block_weights(format) / QK;
-    const int64_t bytes = PACKED_ROWS * f.bytes / in_block;
-    const uint8_t *p = is_k(format) ? s->weights : s->weights + b / in_block * in_block * bytes;
-    ints q[8], second_q[8];
+    const int scales = QK / scale_weights(format), in_block = blocks_of_32(format);
+    const int64_t bytes = PACKED_ROWS * f.bytes;
+    const uint8_t *p = s->weights + b / in_block * bytes;
+    ints q[8];
     vec d[2], m = vec_zero();
-    if (s->column == 0) prefetch_to_l1(s->weights + b * bytes + PREFETCH_AHEAD, bytes);
-    if (has_table(format))
-        unpack_table(format, q, second_q, p, b % in_block, s->column);
-    else
-        unpack_block(format, q, p, b, s->column);
+    if (s->column == 0) prefetch_to_l1(s->weights + b * bytes / in_block + PREFETCH_AHEAD, bytes / in_block);
+    unpack_block(format, q, p, b % in_block, s->column);
     for (int i = 0; i < scales; i++)
         d[i] = is_k(format) ? vec_load(s->d + (b * scales + i) * LANES) : scale_of_rows(format, p, s->column);
     if (has_minima(format)) m = is_k(format) ? vec_load(s->m + b * LANES) : m_of_rows(format, p, s->column);
     const int32_t *x = s->first + b * x_block_size(T), *second = second_block(&s->second, b, T);
-    for (; x; x = second, second = NULL)
-        if (has_table(format))
-            add_table_block(format, T, y, q, second_q, d[0], x);
-        else
-            add_block(format, T, y, q, d, m, x);
+    for (; x; x = second, second = NULL) add_block(format, T, y, q, d, m, x);
 }
 
 /* FP8, codes of floats: y[t] += d * (the products of each block), which are summed in four registers. */
@@ -224,7 +201,7 @@ VEC_INLINE void add_codes(const int format, const int T, vec *y, const gemv_step
 }
 
 VEC_INLINE void gemv_add_step(const int format, const int T, vec *y, gemv_step *s, int64_t blocks) {
-    if (!gemv_takes_bytes(format)) {
+    if (!in_bytes(format)) {
         add_codes(format, T, y, s, blocks * QK);
         return;
     }
@@ -247,7 +224,7 @@ VEC_INLINE void gemv_packed_rows(const int format, const int T, const linear_arg
     const uint8_t *w[STREAMS];
     vec y[STREAMS][REGISTERS][GEMV_TOKENS];
     gemv_step step = {.first = a->x};
-    if (gemv_takes_bytes(format))
+    if (in_bytes(format))
         step.second = second_bytes_of(a->x, T, 1, IN, 0);
     else /* tokens behind the last one are the last one; their sums are not used */
         for (int t = 0; t < T; t++) step.x[t] = (const float *)a->x + (t < a->T ? t : a->T - 1) * IN;
@@ -266,7 +243,7 @@ VEC_INLINE void gemv_packed_rows(const int format, const int T, const linear_arg
             if (h == REGISTERS - 1)
                 w[stream] += PACKED_ROWS * KC / block_weights(format) * block_bytes(format);
         }
-        if (gemv_takes_bytes(format))
+        if (in_bytes(format))
             step.first += KC / QK * x_block_size(T), step.second.place += KC / QK;
         else
             for (int t = 0; t < T; t++) step.x[t] += KC;

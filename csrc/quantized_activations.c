@@ -27,7 +27,7 @@ int64_t nl_activations_bytes(int64_t T, int64_t IN) {
 }
 
 int nl_quantizes_activations(int format, int64_t T) {
-    return is_known(format) && format != F32 && (T > GEMV_TOKENS || gemv_takes_bytes(format));
+    return is_known(format) && format != F32 && (T > GEMV_TOKENS || in_bytes(format));
 }
 
 int nl_quantize_activations(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
@@ -41,11 +41,6 @@ int nl_quantize_activations(void *activations, const float *x, int format, int b
     return 0;
 }
 #endif
-
-/* Whether T tokens are bytes, and not pairs, where the weights have this format. */
-INLINE int takes_bytes(int format, int64_t T) {
-    return T > GEMV_TOKENS ? in_bytes(format) : gemv_takes_bytes(format);
-}
 
 /* The largest number of a block that needs no second byte: of the token's blocks, in their order. */
 INLINE float first_byte_limit(int bits, const float *largest, int64_t stride, int64_t blocks) {
@@ -74,7 +69,7 @@ void quantize_activations_scalar(void *activations, const float *x, int format, 
         float *to = (float *)activations + t * IN;
         for (int64_t b = 0; b < blocks; b++) to[b * QK] = largest_of(x + t * IN + b * QK);
         const float limit = first_byte_limit(bits, to, QK, blocks);
-        const float largest_q = takes_bytes(format, T) ? X_MAX_BYTES : X_MAX;
+        const float largest_q = in_bytes(format) ? X_MAX_BYTES : X_MAX;
         for (int64_t b = 0; b < blocks; b++, to += QK) {
             const float max = *to, inverse = inverse_scale(max, largest_q), dx = max / largest_q;
             const int one_byte = largest_q == X_MAX_BYTES && !(max > limit);
@@ -248,7 +243,7 @@ VEC_INLINE void quantize_to_pairs(void *activations, const float *x, int64_t T, 
 
 VEC_TARGET void VEC(quantize_activations)(void *activations, const float *x, int format, int bits, int64_t T,
                                           int64_t IN, int64_t group) {
-    if (!takes_bytes(format, T)) {
+    if (!in_bytes(format)) {
         quantize_to_pairs(activations, x, T, IN, group);
         return;
     }

@@ -30,7 +30,7 @@ VEC_INLINE vec d_of_rows(const int format, const uint8_t *p, int64_t column) {
 /* What the sum of q is multiplied by. */
 VEC_INLINE vec scale_of_rows(const int format, const uint8_t *p, int64_t column) {
     const vec d = d_of_rows(format, p, column);
-    if (has_table(format)) return vec_mul(d, vec_all(1.0f / TABLE_MAX));
+    if (has_table(format)) return vec_mul(d, vec_all(table_unit(format)));
     return format == LLM_INT8 ? vec_mul(d, vec_all(ONE_127TH)) : d;
 }
 
@@ -98,10 +98,11 @@ VEC_INLINE void unpack_scales(const int format, const int exact, float *d, float
     case Q5_K: unpack_k_scales(format, d, m, stride, p, column); break;
     case Q6_K: unpack_q6_k_scales(d, stride, p, column); break;
     default:
-        for (int64_t b = 0; b < blocks; b++, p += PACKED_ROWS * f.bytes) {
+        for (int64_t b = 0; b < blocks; b++) {
+            const uint8_t *block = p + b / blocks_of_32(format) * PACKED_ROWS * f.bytes;
             vec_store(d + b * stride,
-                      exact ? d_of_rows(format, p, column) : scale_of_rows(format, p, column));
-            if (has_minima(format)) vec_store(m + b * stride, m_of_rows(format, p, column));
+                      exact ? d_of_rows(format, block, column) : scale_of_rows(format, block, column));
+            if (has_minima(format)) vec_store(m + b * stride, m_of_rows(format, block, column));
         }
     }
 }
@@ -181,6 +182,18 @@ VEC_INLINE void unpack_q6_k(ints q[8], const uint8_t *p, const int b, int64_t co
     }
 }
 
+/* NF4, FP4, 36 bytes:  d d d d | q0 q4 | q1 q5 | q2 q6 | q3 q7 | q8 q12 | ...    w = d * table[q]
+ *
+ *     q is replaced by its byte of `table_bytes`. */
+VEC_INLINE void unpack_table(const int format, ints q[8], const uint8_t *p, const int b, int64_t column) {
+    const ints table = ints_xor(ints_of_16_bytes(table_bytes(format)), bytes_all(byte_zero(format)));
+    for (int k = 0; k < 8; k++) {
+        const ints unit = unit_of_rows(p, format_of(format).quants, b * 4 + k / 2, column);
+        q[k] = bytes_of_table(table, bits_of_bytes(unit, k % 2 * 4, 0, 15));
+    }
+}
+
+/* 32 weights of LANES rows: the b-th of the block at p. */
 VEC_INLINE void unpack_block(const int format, ints q[8], const uint8_t *p, const int b, int64_t column) {
     switch (format) {
     case Q8_0:
@@ -194,16 +207,16 @@ VEC_INLINE void unpack_block(const int format, ints q[8], const uint8_t *p, cons
     case Q4_K:
     case Q5_K: unpack_k_nibbles(format, q, p, b, column); break;
     case Q6_K: unpack_q6_k(q, p, b, column); break;
+    case NF4:
+    case FP4: unpack_table(format, q, p, b, column); break;
     }
 }
 
 /* ---------------------------------------------------------------- codes of floats
  *
- * FP8, 36 bytes:           d d d d | q0 | q1 | ... | q31                              w = d * (q as E4M3)
- * NF4, FP4, 36 bytes:      d d d d | q0 q4 | q1 q5 | q2 q6 | q3 q7 | q8 q12 | ...     w = d * table[q]
+ * FP8, 36 bytes:       d d d d | q0 | q1 | ... | q31                             w = d * (q as E4M3)
  *
- * A unit has the codes of four weights, or of eight. GEMM multiplies them as floats, and so does GEMV with
- * FP8. */
+ * and NF4 and FP4 in the exact way. A unit has the codes of four weights, or of eight. */
 INLINE int codes_in_unit(const int format) { return format == FP8 ? 4 : 8; }
 
 /* Code k of a unit, as a float: in FP8 divided by FP8_TIMES. */
@@ -216,18 +229,6 @@ VEC_INLINE vec times_of_code(const int format, vec a) {
     return format == FP8 ? vec_mul(a, vec_all(FP8_TIMES)) : a;
 }
 
-/* 32 weights of a table in two bytes each: the b-th of the block at p. */
-VEC_INLINE void unpack_table(const int format, ints first[8], ints second[8], const uint8_t *p, const int b,
-                             int64_t column) {
-    for (int k = 0; k < 8; k++) {
-        const ints unit = unit_of_rows(p, format_of(format).quants, b * 4 + k / 2, column);
-        const ints codes = bits_of_bytes(unit, k % 2 * 4, 0, 15);
-        first[k] = bytes_from_table(table_bytes(format, 0), codes);
-        second[k] = bytes_from_table(table_bytes(format, 1), codes);
-    }
-}
-
-/* 32 weights of LANES rows: the b-th of the block at p. */
 VEC_INLINE void unpack_codes(const int format, vec w[QK], const uint8_t *p, const int b, int64_t column) {
     const int codes = codes_in_unit(format), units = QK / codes;
     const vec d = d_of_rows(format, p, column);
@@ -274,9 +275,8 @@ VEC_INLINE void quantize_floats(panel *to, int64_t k, int64_t column, const vec 
  * each. */
 VEC_INLINE void unpack_packed_codes(const int format, const int exact, panel *to, const uint8_t *p,
                                     int64_t kc, int64_t column, int64_t lane) {
-    const int in_block = (int)block_weights(format) / QK;
     for (int64_t k = 0; k < kc; p += PACKED_ROWS * block_bytes(format))
-        for (int b = 0; b < in_block; b++, k += QK) {
+        for (int b = 0; b < blocks_of_32(format); b++, k += QK) {
             vec w[QK];
             unpack_codes(format, w, p, b, lane);
             if (exact)
@@ -289,12 +289,13 @@ VEC_INLINE void unpack_packed_codes(const int format, const int exact, panel *to
 VEC_INLINE void unpack_packed(const int format, const int exact, panel *to, const uint8_t *p, int64_t kc,
                               int64_t column, int64_t lane) {
     const int64_t bytes = PACKED_ROWS * block_bytes(format), blocks = kc / QK;
+    const int in_block = blocks_of_32(format);
     unpack_scales(format, exact, to->d[0] + column, to->m[0] + column, NR, p, blocks, lane);
 #pragma GCC unroll 8 /* in a K format every shift gets its constant */
     for (int b = 0; b < KC / QK; b++) {
         if (b >= blocks) break;
         ints q[8];
-        unpack_block(format, q, is_k(format) ? p : p + b * bytes, b, lane);
+        unpack_block(format, q, p + b / in_block * bytes, b % in_block, lane);
         for (int k = 0; k < 8; k++) ints_store(to->fours[8 * b + k] + column, q[k]);
     }
 }

@@ -24,7 +24,6 @@ enum { NR = 2 * LANES }; /* linear_gemm.c: rows of a panel */
 /* What is subtracted from the bytes of a format. Where bytes may not have a sign, those of a format with one
  * are q + 128. */
 INLINE int byte_zero(const int format) {
-    if (has_table(format)) return TABLE_ZERO;
     return has_sign(format) ? (SIGNED_BYTES ? 0 : 128) : format_of(format).zero;
 }
 

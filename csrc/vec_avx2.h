@@ -223,10 +223,11 @@ VEC_INLINE vec vec_from_table(const float table[16], ints codes) {
     return _mm256_blendv_ps(first, second, vec_of_bits(ints_left(codes, 28)));
 }
 
-/* The same for bytes from 0 to 15. */
-VEC_INLINE ints bytes_from_table(const uint8_t table[16], ints codes) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), codes);
+/* The same for bytes: 16 of them in every 128 bits, and codes from 0 to 15. */
+VEC_INLINE ints ints_of_16_bytes(const int8_t *p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p));
 }
+VEC_INLINE ints bytes_of_table(ints table, ints codes) { return _mm256_shuffle_epi8(table, codes); }
 
 /* Each lane reads 128 bits of its own row, in four registers. */
 VEC_INLINE void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {

@@ -157,9 +157,10 @@ VEC_INLINE vec vec_from_table(const float table[16], ints codes) {
     return _mm512_permutexvar_ps(codes, vec_load(table));
 }
 
-VEC_INLINE ints bytes_from_table(const uint8_t table[16], ints codes) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), codes);
+VEC_INLINE ints ints_of_16_bytes(const int8_t *p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p));
 }
+VEC_INLINE ints bytes_of_table(ints table, ints codes) { return _mm512_shuffle_epi8(table, codes); }
 
 VEC_INLINE void rows_4_u32(ints out[4], const uint8_t *p, const int64_t at[LANES]) {
     ints r[4];

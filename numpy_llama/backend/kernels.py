@@ -34,7 +34,6 @@ from .formats import (
     FORMATS,
     MAX_F16,
     QK,
-    TABLES,
     Format,
     InPlace,
     PackedTensor,
@@ -183,8 +182,7 @@ def rounded_activations(x: Array, format: Format, bits: int) -> Array:
     if bits == 32 or not quantizes_activations(format, x.size // max(IN, 1)):
         return x
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -IN % QK)])  # as KernelWeight pads its rows
-    few = format.name in TABLES and x.size <= IN * lib.NL_GEMV_TOKENS  # GEMV takes bytes, GEMM 14 bits
-    return quantize_activations(padded, 14 if format.in_floats and not few else bits)[..., :IN]
+    return quantize_activations(padded, 14 if format.in_floats else bits)[..., :IN]
 
 
 def read_probe(arrays: Sequence[Array], threads: int) -> int:
@@ -335,9 +333,9 @@ class Kernels(InPlace):
     """The C functions, bound to a number of threads. The number never changes a result.
 
     `exact` multiplies weights and activations in float32. Otherwise activations are quantized to 8 bits, or
-    to 15 (csrc/linear.c): linear(x rounded, w). With F16, BF16, FP8, NF4 and FP4 weights and more than
-    eight tokens, both are rounded to 14 bits. With fewer tokens nothing is rounded, but with NF4 and FP4 the
-    activations to 8 or 15 bits and the table to 14. With F32 weights nothing is rounded.
+    to 15 (csrc/linear.c): linear(x rounded, w). The tables of NF4 and FP4 are rounded to bytes. With F16,
+    BF16 and FP8 weights and more than eight tokens, both are rounded to 14 bits, and with fewer tokens
+    nothing is. With F32 weights nothing is rounded.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import functional as F
-from ..backend.formats import StoredTensor
+from ..backend.formats import ROUNDED_TABLES, StoredTensor, rounded_weights
 from ..backend.fused import FusedBlock, fused_weights
 from ..backend.kernels import Kernels, KernelWeight, rounded_activations
 from ..cache import KVCache
@@ -58,7 +58,8 @@ class C:
             stored = part if weight.columns is None else part.take(weight.columns, axis=-1)
             rounded = rounded_activations(stored, w.format, self.kernels.activation_bits)
             there = rounded if w.column_order is None else rounded.take(w.column_order, axis=-1)
-            right = exact if rounded is stored else F.linear(there, dense)
+            weights = rounded_weights(w) if w.format.name in ROUNDED_TABLES else dense
+            right = exact if rounded is stored else F.linear(there, weights)
             bound = bounds.linear(part[0], dense, w.format, rounded is not stored)
             yield self.kernels.linear(part, weight), right, bound
 

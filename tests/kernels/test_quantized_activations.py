@@ -23,7 +23,14 @@ from hypothesis import strategies as st
 from numpy_llama.backend._kernels import ffi, lib
 
 from numpy_llama.backend import kernels
-from numpy_llama.backend.formats import FORMATS, QK, TABLES, X_MAX, StoredTensor, quantize_activations
+from numpy_llama.backend.formats import (
+    FORMATS,
+    QK,
+    X_MAX,
+    StoredTensor,
+    quantize_activations,
+    rounded_weights,
+)
 from numpy_llama.backend.kernels import Kernels, KernelWeight
 from numpy_llama.proof.bounds import U32, assert_within
 
@@ -46,31 +53,26 @@ def x_block(format) -> int:
 
 
 def rounded(x, format, bits):
-    """What is multiplied. A GEMV leaves x as it is if the weights are floats, and takes tables as bytes."""
-    if format.in_floats and (len(x) > GEMV_TOKENS or format.name not in TABLES):
+    """What is multiplied. A GEMV leaves x as it is if the weights are floats."""
+    if format.in_floats:
         return x if len(x) <= GEMV_TOKENS else quantize_activations(x, 14)
     return quantize_activations(x, bits)
 
 
 def expected_and_bound(x, w: StoredTensor, isa, bits=15):
-    """linear(x rounded, w) in float64, and how far float32 sums may lie from it.
+    """linear(x rounded, w rounded) in float64, and how far float32 sums may lie from it.
 
     Every block takes at most four roundings, and joining the lanes a few. A block's d * q and m are each up
     to three times as large as its largest weight. For many tokens weights that are floats too are rounded to
     14 bits.
     """
-    format, dense = w.format, w.dequantize(np.float64)
+    format, dense = w.format, rounded_weights(w, np.float64)
     x = rounded(x, format, bits).astype(np.float64)
     blocks = np.abs(dense).reshape(len(dense), -1, QK).max(axis=-1)
     size = np.abs(x) @ np.repeat(blocks, QK, axis=-1).T
     terms = x.shape[-1] if format.in_floats or isa == "scalar" else 4 * x.shape[-1] / QK
     bound = (terms + 16) * U32 * 3 * size
-    if format.name in TABLES:  # the numbers of the table are rounded to 1 / 8127
-        d = np.abs(w.data.reshape(len(dense), -1, format.block_bytes)[..., :4].copy().view("<f4"))
-        bound += (
-            np.abs(x) @ np.repeat(d[..., 0].astype(np.float64), format.block, axis=-1).T / (2 * 8127) * 1.01
-        )
-    elif format.in_floats and len(x) > GEMV_TOKENS:
+    if format.in_floats and len(x) > GEMV_TOKENS:
         bound += size / (2 * float(X_MAX[14])) * 1.01
     return x @ dense.T, bound
 

@@ -157,14 +157,14 @@ static double reach(int format, const uint8_t *p, int s, double largest) {
 }
 
 /* A row of w: its weights, and for each the size of its parts; -> whether all are finite. */
-static int read_row(double *w, double *size, int format, const uint8_t *row, int64_t IN) {
+static int read_row(double *w, double *size, int format, const uint8_t *row, int64_t IN, int rounded) {
     const int64_t weights = block_weights(format);
     int finite = 1;
     for (int64_t b = 0; b < IN; b += weights)
         for (int s = 0; s < weights / 16; s++) {
             const uint8_t *p = row + b / weights * block_bytes(format);
             for (int i = 0; i < 16; i++) {
-                w[b + 16 * s + i] = weight(format, p, s, i);
+                w[b + 16 * s + i] = rounded ? rounded_weight(format, p, s, i) : weight(format, p, s, i);
                 finite &= isfinite(w[b + 16 * s + i]);
                 size[b + 16 * s + i] = reach(format, p, s, fabs(w[b + 16 * s + i]));
             }
@@ -208,10 +208,9 @@ static void linear_in(int way) {
     }
     double *row = room(8 * IN), *size = room(8 * IN);
     const int rounds_w = way == QUANTIZED && !in_bytes(format),
-              x_in_bytes =
-                  way == QUANTIZED && (T > NL_GEMV_TOKENS ? in_bytes(format) : gemv_takes_bytes(format));
+              x_in_bytes = way == QUANTIZED && in_bytes(format);
     for (int64_t r = 0; r < OUT; r++) {
-        const int good_row = read_row(row, size, format, w + r * row_bytes(format, IN), IN);
+        const int good_row = read_row(row, size, format, w + r * row_bytes(format, IN), IN, way == QUANTIZED);
         for (int64_t t = 0; t < T; t++) {
             double sum = 0, sizes = 0, coarse = 0, largest = 0;
             int finite = good_row, overflows = 0; /* in the scalar's floats only */
@@ -381,7 +380,7 @@ void fuzz_linear_dx(void) {
     if (cut < OUT) check(nl_linear_dx(dx, dy, T, &w, N, cut, OUT, 1) == 0, "dx was refused");
     double *wide = room(8 * OUT * IN), *size = room(8 * OUT * IN);
     for (int64_t r = 0; r < OUT; r++)
-        read_row(wide + r * IN, size + r * IN, format, rows + r * row_bytes(format, IN), IN);
+        read_row(wide + r * IN, size + r * IN, format, rows + r * row_bytes(format, IN), IN, 0);
     for (int64_t t = 0; t < T; t++)
         for (int64_t k = 0; k < N; k++)
             check_sum(dx[t * N + k], dy + t * OUT, 1, wide + k, size + k, IN, OUT, 0, "dx is wrong");

@@ -52,9 +52,10 @@ def swiglu(gate: Array, up: Array) -> Array:
     return silu(gate) * up
 
 
-def rope_freqs(head_dim: int, rope_theta: float, dtype: type = np.float64) -> Array:
-    """theta_j = rope_theta^(-2j / head_dim), the turn of pair j in one position (RoFormer) -> (Dh / 2,)."""
-    return 1 / dtype(rope_theta) ** (np.arange(0, head_dim, 2, dtype=dtype) / dtype(head_dim))
+def rope_freqs(head_dim: int, rope_theta: float, dtype: type = np.float64, by: Array | int = 1) -> Array:
+    """theta_j = rope_theta^(-2j / head_dim) / by, the turn of pair j a position (RoFormer) -> (Dh / 2,)."""
+    powers = np.float64(rope_theta) ** (np.arange(0, head_dim, 2, dtype=dtype) / dtype(head_dim))
+    return 1 / (powers.astype(dtype) * np.asarray(by, dtype))  # rounded once, as PyTorch rounds its powers
 
 
 def precompute_freqs_cis(
@@ -66,7 +67,7 @@ def precompute_freqs_cis(
     """
     freqs = rope_freqs(head_dim, rope_theta, dtype)
     if scaling is not None:
-        freqs = (freqs / scaling.divisors(freqs, rope_theta, end)).astype(dtype)
+        freqs = rope_freqs(head_dim, rope_theta, dtype, scaling.divisors(freqs, rope_theta, end))
     angles = np.outer(np.arange(end, dtype=dtype), freqs)
     freqs_cis = np.empty(angles.shape, np.result_type(dtype, np.complex64))
     np.cos(angles, out=freqs_cis.real)

@@ -20,6 +20,7 @@ from numpy_llama.checkpoint.convert import convert
 from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from numpy_llama.checkpoint.merge import merge
 from numpy_llama.checkpoint.names import FUSED
+from numpy_llama.functional import rope_freqs
 from numpy_llama.proof.bounds import assert_near
 from numpy_llama.rope import LongRopeScaling, longrope_length
 from numpy_llama.text.tokenizer import tokenizer_from_gguf
@@ -126,6 +127,32 @@ def test_logits_as_transformers_on_both_sides_of_the_original_context(T, backend
     other = ORIGINAL if T > ORIGINAL else LONGER  # the other list shows
     if other >= T:
         assert np.abs(logits(checkpoint, tokens, backend, other) - wanted).max() > 1e-2
+
+
+@pytest.mark.parametrize("T", [4096, 4200])
+def test_logits_as_transformers_at_thousands_of_positions(T, tmp_path):
+    """Position 4,096 multiplies an error of theta_j. PyTorch's own powers may have one, of 1 ulp."""
+    rng = np.random.default_rng(0)
+    lists = {
+        name: rng.uniform(1, most, HEAD_DIM // 2).tolist() for name, most in zip(LISTS, (3, 64), strict=True)
+    }
+    rope = {"rope_type": "longrope", "rope_theta": 1e4} | lists
+    contexts = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    model = model_of(**contexts, rope_parameters=rope)
+    checkpoint = HuggingFaceCheckpoint(folder_of(model, tmp_path))
+    tokens = tokens_of(T)[:1]
+    expected(model, tokens)  # transformers chooses its list
+    theirs = model.model.rotary_emb.inv_freq.numpy()
+    ours = rope_freqs(
+        HEAD_DIM, 1e4, np.float32, np.array(lists["long_factor" if T > 4096 else "short_factor"])
+    )
+    np.testing.assert_array_max_ulp(ours, theirs, 2)
+    assert (ours == theirs).mean() > 0.9
+    model.model.rotary_emb.original_inv_freq = model.model.rotary_emb.long_inv_freq = torch.from_numpy(ours)
+    wanted = expected(model, tokens)
+    difference = np.abs(logits(checkpoint, tokens, "c", T) - wanted).max() / np.abs(wanted).max()
+    print(f"\nPhi-3, {T} tokens: {difference:.1e} of the largest logit")
+    assert difference < CLOSE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

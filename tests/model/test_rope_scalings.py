@@ -127,6 +127,16 @@ def written(model: LlamaForCausalLM, folder):
     return open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_the_angles_are_those_of_pytorch_to_the_last_bit(head_dim, theta):
+    """Position 100,000 multiplies an error by as much. PyTorch's own powers may have one, of 1 ulp."""
+    theirs = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    ours = rope_freqs(head_dim, theta, np.float32)
+    np.testing.assert_array_max_ulp(ours, theirs.numpy(), 2)
+    assert (ours == theirs.numpy()).mean() > 0.9
+
+
 def error_against(model: LlamaForCausalLM, opened, context: int, T: int, backends=("numpy", "c")) -> float:
     """The largest error of a logit, of all `backends`, relative to the largest logit."""
     ids = np.random.default_rng(1).integers(0, ARGS.vocab_size, (2, T))

@@ -12,6 +12,7 @@ token and the connection. The files lie in its cache, in its published layout, w
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from .files import lock, sync
 from .huggingface import SHARD, WEIGHTS, model_args
 from .json_file import MAX_BYTES, JsonFile
 from .other_models import other_architecture, other_folder
+
+_log = logging.getLogger(__name__)  # remarks; the command line prints them as its notes
 
 PREFIX = "hf:"
 FORM = "hf:OWNER/REPO, perhaps with :Q4_K_M, :FILE.gguf or @REVISION behind it"
@@ -51,7 +54,6 @@ PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q6_K", "Q8_0"),
     *("BF16", "F16", "F32", "Q4", "FP16"),
 )
-TOO_MANY = 429  # requests: the status of an answer
 TRIES = 5  # connections one after another that bring no byte
 SHOWN = 12  # file names in a message
 
@@ -94,9 +96,15 @@ class File(NamedTuple):
 def fetch(text: str, progress: Progress) -> Path:
     """The file or folder of a model of the Hub. What is not in the cache is fetched."""
     repository = _repository(parse(text))
-    names = _needed(repository, progress)
+    try:
+        names = _needed(repository, progress)
+    except DownloadError as error:
+        problem = f"{repository.problem}; " if repository.problem else ""
+        raise DownloadError(f"{problem}{error}") from None
     repository.get(names, progress)
     repository.name_commit()
+    if repository.problem and not _library().constants.HF_HUB_OFFLINE:  # offline is the user's choice
+        _log.warning("%s; what is in the cache is used", repository.problem)
     return repository.path(names[0]) if names[0].endswith(".gguf") else repository.folder
 
 
@@ -121,12 +129,12 @@ class Repository:
     root: Path  # models--OWNER--REPO in the cache
     commit: str
     files: dict[str, File]
-    is_cached: bool = False  # the Hub was not reached
+    problem: str | None = None  # why the Hub did not describe them
     architecture: str | None = None  # of its GGUF files
     base: str | None = None  # the model that an adapter belongs to
 
     def __str__(self) -> str:
-        return f"{self.name} in the cache (the Hub was not reached)" if self.is_cached else str(self.name)
+        return f"{self.name} in the cache" if self.problem else str(self.name)
 
     @property
     def folder(self) -> Path:
@@ -164,7 +172,7 @@ class Repository:
     def name_commit(self) -> None:
         """Note that the revision is this commit, of which all that is needed is in the cache now."""
         ref = self.root / "refs" / self.name.revision
-        if not self.is_cached and self.name.revision != self.commit:
+        if not self.problem and self.name.revision != self.commit:
             ref.parent.mkdir(parents=True, exist_ok=True)
             part = ref.with_name(f"{ref.name}.{os.getpid()}.part")
             part.write_text(self.commit)
@@ -192,32 +200,37 @@ class Repository:
 
 
 def _repository(name: Name) -> Repository:
-    """The repository as the Hub has it now; without a connection, as it is in the cache."""
+    """The repository as the Hub has it now; if the Hub does not describe it, as it is in the cache.
+
+    A token expires and a repository becomes private: what was fetched before still runs.
+    """
     library = _library()
-    folder = library.constants.HF_HUB_CACHE
-    root = Path(folder).absolute() / f"models--{name.repo.replace('/', '--')}"
-    errors = library.errors
+    root = Path(library.constants.HF_HUB_CACHE).absolute() / f"models--{name.repo.replace('/', '--')}"
+    rest = ""
+    try:
+        info = library.HfApi(library_name="numpy_llama").model_info(
+            name.repo,
+            revision=name.revision,
+            files_metadata=True,
+            timeout=library.constants.HF_HUB_ETAG_TIMEOUT,
+        )
+        return _announced(name, root, info)
+    except DownloadError as error:
+        problem = str(error)
+    except UnicodeEncodeError:
+        problem = f"{name}: HF_TOKEN has characters that no token has"
+    except library.errors.HfHubHTTPError as error:
+        problem = _answer(name, error)
+    except (OSError, _http_error()) as error:
+        problem, rest = _unreached(name, error), "; nothing of it is in the cache"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"{type(error).__name__}: {escape(str(error), 120)}"
+        problem = f"{name}: the Hub's answer cannot be read ({found})"
     with _explained(name):
-        try:
-            info = library.HfApi(library_name="numpy_llama").model_info(
-                name.repo,
-                revision=name.revision,
-                files_metadata=True,
-                timeout=library.constants.HF_HUB_ETAG_TIMEOUT,
-            )
-            return _announced(name, root, info)
-        except (OSError, _http_error()) as error:
-            refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code
-            if refused and refused < 500 and refused != TOO_MANY:
-                raise
-            if (cached := _cached(name, root)) is None:
-                raise
-            return cached
-        except UnicodeEncodeError:
-            raise DownloadError(f"{name}: HF_TOKEN has characters that no token has") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            found = f"{type(error).__name__}: {escape(str(error), 120)}"
-            raise DownloadError(f"{name}: the Hub's answer cannot be read ({found})") from None
+        cached = _cached(name, root, problem)
+    if cached is None:
+        raise DownloadError(problem + rest)
+    return cached
 
 
 def _announced(name: Name, root: Path, info: Any) -> Repository:
@@ -231,10 +244,10 @@ def _announced(name: Name, root: Path, info: Any) -> Repository:
     architecture = info.gguf.get("architecture") if isinstance(info.gguf, dict) else None
     base = getattr(info.card_data, "base_model", None)
     base = base if isinstance(base, str) else None
-    return Repository(name, root, info.sha, files, False, architecture, base)
+    return Repository(name, root, info.sha, files, None, architecture, base)
 
 
-def _cached(name: Name, root: Path) -> Repository | None:
+def _cached(name: Name, root: Path, problem: str) -> Repository | None:
     """The repository as it is in the cache, or None if nothing of that revision is there."""
     ref = root / "refs" / name.revision
     commit = ref.read_text().strip() if ref.is_file() else name.revision
@@ -243,7 +256,7 @@ def _cached(name: Name, root: Path) -> Repository | None:
         return None
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    return Repository(name, root, commit, {one: File(one, size, "") for one, size in names.items()}, True)
+    return Repository(name, root, commit, {one: File(one, size, "") for one, size in names.items()}, problem)
 
 
 # --- the files that a model needs
@@ -296,7 +309,7 @@ def _checked(repository: Repository, names: list[str], most: int | None = None) 
         file = repository.files[one]
         if not is_plain(one):
             raise DownloadError(f"{repository.name}: {escape(one, 80)} is no plain file name")
-        known = repository.is_cached or re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(file.checksum))
+        known = repository.problem or re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(file.checksum))
         if type(file.size) is not int or file.size < 0 or not known:
             found = f"{escape(file.size, 40)} bytes, checksum {escape(file.checksum, 80)}"
             raise DownloadError(f"{repository.name}: the Hub announces {one} with {found}")
@@ -441,17 +454,12 @@ def _http_error() -> type[Exception]:
 @contextmanager
 def _explained(name: Name) -> Iterator[None]:
     """Errors of huggingface_hub and of the disk, as one line that says what to do."""
-    errors = _library().errors
     try:
         yield
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+    except _library().errors.HfHubHTTPError as error:
         raise DownloadError(_answer(name, error)) from None
     except _http_error() as error:
-        where = _library().constants.ENDPOINT
-        raise DownloadError(
-            f"{name}: {escape(where, 80)[1:-1]} cannot be reached ({type(error).__name__}: "
-            f"{escape(str(error), 120)[1:-1]}); what is in the cache already runs without it"
-        ) from None
+        raise DownloadError(_unreached(name, error)) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise ResourceLimitError(
@@ -460,12 +468,19 @@ def _explained(name: Name) -> Iterator[None]:
         raise DownloadError(f"{name} cannot be kept in the cache: {error}") from None
 
 
+def _unreached(name: Name, error: Exception) -> str:
+    """Why the Hub was not reached."""
+    if isinstance(error, _library().errors.OfflineModeIsEnabled):
+        return f"{name}: HF_HUB_OFFLINE forbids to ask the Hub"
+    where = escape(_library().constants.ENDPOINT, 80)[1:-1]
+    found = f"{type(error).__name__}: {escape(str(error), 120)[1:-1]}"
+    return f"{name}: {where} cannot be reached ({found})"
+
+
 def _answer(name: Name, error: Any) -> str:
     """The message for an answer of the Hub that is an error."""
     errors, page = _library().errors, f"{_library().constants.ENDPOINT}/{name.repo}"
     login = "set HF_TOKEN, or run `hf auth login`"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated: accept its licence on {page}, then {login}"
     if isinstance(error, errors.RepositoryNotFoundError):

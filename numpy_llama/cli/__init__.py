@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or unreadable input text, 3 `verify`
 import argparse
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout = common.Terminal(sys.stdout)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if a parent ignores it
         common.await_ctrl_c()
+    logging.getLogger("numpy_llama").addHandler(common.REMARKS)
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up and end, as for Ctrl-C
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:

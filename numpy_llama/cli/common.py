@@ -189,6 +189,16 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**sampling, "max_tokens": args.max_tokens, "stop": args.stop}
 
 
+class _Remarks(logging.Handler):
+    """What the library logs, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+REMARKS = _Remarks(logging.WARNING)
+
+
 def located(
     model: str, progress: Callable[[str, int, int], None], find: Callable[..., Path] = locate
 ) -> Path:

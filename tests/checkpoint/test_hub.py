@@ -392,23 +392,44 @@ def test_other_answers(hub, status, headers, words):
     refused("hf:o/gguf", words)
 
 
-@pytest.mark.parametrize("failing", ["refused", "offline", "503", "429"])
-def test_without_the_hub_the_cache_serves(hub, cache, monkeypatch, failing):
+FAILURES = {
+    "unreached": (None, "http://127.0.0.1:1 cannot be reached (Connect"),
+    "offline": (None, "HF_HUB_OFFLINE forbids to ask the Hub"),
+    "503": ((503, {}), "the Hub answers with an error (503)"),
+    "429": ((429, {}), "too many requests (429)"),
+    "401": ((401, {"X-Error-Message": "Invalid credentials"}), "refuses access (401), or the token is wrong"),
+    "403": ((403, {}), "refuses access (403), or the token is wrong: set HF_TOKEN"),
+    "private": ((401, {"X-Error-Code": "RepoNotFound"}), "the Hub has no model o/{}, or it is private"),
+    "no more": ((404, {"X-Error-Code": "RevisionNotFound"}), "o/{} has no revision main"),
+    "page": (b"<html>Log in to the wireless network", "the Hub's answer cannot be read"),
+}
+
+
+@pytest.mark.parametrize("failing", FAILURES)
+def test_without_the_hub_the_cache_serves(hub, monkeypatch, caplog, failing):
     path, folder = pull("hf:o/gguf"), pull("hf:o/folder")
-    if failing == "refused":
+    answer, problem = FAILURES[failing]
+    if failing == "unreached":
         unreachable(monkeypatch)
     elif failing == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif failing == "page":
+        hub.answer = answer
     else:
-        hub.failure = int(failing), {}
-    assert pull("hf:o/gguf") == path and pull("hf:o/folder") == folder
-    missing = {"offline": "forbids", "refused": "cannot be reached"}.get(failing, failing)
-    refused("hf:o/none", missing)
-    refused(
-        "hf:o/gguf:Q8_0", r"in the cache \(the Hub was not reached\) has no GGUF Q8_0; there is: m-Q4_K_M"
-    )
+        hub.failure = answer
+    for name, found in [("gguf", path), ("folder", folder)]:
+        caplog.clear()
+        assert pull(f"hf:o/{name}") == found
+        remarks = [one.getMessage() for one in caplog.records if one.name.startswith("numpy_llama")]
+        assert len(remarks) == (failing != "offline")  # what the user asked for needs no remark
+        assert all(problem.format(name) in one and "\n" not in one for one in remarks)
+        assert all(one.endswith("; what is in the cache is used") for one in remarks)
+    nothing = "; nothing of it is in the cache" if failing in ("unreached", "offline") else ""
+    refused("hf:o/none", f"{re.escape(problem.format('none'))}.*{nothing}$")
+    rest = "; hf:o/gguf in the cache has no GGUF Q8_0; there is: m-Q4_K_M.gguf$"
+    refused("hf:o/gguf:Q8_0", f"{re.escape(problem.format('gguf'))}.*{rest}")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused("hf:o/folder", "names model-00002-of-00002.safetensors, which is not there")
+    refused("hf:o/folder", "; hf:o/folder in the cache: .*names model-00002-of-00002.*, which is not there")
 
 
 def test_an_update_that_fails_leaves_the_old_model(hub, monkeypatch):

@@ -43,7 +43,8 @@ def test_generate_fetches_and_runs(hub, environment, tmp_path):
     offline = environment | {"HF_HUB_OFFLINE": "1"}
     done = run("tokenize", "hello", "-m", "hf:o/m:q4_k_m", env=offline)
     assert done.returncode == 0 and done.stderr == b"" and hub.contents() == []
-    assert_refused(run("info", "hf:o/m:F32", env=offline), 1, "in the cache (the Hub was not reached) has no")
+    words = "hf:o/m: HF_HUB_OFFLINE forbids to ask the Hub; hf:o/m in the cache has no GGUF F32"
+    assert_refused(run("info", "hf:o/m:F32", env=offline), 1, words)
     assert list((tmp_path / "hf" / "hub").rglob("*.gguf"))
 
 
@@ -53,6 +54,17 @@ def test_pull_prints_the_path_and_the_token_is_sent(hub, environment):
     done = run("pull", "hf:o/m:F32", env=environment | {"HF_TOKEN": "hf_secret"})
     assert Path(done.stdout.decode().strip()).read_bytes() == hub.repositories["o/m"]["m-F32.gguf"]
     assert done.returncode == 0 and done.stderr == b""
+
+
+def test_a_token_that_is_refused_is_a_note_if_the_model_is_there(hub, environment):
+    path = run("pull", "hf:o/m:q4_k_m", env=environment).stdout
+    hub.failure = 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
+    done = run("pull", "hf:o/m:q4_k_m", env=environment | {"HF_TOKEN": "hf_expired"})
+    assert done.returncode == 0 and done.stdout == path
+    assert done.stderr == (
+        b"numpy-llama: hf:o/m: the Hub refuses access (401), or the token is wrong: "
+        b"set HF_TOKEN, or run `hf auth login`; what is in the cache is used\n"
+    )
 
 
 def test_ctrl_c_during_a_fetch_and_the_next_one_continues(hub, environment, tmp_path):

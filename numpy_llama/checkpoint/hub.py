@@ -381,28 +381,44 @@ class _Download:
 
     def run(self) -> None:
         part = self.blob.with_name(f"{self.blob.name}.incomplete")
+        wanted = self.file.size, self.file.checksum
         with part.open("a+b") as out:
             self._begin()
             out.seek(0)
             while block := out.read(1 << 20):
                 self.digest.update(block)
-            most, failures = out.tell(), 0
-            while out.tell() < self.file.size:
-                error = self._transfer(out)
-                failures = 0 if out.tell() > most else failures + 1
-                most = max(most, out.tell())
-                if failures == TRIES:
-                    raise error or DownloadError(f"{self.name}: the Hub sends no more of {self.file.name}")
-                time.sleep(failures)
+            left = out.tell()  # by an earlier fetch, perhaps of another program
+            self._continue(out)
+            if left and (out.tell(), self.digest.hexdigest()) != wanted:
+                what = "what an earlier fetch left of it is damaged"
+                _log.warning("%s: %s is fetched anew, %s", self.name, self.file.name, what)
+                self._restart(out)
+                self._continue(out)
             sync(out)
             found = out.tell(), self.digest.hexdigest()
-        if found != (self.file.size, self.file.checksum):
+        if found != wanted:
             part.unlink()
             raise DownloadError(
                 f"{self.name}: {self.file.name} came with {found[0]:,} bytes and checksum {found[1]}, "
                 f"the Hub announces {self.file.size:,} and {self.file.checksum}; it was removed"
             )
         os.replace(part, self.blob)
+
+    def _continue(self, out: BinaryIO) -> None:
+        """Append the bytes that are missing."""
+        most, failures = out.tell(), 0
+        while out.tell() < self.file.size:
+            error = self._transfer(out)
+            failures = 0 if out.tell() > most else failures + 1
+            most = max(most, out.tell())
+            if failures == TRIES:
+                raise error or DownloadError(f"{self.name}: the Hub sends no more of {self.file.name}")
+            time.sleep(failures)
+
+    def _restart(self, out: BinaryIO) -> None:
+        out.truncate(0)
+        out.seek(0)
+        self._begin()
 
     def _begin(self) -> None:
         if len(self.file.checksum) == 64:
@@ -424,9 +440,7 @@ class _Download:
                     library.hf_raise_for_status(response)
                 there = response.headers.get("Content-Range", "")
                 if start and not (response.status_code == 206 and there.startswith(f"bytes {start}-")):
-                    out.truncate(0)  # the Hub sends all of it again
-                    out.seek(0)
-                    self._begin()
+                    self._restart(out)  # the Hub sends all of it again
                 if response.status_code == 416:
                     return None
                 for block in response.iter_bytes():

@@ -87,6 +87,10 @@ def refused(name: str, words: str, error=DownloadError) -> str:
     return str(caught.value)
 
 
+def remarks(caplog) -> list[str]:
+    return [one.getMessage() for one in caplog.records if one.name.startswith("numpy_llama")]
+
+
 def asked(hub, name: str) -> list[str | None]:
     """The ranges of a file that were asked for."""
     return [one.range for one in hub.requests if one.path.startswith("/cdn/") and one.path.endswith(name)]
@@ -294,13 +298,19 @@ def test_the_next_fetch_continues_an_interrupted_one(hub, cache):
 
 
 @pytest.mark.parametrize("length", [len(GGUF), len(GGUF) + 5, 5])
-def test_a_part_that_is_wrong_is_removed(hub, cache, length):
+def test_a_part_that_is_wrong_is_fetched_anew(hub, cache, caplog, length):
     part = cache / "models--o--gguf" / "blobs" / f"{checksum('m.gguf', GGUF)}.incomplete"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"?" * length)
+    assert pull("hf:o/gguf").read_bytes() == GGUF and not part.exists()
+    what = "m-Q4_K_M.gguf is fetched anew, what an earlier fetch left of it is damaged"
+    assert remarks(caplog) == [f"hf:o/gguf: {what}"]
+    assert asked(hub, "m-Q4_K_M.gguf")[-1] is None
+    part.with_suffix("").unlink()
+    part.write_bytes(b"?" * length)
+    hub.sent["m-Q4_K_M.gguf"] = GGUF[:-1] + b"?"  # and what comes anew is wrong too
     refused("hf:o/gguf", "the Hub announces .*; it was removed")
     assert not part.exists()
-    assert pull("hf:o/gguf").read_bytes() == GGUF
 
 
 def test_a_part_that_is_whole_is_not_fetched_again(hub, cache):
@@ -420,10 +430,10 @@ def test_without_the_hub_the_cache_serves(hub, monkeypatch, caplog, failing):
     for name, found in [("gguf", path), ("folder", folder)]:
         caplog.clear()
         assert pull(f"hf:o/{name}") == found
-        remarks = [one.getMessage() for one in caplog.records if one.name.startswith("numpy_llama")]
-        assert len(remarks) == (failing != "offline")  # what the user asked for needs no remark
-        assert all(problem.format(name) in one and "\n" not in one for one in remarks)
-        assert all(one.endswith("; what is in the cache is used") for one in remarks)
+        notes = remarks(caplog)
+        assert len(notes) == (failing != "offline")  # what the user asked for needs no remark
+        assert all(problem.format(name) in one and "\n" not in one for one in notes)
+        assert all(one.endswith("; what is in the cache is used") for one in notes)
     nothing = "; nothing of it is in the cache" if failing in ("unreached", "offline") else ""
     refused("hf:o/none", f"{re.escape(problem.format('none'))}.*{nothing}$")
     rest = "; hf:o/gguf in the cache has no GGUF Q8_0; there is: m-Q4_K_M.gguf$"

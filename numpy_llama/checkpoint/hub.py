@@ -8,6 +8,7 @@ token and the connection. The files lie in its cache, in its published layout, w
     models--OWNER--REPO/blobs/CHECKSUM         the bytes; CHECKSUM.incomplete until they are whole
     models--OWNER--REPO/refs/REVISION          the commit that was the revision when the Hub was last asked
     models--OWNER--REPO/snapshots/COMMIT/NAME  a link to the bytes
+    .locks/models--OWNER--REPO/CHECKSUM.lock   held by the program that fetches these bytes
 """
 
 import errno
@@ -18,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 from ..backend import Progress
 from ..errors import DownloadError, ParameterError, ResourceLimitError, UnsupportedError, escape
 from . import quantized
-from .files import lock, sync
+from .files import sync
 from .huggingface import SHARD, WEIGHTS, model_args
 from .json_file import MAX_BYTES, JsonFile
 from .other_models import other_architecture, other_folder
@@ -54,6 +55,7 @@ PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q6_K", "Q8_0"),
     *("BF16", "F16", "F32", "Q4", "FP16"),
 )
+PATIENCE = 1.0  # seconds for a lock, before a remark
 TRIES = 5  # connections one after another that bring no byte
 SHOWN = 12  # file names in a message
 
@@ -147,10 +149,7 @@ class Repository:
         """Fetch the files that are not in the cache."""
         missing = [self.files[name] for name in names if not self._is_there(self.files[name])]
         if missing:
-            with (
-                _explained(self.name),
-                lock(self.root.parent / ".locks" / self.root.name / "numpy_llama.lock"),
-            ):
+            with _explained(self.name):
                 self._get(missing, progress)
 
     def _get(self, missing: Sequence[File], progress: Progress) -> None:
@@ -164,10 +163,25 @@ class Repository:
             raise ResourceLimitError(f"{self.name} needs {left:,} more bytes, {blobs} has {free:,} left")
         for file in missing:
             blob = blobs / file.checksum
-            if not blob.exists() and not self._is_there(file):  # another process may have fetched it
-                _Download(self.name, self.commit, file, blob, done, total, progress).run()
-                done += file.size
-            self._link(file, blob)
+            with self._lock(file):
+                if not blob.exists() and not self._is_there(file):  # another program may have fetched it
+                    _Download(self.name, self.commit, file, blob, done, total, progress).run()
+                self._link(file, blob)
+            done += file.size if file in new else 0
+
+    @contextmanager
+    def _lock(self, file: File) -> Iterator[None]:
+        """huggingface_hub's lock of a blob: programs that want the same file fetch it once."""
+        path = self.root.parent / ".locks" / self.root.name / f"{file.checksum}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _library().utils.WeakFileLock
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock(path, timeout=PATIENCE))
+            except TimeoutError:
+                _log.warning("%s: another program fetches %s: this one waits for it", self.name, file.name)
+                stack.enter_context(lock(path))
+            yield
 
     def name_commit(self) -> None:
         """Note that the revision is this commit, of which all that is needed is in the cache now."""

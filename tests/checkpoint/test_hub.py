@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -261,15 +262,36 @@ def test_without_links(hub, monkeypatch):
     assert pull("hf:o/gguf") == path and hub.contents() == []
 
 
-def test_two_at_once_fetch_it_once(hub):
+PROGRAMS = {
+    "we": lambda: pull("hf:o/gguf"),
+    "huggingface_hub": lambda: Path(huggingface_hub.hf_hub_download("o/gguf", "m-Q4_K_M.gguf")),
+}
+
+
+def transfers(hub) -> list[str | None]:
+    """The ranges of the bytes that were asked for; huggingface_hub asks for the headers before."""
+    return [one.range for one in hub.requests if one.path.startswith("/cdn/") and one.method == "GET"]
+
+
+@pytest.mark.parametrize(
+    "first, second", [("we", "we"), ("we", "huggingface_hub"), ("huggingface_hub", "we")]
+)
+def test_two_programs_wait_for_each_other(hub, monkeypatch, caplog, first, second):
+    monkeypatch.setattr(client, "PATIENCE", 0.01)
     hub.holds["m-Q4_K_M.gguf"] = 5000
     with ThreadPoolExecutor() as pool:
-        both = [pool.submit(pull, "hf:o/gguf") for _ in range(2)]
-        while sum("/api/models/" in one.path for one in hub.requests) < 2 or not asked(hub, "m-Q4_K_M.gguf"):
-            assert not any(one.done() for one in both)
+        one = pool.submit(PROGRAMS[first])
+        while not transfers(hub):
+            assert not one.done()
+        other = pool.submit(PROGRAMS[second])
+        with pytest.raises(TimeoutError):
+            other.result(0.5)
+        assert transfers(hub) == [None]
         hub.released.set()
-        assert [one.result().read_bytes() for one in both] == [GGUF, GGUF]
-    assert asked(hub, "m-Q4_K_M.gguf") == [None, "bytes=5000-"]
+        assert one.result().read_bytes() == other.result().read_bytes() == GGUF
+    assert len(transfers(hub)) == 2  # the Hub has cut the first
+    what = "hf:o/gguf: another program fetches m-Q4_K_M.gguf: this one waits for it"
+    assert remarks(caplog) == ([what] if second == "we" else [])
 
 
 # --- cuts

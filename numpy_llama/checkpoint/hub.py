@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urlsplit
 
 from ..backend import Progress
 from ..errors import DownloadError, ParameterError, ResourceLimitError, UnsupportedError, escape
@@ -111,6 +112,7 @@ def fetch(text: str, progress: Progress) -> Path:
 
 
 def _library() -> Any:
+    _check_endpoint()
     try:
         import huggingface_hub
         from huggingface_hub import constants, errors, utils  # noqa: F401  they become its attributes
@@ -121,6 +123,35 @@ def _library() -> Any:
     except ValueError as error:  # it reads the environment when it is imported
         raise DownloadError(f"huggingface_hub does not start, look at the variables HF_*: {error}") from None
     return huggingface_hub
+
+
+def _check_endpoint() -> None:
+    """DownloadError if HF_ENDPOINT is no address. The errors of huggingface_hub do not name it."""
+    value = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        parts = urlsplit(value)
+        has_host = bool((parts.hostname or "").encode("idna")) and parts.port != 0
+    except ValueError:
+        has_host = False
+    if not has_host or parts.scheme not in ("http", "https") or not re.fullmatch("[!-~]+", value):
+        wanted = "wanted the address of a Hub, such as https://huggingface.co"
+        raise DownloadError(f"HF_ENDPOINT is {escape(value, 80)}, {wanted}")
+
+
+def _connection() -> None:
+    """DownloadError if the client does not start: it reads proxies and certificates from the environment."""
+    try:
+        _library().get_session()
+    except Exception as error:  # of several packages, without a root
+        found = f"{type(error).__name__}: {escape(str(error), 160)[1:-1]}"
+        wanted = "look at HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE"
+        raise DownloadError(f"the connection cannot be made, {wanted} ({found})") from None
+
+
+def _where() -> str:
+    """The address of the Hub, with the variable that gives it."""
+    name = "HF_ENDPOINT " if "HF_ENDPOINT" in os.environ else ""
+    return name + escape(_library().constants.ENDPOINT, 80)[1:-1]
 
 
 @dataclass
@@ -222,6 +253,7 @@ def _repository(name: Name) -> Repository:
     root = Path(library.constants.HF_HUB_CACHE).absolute() / f"models--{name.repo.replace('/', '--')}"
     rest = ""
     try:
+        _connection()
         info = library.HfApi(library_name="numpy_llama").model_info(
             name.repo,
             revision=name.revision,
@@ -230,7 +262,7 @@ def _repository(name: Name) -> Repository:
         )
         return _announced(name, root, info)
     except DownloadError as error:
-        problem = str(error)
+        problem = f"{name}: {error}"
     except UnicodeEncodeError:
         problem = f"{name}: HF_TOKEN has characters that no token has"
     except library.errors.HfHubHTTPError as error:
@@ -239,7 +271,7 @@ def _repository(name: Name) -> Repository:
         problem, rest = _unreached(name, error), "; nothing of it is in the cache"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"{type(error).__name__}: {escape(str(error), 120)}"
-        problem = f"{name}: the Hub's answer cannot be read ({found})"
+        problem = f"{name}: the answer of {_where()} cannot be read ({found})"
     with _explained(name):
         cached = _cached(name, root, problem)
     if cached is None:
@@ -250,7 +282,7 @@ def _repository(name: Name) -> Repository:
 def _announced(name: Name, root: Path, info: Any) -> Repository:
     """The repository that the Hub describes."""
     if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
-        raise DownloadError(f"{name}: the Hub names the commit {escape(info.sha, 60)}")
+        raise DownloadError(f"the Hub names the commit {escape(info.sha, 60)}")
     files = {}
     for one in info.siblings or []:
         checksum = one.lfs.sha256 if one.lfs else one.blob_id
@@ -500,9 +532,8 @@ def _unreached(name: Name, error: Exception) -> str:
     """Why the Hub was not reached."""
     if isinstance(error, _library().errors.OfflineModeIsEnabled):
         return f"{name}: HF_HUB_OFFLINE forbids to ask the Hub"
-    where = escape(_library().constants.ENDPOINT, 80)[1:-1]
     found = f"{type(error).__name__}: {escape(str(error), 120)[1:-1]}"
-    return f"{name}: {where} cannot be reached ({found})"
+    return f"{name}: {_where()} cannot be reached ({found})"
 
 
 def _answer(name: Name, error: Any) -> str:
@@ -518,6 +549,8 @@ def _answer(name: Name, error: Any) -> str:
     status = error.response.status_code
     if status in (401, 403):
         return f"{name}: the Hub refuses access ({status}), or the token is wrong: {login}"
+    if status == 404 and "/api/" in str(error.response.url):
+        return f"{name}: {_where()} is no Hub (404)"
     if status == 404:
         return f"{name}: the Hub does not have a file that it lists (404)"
     if status == 429:

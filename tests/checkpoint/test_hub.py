@@ -433,7 +433,7 @@ FAILURES = {
     "403": ((403, {}), "refuses access (403), or the token is wrong: set HF_TOKEN"),
     "private": ((401, {"X-Error-Code": "RepoNotFound"}), "the Hub has no model o/{}, or it is private"),
     "no more": ((404, {"X-Error-Code": "RevisionNotFound"}), "o/{} has no revision main"),
-    "page": (b"<html>Log in to the wireless network", "the Hub's answer cannot be read"),
+    "page": (b"<html>Log in to the wireless network", "cannot be read (JSONDecodeError"),
 }
 
 
@@ -472,6 +472,19 @@ def test_an_update_that_fails_leaves_the_old_model(hub, monkeypatch):
     refused("hf:o/folder", "checksum|differs|sha256|SHA-256")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert pull("hf:o/folder") == folder and (folder / shard).read_bytes() == FOLDER[shard]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("http://[", "nowhere", "", "http://", "ftp://x", "http://127.0.0.1:99999", "http://127.0.0.1:port"),
+        *("http://127.0.0.1:0", "http://127.0.0.1:-5", "http://a b", "http://a\x01b", "http://a..b"),
+    ],
+)
+def test_an_endpoint_that_is_no_address(hub, monkeypatch, value):
+    monkeypatch.setenv("HF_ENDPOINT", value)
+    words = f"HF_ENDPOINT is {value!a}, wanted the address of a Hub, such as https://huggingface.co"
+    refused("hf:o/gguf", f"^{re.escape(words)}$")
 
 
 def test_a_full_disk(hub, monkeypatch):
@@ -606,7 +619,7 @@ def test_what_is_announced_wrongly(hub, change):
 )
 def test_answers_that_cannot_be_read(hub, answer):
     hub.answer = answer
-    refused("hf:o/gguf", "the Hub's answer cannot be read|the Hub names the commit")
+    refused("hf:o/gguf", "the answer of http.* cannot be read|the Hub names the commit")
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,23 @@ def test_exit_codes(environment, name, code, words):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, "http://127.0.0.1:1 cannot be reached (ConnectError"),
-        ({"HF_ENDPOINT": "http://["}, "look at the variables HF_*"),
-        ({"HF_ENDPOINT": "nowhere"}, "nowhere cannot be reached"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, "HF_ENDPOINT http://127.0.0.1:1 cannot be reached (ConnectE"),
+        ({"HF_ENDPOINT": "http://["}, "HF_ENDPOINT is 'http://[', wanted the address of a Hub"),
+        (
+            {"ALL_PROXY": "foo://x"},
+            "look at HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE (ValueError: Unknown sch",
+        ),
         ({"HF_HUB_ETAG_TIMEOUT": "soon"}, "look at the variables HF_*"),
         ({"HF_TOKEN": "\u00fc"}, "HF_TOKEN has characters that no token has"),
     ],
 )
 def test_an_environment_that_is_wrong(environment, change, words):
     assert_refused(run("pull", "hf:o/m", env=environment | change), 1, words)
+
+
+def test_a_server_that_is_no_hub(hub, environment):
+    where = f"HF_ENDPOINT {hub.endpoint}"
+    hub.answer = b"<html>"
+    assert_refused(run("pull", "hf:o/m", env=environment), 1, f"the answer of {where} cannot be read (JSOND")
+    hub.failure = 404, {}
+    assert_refused(run("pull", "hf:o/m", env=environment), 1, f"hf:o/m: {where} is no Hub (404)")

@@ -49,6 +49,7 @@ BESIDE = (
 )
 MAX_BESIDE = 32 << 20  # bytes of each: the largest is a tokenizer.json
 META = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
+PART_OF = re.compile(r"-\d{5}-of-\d{5}")
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 NO_MODEL = re.compile(r"mmproj|imatrix")  # GGUF files beside a model
 # The choice without a quantization: the first of these that is there. All run as they are stored.
@@ -380,12 +381,14 @@ def _gguf_models(repository: Repository) -> dict[str, list[str]]:
 def _chosen_gguf(repository: Repository, models: dict[str, list[str]]) -> list[str]:
     """The files of the one model that is meant."""
     wanted = repository.name.file
+    files = {file: first for first, files in models.items() for file in files}
+    same = [first for file, first in files.items() if wanted in (file, file.rpartition("/")[2])]
     if wanted is None:
-        found = next((hits for one in PREFERRED if (hits := _matching(models, one))), list(models))
-    else:
-        files = {file: first for first, files in models.items() for file in files}
-        same = [first for file, first in files.items() if wanted in (file, file.rpartition("/")[2])]
-        found = list(dict.fromkeys(same)) or _matching(models, wanted)
+        found = next((hits for one in PREFERRED if (hits := _plainest(models, one))), list(models))
+    elif not (found := list(dict.fromkeys(same))):
+        found = _plainest(models, wanted)
+        if len(found) == 1 and (others := [one for one in _matching(models, wanted) if one not in found]):
+            _log.warning("%s:%s is %s; there is also %s", repository.name, wanted, found[0], _listed(others))
     if not found:
         there = _listed(models or repository.files)
         raise DownloadError(f"{repository} has no GGUF {escape(wanted, 80)[1:-1]}; there is: {there}")
@@ -400,7 +403,24 @@ def _chosen_gguf(repository: Repository, models: dict[str, list[str]]) -> list[s
 def _matching(models: dict[str, list[str]], quantization: str) -> list[str]:
     """The models whose names have the quantization as a word: q4_k_m in a-Q4_K_M.gguf, not in Q4_K_M_L."""
     word = re.compile(rf"(?<![a-z0-9]){re.escape(quantization)}(?![a-z0-9_])", re.IGNORECASE)
-    return [first for first in models if word.search(re.sub(r"-\d{5}-of-\d{5}", "", first))]
+    return [first for first in models if word.search(PART_OF.sub("", first))]
+
+
+def _plainest(models: dict[str, list[str]], quantization: str) -> list[str]:
+    """The models with the quantization; only m-Q4_K_M if all others are m with more words: m-UD-Q4_K_M.
+
+    That one is the shortest name that ends in the quantization. What stands before it begins every other
+    name: of m-7b-Q4_0 and m-13b-Q4_0 neither is chosen.
+    """
+    found = _matching(models, quantization)
+    stems = {one: PART_OF.sub("", one.rpartition("/")[2].lower()).removesuffix(".gguf") for one in found}
+    exact = [one for one in found if re.search(rf"[-._]{re.escape(quantization.lower())}$", stems[one])]
+    if not exact:
+        return found
+    best = min(exact, key=lambda one: len(stems[one]))
+    stem = stems.pop(best)
+    begins = re.compile(re.escape(stem[: -len(quantization) - 1]) + "[-._]")
+    return [best] if all(one != stem and begins.match(one) for one in stems.values()) else found
 
 
 def _listed(names: Sequence[str] | dict[str, Any]) -> str:

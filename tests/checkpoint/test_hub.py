@@ -175,6 +175,36 @@ def test_the_choice_without_a_quantization(hub, names, wanted):
     assert pull("hf:o/m").name == wanted
 
 
+@pytest.mark.parametrize(
+    "names, wanted",
+    [
+        (["M-UD-Q4_K_M.gguf", "M-Q4_K_M.gguf"], "M-Q4_K_M.gguf"),
+        (["M.i1-Q4_K_M.gguf", "M.Q4_K_M.gguf"], "M.Q4_K_M.gguf"),
+        (["M-Q4_K_M-imat.gguf", "M-q4_k_m.gguf", "old/M-v0-Q4_K_M.gguf"], "M-q4_k_m.gguf"),
+        (
+            ["UD/M-UD-Q4_K_M-00001-of-00001.gguf", "M-Q4_K_M-00001-of-00001.gguf"],
+            "M-Q4_K_M-00001-of-00001.gguf",
+        ),
+        (["M-7b-Q4_K_M.gguf", "M-13b-Q4_K_M.gguf"], None),
+        (["M-7b-Q4_K_M.gguf", "M-70b-Q4_K_M.gguf"], None),
+        (["a/M-Q4_K_M.gguf", "b/M-Q4_K_M.gguf"], None),
+        (["M-UD-Q4_K_M.gguf", "M-i1-Q4_K_M.gguf"], None),
+        (["M-Q4_K_M-a.gguf", "M-Q4_K_M-b.gguf"], None),
+    ],
+)
+@pytest.mark.parametrize("asked", [":Q4_K_M", ""])
+def test_the_quantization_without_a_word_more(hub, caplog, names, wanted, asked):
+    hub.repositories["o/m"] = dict.fromkeys(names, b"x")
+    if wanted is None:
+        refused(f"hf:o/m{asked}", "has several models, name one file: ")
+        return
+    assert pull(f"hf:o/m{asked}").name == wanted
+    others = ", ".join(sorted(set(names) - {wanted}))
+    assert remarks(caplog) == ([f"hf:o/m:Q4_K_M is {wanted}; there is also {others}"] if asked else [])
+    caplog.clear()
+    assert pull(f"hf:o/m:{wanted}").name == wanted and remarks(caplog) == []
+
+
 def test_several_models_in_a_repository_are_listed(hub):
     hub.repositories["o/m"] = {"a-Q4_0.gguf": b"a", "b-Q4_0.gguf": b"b", "c.gguf": b"c"}
     refused("hf:o/m", "has several models, name one file: a-Q4_0.gguf, b-Q4_0.gguf$")

@@ -333,7 +333,8 @@ def _needed(repository: Repository, progress: Progress) -> list[str]:
             raise UnsupportedError(f"{name} holds {known}")
         raise DownloadError(f"{repository} has no model that can be fetched; there is: {_listed(files)}")
     beside = [one for one in BESIDE if one in files]
-    repository.get(_checked(repository, ["config.json"], MAX_BYTES), progress)
+    settings = [one for one in ("config.json", *quantized.BESIDE) if one in files]
+    repository.get(_checked(repository, settings, MAX_BYTES), progress)
     model_args(JsonFile(repository.path("config.json")))  # a model that does not run: before its weights
     shards = [weights]
     if weights.endswith(".index.json"):

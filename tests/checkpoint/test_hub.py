@@ -133,6 +133,20 @@ def test_config_comes_first_and_stops_a_model_that_does_not_run(hub):
         assert hub.contents() == ["config.json"]
 
 
+@pytest.mark.parametrize(
+    "name, settings, words",
+    [
+        ("quantize_config.json", {"bits": 5}, "GPTQ of 5 bits; run are"),
+        ("quantize_config.json", {"bits": 4, "is_marlin_format": True}, "GPTQ weights stored as 'marlin'"),
+        ("quant_config.json", {"w_bit": 3}, "AWQ"),
+    ],
+)
+def test_settings_beside_the_config_come_before_the_weights(hub, name, settings, words):
+    hub.repositories["o/folder"] |= {name: as_json(settings)}
+    refused("hf:o/folder", words, UnsupportedError)
+    assert hub.contents() == ["config.json", name]
+
+
 @pytest.mark.parametrize("weights", WEIGHTS[::2])
 def test_the_best_weights_that_are_there(hub, weights):
     files = dict.fromkeys([*WEIGHTS[WEIGHTS.index(weights) :: 2], "consolidated.00.pth", "x.py"], b"w")

@@ -353,4 +353,4 @@ def with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Only the tokenizer, from a model, or from a file or folder without weights."""
-    return checkpoint.load_tokenizer(locate(path))
+    return checkpoint.load_tokenizer(locate(path, wanted="tokenizer"))

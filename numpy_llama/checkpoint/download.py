@@ -97,15 +97,20 @@ def _unknown(name: str) -> str:
     return f"{hint}{listed}"
 
 
-def locate(model: str | os.PathLike[str], progress: Progress | None = None) -> Path:
-    """The file of a model, by path or by name. A model with a name is fetched if it is missing."""
+def locate(
+    model: str | os.PathLike[str], progress: Progress | None = None, wanted: hub.Wanted = "model"
+) -> Path:
+    """The file of a model, by path or by name. A model with a name is fetched if it is missing.
+
+    wanted: of a repository of the Hub only the files of the tokenizer are fetched, if they stand alone.
+    """
     if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
         raise ParameterError(f"the model is {escape(model, 60)}, it must be a path or a name")
     model, progress = os.fspath(model), checked_progress(progress)
     if not model:
         raise DownloadError(f"the name of the model is empty; {_unknown(model)}")
     if address := on_the_hub(model):
-        return hub.fetch(address, progress)
+        return hub.fetch(address, progress, wanted)
     try:
         path = Path(model).expanduser()
         if path.exists():

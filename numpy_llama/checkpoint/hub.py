@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from ..backend import Progress
@@ -42,11 +42,11 @@ _NAME = re.compile(
     rf"hf:(?P<repo>{_WORD}/{_WORD})(?:@(?P<revision>[\w.-]+))?(?::(?P<file>[\w.+/-]+))?", re.ASCII
 )
 # The files beside the weights of a Hugging Face folder that a reader here opens.
-BESIDE = (
-    *("config.json", "generation_config.json", *quantized.BESIDE, "tokenizer.json", "tokenizer.model"),
+TOKENIZER = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
 )
+BESIDE = (*TOKENIZER, *quantized.BESIDE, "chat_template.jinja", "chat_template.json")
 MAX_BESIDE = 32 << 20  # bytes of each: the largest is a tokenizer.json
 META = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
 PART_OF = re.compile(r"-\d{5}-of-\d{5}")
@@ -97,16 +97,20 @@ class File(NamedTuple):
     checksum: str
 
 
-def fetch(text: str, progress: Progress) -> Path:
-    """The file or folder of a model of the Hub. What is not in the cache is fetched."""
+Wanted = Literal["model", "tokenizer"]
+
+
+def fetch(text: str, progress: Progress, wanted: Wanted = "model") -> Path:
+    """The file or folder of what is wanted of a repository. What is not in the cache is fetched."""
     repository = _repository(parse(text))
     try:
-        names = _needed(repository, progress)
+        names = _needed(repository, wanted, progress)
     except DownloadError as error:
         problem = f"{repository.problem}; " if repository.problem else ""
         raise DownloadError(f"{problem}{error}") from None
     repository.get(names, progress)
-    repository.name_commit()
+    if wanted == "model" or not repository.ref.exists():  # an older model there is whole
+        repository.name_commit()
     if repository.problem and not _library().constants.HF_HUB_OFFLINE:  # offline is the user's choice
         _log.warning("%s; what is in the cache is used", repository.problem)
     return repository.path(names[0]) if names[0].endswith(".gguf") else repository.folder
@@ -174,6 +178,10 @@ class Repository:
     def folder(self) -> Path:
         return self.root / "snapshots" / self.commit
 
+    @property
+    def ref(self) -> Path:
+        return self.root / "refs" / self.name.revision
+
     def path(self, name: str) -> Path:
         return self.folder / name
 
@@ -217,12 +225,11 @@ class Repository:
 
     def name_commit(self) -> None:
         """Note that the revision is this commit, of which all that is needed is in the cache now."""
-        ref = self.root / "refs" / self.name.revision
         if not self.problem and self.name.revision != self.commit:
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            part = ref.with_name(f"{ref.name}.{os.getpid()}.part")
+            self.ref.parent.mkdir(parents=True, exist_ok=True)
+            part = self.ref.with_name(f"{self.ref.name}.{os.getpid()}.part")
             part.write_text(self.commit)
-            part.replace(ref)
+            part.replace(self.ref)
 
     def _is_there(self, file: File) -> bool:
         path = self.path(file.name)
@@ -301,7 +308,7 @@ def _cached(name: Name, root: Path, problem: str) -> Repository | None:
     folder = root / "snapshots" / commit
     if not re.fullmatch("[0-9a-f]{40}", commit) or not folder.is_dir():
         return None
-    paths = [path for path in folder.rglob("*") if path.is_file()]
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     return Repository(name, root, commit, {one: File(one, size, "") for one, size in names.items()}, problem)
 
@@ -309,8 +316,8 @@ def _cached(name: Name, root: Path, problem: str) -> Repository | None:
 # --- the files that a model needs
 
 
-def _needed(repository: Repository, progress: Progress) -> list[str]:
-    """The names of the files of the model. The first is a GGUF file if the model is one."""
+def _needed(repository: Repository, wanted: Wanted, progress: Progress) -> list[str]:
+    """The names of the files of what is wanted. The first is a GGUF file if the model is one."""
     name, files = repository.name, repository.files
     ggufs = _gguf_models(repository)
     weights = next((one for one in WEIGHTS if one in files), None)
@@ -320,6 +327,8 @@ def _needed(repository: Repository, progress: Progress) -> list[str]:
         if known := other_architecture(repository.architecture):
             raise UnsupportedError(f"{name}: the architecture is {known}")
         return _checked(repository, names)
+    if wanted == "tokenizer":
+        return _tokenizer(repository, [] if weights else meta)
     if "adapter_config.json" in files and not weights:
         base = f", the model {escape(repository.base, 80)[1:-1]}," if repository.base else ""
         raise UnsupportedError(
@@ -341,6 +350,16 @@ def _needed(repository: Repository, progress: Progress) -> list[str]:
         repository.get(_checked(repository, [weights], MAX_BYTES), progress)
         shards += _shards(repository, weights)
     return _checked(repository, beside, MAX_BESIDE) + _checked(repository, shards)
+
+
+def _tokenizer(repository: Repository, meta: list[str]) -> list[str]:
+    """The names of the files of a tokenizer. Its model need not run here, and may be absent."""
+    names = [one for one in meta if not one.endswith(".pth")] if len(meta) >= 3 else []
+    names = names or [one for one in TOKENIZER if one in repository.files]
+    if not {"tokenizer.json", "tokenizer.model"}.intersection(names):
+        there = _listed(repository.files)
+        raise DownloadError(f"{repository} has no tokenizer.json and no tokenizer.model; there is: {there}")
+    return _checked(repository, names, MAX_BESIDE)
 
 
 def _shards(repository: Repository, index: str) -> list[str]:

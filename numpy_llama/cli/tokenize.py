@@ -1,9 +1,14 @@
-"""Show the token ids of a text, and the piece of the text for each id."""
+"""Show the token ids of a text, and the piece of the text for each id.
+
+Of hf:OWNER/REPO only the files of the tokenizer are fetched. A GGUF holds its tokenizer, and is fetched as a
+whole.
+"""
 
 import argparse
 import sys
+from functools import partial
 
-from ..checkpoint.download import DEFAULT_MODEL
+from ..checkpoint.download import DEFAULT_MODEL, locate
 from ..errors import ParameterError
 from ..llama import load_tokenizer
 from . import common
@@ -26,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
         raise ParameterError('nothing to tokenize: numpy-llama tokenize "Once upon a time"')
     text = common.read_stdin() if args.text is None else common.without_mark(args.text, "the text")
     with common.transfer_bar() as progress:
-        tokenizer = load_tokenizer(common.located(args.model, progress))
+        find = partial(locate, wanted="tokenizer")
+        tokenizer = load_tokenizer(common.located(args.model, progress, find))
     common.note_names(tokenizer, text, args.special)
     for token in tokenizer.encode(text, bos=tokenizer.add_bos, special=args.special):
         whole = token in tokenizer.control_tokens.values() or _is_utf8(tokenizer.token_bytes(token))

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from helpers.hub import COMMIT, checksum, served
 from helpers.tiny_models import write_speaker
+from helpers.tokenizers import byte_level_metadata, hugging_face
 from huggingface_hub import constants
 
 import numpy_llama as nl
 from numpy_llama.checkpoint import hub as client
+from numpy_llama.checkpoint import is_meta
 from numpy_llama.checkpoint.download import locate, on_the_hub, pull
 from numpy_llama.checkpoint.huggingface import WEIGHTS
 from numpy_llama.checkpoint.repositories import REPOSITORIES
@@ -159,6 +161,44 @@ def test_a_download_of_meta(hub):
     files = ["params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth"]
     hub.repositories["o/m"] = dict.fromkeys([*files, "example.py", "LICENSE.txt"], b"x")
     assert sorted(path.name for path in pull("hf:o/m").iterdir()) == sorted(files)
+
+
+def test_a_tokenizer_comes_without_the_weights(hub, monkeypatch, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    hugging_face(byte_level_metadata()).save(str(path))
+    files = {"tokenizer.json": path.read_bytes(), "config.json": as_json({"model_type": "qwen2"})}
+    hub.repositories["o/m"] = files | {"model.safetensors": b"x", "vocab.json": b"", "README.md": b""}
+    ids = nl.load_tokenizer("hf:o/m").encode("ab")
+    assert ids == nl.load_tokenizer(path).encode("ab") and hub.contents() == sorted(files)
+    del hub.repositories["o/m"]["model.safetensors"]  # a tokenizer may stand alone
+    assert nl.load_tokenizer("hf:o/m").encode("ab") == ids and hub.contents() == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert nl.load_tokenizer("hf:o/m").encode("ab") == ids
+    refused("hf:o/m", "has no model that can be fetched; there is: config.json, tokenizer.json")
+
+
+def test_the_tokenizer_of_a_download_of_meta(hub):
+    files = {name: b"x" for name in ("params.json", "tokenizer.model", "consolidated.00.pth", "LICENSE")}
+    hub.repositories["o/m"] = files
+    folder = locate("hf:o/m", wanted="tokenizer")
+    assert hub.contents() == ["params.json", "tokenizer.model"] and is_meta(folder)
+
+
+def test_a_tokenizer_in_a_gguf_needs_the_file(hub):
+    hub.repositories["o/gguf"]["tokenizer.json"] = b"{}"
+    assert locate("hf:o/gguf", wanted="tokenizer").read_bytes() == GGUF
+    hub.repositories["o/none"] = {"config.json": b"{}", "model.safetensors": b""}
+    with pytest.raises(DownloadError, match=r"has no tokenizer\.json and no tokenizer\.model; there is"):
+        locate("hf:o/none", wanted="tokenizer")
+
+
+def test_a_tokenizer_does_not_hide_an_older_model(hub, monkeypatch):
+    old = pull("hf:o/folder")
+    hub.commit, hub.repositories["o/folder"]["tokenizer.json"] = "2" * 40, b'{"t": 2}'
+    new = locate("hf:o/folder", wanted="tokenizer")
+    assert new != old and (new / "tokenizer.json").read_bytes() == b'{"t": 2}'
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pull("hf:o/folder") == old
 
 
 PARTS = [f"Q8_0/m-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]

@@ -9,6 +9,7 @@ import pytest
 from helpers.command_line import PROGRAM, assert_refused, run
 from helpers.hub import served
 from helpers.tiny_models import write_speaker
+from helpers.tokenizers import byte_level_metadata, hugging_face
 
 from numpy_llama.checkpoint.download import MODELS
 from numpy_llama.checkpoint.repositories import REPOSITORIES
@@ -46,6 +47,15 @@ def test_generate_fetches_and_runs(hub, environment, tmp_path):
     words = "hf:o/m: HF_HUB_OFFLINE forbids to ask the Hub; hf:o/m in the cache has no GGUF F32"
     assert_refused(run("info", "hf:o/m:F32", env=offline), 1, words)
     assert list((tmp_path / "hf" / "hub").rglob("*.gguf"))
+
+
+def test_tokenize_fetches_no_weights(hub, environment, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    hugging_face(byte_level_metadata()).save(str(path))
+    hub.repositories["o/folder"] = {"tokenizer.json": path.read_bytes(), "model.safetensors": BIG}
+    done = run("tokenize", "hello", "-m", "hf:o/folder", env=environment)
+    assert done.returncode == 0 and done.stdout and done.stderr == b""
+    assert hub.contents() == ["tokenizer.json"]
 
 
 def test_pull_prints_the_path_and_the_token_is_sent(hub, environment):

@@ -316,9 +316,10 @@ def load(
     kernels' float16. exact: they use unrounded float32 activations and a float32 cache, for reference work.
     The NumPy backend is always exact, except for a cache in "q8". max_seq_len: a context smaller than the
     file's; with a dynamic RoPE scaling it may be larger. Its size chooses between LongRoPE's two sets of
-    angles (`numpy-llama info` prints which). adapter: a LoRA adapter that runs beside the model, or a list
-    whose updates are added; "PATH:0.5" takes half of one. progress(what, done, total): called with counts of
-    bytes. A model that does not fit into memory is a ResourceLimitError before loading begins.
+    angles (`numpy-llama info` prints which). adapter: a LoRA adapter that runs beside the model, a path or
+    hf:OWNER/REPO, or a list whose updates are added; "PATH:0.5" takes half of one. progress(what, done,
+    total): called with counts of bytes. A model that does not fit into memory is a ResourceLimitError before
+    loading begins.
     """
     check_options(dtype, backend, exact, cache_dtype)
     progress = checked_progress(progress)
@@ -326,7 +327,7 @@ def load(
     args, weights = opened.args, opened.weights()
     if max_seq_len is not None:
         args = with_context(args, max_seq_len, opened.path)
-    adapters = read_adapters(adapter, args, weights)
+    adapters = read_adapters(adapter, args, weights, progress)
     plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype)
     updates = [x for one in adapters for low in one.values() for x in (low.a, low.b)]
     plan = replace(plan, made=plan.made + sum(x.nbytes for x in updates))

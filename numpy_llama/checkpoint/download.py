@@ -102,7 +102,7 @@ def locate(
 ) -> Path:
     """The file of a model, by path or by name. A model with a name is fetched if it is missing.
 
-    wanted: of a repository of the Hub only the files of the tokenizer are fetched, if they stand alone.
+    wanted: what is fetched of a repository of the Hub.
     """
     if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
         raise ParameterError(f"the model is {escape(model, 60)}, it must be a path or a name")
@@ -124,7 +124,8 @@ def locate(
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a model by name, if it is missing: -> its path. hf:OWNER/REPO is a model of the Hugging Face Hub.
+    """Fetch a model by name, if it is missing: -> its path. hf:OWNER/REPO is a model of the Hugging Face Hub,
+    or an adapter.
 
     A file gets its name only when it is whole and its checksum is right.
     """
@@ -132,7 +133,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     if not isinstance(name, str):
         raise DownloadError(f"no model is called {escape(name, 60)}")
     if address := on_the_hub(name):
-        return hub.fetch(address, progress)
+        return hub.fetch(address, progress, "either")
     if name not in MODELS:
         raise DownloadError(f"no model is called {name!r}; {_unknown(name)}")
     path = model_path(name)

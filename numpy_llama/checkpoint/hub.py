@@ -46,6 +46,7 @@ TOKENIZER = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 BESIDE = (*TOKENIZER, *quantized.BESIDE, "chat_template.jinja", "chat_template.json")
 MAX_BESIDE = 32 << 20  # bytes of each: the largest is a tokenizer.json
 META = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
@@ -97,7 +98,7 @@ class File(NamedTuple):
     checksum: str
 
 
-Wanted = Literal["model", "tokenizer"]
+Wanted = Literal["model", "adapter", "either", "tokenizer"]
 
 
 def fetch(text: str, progress: Progress, wanted: Wanted = "model") -> Path:
@@ -109,7 +110,7 @@ def fetch(text: str, progress: Progress, wanted: Wanted = "model") -> Path:
         problem = f"{repository.problem}; " if repository.problem else ""
         raise DownloadError(f"{problem}{error}") from None
     repository.get(names, progress)
-    if wanted == "model" or not repository.ref.exists():  # an older model there is whole
+    if wanted != "tokenizer" or not repository.ref.exists():  # an older model there is whole
         repository.name_commit()
     if repository.problem and not _library().constants.HF_HUB_OFFLINE:  # offline is the user's choice
         _log.warning("%s; what is in the cache is used", repository.problem)
@@ -322,6 +323,9 @@ def _needed(repository: Repository, wanted: Wanted, progress: Progress) -> list[
     ggufs = _gguf_models(repository)
     weights = next((one for one in WEIGHTS if one in files), None)
     meta = [one for one in files if META.fullmatch(one)]
+    is_adapter = ADAPTER in files and not weights and name.file is None
+    if wanted == "adapter" or (wanted == "either" and is_adapter):
+        return _adapter(repository, ggufs)
     if name.file is not None or (ggufs and not weights):
         names = _chosen_gguf(repository, ggufs)
         if known := other_architecture(repository.architecture):
@@ -329,11 +333,11 @@ def _needed(repository: Repository, wanted: Wanted, progress: Progress) -> list[
         return _checked(repository, names)
     if wanted == "tokenizer":
         return _tokenizer(repository, [] if weights else meta)
-    if "adapter_config.json" in files and not weights:
+    if is_adapter:
         base = f", the model {escape(repository.base, 80)[1:-1]}," if repository.base else ""
         raise UnsupportedError(
-            f"{name} is an adapter (LoRA): `hf download {name.repo}` prints its folder; "
-            f"name its base{base} with -m and the folder with --adapter"
+            f"{name} is an adapter (LoRA): name its base{base} with -m, and this with --adapter, "
+            "in Python load(base, adapter=...)"
         )
     if not weights and len(meta) >= 3:
         return _checked(repository, sorted(meta, reverse=True))
@@ -350,6 +354,19 @@ def _needed(repository: Repository, wanted: Wanted, progress: Progress) -> list[
         repository.get(_checked(repository, [weights], MAX_BYTES), progress)
         shards += _shards(repository, weights)
     return _checked(repository, beside, MAX_BESIDE) + _checked(repository, shards)
+
+
+def _adapter(repository: Repository, ggufs: dict[str, list[str]]) -> list[str]:
+    """The names of the files of an adapter: those of PEFT, or a GGUF."""
+    files = repository.files
+    if repository.name.file is None:
+        weights = [one for one in ADAPTER_WEIGHTS if one in files][:1]
+        if ADAPTER in files and weights:
+            return _checked(repository, [ADAPTER], MAX_BYTES) + _checked(repository, weights)
+        if not ggufs:
+            wanted = f"wanted {ADAPTER} with {' or '.join(ADAPTER_WEIGHTS)}, or a GGUF"
+            raise DownloadError(f"{repository} has no adapter, {wanted}; there is: {_listed(files)}")
+    return _checked(repository, _chosen_gguf(repository, ggufs))
 
 
 def _tokenizer(repository: Repository, meta: list[str]) -> list[str]:

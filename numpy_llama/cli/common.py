@@ -82,8 +82,8 @@ def add_adapter_argument(parser: argparse._ActionsContainer, required: bool = Fa
         action="append",
         required=required,
         metavar="PATH",
-        help="a LoRA adapter for the model: a folder of PEFT, or a GGUF file; PATH:0.5 takes half of it "
-        "(may be repeated: the updates are added)",
+        help="a LoRA adapter for the model: a folder of PEFT, a GGUF file or hf:OWNER/REPO; PATH:0.5 takes "
+        "half of it (may be repeated: the updates are added)",
     )
 
 

@@ -5,13 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from math import prod
 
 from ..backend.formats import StoredTensor
 from ..checkpoint import open_checkpoint
 from ..checkpoint.adapters import Adapter, is_adapter, open_adapter
 from ..checkpoint.base import Checkpoint
-from ..checkpoint.download import DEFAULT_MODEL
+from ..checkpoint.download import DEFAULT_MODEL, locate
 from ..checkpoint.memory import LEAST_CONTEXT, MemoryPlan, available_memory, gib, memory_plan
 from ..errors import NumpyLlamaError, escape, printable
 from . import common
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
-        path = common.located(args.model, progress)
+        path = common.located(args.model, progress, partial(locate, wanted="either"))
     if is_adapter(path):
         show_adapter(open_adapter(path))
         return

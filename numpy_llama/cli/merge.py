@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     with common.transfer_bar() as progress:
         source = open_checkpoint(common.located(args.model, progress))
-        updates = by_weight(read_adapters(args.adapter, source.args, source.weights()))
+        updates = by_weight(read_adapters(args.adapter, source.args, source.weights(), progress))
         found = merge(source, updates, args.out, args.dtype, args.threads, progress)
     size, kept = statistics.median(one.update for one in found), min(one.kept for one in found)
     what = f"{len(found)} weights changed by {100 * size:.2g}% of their size"

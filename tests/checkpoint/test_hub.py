@@ -12,13 +12,15 @@ import huggingface_hub
 import numpy as np
 import pytest
 from helpers.hub import COMMIT, checksum, served
-from helpers.tiny_models import write_speaker
+from helpers.tiny_models import SPEAKER, write_speaker
 from helpers.tokenizers import byte_level_metadata, hugging_face
+from helpers.updates import SOME, random_updates
 from huggingface_hub import constants
 
 import numpy_llama as nl
 from numpy_llama.checkpoint import hub as client
 from numpy_llama.checkpoint import is_meta
+from numpy_llama.checkpoint.adapters import write_gguf, write_peft
 from numpy_llama.checkpoint.download import locate, on_the_hub, pull
 from numpy_llama.checkpoint.huggingface import WEIGHTS
 from numpy_llama.checkpoint.repositories import REPOSITORIES
@@ -199,6 +201,50 @@ def test_a_tokenizer_does_not_hide_an_older_model(hub, monkeypatch):
     assert new != old and (new / "tokenizer.json").read_bytes() == b'{"t": 2}'
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert pull("hf:o/folder") == old
+
+
+@pytest.fixture
+def adapters(hub, tmp_path):
+    """A model, and the same adapter on the Hub in two forms; -> the model's path."""
+    speaker = write_speaker(tmp_path / "m.gguf")
+    names = {name: rank for name, rank in SOME.items() if name != "output.weight"}  # the vocabularies differ
+    updates, folder = random_updates(1, names), tmp_path / "lora"
+    write_peft(folder, updates, SPEAKER)
+    write_gguf(tmp_path / "lora.gguf", updates, SPEAKER)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.repositories["o/lora"] = files | {"README.md": b"", "tokenizer.json": b"{}", "optimizer.pt": b""}
+    hub.repositories["o/lora-gguf"] = {"l-F16.gguf": (tmp_path / "lora.gguf").read_bytes(), "x.gguf": b"x"}
+    return speaker
+
+
+def test_an_adapter_of_the_hub(hub, adapters, tmp_path):
+    def logits(adapter=None):
+        return nl.load(adapters, backend="numpy", adapter=adapter).model(np.array([[1, 2, 3]]))
+
+    whole, half = logits(tmp_path / "lora"), logits(f"{tmp_path}/lora:0.5")
+    assert np.abs(whole - logits()).max() > 0.01
+    assert (logits("hf:o/lora") == whole).all()
+    assert hub.contents() == ["adapter_config.json", "adapter_model.safetensors"]
+    for name in ("hf:o/lora:0.5", f"hf:o/lora@{COMMIT}:0.5"):
+        assert (logits(name) == half).all() and hub.contents() == []
+    for name in ("hf:o/lora-gguf", "hf:o/lora-gguf:f16:1", "hf:o/lora-gguf:l-F16.gguf:1.0"):
+        np.testing.assert_allclose(logits(name), whole, rtol=1e-4, atol=1e-5)
+    assert hub.contents() == ["l-F16.gguf"]
+    assert pull("hf:o/lora").joinpath("adapter_config.json").is_file() and hub.contents() == []
+
+
+def test_what_is_no_adapter(hub, adapters):
+    hub.repositories["o/cut"] = {"adapter_config.json": b"{}", "README.md": b""}
+    wanted = r"wanted adapter_config.json with adapter_model.safetensors or adapter_model.bin, or a GGUF"
+    for name, words in [
+        ("hf:o/folder", f"hf:o/folder has no adapter, {wanted}; there is: "),
+        ("hf:o/cut:0.5", f"hf:o/cut has no adapter, {wanted}; there is: adapter_config.json, README.md"),
+        ("hf:o/none", "the Hub has no model o/none"),
+        ("hf:o/lora:f32", "hf:o/lora has no GGUF f32"),
+    ]:
+        with pytest.raises(DownloadError, match=words):
+            nl.load(adapters, backend="numpy", adapter=name)
+    assert hub.contents() == []
 
 
 PARTS = [f"Q8_0/m-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
@@ -599,11 +645,12 @@ def test_without_the_library(hub, monkeypatch):
 # --- what is no model, and what means harm
 
 
-def test_an_adapter_says_what_to_do(hub):
+def test_an_adapter_is_no_model_and_the_way_out_is_named(hub):
     hub.repositories["o/lora"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
     hub.about["o/lora"] = {"cardData": {"base_model": "meta-llama/Llama-2-7b"}}
-    message = refused("hf:o/lora", r"is an adapter \(LoRA\): `hf download o/lora` prints", UnsupportedError)
-    assert "the model meta-llama/Llama-2-7b, with -m" in message and "--adapter" in message
+    with pytest.raises(UnsupportedError, match=r"hf:o/lora is an adapter \(LoRA\): name its base") as caught:
+        locate("hf:o/lora")
+    assert "the model meta-llama/Llama-2-7b, with -m, and this with --adapter" in str(caught.value)
     assert hub.contents() == []
 
 

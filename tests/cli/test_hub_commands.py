@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from helpers.command_line import PROGRAM, assert_refused, run
 from helpers.hub import served
-from helpers.tiny_models import write_speaker
+from helpers.tiny_models import SPEAKER, write_speaker
 from helpers.tokenizers import byte_level_metadata, hugging_face
+from helpers.updates import random_updates
 
+from numpy_llama.checkpoint.adapters import write_peft
 from numpy_llama.checkpoint.download import MODELS
 from numpy_llama.checkpoint.repositories import REPOSITORIES
 
@@ -56,6 +58,21 @@ def test_tokenize_fetches_no_weights(hub, environment, tmp_path):
     done = run("tokenize", "hello", "-m", "hf:o/folder", env=environment)
     assert done.returncode == 0 and done.stdout and done.stderr == b""
     assert hub.contents() == ["tokenizer.json"]
+
+
+def test_an_adapter_of_the_hub(hub, environment, tmp_path):
+    write_peft(tmp_path / "lora", random_updates(1, {"layers.1.attention.wq.weight": 3}), SPEAKER)
+    hub.repositories["o/lora"] = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    for command in (
+        ["info", "hf:o/lora"],
+        ["generate", "x", "-n", "2", "-m", str(tmp_path / "m.gguf"), "--adapter", "hf:o/lora:0.5"],
+        ["merge", "-m", "hf:o/m:f32", "--adapter", "hf:o/lora", "--out", str(tmp_path / "merged.gguf")],
+    ):
+        done = run(*command, env=environment | {"HF_HOME": str(tmp_path / command[0])})
+        assert done.returncode == 0, done.stderr
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub.contents())
+    words = "hf:o/lora is an adapter (LoRA): name its base with -m, and this with --adapter"
+    assert_refused(run("generate", "x", "-m", "hf:o/lora", env=environment), 1, words)
 
 
 def test_pull_prints_the_path_and_the_token_is_sent(hub, environment):

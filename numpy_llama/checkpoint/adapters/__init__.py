@@ -8,11 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ...backend import Progress
 from ...backend.formats import StoredTensor
 from ...config import ModelArgs
 from ...errors import FormatError, ParameterError, escape
 from ...lora import LowRank
-from .. import not_models
+from .. import hub, not_models
 from ..files import MappedFile
 from ..gguf.file import GGUFFile
 from .base import Adapter as Adapter
@@ -21,7 +22,7 @@ from .gguf import write_gguf as write_gguf
 from .peft import CONFIG, PEFTAdapter
 from .peft import write_peft as write_peft
 
-WANTED = f"a folder of PEFT, with {CONFIG} in it, or an adapter in GGUF"
+WANTED = f"a folder of PEFT, with {CONFIG} in it, an adapter in GGUF, or hf:OWNER/REPO"
 
 
 def open_adapter(path: Path) -> Adapter:
@@ -73,14 +74,20 @@ def read_adapters(
     given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
     args: ModelArgs,
     weights: Mapping[str, StoredTensor],
+    progress: Progress,
 ) -> list[dict[str, LowRank]]:
-    """The updates of each adapter that was given, for a model of these arguments and weights."""
+    """The updates of each adapter that was given, for a model of these arguments and weights.
+
+    An adapter of the Hugging Face Hub is fetched if it is missing.
+    """
     paths = [] if given is None else [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(paths, list | tuple) or not all(map(_is_path, paths)):
         raise ParameterError(f"adapter is {escape(given, 60)}, it must be a path or a list of paths")
     found = []
     for text in paths:
         path, factor = scaled(text)
+        if (name := os.fspath(path)).startswith(hub.PREFIX):
+            path = hub.fetch(name, progress, "adapter")
         adapter = open_adapter(path)
         adapter.check_copies(weights)
         updates = adapter.low_ranks(args)

@@ -172,6 +172,7 @@ class Repository:
     architecture: str | None = None  # of its GGUF files
     base: str | None = None  # the model that an adapter belongs to
 
+    has_waited: bool = False  # for another program that fetches the same files
     def __str__(self) -> str:
         return f"{self.name} in the cache" if self.problem else str(self.name)
 
@@ -218,7 +219,7 @@ class Repository:
         lock = _library().utils.WeakFileLock
         with ExitStack() as stack:
             try:
-                stack.enter_context(lock(path, timeout=PATIENCE))
+                stack.enter_context(lock(path, timeout=None if self.has_waited else PATIENCE))
             except TimeoutError:
                 _log.warning("%s: another program fetches %s: this one waits for it", self.name, file.name)
                 stack.enter_context(lock(path))
@@ -229,6 +230,7 @@ class Repository:
         if not self.problem and self.name.revision != self.commit:
             self.ref.parent.mkdir(parents=True, exist_ok=True)
             part = self.ref.with_name(f"{self.ref.name}.{os.getpid()}.part")
+                self.has_waited = True  # one remark is enough
             part.write_text(self.commit)
             part.replace(self.ref)
 

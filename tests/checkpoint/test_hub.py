@@ -15,7 +15,7 @@ from helpers.hub import COMMIT, checksum, served
 from helpers.tiny_models import SPEAKER, write_speaker
 from helpers.tokenizers import byte_level_metadata, hugging_face
 from helpers.updates import SOME, random_updates
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 import numpy_llama as nl
 from numpy_llama.checkpoint import hub as client
@@ -401,6 +401,23 @@ PROGRAMS = {
 def transfers(hub) -> list[str | None]:
     """The ranges of the bytes that were asked for; huggingface_hub asks for the headers before."""
     return [one.range for one in hub.requests if one.path.startswith("/cdn/") and one.method == "GET"]
+
+
+def test_who_waits_for_several_files_says_so_once(hub, cache, monkeypatch, caplog):
+    monkeypatch.setattr(client, "PATIENCE", 0.01)
+    folder = cache / ".locks" / "models--o--folder"
+    folder.mkdir(parents=True)
+    locks = [utils.WeakFileLock(folder / f"{checksum(name, data)}.lock") for name, data in SHARDS.items()]
+    with ThreadPoolExecutor() as pool, locks[1]:
+        with locks[0]:
+            one = pool.submit(pull, "hf:o/folder")
+            while not remarks(caplog):
+                assert not one.done()
+        while not list(cache.glob("models--o--folder/snapshots/*/model-00001-of-00002.safetensors")):
+            assert not one.done()
+        with pytest.raises(TimeoutError):
+            one.result(0.5)
+    assert one.result() and len(remarks(caplog)) == 1
 
 
 @pytest.mark.parametrize(

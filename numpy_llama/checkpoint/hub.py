@@ -60,6 +60,7 @@ PREFERRED = (
 )
 PATIENCE = 1.0  # seconds for a lock, before a remark
 TRIES = 5  # connections one after another that bring no byte
+ELSEWHERE = "HF_HOME can name another folder"
 SHOWN = 12  # file names in a message
 
 
@@ -171,8 +172,8 @@ class Repository:
     problem: str | None = None  # why the Hub did not describe them
     architecture: str | None = None  # of its GGUF files
     base: str | None = None  # the model that an adapter belongs to
-
     has_waited: bool = False  # for another program that fetches the same files
+
     def __str__(self) -> str:
         return f"{self.name} in the cache" if self.problem else str(self.name)
 
@@ -202,14 +203,22 @@ class Repository:
         total, done = sum(file.size for file in new), 0
         left = total - sum(part.stat().st_size for part in parts if part.exists())
         if (free := shutil.disk_usage(blobs).free) < left:
-            raise ResourceLimitError(f"{self.name} needs {left:,} more bytes, {blobs} has {free:,} left")
+            what = f"{self.name} needs {left:,} more bytes, the disk of {blobs} has {free:,} left"
+            raise ResourceLimitError(f"{what}; {ELSEWHERE}")
         for file in missing:
             blob = blobs / file.checksum
             with self._lock(file):
                 if not blob.exists() and not self._is_there(file):  # another program may have fetched it
-                    _Download(self.name, self.commit, file, blob, done, total, progress).run()
+                    self._download(file, blob, done, total, progress)
                 self._link(file, blob)
             done += file.size if file in new else 0
+
+    def _download(self, file: File, blob: Path, done: int, total: int, progress: Progress) -> None:
+        try:
+            _Download(self.name, self.commit, file, blob, done, total, progress).run()
+        except KeyboardInterrupt:
+            _log.warning("%s: what was fetched is kept, and the next fetch continues it", self.name)
+            raise
 
     @contextmanager
     def _lock(self, file: File) -> Iterator[None]:
@@ -221,6 +230,7 @@ class Repository:
             try:
                 stack.enter_context(lock(path, timeout=None if self.has_waited else PATIENCE))
             except TimeoutError:
+                self.has_waited = True  # one remark is enough
                 _log.warning("%s: another program fetches %s: this one waits for it", self.name, file.name)
                 stack.enter_context(lock(path))
             yield
@@ -230,7 +240,6 @@ class Repository:
         if not self.problem and self.name.revision != self.commit:
             self.ref.parent.mkdir(parents=True, exist_ok=True)
             part = self.ref.with_name(f"{self.ref.name}.{os.getpid()}.part")
-                self.has_waited = True  # one remark is enough
             part.write_text(self.commit)
             part.replace(self.ref)
 
@@ -279,7 +288,7 @@ def _repository(name: Name) -> Repository:
     except library.errors.HfHubHTTPError as error:
         problem = _answer(name, error)
     except (OSError, _http_error()) as error:
-        problem, rest = _unreached(name, error), "; nothing of it is in the cache"
+        problem, rest = _unreached(name, error), "; the cache has no whole copy of it"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"{type(error).__name__}: {escape(str(error), 120)}"
         problem = f"{name}: the answer of {_where()} cannot be read ({found})"
@@ -584,7 +593,7 @@ def _explained(name: Name) -> Iterator[None]:
             raise ResourceLimitError(
                 f"{name}: the disk is full; what was fetched is kept, and the next fetch continues it"
             ) from None
-        raise DownloadError(f"{name} cannot be kept in the cache: {error}") from None
+        raise DownloadError(f"{name} cannot be kept in the cache: {error}; {ELSEWHERE}") from None
 
 
 def _unreached(name: Name, error: Exception) -> str:

@@ -450,7 +450,7 @@ def test_a_cut_is_continued(hub):
     assert asked(hub, "m-Q4_K_M.gguf") == [None, "bytes=1000-", "bytes=6000-"]
 
 
-def test_the_next_fetch_continues_an_interrupted_one(hub, cache):
+def test_the_next_fetch_continues_an_interrupted_one(hub, cache, caplog):
     hub.cuts["m-Q4_K_M.gguf"] = [1000]
 
     def interrupt(what, done, total):
@@ -458,6 +458,7 @@ def test_the_next_fetch_continues_an_interrupted_one(hub, cache):
 
     with pytest.raises(KeyboardInterrupt):
         pull("hf:o/gguf", interrupt)
+    assert remarks(caplog) == ["hf:o/gguf: what was fetched is kept, and the next fetch continues it"]
     (part,) = cache.glob("models--o--gguf/blobs/*")
     assert part.suffix == ".incomplete" and part.read_bytes() == GGUF[:1000]
     hub.cuts.clear()
@@ -603,7 +604,7 @@ def test_without_the_hub_the_cache_serves(hub, monkeypatch, caplog, failing):
         assert len(notes) == (failing != "offline")  # what the user asked for needs no remark
         assert all(problem.format(name) in one and "\n" not in one for one in notes)
         assert all(one.endswith("; what is in the cache is used") for one in notes)
-    nothing = "; nothing of it is in the cache" if failing in ("unreached", "offline") else ""
+    nothing = "; the cache has no whole copy of it" if failing in ("unreached", "offline") else ""
     refused("hf:o/none", f"{re.escape(problem.format('none'))}.*{nothing}$")
     rest = "; hf:o/gguf in the cache has no GGUF Q8_0; there is: m-Q4_K_M.gguf$"
     refused("hf:o/gguf:Q8_0", f"{re.escape(problem.format('gguf'))}.*{rest}")
@@ -636,7 +637,7 @@ def test_an_endpoint_that_is_no_address(hub, monkeypatch, value):
 
 def test_a_full_disk(hub, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    refused("hf:o/gguf", "needs 204,804 more bytes, .* has 1,000 left", ResourceLimitError)
+    refused("hf:o/gguf", "needs 204,804 more bytes, .* has 1,000 left; HF_HOME can name", ResourceLimitError)
     assert hub.contents() == []
     monkeypatch.undo()
 
@@ -651,7 +652,7 @@ def test_a_disk_that_becomes_full(hub, monkeypatch):
 
 def test_a_cache_that_cannot_be_written(hub, cache):
     cache.write_text("a file")
-    refused("hf:o/gguf", "cannot be kept in the cache: .*Not a directory")
+    refused("hf:o/gguf", "cannot be kept in the cache: .*Not a directory.*; HF_HOME can name another folder")
 
 
 def test_without_the_library(hub, monkeypatch):

@@ -48,8 +48,10 @@ MODELS = {
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
 FILES = (".gguf", ".bin", ".pth", ".safetensors", ".json", ".model")
-# OWNER/REPO as other programs take it, or in the address of a page.
-REPOSITORY = re.compile(r"(?:^|huggingface\.co/|hf\.co/)([\w.-]+/[\w.-]+)(?:$|/(?:tree|resolve|blob)/)")
+# OWNER/REPO as other programs take it, or in the address of a page, or with a space or capitals: " HF:o/r".
+REPOSITORY = re.compile(
+    r"(?:^(?:\s*hf:)?|huggingface\.co/|hf\.co/)([\w.-]+/[\w.-]+)(?:$|/(?:tree|resolve|blob)/)", re.IGNORECASE
+)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -342,6 +342,8 @@ def test_a_name_that_is_none_gets_a_hint(way):
         ("meta-llama/Llama-2-7b", "of the Hugging Face Hub has the name hf:meta-llama/Llama-2-7b; `numpy-"),
         ("https://huggingface.co/o/r/tree/main", "has the name hf:o/r; `numpy-llama pull` lists the names"),
         ("no/such.gguf", "; `numpy-llama pull` lists the names"),
+        ("HF:o/R-1", "of the Hugging Face Hub has the name hf:o/R-1; `numpy-"),
+        (" hf:o/r", "has the name hf:o/r; `numpy-"),
         ("hf.co/o/r", "has the name hf:o/r; `numpy-llama pull` lists the names"),
     ]:
         with pytest.raises(DownloadError, match=words):

@@ -39,7 +39,7 @@ PREFIX = "hf:"
 FORM = "hf:OWNER/REPO, perhaps with :Q4_K_M, :FILE.gguf or @REVISION behind it"
 _WORD = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _NAME = re.compile(
-    rf"hf:(?P<repo>{_WORD}/{_WORD})(?:@(?P<revision>[\w.-]+))?(?::(?P<file>[\w.+/-]+))?", re.ASCII
+    rf"hf:(?P<repo>{_WORD}/{_WORD})(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[\w.+/-]+))?", re.ASCII
 )
 # The files beside the weights of a Hugging Face folder that a reader here opens.
 TOKENIZER = (
@@ -78,10 +78,9 @@ class Name(NamedTuple):
 def parse(text: str) -> Name:
     """The parts of a name; ParameterError if it is none."""
     found = _NAME.fullmatch(text)
-    odd = ".." in text or (
-        found and (re.search(r"--|\.git$", found["repo"]) or not is_plain(found["file"] or "x"))
-    )
-    if not found or odd:
+    if found and (".." in text or re.search(r"--|\.git$", found["repo"])):
+        found = None
+    if not found or not all(is_plain(found[part] or "x") for part in ("revision", "file")):
         raise ParameterError(f"{escape(text, 120)} is no name of a model of the Hub, wanted {FORM}")
     return Name(found["repo"], found["revision"] or "main", found["file"])
 

@@ -319,6 +319,17 @@ def test_a_revision(hub):
     assert "/tree/main" in refused("hf:o/gguf@v9", "o/gguf has no revision v9")
 
 
+def test_a_revision_with_slashes(hub, monkeypatch):
+    hub.branches = ("main", "refs/pr/1")
+    path = pull("hf:o/gguf@refs/pr/1:q8_0")
+    assert path.name == "m-Q8_0.gguf"
+    hub.requests.clear()
+    assert huggingface_hub.hf_hub_download("o/gguf", path.name, revision="refs/pr/1") == str(path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pull("hf:o/gguf@refs/pr/1:q8_0") == path
+    refused("hf:o/gguf:q8_0", "HF_HUB_OFFLINE")
+
+
 def test_the_model_runs(hub, tmp_path):
     hub.repositories["o/speaker"] = {"m-F32.gguf": write_speaker(tmp_path / "m.gguf").read_bytes()}
     llama = nl.load("hf:o/speaker", backend="numpy")
@@ -720,6 +731,8 @@ def test_the_hub_knows_the_architecture_of_a_gguf(hub):
         ),
         *("hf:a/b\n", "hf:a/b\0", "hf:a/b:x y", "hf:ä/b", "hf:a/b?x=1", "hf:a/b#c", "hf:" + "a" * 97 + "/b"),
     ],
+            "hf:a/b@/x",
+            "hf:a/b@x//y",
 )
 def test_names_that_are_none(name):
     refused(name, "is no name of a model of the Hub, wanted hf:OWNER/REPO", ParameterError)

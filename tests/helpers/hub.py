@@ -48,6 +48,7 @@ class Hub:
     answer: bytes | None = None  # the answer about every repository
     redirect: str | None = None  # where every file is said to be
     commit: str = COMMIT
+    branches: tuple[str, ...] = ("main",)  # all of that commit
     requests: list[Request] = field(default_factory=list)
 
     @property
@@ -72,15 +73,16 @@ def _handler(hub: Hub):
             self.do_GET()
 
         def do_GET(self):
-            path = unquote(urlsplit(self.path).path)
+            quoted = urlsplit(self.path).path  # a revision may have slashes
+            path = unquote(quoted)
             host, given = self.headers["Host"].partition(":")[0], self.headers["Authorization"]
             hub.requests.append(Request(self.command, host, path, self.headers["Range"], given))
             if hub.failure is not None:
                 return self.reply(hub.failure[0], b"{}", hub.failure[1])
             if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 return self.describe(found[1], found[2] or "main")
-            if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                return self.resolve(found[1], found[3], given)
+            if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", quoted):
+                return self.resolve(unquote(found[1]), unquote(found[3]), given)
             if found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
                 return self.send(found[2], hub.repositories[found[1]][found[2]])
             self.reply(404, b"{}")
@@ -90,7 +92,7 @@ def _handler(hub: Hub):
                 return self.reply(200, hub.answer)
             if repository not in hub.repositories:
                 return self.reply(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-            if revision not in ("main", hub.commit):
+            if revision not in (*hub.branches, hub.commit):
                 return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             files = []
             for name, data in hub.repositories[repository].items():

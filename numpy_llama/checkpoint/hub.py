@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -235,12 +235,18 @@ class Repository:
             yield
 
     def name_commit(self) -> None:
-        """Note that the revision is this commit, of which all that is needed is in the cache now."""
-        if not self.problem and self.name.revision != self.commit:
-            self.ref.parent.mkdir(parents=True, exist_ok=True)
-            part = self.ref.with_name(f"{self.ref.name}.{os.getpid()}.part")
-            part.write_text(self.commit)
-            part.replace(self.ref)
+        """Note that the revision is this commit, of which all that is needed is in the cache now.
+
+        A cache that cannot be written to may have the model all the same.
+        """
+        if self.problem or self.commit == self.name.revision:
+            return
+        with suppress(OSError):
+            if not self.ref.is_file() or _commit_in(self.ref) != self.commit:
+                self.ref.parent.mkdir(parents=True, exist_ok=True)
+                part = self.ref.with_name(f"{self.ref.name}.{os.getpid()}.part")
+                part.write_text(self.commit)
+                part.replace(self.ref)
 
     def _is_there(self, file: File) -> bool:
         path = self.path(file.name)
@@ -312,10 +318,14 @@ def _announced(name: Name, root: Path, info: Any) -> Repository:
     return Repository(name, root, info.sha, files, None, architecture, base)
 
 
+def _commit_in(ref: Path) -> str:
+    return ref.read_text(errors="replace").strip()
+
+
 def _cached(name: Name, root: Path, problem: str) -> Repository | None:
     """The repository as it is in the cache, or None if nothing of that revision is there."""
     ref = root / "refs" / name.revision
-    commit = ref.read_text().strip() if ref.is_file() else name.revision
+    commit = _commit_in(ref) if ref.is_file() else name.revision
     folder = root / "snapshots" / commit
     if not re.fullmatch("[0-9a-f]{40}", commit) or not folder.is_dir():
         return None

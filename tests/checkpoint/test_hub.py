@@ -668,6 +668,20 @@ def test_a_cache_that_cannot_be_written(hub, cache):
     refused("hf:o/gguf", "cannot be kept in the cache: .*Not a directory.*; HF_HOME can name another folder")
 
 
+def test_a_whole_model_in_a_cache_that_cannot_be_written(hub, cache, monkeypatch):
+    path, refs = pull("hf:o/gguf"), cache / "models--o--gguf" / "refs"
+    before = (refs / "main").stat()
+    assert pull("hf:o/gguf") == path and (refs / "main").stat() == before
+    shutil.rmtree(refs)
+    refs.write_bytes(b"no folder")
+    assert pull("hf:o/gguf") == path
+    refs.unlink()
+    refs.mkdir()
+    (refs / "main").write_bytes(b"\xff")
+    hub.failure = 503, {}
+    refused("hf:o/gguf", "error \\(503\\)")
+
+
 def test_without_the_library(hub, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     refused("hf:o/gguf", "need huggingface_hub: pip install 'numpy_llama\\[hub\\]'", UnsupportedError)
@@ -717,6 +731,8 @@ def test_the_hub_knows_the_architecture_of_a_gguf(hub):
             "hf:a b/c",
             "hf:a/b:",
             "hf:a/b@",
+            "hf:a/b@/x",
+            "hf:a/b@x//y",
             "hf:/a/b",
             "hf:a/b:/etc/x",
         ),
@@ -731,8 +747,6 @@ def test_the_hub_knows_the_architecture_of_a_gguf(hub):
         ),
         *("hf:a/b\n", "hf:a/b\0", "hf:a/b:x y", "hf:ä/b", "hf:a/b?x=1", "hf:a/b#c", "hf:" + "a" * 97 + "/b"),
     ],
-            "hf:a/b@/x",
-            "hf:a/b@x//y",
 )
 def test_names_that_are_none(name):
     refused(name, "is no name of a model of the Hub, wanted hf:OWNER/REPO", ParameterError)

@@ -1,8 +1,8 @@
 """Fetch a model by its name, check its checksum, and print its path in the cache.
 
-NAME is one of the short list, or hf:OWNER/REPO for a model of the Hugging Face Hub. hf:OWNER/REPO:Q4_K_M or
-:FILE.gguf chooses one GGUF of it, and hf:OWNER/REPO@REVISION a branch, tag or commit. Without NAME, the list
-is printed.
+NAME is one of the short list, or hf:OWNER/REPO for a model or an adapter of the Hugging Face Hub.
+hf:OWNER/REPO:Q4_K_M or :FILE.gguf chooses one GGUF of it, and hf:OWNER/REPO@REVISION a branch, tag or commit.
+Without NAME, the list is printed.
 """
 
 import argparse

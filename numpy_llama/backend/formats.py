@@ -52,7 +52,7 @@ import math
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, NoReturn
 
@@ -495,17 +495,17 @@ def forget_pages(file_map: mmap.mmap, start: int, nbytes: int) -> None:
 class StoredTensor(InPlace):
     """A weight (OUT, IN), or a vector (IN,), in the bytes in which it was stored.
 
-    `data` is those bytes, or a function that makes them at each use. A function is needed for a weight in
-    several tensors, or in a format without kernels. `row_order[i]` is the place of row i, and
-    `column_order[j]` that of column j, if they are stored in another order. Indexing gives rows in float32
-    and in the model's order, so an embedding table is used in place.
+    `data` is those bytes, or a function that makes those of some rows, a slice, at each use. A function is
+    needed for a weight in several tensors, or in a format without kernels. `row_order[i]` is the place of
+    row i, and `column_order[j]` that of column j, if they are stored in another order. Indexing gives rows in
+    float32 and in the model's order, so an embedding table is used in place.
     """
 
     def __init__(
         self,
         format: Format,
         shape: tuple[int, ...],
-        data: np.ndarray | Callable[[], np.ndarray],
+        data: np.ndarray | Callable[[slice], np.ndarray],
         row_order: np.ndarray | None = None,
         column_order: np.ndarray | None = None,
     ):
@@ -521,7 +521,8 @@ class StoredTensor(InPlace):
         """The bytes, (OUT, bytes a row), with the rows in their stored order."""
         if not callable(self._data):
             return self._data
-        return self._data().reshape(*self.shape[:-1], self.format.row_bytes(self.shape[-1]))
+        rows = slice(0, math.prod(self.shape[:-1]))
+        return self._data(rows).reshape(*self.shape[:-1], self.format.row_bytes(self.shape[-1]))
 
     @property
     def nbytes(self) -> int:
@@ -549,8 +550,15 @@ class StoredTensor(InPlace):
 
     def with_row_order(self, row_order: np.ndarray | None) -> "StoredTensor":
         """The same bytes, with the rows in another order."""
-        data = self.data if self.in_place else lambda: self.data
-        return StoredTensor(self.format, self.shape, data, row_order, self.column_order)
+        return self.part(slice(0, len(self)), row_order)
+
+    def part(self, rows: slice, row_order: np.ndarray | None) -> "StoredTensor":
+        """Some rows of a matrix, in their stored order, as a tensor of its own. Other rows are not made."""
+        made, shape = self._data, (rows.stop - rows.start, *self.shape[1:])
+        data = (
+            partial(_shifted, made, rows.start) if callable(made) and not self.in_place else self.data[rows]
+        )
+        return StoredTensor(self.format, shape, data, row_order, self.column_order)
 
     def stored_rows(self, index: Any) -> np.ndarray:
         """The bytes of rows in the model's order: an index or an array (...) -> (..., bytes a row).
@@ -601,6 +609,10 @@ class StoredTensor(InPlace):
         return cls(format, x.shape, format.quantize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])))
 
 
+def _shifted(make: Callable[[slice], np.ndarray], by: int, rows: slice) -> np.ndarray:
+    return make(slice(rows.start + by, rows.stop + by))
+
+
 class PackedTensor(StoredTensor):
     """A weight (OUT, IN) whose bytes are those of `pack_rows`, in a mapped file or made on loading.
 
@@ -615,8 +627,8 @@ class PackedTensor(StoredTensor):
         row_order: np.ndarray | None = None,
         column_order: np.ndarray | None = None,
     ):
-        def data() -> np.ndarray:
-            return unpack_rows(packed, format, np.arange(shape[0]))
+        def data(rows: slice) -> np.ndarray:
+            return unpack_rows(packed, format, np.arange(shape[0])[rows])
 
         super().__init__(format, shape, data, row_order, column_order)
         self.packed = packed  # (OUT rounded up to whole groups, bytes a row)

@@ -127,7 +127,7 @@ def weight_in(
 ) -> StoredTensor:
     """The weight `name` of the tensor that holds it: its rows, in the model's order.
 
-    A tensor in place is not copied. A tensor that is made at each use is: its other rows are released.
+    Nothing is copied, and of a tensor that is made at each use no other rows are made.
 
     half_split: rows of wq and wk have Hugging Face's order. fused: some weights are rows of one tensor.
     """
@@ -136,9 +136,7 @@ def weight_in(
     if order is None and place is None:
         return tensor
     rows = slice(0, len(tensor)) if place is None else place[0]
-    data = tensor.data[rows] if tensor.in_place else lambda: tensor.data[rows].copy()
-    shape = rows.stop - rows.start, *tensor.shape[1:]
-    return StoredTensor(tensor.format, shape, data, order, tensor.column_order)
+    return tensor.part(rows, order)
 
 
 def within(window: int, context: int) -> int | None:

@@ -158,7 +158,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def weights(self) -> dict[str, StoredTensor]:
         args, names = self._args, self._names()
-        stored = {theirs: self._stored(theirs) for theirs in names.values()}
+        stored = {theirs: self._stored(theirs) for theirs in dict.fromkeys(names.values())}
         heads = [name for name in (*self.tensors, *self._quantized) if usual(name) == "lm_head.weight"]
         if names["output.weight"] not in heads:
             self._check_tied(stored[names["output.weight"]], heads)

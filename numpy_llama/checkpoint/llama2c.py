@@ -165,12 +165,12 @@ class Llama2cCheckpoint(Checkpoint):
     def _stored(self, info: TensorInfo) -> StoredTensor:
         """A float32 weight in place. An int8 weight is expanded at each use, as Q8_0 has float16 scales."""
         if info.type_name == "Q8":
-            return StoredTensor(FORMATS["F32"], info.shape, lambda: self._dequantized(info))
+            return StoredTensor(FORMATS["F32"], info.shape, lambda rows: self._dequantized(info, rows))
         return StoredTensor(
             FORMATS["F32"], info.shape, self.file.bytes_at(info.offset, info.nbytes, info.name)
         )
 
-    def _dequantized(self, info: TensorInfo) -> np.ndarray:
+    def _dequantized(self, info: TensorInfo, rows: slice) -> np.ndarray:
         data = self.file.bytes_at(info.offset, info.nbytes, info.name)
         n = prod(info.shape)
         q, scales = data[:n].view(np.int8), data[n:].view("<f4")
@@ -180,7 +180,7 @@ class Llama2cCheckpoint(Checkpoint):
             raise FormatError(f"{self.path}: {where}, are no scales; written by an early llama2.c?")
         weights = q.reshape(-1, self.layout.group) * scales[:, None]
         self.file.forget(info.offset, info.nbytes)
-        return weights.view(np.uint8)
+        return weights.reshape(-1, info.shape[-1])[rows].view(np.uint8)
 
     def tokenizer_path(self) -> Path:
         # llama2.c's own vocabularies have their size in their name; tokenizer.bin is Llama 2's.

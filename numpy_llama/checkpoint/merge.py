@@ -147,16 +147,18 @@ def _refusal(
 def _merged(w: StoredTensor, update: LowRank) -> StoredTensor:
     """W + delta in float32. It is computed at each use."""
 
-    def data() -> Array:
+    def data(rows: slice) -> Array:
         new = w.dequantize() + update.delta()
-        return new.view(np.uint8)
+        return new[rows].view(np.uint8)
 
     return StoredTensor(FORMATS["F32"], w.shape, data)
 
 
 def _rounded(w: StoredTensor, format: Format) -> StoredTensor:
     """The same weight in another format. It is computed at each use."""
-    return StoredTensor(format, w.shape, lambda: StoredTensor.quantize(w.dequantize(), format).data)
+    return StoredTensor(
+        format, w.shape, lambda rows: StoredTensor.quantize(w.dequantize(), format).data[rows]
+    )
 
 
 # ---------------------------------------------------------------- a folder of Hugging Face

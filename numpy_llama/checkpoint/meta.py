@@ -138,13 +138,13 @@ class MetaCheckpoint(Checkpoint):
             return first
         info = self.tensors[name]
 
-        def join() -> np.ndarray:
+        def join(rows: slice) -> np.ndarray:
             joined = np.empty((info.shape[0], first.format.row_bytes(info.shape[1])), np.uint8)
             places = np.split(joined, len(parts), axis)
             for shard, part, place in zip(self.shards, parts, places, strict=True):
                 place[...] = part.data
                 shard.file.forget(shard.tensors[name].offset, shard.tensors[name].nbytes)
-            return joined
+            return joined[rows]
 
         return StoredTensor(first.format, info.shape, join)
 

@@ -778,6 +778,8 @@ def test_a_format_that_is_only_read_is_expanded_when_it_is_used(name, rng, monke
     assert (tensor.format.name, tensor.shape, tensor.nbytes) == ("F32", (5, 3 * block), 60 * block)
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(tensor.dequantize(), dequantize(data, type))
+        part = tensor.part(slice(1, 4), None).dequantize()
+        np.testing.assert_array_equal(part, dequantize(data[1:4], type))
 
 
 def test_the_package_that_reads_them_is_asked_for_by_name(monkeypatch):

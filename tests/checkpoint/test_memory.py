@@ -59,7 +59,9 @@ def test_packed_rows_are_counted_apart(tied):
 def test_weights_that_must_be_made_are_counted_apart():
     weights = weights_in("BF16")
     name = "layers.0.attention.wo.weight"
-    weights[name] = StoredTensor(weights[name].format, weights[name].shape, lambda: np.empty(0, np.uint8))
+    weights[name] = StoredTensor(
+        weights[name].format, weights[name].shape, lambda rows: np.empty(0, np.uint8)
+    )
     plan = plan_of(weights)
     assert plan.made == weights[name].nbytes
     assert plan.mapped == sum(w.nbytes for w in weights.values()) - plan.made

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from numpy_llama.checkpoint.names import interleaved_rows, tensor_names
+from numpy_llama.checkpoint.names import hf_rows, tensor_names
 from numpy_llama.config import ModelArgs
 from numpy_llama.proof.oracle import rope_parameters
 from numpy_llama.proof.tiny import random_weights
@@ -205,38 +205,52 @@ VARIANTS = {
 }
 
 
+def parts_of(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """The weights in each tensor: theirs -> ours."""
+    parts: dict[str, list[str]] = {}
+    for ours, theirs in names.items():
+        parts.setdefault(theirs, []).append(ours)
+    return parts
+
+
+def in_file_order(w: np.ndarray, ours: str, args: ModelArgs) -> np.ndarray:
+    """The rows of a weight in Hugging Face's order."""
+    places = hf_rows(ours, args)
+    return w if places is None else w[np.argsort(places)]
+
+
 def write_folder(
     folder: Path,
     args: ModelArgs,
     variant: Variant | Callable[[str], Variant | None],
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    fused: bool = False,
 ) -> dict[str, np.ndarray]:
     """A model whose matrices in the layers are quantised: -> its weights in float32, under our names.
 
     A function in the place of the variant chooses one for each weight by our name, or None for a plain one.
+    fused: a Phi-3, which has q, k and v in one tensor, and gate and up in another.
     """
     rng = np.random.default_rng(seed)
     kind = variant if callable(variant) else lambda name: variant if name.startswith("layers.") else None
     weights, tensors = random_weights(rng, args, np.float32, False), Tensors()
-    for ours, theirs in tensor_names(args, "hf").items():
-        chosen = kind(ours) if weights[ours].ndim == 2 else None
-        heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(ours.split(".")[-2])
-        # Hugging Face's order of rows, and the way back.
-        places = np.arange(len(weights[ours])) if heads is None else interleaved_rows(heads, args.head_dim)
+    for theirs, parts in parts_of(tensor_names(args, "hf", fused)).items():
+        whole = np.concatenate([in_file_order(weights[ours], ours, args) for ours in parts])
+        chosen = kind(parts[0]) if whole.ndim == 2 else None
         if chosen is None:
-            w = np.empty_like(weights[ours])
-            w[places] = weights[ours]
-            tensors[theirs] = torch.from_numpy(w)
+            tensors[theirs] = torch.from_numpy(whole)
             continue
-        parts, w = chosen.make(rng, *weights[ours].shape)
-        weights[ours] = w[places]
-        tensors |= {f"{theirs.removesuffix('weight')}{suffix}": part for suffix, part in parts.items()}
+        made, whole = chosen.make(rng, *whole.shape)
+        for ours in parts:
+            rows, whole = np.split(whole, [len(weights[ours])])
+            weights[ours] = rows if (places := hf_rows(ours, args)) is None else rows[places]
+        tensors |= {f"{theirs.removesuffix('weight')}{suffix}": part for suffix, part in made.items()}
     found = settings if settings is not None else variant.settings
     beside = None if callable(variant) else variant.beside
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Phi3ForCausalLM" if fused else "LlamaForCausalLM"],
+        "model_type": "phi3" if fused else "llama",
         "hidden_size": args.dim,
         "intermediate_size": args.hidden_dim,
         "num_hidden_layers": args.n_layers,

@@ -115,10 +115,11 @@ class GGUFFile:
         dequantize = _dequantizer(info.type_name, f"{self.path}: {escape(name)}")
         rows = data.reshape(prod(info.shape[:-1]), -1)
 
-        def expanded() -> np.ndarray:
-            out = np.empty((len(rows), info.shape[-1]), np.float32)
-            for begin in range(0, len(rows), ROWS_AT_ONCE):
-                out[begin : begin + ROWS_AT_ONCE] = dequantize(rows[begin : begin + ROWS_AT_ONCE])
+        def expanded(some: slice) -> np.ndarray:
+            wanted = rows[some]
+            out = np.empty((len(wanted), info.shape[-1]), np.float32)
+            for begin in range(0, len(wanted), ROWS_AT_ONCE):
+                out[begin : begin + ROWS_AT_ONCE] = dequantize(wanted[begin : begin + ROWS_AT_ONCE])
             self.file.forget(info.offset, info.nbytes)
             return out.view(np.uint8)
 

@@ -100,8 +100,9 @@ class TorchFile:
             )
         steps = [n * item for n in info.stride]
 
-        def copy() -> np.ndarray:
-            return np.ndarray(info.shape, f"<u{item}", map, info.offset, steps).copy().view(np.uint8)
+        def copy(rows: slice) -> np.ndarray:
+            whole = np.ndarray(info.shape, f"<u{item}", map, info.offset, steps)
+            return whole.reshape(-1, info.shape[-1])[rows].copy().view(np.uint8)
 
         return StoredTensor(format, info.shape, copy)
 

@@ -124,7 +124,9 @@ class GemmWeight(AWQWeight):
         self.scales_part.check(FLOATS, (G, N))
 
     def numbers(self, rows: slice) -> Array:
-        return gemm_numbers(self.qweight.array[:, rows.start // 8 : rows.stop // 8])
+        first = rows.start // 8  # a word has eight rows
+        q = gemm_numbers(self.qweight.array[:, first : -(-rows.stop // 8)])
+        return q[rows.start - 8 * first : rows.stop - 8 * first]
 
     def stored_zeros(self) -> Array:
         return gemm_numbers(self.qzeros.array)

@@ -64,7 +64,10 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def stored(self) -> StoredTensor:
-        """The weight in one of our formats, without loss. This may read the small tensors, but not q."""
+        """The weight in one of our formats, without loss. This may read the small tensors, but not q.
+
+        The bytes of a row are made without other rows: fused weights are made one after the other.
+        """
 
 
 class Method(ABC):

@@ -34,7 +34,7 @@ from ...config import Array
 from ...errors import FormatError, NumericsError, UnsupportedError, escape
 from ..json_file import JsonFile, parse_json
 from .base import FileTensor, Method, QuantizedWeight, check_parts
-from .parts import each_part
+from .parts import made_rows
 from .scaled import ScaledWeight, scaled_weight
 
 TABLES = {"nf4": NF4_TABLE, "fp4": FP4_TABLE}  # also our formats, in capitals
@@ -95,34 +95,32 @@ class FourBitWeight(QuantizedWeight):
             return StoredTensor(FORMATS["F32"], self.shape, self._expanded)
         return StoredTensor(FORMATS[self.kind.upper()], self.shape, self._blocks)
 
-    def _blocks(self) -> Array:
-        (N, K), format = self.shape, FORMATS[self.kind.upper()]
+    def _blocks(self, rows: slice) -> Array:
+        N, K = self.shape
         absmax, codes = self._absmax(), self._codes().reshape(N, K // QK_TABLE, QK_TABLE // 8, 4)
-        blocks = np.empty((N, K // QK_TABLE, format.block_bytes), np.uint8)
 
-        def make(part: slice) -> None:
+        def make(part: slice, blocks: Array) -> None:
             first = np.arange(part.start * K, part.stop * K, QK_TABLE)  # weights of our blocks
             d = absmax[first // self.blocksize].reshape(-1, K // QK_TABLE, 1)
-            blocks[part, :, :4] = d.view(np.uint8)
-            blocks[part, :, 4:] = low_halves_first(codes[part]).reshape(*d.shape[:2], -1)
+            blocks[..., :4] = d.view(np.uint8)
+            blocks[..., 4:] = low_halves_first(codes[part]).reshape(*d.shape[:2], -1)
 
-        each_part(self.shape, make)
+        made = made_rows(rows, K, FORMATS[self.kind.upper()], make)
         self.parts["weight"].forget()
-        return blocks
+        return made
 
-    def _expanded(self) -> Array:
-        K = self.shape[1]
-        absmax, codes, weights = self._absmax(), self._codes(), np.empty(self.shape, np.float32)
+    def _expanded(self, rows: slice) -> Array:
+        K, absmax, codes = self.shape[1], self._absmax(), self._codes()
 
-        def make(part: slice) -> None:  # an even number of rows, so whole bytes
+        def make(part: slice, weights: Array) -> None:
             begin, end = part.start * K, part.stop * K
-            q = halves(codes[begin // 2 : end // 2])
+            q = halves(codes[begin // 2 : -(-end // 2)])[begin % 2 :][: end - begin]  # rows may share a byte
             w = dequantized(q, absmax[np.arange(begin, end) // self.blocksize], TABLES[self.kind])
-            weights[part] = w.reshape(-1, K)
+            weights.view(np.float32)[..., 0] = w.reshape(-1, K)
 
-        each_part(self.shape, make)
+        made = made_rows(rows, K, FORMATS["F32"], make)
         self.parts["weight"].forget()
-        return weights.view(np.uint8)
+        return made
 
     def _codes(self) -> Array:
         return self.parts["weight"].array.reshape(-1).view(np.uint8)

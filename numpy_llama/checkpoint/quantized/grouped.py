@@ -22,9 +22,8 @@ from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, wh
 from ...config import Array
 from ...errors import NumericsError
 from .base import FileTensor, QuantizedWeight
-from .parts import each_part
+from .parts import made_rows
 
-ROWS_AT_ONCE = 32  # slices of rows begin at multiples of this: a word of the file may hold 8 or 16 rows
 FLOATS = ("F16", "BF16", "F32")  # the types of a scale
 
 
@@ -63,7 +62,7 @@ class GroupedWeight(QuantizedWeight):
 
     @abstractmethod
     def numbers(self, rows: slice) -> Array:
-        """q of some rows, from a multiple of ROWS_AT_ONCE on: -> (rows, K) uint8, columns as in the file."""
+        """q of some rows: -> (rows, K) uint8, columns as in the file."""
 
     @abstractmethod
     def zeros(self) -> Array:
@@ -84,9 +83,11 @@ class GroupedWeight(QuantizedWeight):
             groups = groups[order]
         format = self.format(groups)
         if format.block == 1:
-            return StoredTensor(format, self.shape, lambda: self._each(format, self._floats))
+            return StoredTensor(format, self.shape, lambda rows: self._made(rows, format, self._floats))
         places = None if order is None else np.argsort(order)
-        return StoredTensor(format, self.shape, lambda: self._each(format, self._blocks, order), None, places)
+        return StoredTensor(
+            format, self.shape, lambda rows: self._made(rows, format, self._blocks, order), None, places
+        )
 
     def format(self, sorted_groups: Array) -> Format:
         """The smallest of our formats that holds the weight exactly, if its columns are sorted by group."""
@@ -108,9 +109,10 @@ class GroupedWeight(QuantizedWeight):
         with np.errstate(over="ignore"):
             return bool((scales.astype(np.float16) == scales).all())
 
-    def _each(self, format: Format, make: Callable[..., Array], order: Array | None = None) -> Array:
-        """The bytes of all rows: `make` computes some of them at a time, in as many threads as CPUs."""
-        N, K = self.shape
+    def _made(
+        self, rows: slice, format: Format, make: Callable[..., Array], order: Array | None = None
+    ) -> Array:
+        """The bytes of some rows: `make` computes those of a part."""
         groups, scales, zeros = self.groups(), self.scales(), self.zeros()
         with np.errstate(over="ignore"):
             largest = np.abs(scales).max().astype(np.float32) * np.float32(1 << self.bits)
@@ -118,13 +120,13 @@ class GroupedWeight(QuantizedWeight):
             self.scales_part.fail("has a scale that is NaN or infinite, or makes such weights", NumericsError)
         if order is not None:
             groups = groups[order]
-        out = np.empty((N, format.row_bytes(K)), np.uint8)
 
-        def fill(rows: slice) -> None:
-            q, z = self.numbers(rows), zeros[rows if len(zeros) == N else slice(None)]
-            out[rows] = make(format, q if order is None else q[:, order], scales[rows], z, groups)
+        def fill(part: slice, out: Array) -> None:
+            q, z = self.numbers(part), zeros if zeros.size == 1 else zeros[part]
+            made = make(format, q if order is None else q[:, order], scales[part], z, groups)
+            out[...] = made.reshape(out.shape)
 
-        each_part(self.shape, fill, ROWS_AT_ONCE)
+        out = made_rows(rows, self.shape[1], format, fill)
         for part in self.parts.values():
             part.forget()
         return out

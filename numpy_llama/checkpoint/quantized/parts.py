@@ -3,25 +3,34 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ...backend.formats import WEIGHTS_AT_ONCE
+import numpy as np
+
+from ...backend.formats import WEIGHTS_AT_ONCE, Format
 from ...backend.limits import available_cpus
+from ...config import Array
 
 
-def each_part(shape: tuple[int, int], make: Callable[[slice], None], multiple: int = 2) -> None:
-    """Call `make` with slices of the rows, until all are made. NumPy's copies run side by side.
+def made_rows(rows: slice, K: int, format: Format, make: Callable[[slice, Array], None]) -> Array:
+    """The bytes of these rows of K weights: -> (rows, bytes a row). NumPy's copies run side by side.
 
-    A part has a multiple of rows and about WEIGHTS_AT_ONCE weights, so temporary arrays stay small.
+    `make` gets parts of the rows and writes their bytes into an array (part, blocks, bytes a block). A part
+    has about WEIGHTS_AT_ONCE weights, so temporary arrays stay small.
     """
-    N, K = shape
-    rows = max(1, WEIGHTS_AT_ONCE // max(K, 1) // multiple) * multiple
-    parts = [slice(begin, min(begin + rows, N)) for begin in range(0, N, rows)]
+    blocks = np.empty((rows.stop - rows.start, K // format.block, format.block_bytes), np.uint8)
+    n = max(1, WEIGHTS_AT_ONCE // max(K, 1))
+    parts = [slice(begin, min(begin + n, rows.stop)) for begin in range(rows.start, rows.stop, n)]
+
+    def fill(part: slice) -> None:
+        make(part, blocks[part.start - rows.start : part.stop - rows.start])
+
     if len(parts) < 2:
         for part in parts:
-            make(part)
-        return
-    with ThreadPoolExecutor(min(available_cpus(), len(parts))) as threads:
-        try:
-            list(threads.map(make, parts))
-        except BaseException:  # Ctrl-C too
-            threads.shutdown(cancel_futures=True)
-            raise
+            fill(part)
+    else:
+        with ThreadPoolExecutor(min(available_cpus(), len(parts))) as threads:
+            try:
+                list(threads.map(fill, parts))
+            except BaseException:  # Ctrl-C too
+                threads.shutdown(cancel_futures=True)
+                raise
+    return blocks.reshape(len(blocks), -1)

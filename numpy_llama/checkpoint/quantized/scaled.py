@@ -19,7 +19,7 @@ from ...errors import ConfigError, NumericsError, escape
 from ..json_file import JsonFile
 from .base import FileTensor, QuantizedWeight
 from .grouped import FLOATS
-from .parts import each_part
+from .parts import made_rows
 
 NAN = 0x7F  # of E4M3, without the sign
 LARGEST = {"INT8": 128, "LLM_INT8": 128, "FP8": 448}  # |q|
@@ -40,30 +40,30 @@ class ScaledWeight(QuantizedWeight):
             return StoredTensor(FORMATS["F32"], self.shape, self._expanded)
         return StoredTensor(format, self.shape, self._blocks)
 
-    def _blocks(self) -> Array:
-        (N, K), format = self.shape, FORMATS[self.format]
+    def _blocks(self, rows: slice) -> Array:
+        K, format = self.shape[1], FORMATS[self.format]
         scales, column = self._scales(), np.arange(0, K, format.block) // self.columns
-        blocks = np.empty((N, len(column), format.block_bytes), np.uint8)
 
-        def make(part: slice) -> None:
+        def make(part: slice, blocks: Array) -> None:
             row = np.arange(part.start, part.stop) // self.rows
-            blocks[part, :, :4] = scales[row[:, None], column][..., None].view(np.uint8)
-            blocks[part, :, 4:] = self._codes(part).reshape(len(row), len(column), format.block)
+            blocks[..., :4] = scales[row[:, None], column][..., None].view(np.uint8)
+            blocks[..., 4:] = self._codes(part).reshape(len(row), len(column), format.block)
 
-        each_part(self.shape, make)
+        made = made_rows(rows, K, format, make)
         self.q.forget()
-        return blocks
+        return made
 
-    def _expanded(self) -> Array:
-        weights, scales = np.empty(self.shape, np.float32), self._scales()
+    def _expanded(self, rows: slice) -> Array:
+        scales = self._scales()
 
-        def make(part: slice) -> None:
+        def make(part: slice, weights: Array) -> None:
             row = np.arange(part.start, part.stop) // self.rows
-            weights[part] = dequantized(self._codes(part), scales[row], self.columns, self.format)
+            w = dequantized(self._codes(part), scales[row], self.columns, self.format)
+            weights.view(np.float32)[..., 0] = w
 
-        each_part(self.shape, make)
+        made = made_rows(rows, self.shape[1], FORMATS["F32"], make)
         self.q.forget()
-        return weights.view(np.uint8)
+        return made
 
     def _scales(self) -> Array:
         """(N / rows, K / columns), so that every weight is finite."""

@@ -352,15 +352,16 @@ def unpack_rows(packed: Array, format: "Format", rows: Array) -> Array:
     return out.reshape(*rows.shape, packed.shape[1])
 
 
-def whole_q8_0(d: Array, q: Array) -> Array:
-    """Blocks of the weights d * q: float16 (rows, blocks), int8 (rows, blocks, 32) -> (rows, bytes a row).
+def whole_signed_bytes(d: Array, q: Array) -> Array:
+    """Blocks of the weights d * q: (rows, blocks), int8 (rows, blocks, 32) -> (rows, bytes a row).
 
-    Q8_0 holds every q, Q4_0 those of -8..7.
+    Q8_0 if d is float16, INT8 if it is float32.
     """
     return _blocks([d[..., None], q])
 
 
 def whole_q4_0(d: Array, q: Array) -> Array:
+    """The same for float16 d, and q of -8..7."""
     return _blocks([d[..., None], _pairs((q + np.int8(8)).view(np.uint8))])
 
 

@@ -46,8 +46,10 @@ def written(request, tmp_path_factory):
 
 def settled(name: str) -> str:
     """The format that the weights of a variant must have."""
-    if name.endswith(("groups of 16", "groups of 48", "float32 scales", "tiny scales")):
+    if name.endswith(("groups of 16", "groups of 48")):
         return "F32"
+    if name.endswith(("float32 scales", "tiny scales")):
+        return "INT8"
     narrow, wide = "2 bits" in name or "3 bits" in name, "8 bits" in name or "W8A16" in name
     plain_awq = "AWQ" in name and "symmetric" not in name
     if plain_awq or name.endswith("asymmetric") or name == "GPTQ version 2":

@@ -199,7 +199,11 @@ VARIANTS = {
     "W4A16, float16 scales": compressed(4, dtype=torch.float16),
     "W4A16, float32 scales": compressed(4, dtype=torch.float32),
     "W4A16, tiny scales": compressed(4, scale=2.0**-20),
+    "W4A16, asymmetric, float32 scales": compressed(4, symmetric=False, dtype=torch.float32),
+    "W4A16, act-order, float32 scales": compressed(4, dtype=torch.float32, act_order=True),
     "W8A16": compressed(8),
+    "W8A16, float32 scales": compressed(8, dtype=torch.float32),
+    "W8A16, one group, float32 scales": compressed(8, -1, dtype=torch.float32),
     "W8A16, one group": compressed(8, -1),
     "W8A16, asymmetric": compressed(8, symmetric=False),
 }

@@ -8,9 +8,9 @@ format that holds all of its q - zero, with d = scale:
     Q4_0     -8 .. 7              4 bits with one zero in the middle, 2 and 3 bits
     Q4_Z      0 .. 15, less z     4 bits with other zeros
     Q8_0   -128 .. 127            8 bits with one zero in the middle
+    INT8   -128 .. 127            any bits, if float16 cannot hold a scale
 
-Everything else is expanded to float32: groups of another size, scales that float16 cannot hold, 8 bits with
-other zeros. Where groups are no runs of columns (act-order), the columns are stored sorted by group.
+Everything else is expanded to float32: groups of another size, 8 bits with other zeros. Where groups are no runs of columns (act-order), the columns are stored sorted by group.
 """
 
 from abc import abstractmethod
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, whole_q4_z, whole_q8_0
+from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, whole_q4_z, whole_signed_bytes
 from ...config import Array
 from ...errors import NumericsError
 from .base import FileTensor, QuantizedWeight
@@ -94,13 +94,13 @@ class GroupedWeight(QuantizedWeight):
         K, zeros = self.shape[1], self.zeros()
         least, most = -int(zeros.max()), (1 << self.bits) - 1 - int(zeros.min())
         whole = K % QK == 0 and (sorted_groups.reshape(-1, QK) == sorted_groups[::QK, None]).all()
-        if not whole or not self._fits_float16():
+        if not whole or least < -128 or most > 127:
             return FORMATS["F32"]
+        if not self._fits_float16():
+            return FORMATS["INT8"]
         if least >= -8 and most <= 7:
             return FORMATS["Q4_0"]
-        if self.bits <= 4:
-            return FORMATS["Q4_Z"]
-        return FORMATS["Q8_0" if least >= -128 and most <= 127 else "F32"]
+        return FORMATS["Q4_Z" if self.bits <= 4 else "Q8_0"]
 
     def _fits_float16(self) -> bool:
         if self.scales_part.info.type_name == "F16":
@@ -134,12 +134,13 @@ class GroupedWeight(QuantizedWeight):
     @staticmethod
     def _blocks(format: Format, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
         of_block = groups[::QK]
-        d, q = scales[:, of_block].astype("<f2"), q.reshape(len(q), -1, QK)
+        kind = "<f4" if format.name == "INT8" else "<f2"
+        d, q = scales[:, of_block].astype(kind), q.reshape(len(q), -1, QK)
         z = np.broadcast_to(zeros if zeros.size == 1 else zeros[:, of_block], d.shape)
         if format.name == "Q4_Z":
             return whole_q4_z(d, z.astype("<f2"), q)
         difference = (q - z[..., None]).view(np.int8)  # modulo 256: the bits of an int8
-        return whole_q4_0(d, difference) if format.name == "Q4_0" else whole_q8_0(d, difference)
+        return whole_q4_0(d, difference) if format.name == "Q4_0" else whole_signed_bytes(d, difference)
 
     @staticmethod
     def _floats(format: Format, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:

@@ -264,6 +264,7 @@ def test_what_a_config_leaves_out():
     )
     assert args_of(hidden_act="swish", attention_bias=False, mlp_bias=None, pretraining_tp=2) == wanted
     assert args_of(quantization_config=None, partial_rotary_factor=1.0, num_experts=0) == wanted
+    assert args_of(quantization_config={}, compression_config={}) == wanted
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
@@ -415,7 +416,7 @@ BAD_CONFIGS = [
         ("C11", UNSUPPORTED, f"quantised by '{method}'", {"quantization_config": {"quant_method": method}})
         for method in ("exl2", "aqlm", "hqq", "quip", "mxfp4")
     ),
-    *(("C11", UNSUPPORTED, "quantised by", {"quantization_config": x}) for x in ({}, [], "gptq", 8, False)),
+    *(("C11", UNSUPPORTED, "quantised by", {"quantization_config": x}) for x in ([], "gptq", 8, False)),
     *(
         ("plain", UNSUPPORTED, f"{key} is", {key: value})
         for key, value in [

@@ -360,7 +360,6 @@ def test_null_is_as_if_the_key_were_absent(key):
         ({"quantization_config": {"group_size": 64, "bits": 4}}, "by MLX (quantization_config is"),
         ({"quantization_config": {"quant_method": "exl2", "bits": 4, "group_size": 128}}, "by 'exl2' ("),
         ({"quantization_config": {"load_in_2bit": True}}, "by a method without a name ("),
-        ({"quantization_config": {}}, "by a method without a name (quantization_config is {})"),
         ({"quantization_config": "gptq"}, "by 'gptq' ("),
         ({"compression_config": {"quant_method": "aqlm"}}, "by 'aqlm' ("),
     ],

@@ -44,7 +44,7 @@ BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 def method_of(config: JsonFile) -> Method | None:
     """The method that quantised the weights; None if none did. UnsupportedError if it is not run."""
     for key in KEYS:
-        if (found := config.values.get(key)) is not None:
+        if (found := config.values.get(key)) not in (None, {}):
             settings = found if isinstance(found, dict) else {"quant_method": found}
             name = settings.get("quant_method")
             if name is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):

@@ -10,7 +10,8 @@ format that holds all of its q - zero, with d = scale:
     Q8_0   -128 .. 127            8 bits with one zero in the middle
     INT8   -128 .. 127            any bits, if float16 cannot hold a scale
 
-Everything else is expanded to float32: groups of another size, 8 bits with other zeros. Where groups are no runs of columns (act-order), the columns are stored sorted by group.
+Everything else is expanded to float32: groups of another size, 8 bits with other zeros. Where groups are no
+runs of columns (act-order), the columns are stored sorted by group.
 """
 
 from abc import abstractmethod

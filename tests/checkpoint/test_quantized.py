@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.quantized import VARIANTS, Variant, awq, compressed, dense, gptq, packed, write_folder
+from helpers.quantized_floats import VARIANTS as FLOAT_VARIANTS
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from numpy_llama import cli, errors
 from numpy_llama.backend import build
@@ -116,6 +118,34 @@ def test_gradients_pass_through_sorted_columns(T, tmp_path, rng):
     x, dy = (rng.standard_normal((T, n)).astype(np.float32) for n in w.shape[::-1])
     np.testing.assert_allclose(kernels.linear(x, w), x @ dense_w.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(kernels.linear_dx(dy, w), dy @ dense_w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("k_scale", "v_scale"), ("kv_scale",), ("k_scale", "k_zero_point")])
+@pytest.mark.parametrize(
+    "variant", [VARIANTS["W4A16"], FLOAT_VARIANTS["FP8, one scale"]], ids=["W4A16", "FP8"]
+)
+def test_scales_of_an_fp8_cache_are_not_used(variant, names, tmp_path):
+    """compressed-tensors has k_scale and v_scale, AutoFP8 has kv_scale: our cache is more exact than FP8."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    wanted = write_folder(tmp_path, ARGS, variant, {**variant.settings, "kv_cache_scheme": scheme})
+    file = tmp_path / "model.safetensors"
+    scales = {f"model.layers.{i}.self_attn.{name}": torch.ones(1) for i in (0, 1) for name in names}
+    save_file(
+        load_file(file) | scales | {"model.layers.1.self_attn.v_proj.output_scale": torch.ones(1)}, file
+    )
+    weights = open_checkpoint(tmp_path).weights()
+    assert weights.keys() == wanted.keys()
+    for ours, w in weights.items():
+        np.testing.assert_array_equal(w.dequantize(), wanted[ours], ours)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_scale", "mlp.k_scale", "self_attn.kv_scales"])
+def test_only_the_known_names_of_its_scales_are_left_out(name, tmp_path):
+    write_folder(tmp_path, ARGS, VARIANTS["W4A16"])
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {f"model.layers.1.{name}": torch.ones(1)}, file)
+    with pytest.raises(errors.MismatchError, match=f"1 unknown weights: .*{name}"):
+        open_checkpoint(tmp_path).weights()
 
 
 def test_each_weight_may_have_settings_of_its_own(tmp_path):
@@ -311,7 +341,6 @@ def test_the_memory_plan_is_what_the_kernels_hold(written):
         (compressed().settings | {"format": "marlin-24"}, "format 'marlin-24'"),
         (compressed().settings | {"transform_config": {"a": 1}}, "transform_config"),
         (compressed().settings | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-        (compressed().settings | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         (compressed(3).settings, "of 3 bits"),
         ({"quant_method": "exl2", "bits": 4.25}, "quantised by 'exl2'"),
     ],

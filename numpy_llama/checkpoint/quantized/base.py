@@ -1,5 +1,6 @@
 """What every method of quantisation gives: the tensors of each weight, and the weight in our formats."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from ...errors import MismatchError, NumpyLlamaError, UnsupportedError, escape
 from ..base import TensorInfo
 from ..json_file import JsonFile
 from ..safetensors_file import SafetensorsFile
+
+# Scales of a KV cache of 8 bits, which are not used: keys and values are not rounded so here. The names are
+# those of compressed-tensors (KVCacheScaleType) and AutoFP8.
+OF_CACHE = re.compile(r"\.self_attn\.(kv_scale|[kv]_scale|[kv]_zero_point)$")
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Method(ABC):
     def weights(
         self, tensors: Mapping[str, TensorInfo], tensor: Callable[[str], FileTensor]
     ) -> tuple[dict[str, QuantizedWeight], set[str]]:
-        """-> X.weight of each quantised X, and the names of all tensors that belong to one."""
+        """-> X.weight of each quantised X, and the names of all tensors that are no weights themselves."""
         names = {
             name.removesuffix(f".{marker}")
             for name in tensors
@@ -99,7 +104,8 @@ class Method(ABC):
                 if name[:end] in names:
                     parts[name[:end]][name[end + 1 :]] = tensor(name)
         found = {f"{name}.weight": self.weight(name, of) for name, of in parts.items()}
-        return found, {part.info.name for of in parts.values() for part in of.values()}
+        of_weights = {part.info.name for of in parts.values() for part in of.values()}
+        return found, of_weights | {name for name in tensors if OF_CACHE.search(name)}
 
 
 def check_parts(

@@ -65,9 +65,6 @@ class CompressedTensors(Method):
             part = settings.get(key, dict, {})
             if part and part.get("format") != "dense":
                 raise UnsupportedError(f"{self.path}: {key} is {escape(part, 80)}, which is not run")
-        if (scheme := settings.get("kv_cache_scheme", dict)) is not None:
-            found = f"kv_cache_scheme is {escape(scheme, 80)}"
-            raise UnsupportedError(f"{self.path}: {found}, which is not run")
         groups = settings.require("config_groups", dict)
         parts = [JsonFile(self.path, values={} if group is None else group) for group in groups.values()]
         formats = {settings.get("format", str), *(part.get("format", str) for part in parts)}
@@ -101,7 +98,7 @@ class CompressedTensors(Method):
         if "weight_packed" not in parts:
             return self.weight_of_bytes(name, parts)
         needed = ("weight_packed", "weight_scale", "weight_shape")
-        check_parts(name, parts, needed, ("weight_zero_point", "weight_g_idx"))
+        check_parts(name, parts, needed, ("weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS))
         return PackedWeight(self, parts)
 
     def weight_of_bytes(self, name: str, parts: Mapping[str, FileTensor]) -> QuantizedWeight:

@@ -19,7 +19,7 @@ from .cache import KVCache
 from .config import Array, ModelArgs
 from .errors import ParameterError, check_kind, check_whole
 
-CHUNK = 512  # the most new positions that have room at once: generation's PREFILL_CHUNK
+PREFILL_CHUNK = 512  # tokens a forward pass: large enough for full speed, small enough to report progress
 BLOCK = 128  # positions that are dropped together: csrc/attention.c reads blocks of this many
 
 
@@ -27,7 +27,7 @@ def positions_stored(args: ModelArgs, max_seq_len: int) -> int:
     """The most positions of a sequence of `max_seq_len` that a cache stores at a time."""
     if args.sliding_window is None:
         return max_seq_len
-    return min(max_seq_len, args.sliding_window + CHUNK + BLOCK)
+    return min(max_seq_len, args.sliding_window + PREFILL_CHUNK + BLOCK)
 
 
 class WindowKVCache(KVCache):
@@ -51,7 +51,7 @@ class WindowKVCache(KVCache):
     def update(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:
         """Store T new keys and values (B, T, K, Dh) at start_pos; return those that they see, and them.
 
-        -> (B, S, K, Dh), S = T + window - 1 at most. They are copies if T is above CHUNK.
+        -> (B, S, K, Dh), S = T + window - 1 at most. They are copies if T is above PREFILL_CHUNK.
         """
         B, T = xk.shape[:2]
         self.check(layer, start_pos, B, T)
@@ -63,8 +63,8 @@ class WindowKVCache(KVCache):
 
     def _update_by_chunks(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:
         keys, values = list[Array](), list[Array]()
-        for i in range(0, xk.shape[1], CHUNK):
-            new = slice(i, i + CHUNK)
+        for i in range(0, xk.shape[1], PREFILL_CHUNK):
+            new = slice(i, i + PREFILL_CHUNK)
             pair = WindowKVCache.update(self, layer, start_pos + i, xk[:, new], xv[:, new])
             for x, parts in zip(pair, (keys, values), strict=True):
                 older = x.shape[1] - xk[:, new].shape[1] if parts else 0
@@ -84,14 +84,14 @@ class WindowKVCache(KVCache):
     def make_room(self, layers: Sequence[int], start_pos: int, T: int) -> bool:
         """Drop old positions until T more have room at start_pos, in these layers as many in each.
 
-        False: T is above CHUNK, and has no room at once.
+        False: T is above PREFILL_CHUNK, and has no room at once.
         """
         for layer in layers:
             if start_pos < self._least_start(layer):  # at 0: another text begins
                 self.dropped[layer] = self.filled[layer] = 0
         dropped = max(self.dropped[layer] for layer in layers)
         excess = start_pos + T - dropped - self.room
-        if excess > 0 and T > CHUNK:
+        if excess > 0 and T > PREFILL_CHUNK:
             return False
         dropped += 0 if excess <= 0 else excess + -excess % BLOCK
         for layer in layers:

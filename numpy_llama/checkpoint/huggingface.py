@@ -30,14 +30,14 @@ from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo, size, weight_in, within
 from .files import MappedFile
 from .json_file import JsonFile
-from .names import matched_names
+from .names import PHI3, matched_names
 from .other_models import other_config, other_folder
 from .pytorch.file import TorchFile
 from .quantized import FileTensor, QuantizedWeight, method_of
 from .quantized.base import of_safetensors
-from .rope_scalings import PHI3, hf_rope
+from .rope_scalings import hf_rope
 from .safetensors_file import SafetensorsFile
-from .tokenizers import tokenizer_of_folder, tokenizer_path
+from .tokenizers import MAX_BYTES, tokenizer_of_folder, tokenizer_path
 
 # The files that may hold the weights, or an index of such files. The first that exists is used.
 WEIGHTS = (
@@ -48,7 +48,6 @@ WEIGHTS = (
 )
 SHARD = re.compile(r"[\w.+-]+", re.ASCII)  # a plain file name, in no other folder
 ANGLES = re.compile(r"\.rotary_emb\.inv_freq$")  # RoPE's frequencies, in old files; theta gives them
-MAX_TOKENIZER_CONFIG = 16 << 20  # bytes: it lists every added token
 
 # Other keys of config.json that could change the mathematics, and their values that change nothing.
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -273,7 +272,7 @@ def chat_template(folder: Path) -> str | None:
         path = folder / name
         found = None
         if os.path.lexists(path):
-            found = JsonFile(path, MAX_TOKENIZER_CONFIG).get("chat_template", (str, list))
+            found = JsonFile(path, MAX_BYTES).get("chat_template", (str, list))
         if isinstance(found, list):  # several, by name
             parts = [part for part in found if isinstance(part, dict) and part.get("name") == "default"]
             found = parts[0].get("template") if parts else None

@@ -23,8 +23,7 @@ from ..backend.formats import QK, PackedTensor, StoredTensor
 from ..backend.limits import groups, numbers
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
-from ..generation.generate import PREFILL_CHUNK
-from ..window import positions_stored
+from ..window import PREFILL_CHUNK, positions_stored
 from .convert import target_format
 
 LEAST_CONTEXT = 512  # positions that a model must at least have room for

@@ -36,6 +36,7 @@ LAYER = (
     ("feed_forward.w_up",   "feed_forward.w3", "mlp.up_proj",              "ffn_up",      ("F", "D")),
     ("feed_forward.w_down", "feed_forward.w2", "mlp.down_proj",            "ffn_down",    ("D", "F")),
 )
+PHI3 = "phi3"  # the model_type of Hugging Face, and the architecture of GGUF
 # Phi-3 has these matrices one below the other in one tensor.
 FUSED = (
     # Hugging Face          GGUF        its parts, from the first row on

@@ -23,9 +23,9 @@ from ..rope import (
 )
 from .gguf.file import GGUFFile
 from .json_file import JsonFile
+from .names import PHI3
 
 HF_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # "su" is the older longrope
-PHI3 = "phi3"  # the model_type whose "yarn" is a LongRoPE
 HF_NOT_RUN = ("mrope", "proportional", "axial")
 # Every key that is read. Other keys could change the angles: an error names them.
 HF_KEYS = {
@@ -74,7 +74,7 @@ def hf_rope(config: JsonFile) -> tuple[float, RopeScaling | None]:
         )
     if kind == "default":
         return theta, None
-    if kind == "yarn" and config.get("model_type", str) == PHI3:
+    if kind == "yarn" and config.get("model_type", str) == PHI3:  # whose "yarn" is a LongRoPE
         kind = "longrope"
     made, values = _hf_values(config, rope, kind)
     try:

@@ -21,11 +21,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from ..checkpoint.download import DEFAULT_MODEL, locate, on_the_hub
 from ..checkpoint.hub import PREFIX
 from ..errors import NumpyLlamaError, ParameterError, TextError, escape, printable, visible
-from ..generation.generate import PREFILL_CHUNK
 from ..generation.sampling import Sampler
 from ..generation.transcript import Completion, Piece
 from ..llama import Llama, finish, load
 from ..text.tokenizer import PADDING, Tokenizer
+from ..window import PREFILL_CHUNK
 
 MOST_TOKENS = 512  # of a text whose intermediates are recorded: the scores of a layer take 4 * H * T^2 bytes
 

@@ -13,9 +13,8 @@ from ..cache import KVCache
 from ..config import Array
 from ..errors import ContextOverflowError, NumericsError, ParameterError, check_has
 from ..model import Function, Transformer, TransformerBlock
+from ..window import PREFILL_CHUNK
 from .sampling import Sampler
-
-PREFILL_CHUNK = 512  # tokens a forward pass: large enough for full speed, small enough to report progress
 
 
 class Session:

@@ -24,8 +24,8 @@ from ..backend.limits import available_cpus
 from ..cache import KVCache
 from ..checkpoint.memory import MemoryPlan, gib
 from ..errors import BuildError, ContextOverflowError, ResourceLimitError
-from ..generation.generate import PREFILL_CHUNK
 from ..model import Linear, Transformer
+from ..window import PREFILL_CHUNK
 
 READ_BYTES = 1 << 30  # of the weights for one probe: more than any cache holds, but soon done
 PAUSE = 0.1  # seconds before a probe: threads of NumPy's BLAS still spin for a while after their last product

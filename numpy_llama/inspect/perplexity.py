@@ -19,8 +19,8 @@ import numpy as np
 
 from ..cache import KVCache
 from ..errors import NumericsError, ParameterError
-from ..generation.generate import PREFILL_CHUNK
 from ..model import Transformer
+from ..window import PREFILL_CHUNK
 
 LEAST_CTX = 8  # a shorter window would score too few tokens
 

@@ -3,8 +3,11 @@
 import base64
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +30,12 @@ from numpy_llama.checkpoint.gguf.file import COLUMN_ORDER
 from numpy_llama.checkpoint.json_file import JsonFile
 from numpy_llama.checkpoint.memory import gib, memory_plan
 from numpy_llama.checkpoint.names import tensor_names
+from numpy_llama.checkpoint.quantized import FileTensor, Method
 from numpy_llama.checkpoint.quantized import awq as awq_format
 from numpy_llama.checkpoint.quantized import compressed_tensors as compressed_format
 from numpy_llama.checkpoint.quantized import gptq as gptq_format
 from numpy_llama.checkpoint.quantized.grouped import whole_numbers
+from numpy_llama.checkpoint.safetensors_file import SafetensorsFile
 from numpy_llama.model import TransformerBlock
 from numpy_llama.proof.oracle import transformers_model
 from numpy_llama.proof.tiny import TINY_BLOCKS
@@ -179,8 +184,20 @@ def test_each_weight_may_have_settings_of_its_own(tmp_path):
 SIZES = st.integers(1, 4).map(lambda n: 32 * n)
 
 
+def read(
+    method: type[Method], settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> np.ndarray:
+    """The weight in a file that has these tensors of it."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        save_file({f"x.{name}": tensor.contiguous() for name, tensor in tensors.items()}, path)
+        file = SafetensorsFile(path)
+        parts = {name: FileTensor(file.tensors[f"x.{name}"], file) for name in tensors}
+        return method(JsonFile(path, values=dict(settings))).weight("x", parts).stored().dequantize()
+
+
 @given(SIZES, SIZES, st.sampled_from([2, 3, 4, 8]), st.booleans(), st.integers(0, 1), st.integers(0, 2**32))
-def test_the_reference_of_gptq_is_its_formula(N, K, bits, act_order, minus, seed):
+def test_gptq_is_its_formula(N, K, bits, act_order, minus, seed):
     """Any zeros, also the zero 0 that version 1 stores as the largest number."""
     rng = np.random.default_rng(seed)
     q, zeros = rng.integers(0, 1 << bits, (N, K)), rng.integers(0, 1 << bits, (N, K // 32))
@@ -188,41 +205,29 @@ def test_the_reference_of_gptq_is_its_formula(N, K, bits, act_order, minus, seed
     g_idx = np.arange(K) // 32
     if act_order:
         rng.shuffle(g_idx)
-    stored = (zeros - minus) % (1 << bits)
-    found = gptq_format.dequantize(
-        packed(q, bits).T, packed(stored.T, bits), scales.numpy().T, g_idx, bits, minus
-    )
+    words = packed(q, bits).T, packed(((zeros - minus) % (1 << bits)).T, bits), g_idx.astype(np.int32)
+    names = "qweight", "qzeros", "g_idx"
+    tensors = {name: torch.from_numpy(x.copy()) for name, x in zip(names, words, strict=True)}
+    settings = {"bits": bits, "sym": False, "checkpoint_format": "gptq" if minus else "gptq_v2"}
+    found = read(gptq_format.GPTQ, settings, tensors | {"scales": scales.T})
     np.testing.assert_array_equal(found, dense(q, zeros, scales, g_idx))
 
 
-@given(SIZES, SIZES, st.integers(0, 2**32))
-def test_the_references_of_awq_are_its_formula(N, K, seed):
-    rng = np.random.default_rng(seed)
-    for version in ("gemm", "gemv"):
-        tensors, wanted = awq(version, 32).make(rng, N, K)
-        arrays = [tensors[name].numpy() for name in ("qweight", "qzeros", "scales")]
-        if version == "gemm":
-            found = awq_format.dequantize_gemm(*arrays)
-        else:
-            found = awq_format.dequantize_gemv(*arrays, 32)
-        np.testing.assert_array_equal(found, wanted)
+@given(SIZES, SIZES, st.sampled_from(["gemm", "gemv"]), st.integers(0, 2**32))
+def test_awq_is_its_formula(N, K, version, seed):
+    variant = awq(version, 32)
+    tensors, wanted = variant.make(np.random.default_rng(seed), N, K)
+    np.testing.assert_array_equal(read(awq_format.AWQ, variant.settings, tensors), wanted)
 
 
 @given(st.integers(1, 70), st.integers(1, 4), st.sampled_from([4, 8]), st.booleans(), st.integers(0, 2**32))
-def test_the_reference_of_compressed_tensors_is_its_formula(N, G, bits, symmetric, seed):
+def test_compressed_tensors_is_its_formula(N, G, bits, symmetric, seed):
     """Rows may end in part of a word, and so may the zeros."""
     rng = np.random.default_rng(seed)
     size = int(rng.integers(1, 40))
-    tensors, wanted = compressed(bits, size, symmetric, torch.float16).make(rng, N, G * size)
-    zeros = tensors.get("weight_zero_point")
-    found = compressed_format.dequantize_packed(
-        tensors["weight_packed"].numpy(),
-        tensors["weight_scale"].numpy(),
-        None if zeros is None else zeros.numpy(),
-        np.arange(G * size) // size,
-        bits,
-        G * size,
-    )
+    variant = compressed(bits, size, symmetric, torch.float16)
+    tensors, wanted = variant.make(rng, N, G * size)
+    found = read(compressed_format.CompressedTensors, variant.settings, tensors)
     np.testing.assert_array_equal(found, wanted)
 
 

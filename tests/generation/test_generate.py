@@ -20,10 +20,11 @@ from numpy_llama.errors import (
     ParameterError,
     TemplateError,
 )
-from numpy_llama.generation.generate import PREFILL_CHUNK, Session, forward, generate
+from numpy_llama.generation.generate import Session, forward, generate
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.generation.transcript import StopTexts
 from numpy_llama.proof.tiny import TINY
+from numpy_llama.window import PREFILL_CHUNK
 
 ARGS = replace(TINY, max_seq_len=2 * PREFILL_CHUNK + 50)
 V = ARGS.vocab_size

@@ -19,13 +19,13 @@ from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from numpy_llama.checkpoint.memory import gib, memory_plan
 from numpy_llama.cli import info
 from numpy_llama.generation.batch import generate_batch
-from numpy_llama.generation.generate import PREFILL_CHUNK, Request, Session, generate
+from numpy_llama.generation.generate import Request, Session, generate
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.inspect.tracing import trace
 from numpy_llama.learner import Learner
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import TINY_BLOCKS
-from numpy_llama.window import BLOCK, CHUNK, WindowKVCache, positions_stored
+from numpy_llama.window import BLOCK, PREFILL_CHUNK, WindowKVCache, positions_stored
 from tests.helpers.tiny_models import float_weights, stored
 
 WINDOW, LONGER = 9, 70
@@ -47,7 +47,7 @@ CACHES = {
 @pytest.fixture
 def small(monkeypatch):
     """Chunks and blocks so small that a short text passes many of them. The C kernels' blocks have 128."""
-    monkeypatch.setattr(module, "CHUNK", 6)
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 6)
     monkeypatch.setattr(module, "BLOCK", 4)
 
 
@@ -183,8 +183,7 @@ def test_the_room_is_that_of_the_window():
     cache = model.new_cache()
     nbytes = cache.k.nbytes + cache.v.nbytes
     print(f"\na window of 4,096 in a context of 32,768: {cache.k.shape[3]} positions stored, {nbytes} bytes")
-    assert CHUNK >= PREFILL_CHUNK
-    assert cache.k.shape[3] == 4096 + CHUNK + BLOCK == plan.stored_positions
+    assert cache.k.shape[3] == 4096 + PREFILL_CHUNK + BLOCK == plan.stored_positions
     assert plan.peak(32768) - plan.fixed == nbytes == 4736 * plan.kv_per_position
     assert plan.peak(32768) == plan.peak(4736) > plan.peak(4735)
     assert plan.context_within(plan.peak(4736)) == 32768 and plan.context_within(plan.peak(4735)) == 4735

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from numpy_llama import functional as F
 from numpy_llama.backend import build, kernels
 from numpy_llama.checkpoint.presets import n_parameters
-from numpy_llama.generation.generate import PREFILL_CHUNK
 from numpy_llama.inspect import bench
 from numpy_llama.inspect.bench import Machine, Result, Task
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import TINY_BLOCKS
+from numpy_llama.window import PREFILL_CHUNK
 
 # Every size another one, so that no two can be taken for each other.
 ARGS = replace(TINY_BLOCKS, n_layers=3, hidden_dim=160, vocab_size=288, max_seq_len=2048)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import numpy_llama as nl
 from numpy_llama.errors import ContextOverflowError, NumericsError, ParameterError
-from numpy_llama.generation.generate import PREFILL_CHUNK
 from numpy_llama.inspect.perplexity import LEAST_CTX, nll, perplexity, windows
 from numpy_llama.proof.tiny import TINY
+from numpy_llama.window import PREFILL_CHUNK
 
 ARGS = replace(TINY, max_seq_len=2 * PREFILL_CHUNK + 20)
 V = ARGS.vocab_size

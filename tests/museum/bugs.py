@@ -181,7 +181,7 @@ BUGS = [
         "the cache of a sliding window drops what a chunk of the prompt still sees",
         "ml-explore/mlx-lm#390, where its cache is discussed",
         "numpy_llama/window.py",
-        "args.sliding_window + CHUNK + BLOCK)",
+        "args.sliding_window + PREFILL_CHUNK + BLOCK)",
         "args.sliding_window - 2 + BLOCK)",
         f"{WINDOWS}::test_the_cache_returns_what_is_seen_and_stores_little_more",
     ),

@@ -26,6 +26,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from numpy_llama.checkpoint.huggingface import chat_template
 from numpy_llama.checkpoint.tokenizers import find_tokenizer, open_tokenizer, tokenizer_of_folder
 from numpy_llama.errors import (
     ConfigError,
@@ -807,6 +808,14 @@ def test_a_file_that_is_too_large(folder, monkeypatch):
 
 
 # ---------------------------------------------------------------- folders
+
+
+def test_a_file_beside_the_tokenizer_may_be_as_large(folder):
+    """A tokenizer_config.json lists every added token: 2 MiB here, where config.json may have one."""
+    write_json(folder, byte_level_json("gpt-2"))
+    config = {"bos_token": "<s>", "chat_template": "{{ bos_token }}", "notes": "x" * (2 << 20)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokenizer_of_folder(folder).vocab_size and chat_template(folder) == "{{ bos_token }}"
 
 
 def test_the_tokenizer_lies_in_the_folder_or_beside_it(tmp_path):

@@ -16,9 +16,9 @@ from ...text.chat import CHAT_FORMATS, ChatFormat
 from ...text.tokenizer import Tokenizer, tokenizer_from_gguf
 from .. import not_models
 from ..base import Checkpoint, size, weight_in, within
-from ..names import matched_names
+from ..names import PHI3, matched_names
 from ..other_models import other_architecture
-from ..rope_scalings import PHI3, TENSORS, gguf_scaling
+from ..rope_scalings import TENSORS, gguf_scaling
 from .file import GGUFFile, open_gguf
 
 # Other keys that could change the mathematics, and their values for a LLaMA.

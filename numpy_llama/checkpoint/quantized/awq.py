@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...config import Array
-from ...errors import ConfigError, UnsupportedError, escape
+from ...errors import UnsupportedError, escape
 from ..json_file import JsonFile
 from .base import FileTensor, Method, check_parts
-from .grouped import FLOATS, GroupedWeight, groups_of, whole_numbers
+from .grouped import FLOATS, GroupedWeight, group_size, groups_of, whole_numbers
 
 GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 MIDDLE = 8
@@ -31,20 +31,6 @@ def gemm_numbers(words: Array) -> Array:
     for i, row in enumerate(GEMM_ORDER):
         q[:, row] = a_byte[..., i // 2] >> np.uint8(i % 2 * 4) & 15
     return q.reshape(-1, len(words))
-
-
-def dequantize_gemm(qweight: Array, qzeros: Array, scales: Array) -> Array:
-    """w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]), g = k // (K / G): -> (N, K) float32."""
-    q, zeros, scales = gemm_numbers(qweight), gemm_numbers(qzeros), scales.T.astype(np.float32)
-    g = groups_of(q.shape[1], q.shape[1] // zeros.shape[1])
-    return scales[:, g] * (q.astype(np.int16) - zeros.astype(np.int16)[:, g])
-
-
-def dequantize_gemv(qweight: Array, qzeros: Array, scales: Array, group_size: int) -> Array:
-    """The same formula in plain order: -> (N, K) float32."""
-    q, zeros = whole_numbers(qweight, 4), whole_numbers(qzeros, 4)
-    g = groups_of(q.shape[1], group_size)
-    return scales.astype(np.float32)[:, g] * (q.astype(np.int16) - zeros.astype(np.int16)[:, g])
 
 
 class AWQ(Method):
@@ -63,10 +49,7 @@ class AWQ(Method):
             raise UnsupportedError(f"{path}: AWQ weights stored for {found}; run are {', '.join(VERSIONS)}")
         if (backend := settings.get("backend", str, "autoawq")) == "llm-awq":
             raise UnsupportedError(f"{path}: AWQ weights stored by {backend}; those of AutoAWQ are run")
-        self.group_size = settings.get("group_size", int, settings.get("q_group_size", int, 128))
-        if self.group_size != -1 and self.group_size < 1:
-            found = escape(self.group_size, 40)
-            raise ConfigError(f"{path}: group_size is {found}, it must be -1 or at least 1")
+        self.group_size = group_size(settings, settings.get("q_group_size", int, 128))
         self.symmetric = not settings.get("zero_point", bool, True)
         self.title = f"AWQ ({self.version}), 4 bits"
 

@@ -16,6 +16,11 @@ from ..base import TensorInfo
 from ..json_file import JsonFile
 from ..safetensors_file import SafetensorsFile
 
+# Scales of activations, which are not used: activations are not rounded to 8 bits here.
+OF_ACTIVATIONS = (
+    *("input_scale", "input_scale_ub", "input_zero_point"),
+    *("activation_scale", "output_scale", "output_zero_point"),
+)
 # Scales of a KV cache of 8 bits, which are not used: keys and values are not rounded so here. The names are
 # those of compressed-tensors (KVCacheScaleType) and AutoFP8.
 OF_CACHE = re.compile(r"\.self_attn\.(kv_scale|[kv]_scale|[kv]_zero_point)$")

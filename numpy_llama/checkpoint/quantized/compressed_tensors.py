@@ -25,33 +25,13 @@ import numpy as np
 from ...config import Array
 from ...errors import ConfigError, UnsupportedError, escape
 from ..json_file import JsonFile
-from .base import FileTensor, Method, QuantizedWeight, check_parts
+from .base import OF_ACTIVATIONS, FileTensor, Method, QuantizedWeight, check_parts
 from .grouped import FLOATS, GroupedWeight, checked_groups, groups_of, whole_numbers
 from .scaled import MAX_BLOCK, block_sizes, scaled_weight
 
 BITS = (4, 8)
 OF_BYTES = ("int-quantized", "float-quantized", "naive-quantized")
 RUN = ("pack-quantized", *OF_BYTES)
-OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-
-
-def dequantize_packed(
-    weight_packed: Array,
-    weight_scale: Array,
-    weight_zero_point: Array | None,
-    groups: Array,
-    bits: int,
-    K: int,
-) -> Array:
-    """w[n, k] = scale[n, g] * (q[n, k] - zero[n, g]), g = groups[k]: -> (N, K) float32.
-
-    Both stored numbers have the same 2^(bits - 1) added; without a zero it is 0.
-    """
-    q = whole_numbers(weight_packed, bits)[:, :K].astype(np.int16)
-    zero = np.full(weight_scale.shape, 1 << bits - 1, np.int16)
-    if weight_zero_point is not None:
-        zero[:] = whole_numbers(np.ascontiguousarray(weight_zero_point.T), bits).T[: len(q)]
-    return weight_scale.astype(np.float32)[:, groups] * (q - zero[:, groups])
 
 
 class CompressedTensors(Method):

@@ -12,11 +12,10 @@ Scales of activations are not used here: activations are not rounded to 8 bits.
 from collections.abc import Mapping
 
 from ..json_file import JsonFile
-from .base import FileTensor, Method, QuantizedWeight, check_parts
+from .base import OF_ACTIVATIONS, FileTensor, Method, QuantizedWeight, check_parts
 from .scaled import block_sizes, scaled_weight
 
 SCALES = ("weight_scale_inv", "weight_scale")
-OF_ACTIVATIONS = ("input_scale", "input_scale_ub", "activation_scale", "output_scale")
 
 
 class FP8(Method):

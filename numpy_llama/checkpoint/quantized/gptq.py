@@ -17,26 +17,14 @@ import numpy as np
 
 from ...backend.formats import StoredTensor
 from ...config import Array
-from ...errors import ConfigError, UnsupportedError, escape
+from ...errors import UnsupportedError, escape
 from ..json_file import JsonFile
 from .base import FileTensor, Method, check_parts
-from .grouped import FLOATS, GroupedWeight, checked_groups, groups_of, whole_numbers
+from .grouped import FLOATS, GroupedWeight, checked_groups, group_size, groups_of, whole_numbers
 
 BITS = (2, 3, 4, 8)
 PLAIN = (16, 32)  # bits of a weight that is not quantised
 ZERO_MINUS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> zero - stored zero
-
-
-def dequantize(
-    qweight: Array, qzeros: Array, scales: Array, g_idx: Array, bits: int, zero_minus: int = 1
-) -> Array:
-    """w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]), g = g_idx[k]: -> (N, K) float32.
-
-    zero = (stored + zero_minus) mod 2^bits: AutoGPTQ stores the zero 0 of version 1 as 2^bits - 1.
-    """
-    q = whole_numbers(qweight.T, bits).astype(np.int16)
-    zero = (whole_numbers(qzeros, bits).T.astype(np.int16) + zero_minus) % (1 << bits)
-    return scales.T.astype(np.float32)[:, g_idx] * (q - zero[:, g_idx])
 
 
 class GPTQ(Method):
@@ -61,10 +49,7 @@ class GPTQ(Method):
         if odd := self.bits - set(BITS):
             found, run = escape(min(odd), 40), ", ".join(map(str, BITS))
             raise UnsupportedError(f"{self.path}: GPTQ of {found} bits; run are {run}")
-        self.group_size = settings.get("group_size", int, -1)
-        if self.group_size != -1 and self.group_size < 1:
-            found = escape(self.group_size, 40)
-            raise ConfigError(f"{self.path}: group_size is {found}, it must be -1 or at least 1")
+        self.group_size = group_size(settings)
         self.one_size = not any("group_size" in other.values for other in overrides)
         self.asymmetric = not settings.get("sym", bool, True) and not any(
             "sym" in other.values for other in overrides
@@ -128,6 +113,7 @@ class GPTQWeight(GroupedWeight):
         equal = (stored == first).all() and (words == words[:1]).all()
         if not self.method.asymmetric and first in (middle, middle - 1) and equal:
             return np.array([[middle]], np.uint8)
+        # AutoGPTQ stores the zero 0 of version 1 as 2^bits - 1.
         zeros = whole_numbers(words, self.bits) + np.uint8(self.method.zero_minus)
         return np.ascontiguousarray((zeros & np.uint8((1 << self.bits) - 1)).T)
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from ...backend.formats import FORMATS, QK, Format, StoredTensor, whole_q4_0, whole_q4_z, whole_signed_bytes
 from ...config import Array
-from ...errors import NumericsError
+from ...errors import ConfigError, NumericsError, escape
+from ..json_file import JsonFile
 from .base import FileTensor, QuantizedWeight
 from .parts import made_rows
 
@@ -148,6 +149,14 @@ class GroupedWeight(QuantizedWeight):
         z = zeros if zeros.size == 1 else zeros[:, groups]
         difference = q.astype(np.int16) - z
         return (scales.astype(np.float32)[:, groups] * difference).astype("<f4").view(np.uint8)
+
+
+def group_size(settings: JsonFile, default: int = -1) -> int:
+    """The columns of a group; -1: all columns are one."""
+    size: int = settings.get("group_size", int, default)
+    if size != -1 and size < 1:
+        raise ConfigError(f"{settings.path}: group_size is {escape(size, 40)}, it must be -1 or at least 1")
+    return size
 
 
 def groups_of(K: int, size: int) -> Array:

@@ -32,7 +32,7 @@ from .tiktoken_file import tiktoken_metadata
 # The classes of transformers that put a space only before the first part, unless they are "legacy".
 METASPACE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 SPM = "tokenizer.ggml.remove_extra_whitespaces"  # an entry that only a SentencePiece model has
-MAX_BYTES = 32 << 20  # the largest is Llama 4's tokenizer.json, 28 million bytes
+MAX_BYTES = 32 << 20  # of each file of a tokenizer; the largest is Llama 4's tokenizer.json, 28 million bytes
 WANTED = "a tokenizer: SentencePiece's or tiktoken's tokenizer.model, tokenizer.json, llama2.c's .bin, GGUF"
 # Files that are sometimes in a tokenizer's place, by their first bytes.
 MISTAKEN = files.MISTAKEN | {
@@ -110,7 +110,7 @@ class _Beside:
 
     def read(self, name: str) -> JsonFile:
         path = self.folder / f"{name}.json"
-        return JsonFile(path) if path.is_file() else JsonFile(path, values={})
+        return JsonFile(path, MAX_BYTES) if path.is_file() else JsonFile(path, values={})
 
     def complete(self, metadata: dict[str, Any]) -> None:
         """Add to GGUF's form the values of these files: added tokens, BOS, and the tokens that end a turn."""

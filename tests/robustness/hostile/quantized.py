@@ -363,7 +363,7 @@ def methods(folder: Path) -> Iterator[Variant]:
         path = folder_of(folder, value, gptq)
         yield model(f"{path.name} {str(value)[:30]}", path, "UnsupportedError", says=("quantised by",))
     path = folder_of(folder, {}, gptq)  # an empty object means that nothing is quantised
-    yield model(f"{path.name} {{}}", path, "MismatchError", says=("q_proj.weight",))
+    yield model(f"{path.name} {{}}", path, "MismatchError", says=("down_proj.weight",))
     name = "\u202e\x1b]0;x\x07" * 100
     yield setting(folder, GPTQ, gptq, {"quant_method": name}, "UnsupportedError", says=("quantised by",))
     deep: Any = 0

@@ -30,7 +30,7 @@ from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo, size, weight_in, within
 from .files import MappedFile
 from .json_file import JsonFile
-from .names import PHI3, matched_names
+from .names import PHI3, matched_names, usual, usual_names
 from .other_models import other_config, other_folder
 from .pytorch.file import TorchFile
 from .quantized import FileTensor, QuantizedWeight, method_of
@@ -147,13 +147,8 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _plain(self) -> dict[str, str]:
         """The usual name of each weight that is not quantised -> its name in the file."""
-        names = [name for name in self.tensors if name not in self._parts and not ANGLES.search(name)]
-        plain = {usual(name): name for name in names}
-        if hidden := set(names) - set(plain.values()):
-            name = min(hidden)
-            other = plain[usual(name)]
-            raise MismatchError(f"{self.path} has {escape(name)} and {escape(other)}; wanted one of them")
-        return plain
+        names = (name for name in self.tensors if name not in self._parts and not ANGLES.search(name))
+        return usual_names(self.path, names)
 
     def weights(self) -> dict[str, StoredTensor]:
         args, names = self._args, self._names()
@@ -197,11 +192,6 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def chat_template(self) -> str | None:
         return chat_template(self.path)
-
-
-def usual(name: str) -> str:
-    """The name of a weight without that of torch.compile's wrapper."""
-    return name.replace("_orig_mod.", "")
 
 
 def _open(path: Path) -> SafetensorsFile | TorchFile:

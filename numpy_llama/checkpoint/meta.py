@@ -22,7 +22,7 @@ from ..rope import Llama3Scaling
 from ..text.tokenizer import Tokenizer
 from .base import Checkpoint, TensorInfo, size
 from .json_file import JsonFile
-from .names import matched_names
+from .names import matched_names, usual, usual_names
 from .pytorch.file import TorchFile
 from .tokenizers import find_tokenizer, open_tokenizer
 
@@ -59,7 +59,7 @@ class MetaCheckpoint(Checkpoint):
 
     @cached_property
     def args(self) -> ModelArgs:
-        rows = {name: info.shape[0] for name, info in self.tensors.items() if info.shape}
+        rows = {usual(name): info.shape[0] for name, info in self.tensors.items() if info.shape}
         args = model_args(
             self.params, rows.get("tok_embeddings.weight"), rows.get("layers.0.feed_forward.w1.weight")
         )
@@ -77,12 +77,15 @@ class MetaCheckpoint(Checkpoint):
 
     def _names(self, args: ModelArgs) -> dict[str, str]:
         # RoPE's frequencies follow from the arguments.
-        shapes = {name: t.shape for name, t in self.tensors.items() if not name.endswith("rope.freqs")}
-        return matched_names(self.path, "meta", args, shapes, tied=False)
+        names = (name for name in self.tensors if not name.endswith("rope.freqs"))
+        theirs = usual_names(self.path, names)
+        shapes = {name: self.tensors[there].shape for name, there in theirs.items()}
+        found = matched_names(self.path, "meta", args, shapes, tied=False)
+        return {ours: theirs[name] for ours, name in found.items()}
 
     def _axis(self, name: str) -> int | None:
         """The axis along which the shards of a tensor are joined; None if each has the whole tensor."""
-        stem, shape = name.split(".")[-2:][0], self.shards[0].tensors[name].shape
+        stem, shape = usual(name).split(".")[-2:][0], self.shards[0].tensors[name].shape
         if len(self.shards) == 1 or len(shape) != 2:
             return None
         if stem == "tok_embeddings":  # cut by columns in LLaMA 1 and 2, by rows in Llama 3

@@ -5,7 +5,7 @@ explained in config.py. A matrix is (OUT, IN) in all four schemes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -138,6 +138,22 @@ def matched_names(
         if found != wanted:
             raise MismatchError(f"{source}: {theirs} has the shape {found}, the arguments want {wanted}")
     return names
+
+
+def usual(name: str) -> str:
+    """The name of a weight without that of torch.compile's wrapper."""
+    return name.replace("_orig_mod.", "")
+
+
+def usual_names(source: object, names: Iterable[str]) -> dict[str, str]:
+    """The usual name of each weight -> its name in the file. MismatchError if one is there twice."""
+    names = list(names)
+    found = {usual(name): name for name in names}
+    if hidden := set(names) - set(found.values()):
+        name = min(hidden)
+        other = found[usual(name)]
+        raise MismatchError(f"{source} has {escape(name)} and {escape(other)}; wanted one of them")
+    return found
 
 
 def interleaved_rows(n_heads: int, head_dim: int) -> np.ndarray:

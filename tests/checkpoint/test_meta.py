@@ -66,6 +66,29 @@ def test_weights_are_those_that_were_cut(tmp_path_factory, args, n_shards, forma
     checkpoint.check_unchanged()
 
 
+@pytest.mark.parametrize("n_shards", [1, 2])
+@pytest.mark.parametrize("before", ["", "attention."])
+def test_names_as_torch_compile_writes_them(before, n_shards, tmp_path, rng):
+    """_orig_mod. at the beginning of every name, or before the compiled parts."""
+    weights = random_weights(rng, ARGS, np.float32)
+    write_meta(tmp_path, ARGS, weights, n_shards)
+    for path in tmp_path.glob("*.pth"):
+        state = torch.load(path)
+        renamed = {
+            name.replace(before, f"_orig_mod.{before}") if before else f"_orig_mod.{name}": x
+            for name, x in state.items()
+        }
+        torch.save(renamed, path)
+    checkpoint = MetaCheckpoint(tmp_path)
+    assert checkpoint.args == ARGS
+    for name, w in checkpoint.weights().items():
+        np.testing.assert_array_equal(w.dequantize(), weights[name])
+    for path in tmp_path.glob("*.pth"):
+        torch.save(torch.load(path) | state, path)
+    with pytest.raises(errors.MismatchError, match=r"has .*_orig_mod\..* and .*; wanted one of them"):
+        MetaCheckpoint(tmp_path).weights()
+
+
 @pytest.mark.parametrize("n_shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("generation", ["llama1", "llama2", "llama2-70b", "llama3"])
 def test_logits_as_torch(tmp_path, rng, generation, n_shards):

@@ -35,6 +35,9 @@ MAX_INT = 1 << 63
 MAX_ARGUMENT = 1 << 10
 
 MAX_WIDTH = 1 << 10  # of a padded value
+# A field of form % values: perhaps the name of a value, then flags, width and precision, then a letter. A
+# bracket in its place begins a name that has brackets itself.
+CONVERSION = re.compile(r"%(?:\([^()]*\))?([^%a-zA-Z(]*)(.?)", re.DOTALL)
 
 # The filters and methods of Jinja and of str whose result is little more than their inputs. Those that pad or
 # repeat are below, with a limit. What is in neither list has no use in a template: attr, lipsum, xmlattr, ...
@@ -152,7 +155,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """10**10**9, 'a' * 10**10 and '%1000000000d' % 1 are one step each, which no deadline can stop."""
         if operator == "%" and isinstance(left, str):
-            return self.percent(left, *(right if isinstance(right, tuple) else (right,)))
+            return self.formatted(left, right)
         size = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
         too_much = operator == "*" and size != [left, right] and size[0] * size[1] > self.room
         power = operator == "**" and not (isinstance(left, int | float) and right in range(64))
@@ -201,11 +204,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.weigh(sum(values, start))
 
     def percent(self, form: Any, *args: Any, **kwargs: Any) -> str:
-        """form % args, with widths of at most three digits."""
-        if re.search(r"%[^%a-zA-Z]*(\*|\d{4})", str(form)):
-            self.fail("operator % is not allowed with such a width")
-        self.make_room(str(form).count("%") * self.most(*args, *kwargs.values()))
-        return self.weigh(str(form) % (kwargs or args))
+        """The filter format."""
+        return self.formatted(str(form), kwargs or args)
+
+    def formatted(self, form: str, values: Any) -> str:
+        """form % values: a tuple, a dict, or one value. Widths have at most three digits."""
+        for field in CONVERSION.finditer(form):
+            if re.search(r"\*|\d{4}", field[1]) or field[2] == "(":
+                self.fail("operator % is not allowed with such a width or name")
+        inside = values if isinstance(values, tuple) else (values,)
+        inside += tuple(values.values()) if isinstance(values, dict) else ()
+        self.make_room(form.count("%") * self.most(*inside))
+        return self.weigh(form % values)
 
     def braces(self, form: str, *args: Any, **kwargs: Any) -> str:
         """form.format(...) without attributes of the values, and with widths of at most three digits."""

@@ -412,6 +412,24 @@ def test_bos_comes_before_a_template_that_writes_none_if_the_tokenizer_says_so(c
         ]
 
 
+MAPPED = [
+    "{{ '<%(role)s> %(content)s %%' % messages[0] }}",
+    "{{ '%(a%b)5.1f|%(a%b)-6d|%% (x)' % {'a%b': 2} }}",
+    "{{ '%s %%' % {'a': 1} }}{{ 'none' % {} }}{{ '%(a)r' % {'a': 'b'} }}",
+    "{{ '%(a)s %(b)03d' | format(a=messages[0].content, b=7) }}",
+]
+
+
+@pytest.mark.parametrize("source", MAPPED)
+@given(content=ORDINARY)
+def test_a_text_with_percent_takes_a_mapping_as_in_transformers(source, content):
+    messages = conversation(content)
+    with WITHOUT_A_CLOCK:
+        assert template(source).encode(byte_level(add_bos_token=False), messages) == apply_chat_template(
+            source, messages
+        )
+
+
 @cache
 def of_transformers() -> PreTrainedTokenizerFast:
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
@@ -887,7 +905,8 @@ HARM = {
     "J03": [
         "{{ '{0.__class__}'.format(messages) }}",
         "{{ '{x.__class__}'.format_map({'x': 1}) }}",
-        "{{ '%(x)s' % {'x': 1} }}",
+        "{{ '%(x)s' % 1 }}",
+        "{{ '%(y)s' % {'x': 1} }}",
         "{% set f = '{0.__class__}'.format %}{{ f(messages) }}",
         "{% set f = '{0.__class__}'.format %}{{ [messages] | map(f) | list }}",
     ],
@@ -899,6 +918,11 @@ HARM = {
         "{{ 'a' * 10**10 }}",
         "{{ 'a' * 10000000000 }}",
         "{{ '%1000000000d' % 1 }}",
+        "{{ '%(x)1000000000d' % {'x': 1} }}",
+        "{{ '%(x)-1000000000d' | format(x=1) }}",
+        "{{ '%(a(b)c)1000000000d' % {'a(b)c': 1} }}",
+        "{{ '%%%(x).1000000000f' % {'x': 1} }}",
+        "{{ ('%(x)s' * 100000) % {'x': 'a' * 1000} }}",
         "{{ 10 ** 10 ** 9 }}",
     ],
     "J06": ["{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends 'base' %}"],

@@ -51,7 +51,6 @@ def formats(folder: Path) -> Iterator[Variant]:
     template = Templates(folder)
     yield template("format", "{{ '{0.__class__}'.format(messages) }}")
     yield template("format_map", "{{ '{a.__class__}'.format_map({'a': messages}) }}")
-    yield template("%", "{{ '%(a)s' % {'a': messages} }}")
     yield template("an index", "{{ '{0[role]}'.format(messages[0]) }}")
     yield template("an attribute of an attribute", "{{ '{0.a.__class__}'.format(messages) }}")
     yield template("stored", "{% set f = '{0.__class__}'.format %}{{ f(messages) }}")
@@ -77,6 +76,9 @@ def sizes(folder: Path) -> Iterator[Variant]:
         ("'a' * 10^10", "{{ 'a' * 10000000000 }}"),
         ("10^10 * 'a'", "{{ 10000000000 * 'a' }}"),
         ("%1000000000d", "{{ '%1000000000d' % 1 }}"),
+        ("%(x)1000000000d", "{{ '%(x)1000000000d' % {'x': 1} }}"),
+        ("%(x)1000000000d by the filter", "{{ '%(x)1000000000d' | format(x=1) }}"),
+        ("%(a(b)c)1000000000d", "{{ '%(a(b)c)1000000000d' % {'a(b)c': 1} }}"),
         ("10 ** 10 ** 9", "{{ 10 ** 10 ** 9 }}"),
         (
             "doubled",

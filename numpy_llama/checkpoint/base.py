@@ -64,14 +64,18 @@ class Checkpoint(InPlace, ABC):
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
-    def chat_template(self) -> str | None:
-        """The Jinja template that came with the model."""
+    def chat_template(self, name: str = "default") -> str | None:
+        """The Jinja template that came with the model: "default", or "tool_use" if tools are given."""
         return None
 
     def chat_format(self) -> ChatFormat | None:
         """The format of a conversation: the model's own template, or Meta's format for its control tokens."""
         source = self.chat_template()
-        return format_for(self.tokenizer()) if source is None else ChatTemplate(source)
+        return (
+            format_for(self.tokenizer())
+            if source is None
+            else ChatTemplate(source, self.chat_template("tool_use"))
+        )
 
     def beside(self) -> list[Path]:
         """Further files of the model: all files of its folder, or the tokenizer of a single file."""

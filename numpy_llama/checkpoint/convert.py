@@ -32,7 +32,7 @@ from ..text.tokenizer import UNUSED
 from .base import Checkpoint, TensorInfo
 from .files import sync, write_file
 from .gguf.file import COLUMN_ORDER
-from .gguf.model import GGUFCheckpoint
+from .gguf.model import TEMPLATE, GGUFCheckpoint
 from .gguf.write import layout, write_tensor
 from .names import tensor_names
 from .rope_scalings import gguf_metadata, gguf_tensors
@@ -261,6 +261,7 @@ def padded(vocabulary: Mapping[str, Any], rows: int) -> dict[str, Any]:
 def chat_metadata(source: Checkpoint) -> dict[str, Any]:
     """The model's template, or the name of its format in chat.py."""
     if (template := source.chat_template()) is not None:
-        return {"tokenizer.chat_template": template}
+        tool_use = source.chat_template("tool_use")
+        return {TEMPLATE: template} | ({} if tool_use is None else {f"{TEMPLATE}.tool_use": tool_use})
     known = next((name for name, f in CHAT_FORMATS.items() if f is source.chat_format()), None)
     return {} if known is None else {"numpy_llama.chat_format": known}

@@ -190,8 +190,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     def read_tokenizer(self) -> Tokenizer:
         return tokenizer_of_folder(self.path)
 
-    def chat_template(self) -> str | None:
-        return chat_template(self.path)
+    def chat_template(self, name: str = "default") -> str | None:
+        return chat_template(self.path, name)
 
 
 def _open(path: Path) -> SafetensorsFile | TorchFile:
@@ -253,21 +253,25 @@ def _check_plain(config: JsonFile) -> None:
             )
 
 
-def chat_template(folder: Path) -> str | None:
+def chat_template(folder: Path, name: str = "default") -> str | None:
     """The Jinja source. Versions of transformers store it in different places; the newest comes first."""
     path = folder / "chat_template.jinja"
+    only = os.path.lexists(path)  # what tokenizer_config.json has does not count then
+    path = path if name == "default" else folder / "additional_chat_templates" / f"{name}.jinja"
     if os.path.lexists(path):
         return template_file(path)
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        path = folder / name
+    for file in () if only else ("tokenizer_config.json", "chat_template.json"):
+        path = folder / file
         found = None
         if os.path.lexists(path):
             found = JsonFile(path, MAX_BYTES).get("chat_template", (str, list))
         if isinstance(found, list):  # several, by name
-            parts = [part for part in found if isinstance(part, dict) and part.get("name") == "default"]
+            parts = [part for part in found if isinstance(part, dict) and part.get("name") == name]
             found = parts[0].get("template") if parts else None
             if not isinstance(found, str | None):
-                raise TemplateError(f"{path}: the default chat template is no text")
+                raise TemplateError(f"{path}: the chat template {name} is no text")
+        elif name != "default":
+            found = None
         if found is not None:
             return found
     return None

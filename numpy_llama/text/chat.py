@@ -139,11 +139,15 @@ def _control_ids(tokenizer: Tokenizer, *names: str) -> list[int]:
 
 
 class ChatTemplate:
-    """A Jinja template, run as Hugging Face's `apply_chat_template` runs it."""
+    """A Jinja template, run as Hugging Face's `apply_chat_template` runs it.
 
-    def __init__(self, source: str):
+    tool_use: the template that takes its place when tools are given, an empty list too.
+    """
+
+    def __init__(self, source: str, tool_use: str | None = None):
         check_kind("the chat template", source, str, "a text")
         self.source = source
+        self.tool_use = None if tool_use is None else ChatTemplate(tool_use)
 
     @cached_property
     def code(self) -> CodeType:
@@ -158,6 +162,8 @@ class ChatTemplate:
         documents: Extras = None,
         ascii: str = "",
     ) -> str:
+        if tools is not None and self.tool_use:
+            return self.tool_use.render(messages, tokenizer, add_generation_prompt, tools, documents, ascii)
         context: dict[str, Any] = {"bos_token": "", "eos_token": "", **tokenizer.named_tokens}
         context |= {"tools": tools, "documents": documents}
         context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -196,7 +202,8 @@ class ChatTemplate:
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
         control = tokenizer.control_tokens
         names = tokenizer.control_names
-        used = set(self.source).union(*control, *_texts([messages, tools, documents]))
+        source = self.source if tools is None or not self.tool_use else self.tool_use.source
+        used = set(source).union(*control, *_texts([messages, tools, documents]))
         private_use = map(chr, range(0xF0000, 0x110000))
         unused = (c for c in private_use if c not in used)
         spare = list(islice(unused, len(control) + 1))

@@ -74,6 +74,15 @@ def test_the_new_file_means_the_same(name, format, dtype, tmp_path):
     assert new.chat_format() is old.chat_format() is CHAT_FORMATS["llama3"]
 
 
+def test_both_templates_are_kept(source, tmp_path, monkeypatch):
+    old, templates = open_checkpoint(source), {"default": "one", "tool_use": "tools"}
+    monkeypatch.setattr(old, "chat_template", lambda name="default": templates.get(name), raising=False)
+    found = open_checkpoint(convert.convert(old, tmp_path / "out.gguf", "f32")).chat_format()
+    assert (found.source, found.tool_use.source) == ("one", "tools")
+    del templates["tool_use"]
+    assert open_checkpoint(convert.convert(old, tmp_path / "o.gguf", "f32")).chat_format().tool_use is None
+
+
 @pytest.mark.parametrize("dtype", convert.DTYPES)
 def test_the_reference_reader_reads_it(dtype, source, tmp_path):
     out = convert.convert(open_checkpoint(source), tmp_path / "out.gguf", dtype)

@@ -723,6 +723,20 @@ def test_where_a_chat_template_may_be(folder):
     assert isinstance(found, ChatTemplate) and found.source == "naïve {{ messages }}"
 
 
+def test_where_the_template_for_tools_may_be(folder):
+    config, more = folder / "tokenizer_config.json", folder / "additional_chat_templates"
+    both = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "one"}]
+    config.write_text(json.dumps({"chat_template": both}))
+    assert (chat_template(folder), chat_template(folder, "tool_use")) == ("one", "tools")
+    found = HuggingFaceCheckpoint(folder).chat_format()
+    assert isinstance(found, ChatTemplate) and (found.source, found.tool_use.source) == ("one", "tools")
+    (folder / "chat_template.jinja").write_text("two")  # in the place of all templates of the config
+    assert (chat_template(folder), chat_template(folder, "tool_use")) == ("two", None)
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("more tools")
+    assert (chat_template(folder), chat_template(folder, "tool_use")) == ("two", "more tools")
+
+
 def test_chat_templates_that_are_none(folder):
     for value, error in [
         (3, errors.ConfigError),

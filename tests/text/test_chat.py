@@ -1,6 +1,7 @@
 import functools
 import json
 import tracemalloc
+from copy import copy
 from datetime import datetime
 from functools import cache
 from unittest import mock
@@ -428,6 +429,18 @@ def test_a_text_with_percent_takes_a_mapping_as_in_transformers(source, content)
         assert template(source).encode(byte_level(add_bos_token=False), messages) == apply_chat_template(
             source, messages
         )
+
+
+@pytest.mark.parametrize("tools", [None, [], [{"name": "add"}]])
+def test_the_template_for_tools_as_in_transformers(tools):
+    sources = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML}
+    tokenizer, messages = copy(of_transformers()), conversation("hi")
+    tokenizer.chat_template = sources
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "tools": tools}
+    wanted = tokenizer.apply_chat_template(messages, **options)
+    both = ChatTemplate(sources["default"], sources["tool_use"])
+    assert both.encode(byte_level(add_bos_token=False), messages, tools=tools) == wanted
+    assert (wanted == apply_chat_template(CHATML, messages)) == (tools is None)
 
 
 @cache

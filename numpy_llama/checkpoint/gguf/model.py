@@ -21,6 +21,7 @@ from ..other_models import other_architecture
 from ..rope_scalings import TENSORS, gguf_scaling
 from .file import GGUFFile, open_gguf
 
+TEMPLATE = "tokenizer.chat_template"  # and behind it the name of another one: .tool_use
 # Other keys that could change the mathematics, and their values for a LLaMA.
 PLAIN = {
     "attention.scale": 0.0,
@@ -54,8 +55,9 @@ class GGUFCheckpoint(Checkpoint):
     def read_tokenizer(self) -> Tokenizer:
         return tokenizer_from_gguf(self.file.metadata, str(self.path))
 
-    def chat_template(self) -> str | None:
-        template: str | None = self.file.get("tokenizer.chat_template", str)
+    def chat_template(self, name: str = "default") -> str | None:
+        key = TEMPLATE if name == "default" else f"{TEMPLATE}.{name}"
+        template: str | None = self.file.get(key, str)
         return template
 
     def chat_format(self) -> ChatFormat | None:

@@ -82,15 +82,20 @@ def rows_in_fused(our_name: str, args: ModelArgs) -> tuple[slice, int] | None:
     return None
 
 
-def our_name(theirs: str, scheme: str) -> str | None:
-    """Our name of the weight that `scheme` calls `theirs`, of any model; None if none is called so."""
+def our_names(theirs: str, scheme: str) -> list[str]:
+    """Our name of the weight that `scheme` calls `theirs`, of any model. Several in a fused tensor of "hf".
+
+    The list is empty if no weight is called so.
+    """
     at, prefix, (stem, _, last) = SCHEMES.index(scheme), "", theirs.rpartition(".")
     rows: tuple[tuple[Any, ...], ...] = MODEL
     layers = re.escape(LAYER_PREFIX[at].removesuffix("{i}."))
     if layer := re.fullmatch(rf"{layers}(0|[1-9]\d{{0,5}})\.(.+)", stem, re.ASCII):
         rows, prefix, stem = LAYER, LAYER_PREFIX[0].format(i=layer[1]), layer[2]
-    ours = [row[0] for row in rows if row[at] == stem and last == "weight"]
-    return f"{prefix}{ours[0]}.weight" if ours else None
+    ours = [row[0] for row in rows if row[at] == stem]
+    if scheme == "hf" and rows is LAYER:
+        ours += [part for fused, _, parts in FUSED if fused == stem for part in parts]
+    return [f"{prefix}{one}.weight" for one in ours if last == "weight"]
 
 
 def expected_shape(our_name: str, args: ModelArgs) -> tuple[int, ...]:

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
 def show_adapter(adapter: Adapter) -> None:
     """The base, the rank, the scale and the weights that it changes."""
     pairs, file = adapter.pairs, adapter.file
-    parameters = sum(prod(file.tensors[name].shape) for pair in pairs.values() for name in (pair.a, pair.b))
+    tensors = {name for pair in pairs.values() for name in (pair.a, pair.b)}  # fused weights share theirs
+    parameters = sum(prod(file.tensors[name].shape) for name in tensors)
     rows = {
         "adapter": f"{printable(str(adapter.path))} (LoRA)",
         "format": f"{adapter.format}, {file.file.size:,} bytes",

@@ -11,15 +11,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers import adapters
+from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from numpy_llama import errors
+from numpy_llama import errors, lora
 from numpy_llama.backend import build
 from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.adapters import open_adapter
 from numpy_llama.checkpoint.convert import convert
 from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from numpy_llama.checkpoint.merge import merge
-from numpy_llama.checkpoint.names import FUSED
+from numpy_llama.checkpoint.names import FUSED, hf_rows
 from numpy_llama.functional import rope_freqs
 from numpy_llama.proof.bounds import assert_near
 from numpy_llama.rope import LongRopeScaling, longrope_length
@@ -220,6 +223,55 @@ def test_an_adapter_is_merged_into_a_native_file_only(tmp_path):
     source = HuggingFaceCheckpoint(folder_of(model_of(**LONG), tmp_path))
     with pytest.raises(errors.ParameterError, match="Phi-3 has fused ones; wanted a name"):
         merge(source, {}, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("targets", [["qkv_proj", "gate_up_proj"], ["qkv_proj", "o_proj"], "all-linear"])
+def test_an_adapter_of_fused_tensors_as_in_peft(targets, tmp_path, monkeypatch):
+    """B has the rows of q, k and v one below the other, or of gate and up. A is theirs together."""
+    model = model_of(**LONG)
+    base = open_checkpoint(folder_of(model, tmp_path / "base"))
+    both = adapters.adapted(model, target_modules=targets, r=4, alpha_pattern={"qkv_proj": 3})
+    adapter = open_adapter(adapters.write(both, tmp_path / "adapter"))
+    updates, tensors = (
+        adapter.low_ranks(base.args),
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
+    )
+    for (_, _, parts), module, alpha in zip(
+        FUSED, ("self_attn.qkv_proj", "mlp.gate_up_proj"), (3, 8), strict=True
+    ):
+        names = [f"layers.1.{part}.weight" for part in parts if f"layers.1.{part}.weight" in updates]
+        if names:  # numbers of NumPy alone: W + scale B A, and the rows of each part
+            a, b = (
+                tensors[f"base_model.model.model.layers.1.{module}.lora_{x}.weight"].numpy() for x in "AB"
+            )
+            rows = np.split(
+                np.float32(alpha / 4) * b @ a, np.cumsum([len(updates[name].b) for name in names])[:-1]
+            )
+            for name, wanted in zip(names, rows, strict=True):
+                order = hf_rows(name, base.args)
+                np.testing.assert_allclose(
+                    updates[name].delta(), wanted if order is None else wanted[order], 1e-5
+                )
+            assert all(updates[name].a is updates[names[0]].a for name in names)
+    tokens = tokens_of(ORIGINAL)
+    wanted = adapters.logits(both, tokens)
+    args = replace(base.args, max_seq_len=ORIGINAL)
+    for backend in BACKENDS:
+        plain = build(args, base.weights(), backend=backend, threads=1, exact=True)
+        found = lora.adapted(plain, [updates])(tokens)
+        assert np.abs(found - wanted).max() < CLOSE * np.abs(wanted).max()
+    assert np.abs(plain(tokens) - wanted).max() > 1e-2
+
+
+@pytest.mark.parametrize("part", ["q_proj", "v_proj"])
+def test_an_adapter_of_a_tensor_and_its_part_is_refused(part, tmp_path):
+    folder = adapters.write(adapters.adapted(model_of(**LONG), target_modules=["qkv_proj"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors |= {name.replace("qkv_proj", part): x.clone() for name, x in tensors.items()}
+    save_file(tensors, file)
+    with pytest.raises(errors.MismatchError, match=r"has .* and .*, which change the same weight"):
+        open_adapter(folder)
 
 
 @pytest.mark.parametrize("spelling", ["su", "yarn", "longrope"])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from numpy_llama.config import ModelArgs
 from numpy_llama.proof.oracle import transformers_model
@@ -15,12 +16,17 @@ MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def peft_model(args: ModelArgs, weights: dict[str, np.ndarray], seed: int = 0, **config: Any) -> PeftModel:
+    """The model with an adapter of this kind."""
+    return adapted(transformers_model(args, weights), seed, **config)
+
+
+def adapted(base: PreTrainedModel, seed: int = 0, **config: Any) -> PeftModel:
     """The model with an adapter whose A and B are random: each update is about half of its weight."""
     torch.manual_seed(seed)
     options = {"target_modules": MATRICES, "task_type": "CAUSAL_LM"} | config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tied weights, no task
-        model = get_peft_model(transformers_model(args, weights), LoraConfig(**options)).eval()
+        model = get_peft_model(base, LoraConfig(**options)).eval()
     with torch.no_grad():
         for name, x in model.named_parameters():
             if "lora_" in name:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from ...errors import FormatError, MismatchError, NumericsError, escape
 from ...lora import LowRank
 from ..base import TensorInfo
 from ..files import MappedFile
-from ..names import expected_shape
+from ..names import expected_shape, rows_in_fused
 
 OTHER_BASE = "is it the adapter of another base model?"
 ROWS_COMPARED = 256  # of a copy of the base's weight
@@ -42,6 +43,7 @@ class Pair:
     scale: float
     flipped: bool = False  # an embedding: the tensors are (r, V) and (D, r), and B A is transposed
     transposed: bool = False  # the first tensor is stored as (V, r)
+    fused: bool = False  # B has the rows of a fused tensor, and the weight's are some of them
 
 
 class Adapter:
@@ -80,9 +82,12 @@ class Adapter:
         """
         for name, pair in self.pairs.items():
             self._check(name, pair, args)
-        found = {}
+        found: dict[str, LowRank] = {}
+        read = cache(self.tensor)  # the weights of a fused tensor share A
         for name, pair in self.pairs.items():
-            a, b = self.tensor(pair.a), self.tensor(pair.b)
+            a, b = read(pair.a), read(pair.b)
+            if pair.fused and (place := rows_in_fused(name, args)):
+                b = b[place[0]]
             a = np.ascontiguousarray(a.T) if pair.transposed else a
             if pair.flipped:
                 a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
@@ -97,6 +102,8 @@ class Adapter:
             raise MismatchError(f"{self.file.path}: {what}; {OTHER_BASE}")
         a, b = self.shapes(pair)
         OUT, IN = expected_shape(name, args)
+        if pair.fused and (place := rows_in_fused(name, args)):
+            OUT = place[1]
         OUT, IN = (IN, OUT) if pair.flipped else (OUT, IN)
         wanted_a, wanted_b = (a[0], IN), (OUT, a[0])
         for tensor, found, wanted in ((pair.a, a, wanted_a), (pair.b, b, wanted_b)):

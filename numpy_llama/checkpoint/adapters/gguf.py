@@ -21,7 +21,7 @@ from ...lora import LowRank
 from ..files import sync, write_file
 from ..gguf.file import GGUFFile
 from ..gguf.write import layout, write_tensor
-from ..names import our_name, tensor_names
+from ..names import our_names, tensor_names
 from .base import Adapter, Pair, paired
 
 PLAIN = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
@@ -50,11 +50,11 @@ class GGUFAdapter(Adapter):
         halves: dict[str, tuple[str | None, str | None]] = {}
         for tensor in self.file.tensors:
             name = re.fullmatch(r"(.+)\.lora_([ab])", tensor)
-            ours = name and our_name(name[1], "gguf")
-            if not name or ours is None or "norm" in ours:
+            names = our_names(name[1], "gguf") if name else []
+            if not name or not names or "norm" in names[0]:
                 raise MismatchError(f"{path}: {escape(tensor)} is no .lora_a or .lora_b of a LLaMA's matrix")
-            a, b = halves.get(ours, (None, None))
-            halves[ours] = (tensor, b) if name[2] == "a" else (a, tensor)
+            a, b = halves.get(names[0], (None, None))
+            halves[names[0]] = (tensor, b) if name[2] == "a" else (a, tensor)
         matched = paired(self.file, halves, (".lora_a", ".lora_b"))
         self.pairs = {}
         for ours, (a, b) in matched.items():

@@ -6,6 +6,9 @@
     base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight (r, IN), lora_B.weight (OUT, r)
     base_model.model.model.embed_tokens.lora_embedding_A (r, V), lora_embedding_B (D, r)
 
+An adapter of Phi-3 may change qkv_proj and gate_up_proj: A is that of all their parts, and B has the rows of
+the parts one below the other.
+
 What this file promises: each key of adapter_config.json that changes the result is computed, or refused with
 its name. The rows of B of q_proj and k_proj have Hugging Face's order and are put into the model's.
 """
@@ -26,7 +29,7 @@ from ...errors import ConfigError, FormatError, MismatchError, UnsupportedError,
 from ...lora import LowRank
 from ..files import write_bytes
 from ..json_file import JsonFile
-from ..names import hf_rows, our_name, tensor_names
+from ..names import hf_rows, our_names, tensor_names
 from ..pytorch.file import TorchFile
 from ..safetensors_file import SafetensorsFile
 from ..safetensors_write import write_safetensors
@@ -90,9 +93,11 @@ class PEFTAdapter(Adapter):
         self.base = self.config.get("base_model_name_or_path", str)
         self.copies: dict[str, str] = {}
         self.pairs = {}
-        for ours, (a, b) in paired(self.file, self._halves(), (".lora_A", ".lora_B")).items():
-            rank = self.file.tensors[a].shape[0]
-            self.pairs[ours] = Pair(a, b, self._scale(a, rank), flipped=ours == "tok_embeddings.weight")
+        found = paired(self.file, self._halves(), (".lora_A", ".lora_B"))
+        weights = Counter(a for a, _ in found.values())
+        for ours, (a, b) in found.items():
+            table, rank = ours == "tok_embeddings.weight", self.file.tensors[a].shape[0]
+            self.pairs[ours] = Pair(a, b, self._scale(a, rank), flipped=table, fused=weights[a] > 1)
 
     def _halves(self) -> dict[str, tuple[str | None, str | None]]:
         """The tensors of each weight, by our name of it."""
@@ -100,16 +105,21 @@ class PEFTAdapter(Adapter):
         for tensor in self.file.tensors:
             end = next((end for end in (*ENDS, COPY) if tensor.endswith(end)), "")
             module = tensor.removesuffix(end)
-            ours = our_name(f"{module.removeprefix(PREFIX)}.weight", "hf")
-            known = module.startswith(PREFIX) and end and ours is not None and "norm" not in ours
-            table = ours == "tok_embeddings.weight"
-            if not known or ours is None or (end != COPY and ENDS[end][1] != table):
+            names = our_names(f"{module.removeprefix(PREFIX)}.weight", "hf")
+            known = module.startswith(PREFIX) and end and names and "norm" not in names[0]
+            table = names == ["tok_embeddings.weight"]
+            if not known or (end != COPY and ENDS[end][1] != table) or (end == COPY and len(names) > 1):
                 raise UnsupportedError(f"{self.file.path}: {escape(tensor)} is {_kind(tensor)}; {MERGE}")
-            if end == COPY:
-                self.copies[ours] = tensor
-                continue
-            a, b = halves.get(ours, (None, None))
-            halves[ours] = (tensor, b) if ENDS[end][0] == "a" else (a, tensor)
+            for ours in names:
+                if end == COPY:
+                    self.copies[ours] = tensor
+                    continue
+                at, both = 0 if ENDS[end][0] == "a" else 1, list(halves.get(ours, (None, None)))
+                if other := both[at]:
+                    what = f"has {escape(tensor)} and {escape(other)}, which change the same weight"
+                    raise MismatchError(f"{self.file.path} {what}")
+                both[at] = tensor
+                halves[ours] = both[0], both[1]
         return halves
 
     def _check_plain(self) -> None:

@@ -160,8 +160,11 @@ class Learner(Transformer):
             del found["output.weight"]
         return found
 
-    def forward(self, tokens: Any, first: Array | None = None) -> Pass:
-        """All layers, and what `backward` needs of them: (B, T) ids. By default a row is one document."""
+    def forward(self, tokens: Any, first: Array | None = None, keep: bool = True) -> Pass:
+        """All layers, and what `backward` needs of them: (B, T) ids. By default a row is one document.
+
+        keep: without it nothing is kept for `backward`, as an evaluation needs nothing.
+        """
         tokens = np.asarray(tokens)
         x = F.embedding(tokens, self.tok_embeddings)  # (B, T, D)
         first = np.zeros_like(tokens) if first is None else first
@@ -174,7 +177,8 @@ class Learner(Transformer):
         saved, lowest = [], self._lowest()
         for i, layer in enumerate(self.layers):
             x, kept = self.functions.block_forward(layer, x, freqs_cis, first)
-            saved.append(kept if i >= lowest else None)
+            if keep:
+                saved.append(kept if i >= lowest else None)
         return Pass(tokens, first, freqs_cis, x, saved)
 
     def log_probs(self, run: Pass, targets: Array, mask: Array) -> Array:
@@ -192,7 +196,9 @@ class Learner(Transformer):
         """
         check_targets(run, targets, weights)
         if len(run.saved) != len(self.layers):
-            raise ParameterError("backward has followed this forward pass already: compute it again")
+            raise ParameterError(
+                "this forward pass keeps nothing for backward, or backward has followed it: compute it again"
+            )
         gradients = {} if gradients is None else gradients
         loss, dx, own = self.functions.head_loss(self.norm(run.h), self.output, targets, weights)
         add(gradients, own, "tok_embeddings." if self._is_tied() else "output.")

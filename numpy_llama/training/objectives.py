@@ -57,7 +57,7 @@ class NextToken:
 
     def loss(self, learner: Learner, rows: Sequence[Row], n: int) -> tuple[float, Numbers]:
         batch = batch_of(rows)
-        run = learner.forward(batch.tokens, batch.first)
+        run = learner.forward(batch.tokens, batch.first, keep=False)
         found = learner.log_probs(run, batch.targets, batch.trained)
         return float(-found.sum(dtype=np.float64) / max(n, 1)), {}
 
@@ -109,7 +109,7 @@ class DPO:
     def _log_probs(self, learner: Learner, rows: Sequence[Row]) -> Array:
         """The log-probability of each answer: chosen, rejected, chosen, ..."""
         batch = batch_of(rows)
-        run = learner.forward(batch.tokens, batch.first)
+        run = learner.forward(batch.tokens, batch.first, keep=False)
         return batch.sums(learner.log_probs(run, batch.targets, batch.trained))
 
     def _at(self, gained: Array, n: int) -> tuple[Array, float, Numbers]:

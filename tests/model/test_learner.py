@@ -57,6 +57,16 @@ def test_the_model_is_unchanged(model, batch):
     assert (model(batch[0]) == logits).all()
 
 
+def test_a_pass_for_its_result_alone_keeps_nothing(learner, batch):
+    tokens, targets, weights = batch
+    run, wanted = learner.forward(tokens, keep=False), learner.forward(tokens)
+    np.testing.assert_array_equal(run.h, wanted.h)
+    assert run.saved == []
+    np.testing.assert_array_equal(*(learner.log_probs(x, targets, weights) for x in (run, wanted)))
+    with pytest.raises(ParameterError, match="keeps nothing for backward"):
+        learner.backward(run, targets, weights)
+
+
 def test_a_pass_is_followed_once(learner, batch):
     run = learner.forward(batch[0])
     learner.backward(run, *batch[1:])

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -164,6 +165,21 @@ def test_the_gradients_of_lora_are_the_slopes_of_the_loss(seed):
     rng = np.random.default_rng(seed)
     _, learner = adapted(seed)
     assert_gradients_are_slopes(NextToken(), learner, random_rows(rng, 2), rng)
+
+
+@pytest.mark.parametrize("objective", [NextToken(), DPO(tiny_learner(frozen=True))])
+def test_a_loss_without_gradients_keeps_no_activations(objective, rng):
+    """Its memory does not grow with the layers. A gradient keeps the activations of each."""
+    answers = [Example(rng.integers(TINY.vocab_size, size=24), np.ones(23, bool), "answer") for _ in "12"]
+    rows, peaks = [tuple(answers)], []
+    for n_layers in (2, 12):
+        learner = tiny_learner(args=replace(TINY, n_layers=n_layers))
+        objective.loss(learner, rows, 1)  # the first call also imports
+        tracemalloc.start()
+        objective.loss(learner, rows, 1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_dpo_begins_at_the_reference():

@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py [-m MODEL] [-t THREADS]
         [--text wiki.test.raw [--ctx 512] [--windows 8] [--llama-cpp PYTHON]]
 
-Two tables in Markdown. `linear` is compared with float64 arithmetic on the dequantised weights. The model is
+Two tables in Markdown. `linear` is compared with float64 arithmetic on the dequantized weights. The model is
 compared with its exact mode, in its own file and in files that `convert` makes from it. Without --text the
 model is left out. PYTHON is an interpreter with llama-cpp-python.
 

@@ -34,7 +34,7 @@ float16 scales, `d` and `dmin` (in Q6_K only `d`). A sub-block has small whole n
 
 The layouts are ggml's (ggml-common.h), so the weights of a GGUF file are used in place.
 
-Quantised checkpoints of Hugging Face have float32 scales. These blocks are ours: a float32 number `d`, and
+Quantized checkpoints of Hugging Face have float32 scales. These blocks are ours: a float32 number `d`, and
 whole numbers or codes. They have 32 weights, those of NF4 and FP4 have 64:
 
     format     bytes a block                                           value

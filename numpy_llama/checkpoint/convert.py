@@ -4,7 +4,7 @@
     q8               every matrix in Q8_0
     q4               the layers in Q4_0; the embedding and the output matrix in Q8_0, because every token
                      uses one row of each
-    None             every matrix in the format that it has; only for quantised weights, or a packed file
+    None             every matrix in the format that it has; only for quantized weights, or a packed file
 
 A packed file has the rows of block formats as the kernels take them (`pack_rows`), so that loading copies
 nothing. Other programs refuse it. An embedding that is no output matrix too is not packed: only its rows are
@@ -60,7 +60,7 @@ def convert(
     """Write `source` to the file `out`; -> its path. progress(what, done, total) counts bytes.
 
     dtype: one of DTYPES, or None: weights keep their formats, if the file is packed or some weights are
-    quantised. weights: others than those of the source; they too may keep their formats.
+    quantized. weights: others than those of the source; they too may keep their formats.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
@@ -133,7 +133,7 @@ def target_formats(weights: Mapping[str, StoredTensor], dtype: str | None, packe
 
 
 def check_kept(weights: Mapping[str, StoredTensor], may_be_plain: bool) -> None:
-    """ParameterError unless weights can keep their formats, and some are quantised or `may_be_plain`."""
+    """ParameterError unless weights can keep their formats, and some are quantized or `may_be_plain`."""
     if not may_be_plain and all(w.format.block == 1 for w in weights.values()):
         raise ParameterError(f"--dtype is missing, it must be one of {', '.join(DTYPES)}")
 

@@ -146,7 +146,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return {ours: plain.get(theirs, theirs) for ours, theirs in names.items()}
 
     def _plain(self) -> dict[str, str]:
-        """The usual name of each weight that is not quantised -> its name in the file."""
+        """The usual name of each weight that is not quantized -> its name in the file."""
         names = (name for name in self.tensors if name not in self._parts and not ANGLES.search(name))
         return usual_names(self.path, names)
 

@@ -30,7 +30,7 @@ N_SHARDS = (1, 2, 4, 8)
 SAMPLED_PARTS, SAMPLED_BYTES = 8, 256  # enough to find shards that are equal
 # The axis along which a matrix is cut. The shapes give that of tok_embeddings.
 AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
-# Keys of params.json that other models have: quantised, adapted, of experts, with vision, Llama 4, Mistral.
+# Keys of params.json that other models have: quantized, adapted, of experts, with vision, Llama 4, Mistral.
 OTHER_MODELS = (
     "quantization", "lora", "moe", "vision", "use_qk_norm", "nope_layer", "attention_chunk",
     "attn_temperature", "rope_high_freq_factor", "sliding_window",

@@ -60,8 +60,8 @@ FOLDERS = [
     (r"tf_model.*\.h5|saved_model\.pb|model\.ckpt.*|.*\.tflite", f"weights of TensorFlow: {SAME}"),
     (r"flax_model.*\.msgpack", f"weights of Flax (JAX): {SAME}"),
     (r"weights(\.\d+)?\.npz", f"weights of MLX: {SAME}"),
-    (r"qmodel\.pt", f"weights that HQQ quantised: {SAME}"),
-    (r"output(-\d+-of-\d+)?\.safetensors|measurement\.json", f"weights that ExLlama quantised: {SAME}"),
+    (r"qmodel\.pt", f"weights that HQQ quantized: {SAME}"),
+    (r"output(-\d+-of-\d+)?\.safetensors|measurement\.json", f"weights that ExLlama quantized: {SAME}"),
 ]
 
 

@@ -74,7 +74,7 @@ class SafetensorsFile:
         return StoredTensor(FORMATS[info.type_name], info.shape, data)
 
     def array(self, name: str) -> Array:
-        """A tensor of any kind as a view of the map: the parts of a quantised weight."""
+        """A tensor of any kind as a view of the map: the parts of a quantized weight."""
         info = self.tensors[name]
         if info.type_name not in NUMBERS:
             self._fail(f"{escape(name)} is stored as {info.type_name}, which is not read", UnsupportedError)

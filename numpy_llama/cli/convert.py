@@ -1,7 +1,7 @@
 """Write a model to one GGUF file, which loads without conversion.
 
 MODEL is any model that numpy-llama runs. The C kernels use the weights of OUT directly from the file. OUT is
-replaced only when the new file is complete and has been read back. Weights that are quantised already keep
+replaced only when the new file is complete and has been read back. Weights that are quantized already keep
 their formats if --dtype is left out. With --packed the weights lie as the kernels read them: loading copies
 nothing, but other programs cannot read the file.
 """
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=list(DTYPES),
         help="the format of the weights: q8 has 8 bits, q4 has 4; it may be left out with --packed, and if "
-        "the weights are quantised already",
+        "the weights are quantized already",
     )
     parser.add_argument(
         "--packed",

@@ -1,4 +1,4 @@
-"""Weights that are rows of one quantised tensor, as in Phi-3: each is made without the rows of the others."""
+"""Weights that are rows of one quantized tensor, as in Phi-3: each is made without the rows of the others."""
 
 import tracemalloc
 from dataclasses import replace

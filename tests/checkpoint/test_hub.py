@@ -128,7 +128,7 @@ def test_only_the_files_of_a_folder_that_a_model_needs(hub):
 def test_config_comes_first_and_stops_a_model_that_does_not_run(hub):
     for change, words in [
         ({"model_type": "qwen2"}, "model_type 'qwen2', a Qwen: nothing here runs it"),
-        ({"quantization_config": {"quant_method": "exl2"}}, "quantised by 'exl2'"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "quantized by 'exl2'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "a classifier"),
     ]:
         hub.repositories["o/folder"]["config.json"] = as_json(CONFIG | change)

@@ -413,10 +413,10 @@ BAD_CONFIGS = [
     ("C11", UNSUPPORTED, "'MistralModel', a model without", MISTRAL | {"architectures": ["MistralModel"]}),
     *(("C11", CONFIG_ERROR, "sliding_window", MISTRAL | {"sliding_window": n}) for n in (0, -1, "8", True)),
     *(
-        ("C11", UNSUPPORTED, f"quantised by '{method}'", {"quantization_config": {"quant_method": method}})
+        ("C11", UNSUPPORTED, f"quantized by '{method}'", {"quantization_config": {"quant_method": method}})
         for method in ("exl2", "aqlm", "hqq", "quip", "mxfp4")
     ),
-    *(("C11", UNSUPPORTED, "quantised by", {"quantization_config": x}) for x in ([], "gptq", 8, False)),
+    *(("C11", UNSUPPORTED, "quantized by", {"quantization_config": x}) for x in ([], "gptq", 8, False)),
     *(
         ("plain", UNSUPPORTED, f"{key} is", {key: value})
         for key, value in [

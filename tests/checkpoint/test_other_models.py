@@ -104,7 +104,7 @@ def test_an_mlx_folder_is_named(tmp_path):
     bits = {"group_size": 64, "bits": 4}
     for keys in (["quantization"], ["quantization", "quantization_config"]):
         (tmp_path / "config.json").write_text(json.dumps(LLAMA | dict.fromkeys(keys, bits)))
-        with pytest.raises(UnsupportedError, match="quantised by MLX "):
+        with pytest.raises(UnsupportedError, match="quantized by MLX "):
             open_checkpoint(tmp_path)
 
 
@@ -117,8 +117,8 @@ FOLDERS = {
     "weights of TensorFlow": ["tf_model.h5"],
     "weights of Flax": ["flax_model.msgpack"],
     "weights of MLX": ["weights.npz"],
-    "weights that HQQ quantised": ["qmodel.pt"],
-    "weights that ExLlama quantised": ["output.safetensors"],
+    "weights that HQQ quantized": ["qmodel.pt"],
+    "weights that ExLlama quantized": ["output.safetensors"],
 }
 
 

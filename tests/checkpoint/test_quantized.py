@@ -1,4 +1,4 @@
-"""Folders quantised by GPTQ, AWQ and compressed-tensors: their weights bit for bit, and their logits."""
+"""Folders quantized by GPTQ, AWQ and compressed-tensors: their weights bit for bit, and their logits."""
 
 import base64
 import math
@@ -154,7 +154,7 @@ def test_only_the_known_names_of_its_scales_are_left_out(name, tmp_path):
 
 
 def test_each_weight_may_have_settings_of_its_own(tmp_path):
-    """`dynamic`: other bits and groups for some weights, none for others; a quantised lm_head."""
+    """`dynamic`: other bits and groups for some weights, none for others; a quantized lm_head."""
     kinds = {
         "wq": gptq(8, 96),
         "wk": gptq(3, 48),
@@ -347,7 +347,7 @@ def test_the_memory_plan_is_what_the_kernels_hold(written):
         (compressed().settings | {"transform_config": {"a": 1}}, "transform_config"),
         (compressed().settings | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         (compressed(3).settings, "of 3 bits"),
-        ({"quant_method": "exl2", "bits": 4.25}, "quantised by 'exl2'"),
+        ({"quant_method": "exl2", "bits": 4.25}, "quantized by 'exl2'"),
     ],
 )
 def test_what_is_not_run_is_refused_by_name(settings, message, tmp_path):

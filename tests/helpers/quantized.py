@@ -1,4 +1,4 @@
-"""Quantised weights as GPTQ, AWQ and compressed-tensors store them, packed here one whole number at a time.
+"""Quantized weights as GPTQ, AWQ and compressed-tensors store them, packed here one whole number at a time.
 
 A `Variant` makes the tensors of a weight (N, K) from random numbers, with the weight in float32. This file
 packs by Python's whole numbers of any size, and so by another way than the readers unpack.
@@ -231,7 +231,7 @@ def write_folder(
     seed: int = 0,
     fused: bool = False,
 ) -> dict[str, np.ndarray]:
-    """A model whose matrices in the layers are quantised: -> its weights in float32, under our names.
+    """A model whose matrices in the layers are quantized: -> its weights in float32, under our names.
 
     A function in the place of the variant chooses one for each weight by our name, or None for a plain one.
     fused: a Phi-3, which has q, k and v in one tensor, and gate and up in another.

@@ -96,7 +96,7 @@ def numpy_logits(numpy_model, tokens):
 
 @pytest.fixture(scope="module")
 def torch_logits(checkpoint, tokens):
-    """transformers' LlamaForCausalLM holding the same dequantised weights."""
+    """transformers' LlamaForCausalLM holding the same dequantized weights."""
     args, weights = checkpoint.args, checkpoint.weights()
     model = transformers_model(args, {name: w.dequantize() for name, w in weights.items()})
     threads = torch.get_num_threads()

@@ -354,7 +354,7 @@ def test_null_is_as_if_the_key_were_absent(key):
 
 
 @pytest.mark.parametrize(
-    "quantised, words",
+    "quantized, words",
     [
         ({"quantization": {"group_size": 64, "bits": 4}}, "by MLX (quantization is"),
         ({"quantization_config": {"group_size": 64, "bits": 4}}, "by MLX (quantization_config is"),
@@ -364,8 +364,8 @@ def test_null_is_as_if_the_key_were_absent(key):
         ({"compression_config": {"quant_method": "aqlm"}}, "by 'aqlm' ("),
     ],
 )
-def test_who_quantised_the_weights_is_named(quantised, words):
+def test_who_quantised_the_weights_is_named(quantized, words):
     with pytest.raises(UnsupportedError) as caught:
-        model_args(config(**quantised))
-    assert f"config.json: the weights are quantised {words}" in str(caught.value)
+        model_args(config(**quantized))
+    assert f"config.json: the weights are quantized {words}" in str(caught.value)
     assert "None" not in str(caught.value)

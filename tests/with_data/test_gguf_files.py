@@ -1,4 +1,4 @@
-"""The GGUF reader on real files, against the reference reader and ggml's own dequantisation."""
+"""The GGUF reader on real files, against the reference reader and ggml's own dequantization."""
 
 import numpy as np
 import pytest

@@ -71,7 +71,7 @@ GOLDEN_QUANTS = json.loads((GOLDEN / "quants_golden.json").read_text())
 @pytest.mark.parametrize("backend", ["numpy", "c"])
 @pytest.mark.parametrize("name", GOLDEN_QUANTS)
 def test_every_format(name, backend):
-    """llama.cpp ran these on dequantised weights; so do we, by definition or by kernel."""
+    """llama.cpp ran these on dequantized weights; so do we, by definition or by kernel."""
     golden = GOLDEN_QUANTS[name]
     llama = nl.load(DATA / "quants" / name, backend=backend, exact=True)
     ids = llama.tokenizer.encode(golden["prompt"], bos=True) if golden["prompt"] else golden["ids"]

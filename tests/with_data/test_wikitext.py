@@ -6,7 +6,7 @@ from helpers.data import DATA
 import numpy_llama as nl
 from numpy_llama.inspect.perplexity import perplexity
 
-LLAMA_CPP = 21.3722  # after two windows of 512 tokens, of the file dequantised to float32
+LLAMA_CPP = 21.3722  # after two windows of 512 tokens, of the file dequantized to float32
 ROUNDED = 1e-3  # it is given to 5e-5; activations in float32 in another order move it by less than this
 # llama.cpp's activations of 8 bits move it by 0.1 and more.
 EIGHT_BITS, FIFTEEN_BITS = 8e-2, 1e-2

@@ -1,4 +1,4 @@
-"""Quantised folders of Hugging Face: the method that config.json names, and what is not run.
+"""Quantized folders of Hugging Face: the method that config.json names, and what is not run.
 
     quant_method         what is run                         file
     gptq                 2, 3, 4 and 8 bits                  gptq.py
@@ -42,7 +42,7 @@ BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def method_of(config: JsonFile) -> Method | None:
-    """The method that quantised the weights; None if none did. UnsupportedError if it is not run."""
+    """The method that quantized the weights; None if none did. UnsupportedError if it is not run."""
     for key in KEYS:
         if (found := config.values.get(key)) not in (None, {}):
             settings = found if isinstance(found, dict) else {"quant_method": found}
@@ -63,13 +63,13 @@ def method_of(config: JsonFile) -> Method | None:
 def refuse(config: JsonFile, what: str, found: str) -> NoReturn:
     """The error for a method that is not run."""
     raise UnsupportedError(
-        f"{config.path}: the weights are quantised by {what} ({found}), "
-        "which is not run here; the model's GGUF or its unquantised folder is"
+        f"{config.path}: the weights are quantized by {what} ({found}), "
+        "which is not run here; the model's GGUF or its unquantized folder is"
     )
 
 
 def _called(settings: dict[str, Any]) -> str:
-    """The method that quantised the weights, if the settings name it."""
+    """The method that quantized the weights, if the settings name it."""
     name = settings.get("quant_method")
     if name is None and settings.keys() >= {"bits", "group_size"}:
         return "MLX"  # it writes no quant_method

@@ -1,4 +1,4 @@
-"""What every method of quantisation gives: the tensors of each weight, and the weight in our formats."""
+"""What every method of quantization gives: the tensors of each weight, and the weight in our formats."""
 
 import re
 from abc import ABC, abstractmethod
@@ -84,7 +84,7 @@ class Method(ABC):
     """A method, with the settings of one model."""
 
     title: str  # for `info`, for example "GPTQ, 4 bits"
-    markers: tuple[str, ...]  # X is quantised if there is a tensor X.MARKER
+    markers: tuple[str, ...]  # X is quantized if there is a tensor X.MARKER
 
     @abstractmethod
     def __init__(self, settings: JsonFile): ...
@@ -96,7 +96,7 @@ class Method(ABC):
     def weights(
         self, tensors: Mapping[str, TensorInfo], tensor: Callable[[str], FileTensor]
     ) -> tuple[dict[str, QuantizedWeight], set[str]]:
-        """-> X.weight of each quantised X, and the names of all tensors that are no weights themselves."""
+        """-> X.weight of each quantized X, and the names of all tensors that are no weights themselves."""
         names = {
             name.removesuffix(f".{marker}")
             for name in tensors
@@ -125,7 +125,7 @@ def check_parts(
 
 
 def of_safetensors(path: Path, file: object) -> SafetensorsFile:
-    """`file`, or an UnsupportedError: quantised weights in a pickle are not read."""
+    """`file`, or an UnsupportedError: quantized weights in a pickle are not read."""
     if not isinstance(file, SafetensorsFile):
-        raise UnsupportedError(f"{path}: quantised weights are read from .safetensors, not from .bin")
+        raise UnsupportedError(f"{path}: quantized weights are read from .safetensors, not from .bin")
     return file

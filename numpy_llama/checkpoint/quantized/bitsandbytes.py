@@ -12,7 +12,7 @@
 
     X.weight               N * K / 2 bytes, in any dtype; the first of two is the high half
     X.weight.quant_map     float32 (16): the numbers of NF4 or FP4
-    X.weight.absmax        float32 (blocks), or with double quantisation uint8 (blocks) and two more:
+    X.weight.absmax        float32 (blocks), or with double quantization uint8 (blocks) and two more:
     X.weight.nested_absmax       float32 (blocks / 256)
     X.weight.nested_quant_map    float32 (256)
     X.weight.quant_state.bitsandbytes__nf4, or __fp4: JSON as bytes, with blocksize, shape, nested_offset
@@ -49,7 +49,7 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class BitsAndBytes(Method):
-    """The tensors of a weight say how it is quantised; config.json says only how it was done."""
+    """The tensors of a weight say how it is quantized; config.json says only how it was done."""
 
     markers = ("SCB", "weight.absmax")
 

@@ -1,4 +1,4 @@
-"""compressed-tensors, as llm-compressor stores it: a format for each kind of quantised weight.
+"""compressed-tensors, as llm-compressor stores it: a format for each kind of quantized weight.
 
 pack-quantized:
 

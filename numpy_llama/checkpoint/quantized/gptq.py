@@ -23,7 +23,7 @@ from .base import FileTensor, Method, check_parts
 from .grouped import FLOATS, GroupedWeight, checked_groups, group_size, groups_of, whole_numbers
 
 BITS = (2, 3, 4, 8)
-PLAIN = (16, 32)  # bits of a weight that is not quantised
+PLAIN = (16, 32)  # bits of a weight that is not quantized
 ZERO_MINUS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> zero - stored zero
 
 

@@ -67,7 +67,7 @@ def folder_of(
     change: Callable[[Tensors], None] = lambda tensors: None,
     config: dict | None = None,
 ) -> Path:
-    """A folder with every matrix of its layer quantised; `change` may then spoil its tensors."""
+    """A folder with every matrix of its layer quantized; `change` may then spoil its tensors."""
     tensors: Tensors = {}
     for name, w in hf_weights().items():
         if w.ndim == 1 or "layers" not in name:
@@ -117,7 +117,7 @@ IN_ORDER = {
 }
 
 
-@case("OK6", "quantised folders in order")
+@case("OK6", "quantized folders in order")
 def in_order(folder: Path) -> Iterator[Variant]:
     for name, (settings, make) in IN_ORDER.items():
         yield model(name, folder_of(folder, settings, make), ACCEPTED)
@@ -361,11 +361,11 @@ def config_groups(folder: Path) -> Iterator[Variant]:
 def methods(folder: Path) -> Iterator[Variant]:
     for value in ("gptq", [], [GPTQ], 8, False, {"quant_method": None}, {"quant_method": [1]}):
         path = folder_of(folder, value, gptq)
-        yield model(f"{path.name} {str(value)[:30]}", path, "UnsupportedError", says=("quantised by",))
-    path = folder_of(folder, {}, gptq)  # an empty object means that nothing is quantised
+        yield model(f"{path.name} {str(value)[:30]}", path, "UnsupportedError", says=("quantized by",))
+    path = folder_of(folder, {}, gptq)  # an empty object means that nothing is quantized
     yield model(f"{path.name} {{}}", path, "MismatchError", says=("down_proj.weight",))
     name = "\u202e\x1b]0;x\x07" * 100
-    yield setting(folder, GPTQ, gptq, {"quant_method": name}, "UnsupportedError", says=("quantised by",))
+    yield setting(folder, GPTQ, gptq, {"quant_method": name}, "UnsupportedError", says=("quantized by",))
     deep: Any = 0
     for _ in range(200):
         deep = {"a": deep}
@@ -397,7 +397,7 @@ def sizes(folder: Path) -> Iterator[Variant]:
         yield model(key, path, "MismatchError")
 
 
-@case("Q25", "a tied head that is quantised")
+@case("Q25", "a tied head that is quantized")
 def tied(folder: Path) -> Iterator[Variant]:
     def change(tensors: Tensors) -> None:
         N, K = tensors.pop("lm_head.weight").shape
@@ -410,7 +410,7 @@ def tied(folder: Path) -> Iterator[Variant]:
     yield model("tied", path, "MismatchError", says=("tie_word_embeddings",))
 
 
-@case("Q26", "quantised weights in a pickle")
+@case("Q26", "quantized weights in a pickle")
 def in_a_pickle(folder: Path) -> Iterator[Variant]:
     path = folder_of(folder, GPTQ, gptq)
     (path / "model.safetensors").unlink()

@@ -77,7 +77,7 @@ def of_w8a8(N: int, K: int) -> Tensors:
 def folder_of(
     path: Path, make: Callable[[int, int], Tensors], settings: dict, changes: dict[str, object]
 ) -> Path:
-    """Every matrix in the layer is quantised. changes: a part of DOWN -> another tensor, or None for none."""
+    """Every matrix in the layer is quantized. changes: a part of DOWN -> another tensor, or None for none."""
     tensors: Tensors = {}
     for name, w in hf_weights().items():
         if w.ndim == 1 or "layers" not in name:
@@ -278,7 +278,7 @@ spoiled(
 )
 spoiled(
     "B15",
-    "double quantisation: an offset that is no float32",
+    "double quantization: an offset that is no float32",
     "double",
     states(
         huge={"nested_offset": 1e39},
@@ -291,7 +291,7 @@ spoiled(
 )
 spoiled(
     "B16",
-    "double quantisation: blocks of no size",
+    "double quantization: blocks of no size",
     "double",
     states(
         zero={"nested_blocksize": 0},
@@ -303,7 +303,7 @@ spoiled(
 )
 spoiled(
     "B17",
-    "double quantisation: nested scales do not fit",
+    "double quantization: nested scales do not fit",
     "double",
     {
         "two": {"weight.nested_absmax": f32([1, 2])},
@@ -316,7 +316,7 @@ spoiled(
 )
 spoiled(
     "B18",
-    "double quantisation: scales that overflow",
+    "double quantization: scales that overflow",
     "double",
     {
         "NaN": {"weight.nested_absmax": f32([np.nan])},

@@ -1,4 +1,4 @@
-"""Models that the public tools quantise, against this program: weights bit for bit, and logits.
+"""Models that the public tools quantize, against this program: weights bit for bit, and logits.
 
     pip install --no-deps auto-round compressed-tensors auto-gptq autoawq loguru py-cpuinfo datasets
     python tests/robustness/instruments/public_quantisers.py                      a tiny model in each variant
@@ -78,7 +78,7 @@ def linear(w: torch.Tensor) -> torch.nn.Linear:
 
 
 def of_module(module: torch.nn.Module, K: int) -> np.ndarray:
-    """The dequantised weight of a tool's layer: its product with the identity, scales in float32."""
+    """The dequantized weight of a tool's layer: its product with the identity, scales in float32."""
     module.scales = module.scales.float()
     with torch.no_grad():
         return module(torch.eye(K)).T.contiguous().numpy()

@@ -1,8 +1,8 @@
-"""Folders that public tools quantise, read by this program: variant x result.
+"""Folders that public tools quantize, read by this program: variant x result.
 
     python tests/robustness/instruments/public_quantisers_of_floats.py [--shape tiny|1b] [--only TEXT]
 
-A random LLaMA is quantised by bitsandbytes, compressed-tensors or PyTorch on the CPU and saved as these tools
+A random LLaMA is quantized by bitsandbytes, compressed-tensors or PyTorch on the CPU and saved as these tools
 save it. Then each weight is compared with what the tool itself makes of it, in float32 and bit for bit, and
 the logits with those of transformers holding these weights. It needs bitsandbytes, accelerate and
 compressed-tensors; the tests of this project do without them.
@@ -36,7 +36,7 @@ Writer = Callable[[LlamaForCausalLM, Path], Dense]
 
 
 def bitsandbytes(**settings) -> Writer:
-    """transformers quantises while it loads, and saves the folder."""
+    """transformers quantizes while it loads, and saves the folder."""
 
     def write(model: LlamaForCausalLM, folder: Path) -> Dense:
         from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
@@ -72,7 +72,7 @@ def four_bits(kind: str, double: bool = False, storage: torch.dtype = torch.uint
 
 
 def each_matrix(quantize: Callable[[torch.Tensor], tuple[Dense, torch.Tensor]], settings: dict) -> Writer:
-    """quantize(w) -> the tensors by their suffixes, and w as the tool dequantises it."""
+    """quantize(w) -> the tensors by their suffixes, and w as the tool dequantizes it."""
 
     def write(model: LlamaForCausalLM, folder: Path) -> Dense:
         tensors, dense = {}, {}
@@ -129,7 +129,7 @@ def compressed(kind: str, strategy: str, dtype: torch.dtype = torch.bfloat16, **
 
 
 def fp8(rows: int | None, columns: int | None, name: str, settings: dict) -> Writer:
-    """PyTorch rounds to E4M3; transformers' own dequantisation, where it has one, is scale times weight."""
+    """PyTorch rounds to E4M3; transformers' own dequantization, where it has one, is scale times weight."""
 
     def quantize(w: torch.Tensor) -> tuple[Dense, torch.Tensor]:
         N, K = w.shape

@@ -132,9 +132,11 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _names(self) -> dict[str, str]:
         """Our name of each weight -> its name in the file."""
-        tied, plain = self.config.get("tie_word_embeddings", bool, False), self._plain()
-        shapes = {name: self.tensors[theirs].shape for name, theirs in plain.items()}
-        shapes |= {name: weight.shape for name, weight in self._quantized.items()}
+        tied = self.config.get("tie_word_embeddings", bool, False)
+        plain = (name for name in self.tensors if name not in self._parts and not ANGLES.search(name))
+        found = usual_names(self.path, [*plain, *self._quantized])
+        held: dict[str, TensorInfo | QuantizedWeight] = {**self.tensors, **self._quantized}
+        shapes = {name: held[theirs].shape for name, theirs in found.items()}
         if tied:
             shapes.pop("lm_head.weight", None)
         elif "lm_head.weight" not in shapes and "model.embed_tokens.weight" in shapes:
@@ -143,12 +145,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                 'too, write "tie_word_embeddings": true into config.json'
             )
         names = matched_names(self.path, "hf", self._args, shapes, tied, self.fused)
-        return {ours: plain.get(theirs, theirs) for ours, theirs in names.items()}
-
-    def _plain(self) -> dict[str, str]:
-        """The usual name of each weight that is not quantized -> its name in the file."""
-        names = (name for name in self.tensors if name not in self._parts and not ANGLES.search(name))
-        return usual_names(self.path, names)
+        return {ours: found[theirs] for ours, theirs in names.items()}
 
     def weights(self) -> dict[str, StoredTensor]:
         args, names = self._args, self._names()

@@ -153,6 +153,14 @@ def test_only_the_known_names_of_its_scales_are_left_out(name, tmp_path):
         open_checkpoint(tmp_path).weights()
 
 
+def test_names_as_torch_compile_writes_them(tmp_path):
+    wanted = write_folder(tmp_path, ARGS, VARIANTS["AWQ gemm"])
+    file = tmp_path / "model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    for ours, w in open_checkpoint(tmp_path).weights().items():
+        np.testing.assert_array_equal(w.dequantize(), wanted[ours], ours)
+
+
 def test_each_weight_may_have_settings_of_its_own(tmp_path):
     """`dynamic`: other bits and groups for some weights, none for others; a quantized lm_head."""
     kinds = {

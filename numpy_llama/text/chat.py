@@ -153,6 +153,9 @@ class ChatTemplate:
     def code(self) -> CodeType:
         return Sandbox().compiled(self.source)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "code"}  # which no pickle takes
+
     def render(
         self,
         messages: Messages,

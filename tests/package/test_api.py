@@ -228,7 +228,9 @@ def test_what_is_only_data_is_copied(way, llama):
         assert way(thing) == thing
     cache = way(llama.model.new_cache(1, 8))
     assert (cache.max_seq_len, cache.filled, cache.k.shape) == (8, [0, 0], (2, 1, 2, 8, 16))
-    for format in (*CHAT_FORMATS.values(), nl.ChatTemplate(TEMPLATE)):
+    template = nl.ChatTemplate(TEMPLATE, TEMPLATE)
+    assert template.code and template.tool_use.code  # compiled, as after a conversation
+    for format in (*CHAT_FORMATS.values(), template):
         assert type(way(format)) is type(format)
     for name, error in inspect.getmembers(errors, inspect.isclass):
         if issubclass(error, NumpyLlamaError):

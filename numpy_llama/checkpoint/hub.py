@@ -29,7 +29,7 @@ from ..backend import Progress
 from ..errors import DownloadError, ParameterError, ResourceLimitError, UnsupportedError, escape
 from . import quantized
 from .files import sync
-from .huggingface import SHARD, WEIGHTS, model_args
+from .huggingface import SHARD, TEMPLATES, WEIGHTS, model_args
 from .json_file import MAX_BYTES, JsonFile
 from .other_models import other_architecture, other_folder
 
@@ -47,7 +47,7 @@ TOKENIZER = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-BESIDE = (*TOKENIZER, *quantized.BESIDE, "chat_template.jinja", "chat_template.json")
+BESIDE = (*TOKENIZER, *quantized.BESIDE, *TEMPLATES)
 MAX_BESIDE = 32 << 20  # bytes of each: the largest is a tokenizer.json
 META = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
 PART_OF = re.compile(r"-\d{5}-of-\d{5}")

@@ -47,6 +47,8 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 SHARD = re.compile(r"[\w.+-]+", re.ASCII)  # a plain file name, in no other folder
+# The files of chat templates. tokenizer_config.json may hold them too.
+TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"
 ANGLES = re.compile(r"\.rotary_emb\.inv_freq$")  # RoPE's frequencies, in old files; theta gives them
 
 # Other keys of config.json that could change the mathematics, and their values that change nothing.

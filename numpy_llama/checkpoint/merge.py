@@ -28,7 +28,7 @@ from ..lora import LowRank
 from .base import Checkpoint
 from .convert import BYTES_AT_ONCE, DTYPES, convert, finite, target_format
 from .files import part_beside, write_bytes
-from .huggingface import HuggingFaceCheckpoint
+from .huggingface import TEMPLATES, HuggingFaceCheckpoint
 from .names import tensor_names
 from .safetensors_file import RUNNABLE
 from .safetensors_write import write_safetensors
@@ -41,7 +41,7 @@ WIDER = ("q8", "bf16", "f16", "f32")  # the ways out, small files first
 BESIDE = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt"),
+    *(*TEMPLATES, "LICENSE", "LICENSE.txt"),
 )
 
 
@@ -215,6 +215,7 @@ def _write_folder(
             part.mkdir()
             for name in BESIDE:
                 if (source.path / name).is_file():
+                    (part / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(source.path / name, part / name)
             write_bytes(part / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             plan = {theirs: (formats[name], weights[name].shape) for name, theirs in names.items()}

@@ -46,6 +46,7 @@ FOLDER = SHARDS | {
     "model.safetensors.index.json": as_json(INDEX),
     **{"generation_config.json": b"{}", "tokenizer.json": b'{"t": 1}', "tokenizer_config.json": b'{"c": 1}'},
     "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
 }
 NOT_NEEDED = {
     **{"README.md": b"# A model", ".gitattributes": b"", "modeling_llama.py": b"raise SystemExit"},
@@ -120,8 +121,9 @@ def test_one_quantization_of_many(hub):
 
 def test_only_the_files_of_a_folder_that_a_model_needs(hub):
     folder = pull("hf:o/folder")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FOLDER
-    assert hub.contents() == sorted(FOLDER)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in files} == FOLDER
+    assert hub.contents() == sorted(name.rpartition("/")[2] for name in FOLDER)
     assert pull("hf:o/folder") == folder and hub.contents() == []
 
 

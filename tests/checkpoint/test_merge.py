@@ -105,9 +105,14 @@ def test_merged_is_beside(format, names, tmp_path):
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_a_folder_becomes_a_folder(dtype, tied, tmp_path):
     """Rows of q and k keep their order. A tied head that only one of the two updates is tied no more."""
-    source, added = open_checkpoint(hf_base(tmp_path / "base", tied)), updates(LARGE)
+    folder, added = hf_base(tmp_path / "base", tied), updates(LARGE)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    source = open_checkpoint(folder)
     merge(source, added, tmp_path / "out", dtype)
     merged = open_checkpoint(tmp_path / "out")
+    assert (merged.chat_template(), merged.chat_template("tool_use")) == ("{{ messages }}", "{{ tools }}")
     assert_near(logits(merged), logits(source, [added]), 1e-5 if dtype is None else 0.02)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False

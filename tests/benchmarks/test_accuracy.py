@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.benchmarks import script
 
-from numpy_llama.backend.formats import FORMATS
+from numpy_llama.backend.formats import FORMATS, ROUNDED_TABLES
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def test_linear(accuracy):
     for name, _, *numbers in cells:
         _, _, default, _, exact, worst, ggml, _ = map(float, numbers)
         assert 0 < exact < 1e-12 and 0 < worst < 1e-5, name
-        assert exact <= default < (1.05 * ggml if FORMATS[name].block > 1 else 1e-6), name
+        times = 2.5 if name in ROUNDED_TABLES else 1.05  # the numbers of a table are rounded too
+        assert exact <= default < (times * ggml if FORMATS[name].block > 1 else 1e-6), name
         assert ggml > (1e-6 if FORMATS[name].block > 1 else 0) or name == "F32", name
 
 

@@ -54,7 +54,7 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 def rope_freqs(head_dim: int, rope_theta: float, dtype: type = np.float64, by: Array | int = 1) -> Array:
     """theta_j = rope_theta^(-2j / head_dim) / by, the turn of pair j a position (RoFormer) -> (Dh / 2,)."""
-    powers = np.float64(rope_theta) ** (np.arange(0, head_dim, 2, dtype=dtype) / dtype(head_dim))
+    powers = np.power(rope_theta, np.arange(0, head_dim, 2, dtype=dtype) / dtype(head_dim), dtype=np.float64)
     return 1 / (powers.astype(dtype) * np.asarray(by, dtype))  # rounded once, as PyTorch rounds its powers
 
 

@@ -110,7 +110,7 @@ def fetch(text: str, progress: Progress, wanted: Wanted = "model") -> Path:
         problem = f"{repository.problem}; " if repository.problem else ""
         raise DownloadError(f"{problem}{error}") from None
     repository.get(names, progress)
-    if wanted != "tokenizer" or not repository.ref.exists():  # an older model there is whole
+    if wanted != "tokenizer" or not os.path.exists(repository.ref):  # an older model there is whole
         repository.name_commit()
     if repository.problem and not _library().constants.HF_HUB_OFFLINE:  # offline is the user's choice
         _log.warning("%s; what is in the cache is used", repository.problem)
@@ -189,9 +189,9 @@ class Repository:
 
     def get(self, names: Sequence[str], progress: Progress) -> None:
         """Fetch the files that are not in the cache."""
-        missing = [self.files[name] for name in names if not self._is_there(self.files[name])]
-        if missing:
-            with _explained(self.name):
+        with _explained(self.name):
+            missing = [self.files[name] for name in names if not self._is_there(self.files[name])]
+            if missing:
                 self._get(missing, progress)
 
     def _get(self, missing: Sequence[File], progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -668,6 +669,22 @@ def test_a_disk_that_becomes_full(hub, monkeypatch):
 def test_a_cache_that_cannot_be_written(hub, cache):
     cache.write_text("a file")
     refused("hf:o/gguf", "cannot be kept in the cache: .*Not a directory.*; HF_HOME can name another folder")
+
+
+def test_a_cache_that_cannot_be_looked_at(hub, monkeypatch):
+    hub.repositories["o/m"] = {"x" * 300 + ".gguf": b"x"}
+    refused("hf:o/m", "cannot be kept in the cache: .*File name too long.*; HF_HOME can name another folder")
+    stat, hidden = os.stat, "/refs/"
+
+    def denied(path, **options):
+        if hidden in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr("os.stat", denied)
+    assert locate("hf:o/folder", wanted="tokenizer").is_dir()
+    hidden = "/snapshots/"
+    refused("hf:o/folder", "cannot be kept in the cache: .*denied.*; HF_HOME can name another folder")
 
 
 def test_a_whole_model_in_a_cache_that_cannot_be_written(hub, cache, monkeypatch):

@@ -294,7 +294,7 @@ def _repository(name: Name) -> Repository:
         problem = _answer(name, error)
     except (OSError, _http_error()) as error:
         problem, rest = _unreached(name, error), "; the cache has no whole copy of it"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"{type(error).__name__}: {escape(str(error), 120)}"
         problem = f"{name}: the answer of {_where()} cannot be read ({found})"
     with _explained(name):
@@ -310,6 +310,8 @@ def _announced(name: Name, root: Path, info: Any) -> Repository:
         raise DownloadError(f"the Hub names the commit {escape(info.sha, 60)}")
     files = {}
     for one in info.siblings or []:
+        if not isinstance(one.rfilename, str):
+            raise DownloadError(f"the Hub names a file {escape(one.rfilename, 60)}")
         checksum = one.lfs.sha256 if one.lfs else one.blob_id
         files[one.rfilename] = File(one.rfilename, one.size, checksum)
     architecture = info.gguf.get("architecture") if isinstance(info.gguf, dict) else None

@@ -812,11 +812,14 @@ def test_what_is_announced_wrongly(hub, change):
         b'{"id": 3}',
         b'{"id": "o/gguf", "sha": "main"}',
         b'{"id": "x", "siblings": 3}',
+        b'{"id": "x", "sha": "%s", "siblings": [{"rfilename": null}]}' % COMMIT.encode(),
+        b'{"id": "x", "sha": "%s", "siblings": [{"rfilename": 5}]}' % COMMIT.encode(),
+        b"[" * 100_000,
     ],
 )
 def test_answers_that_cannot_be_read(hub, answer):
     hub.answer = answer
-    refused("hf:o/gguf", "the answer of http.* cannot be read|the Hub names the commit")
+    refused("hf:o/gguf", "the answer of http.* cannot be read|the Hub names (the commit|a file)")
 
 
 @pytest.mark.parametrize(

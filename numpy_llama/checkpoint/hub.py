@@ -200,7 +200,7 @@ class Repository:
         new = [file for file in missing if not (blobs / file.checksum).exists()]
         parts = [blobs / f"{file.checksum}.incomplete" for file in new]
         total, done = sum(file.size for file in new), 0
-        left = total - sum(part.stat().st_size for part in parts if part.exists())
+        left = total - sum(_size_of(part) for part in parts)
         if (free := shutil.disk_usage(blobs).free) < left:
             what = f"{self.name} needs {left:,} more bytes, the disk of {blobs} has {free:,} left"
             raise ResourceLimitError(f"{what}; {ELSEWHERE}")
@@ -264,6 +264,14 @@ class Repository:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # a link to a file that is gone
         try:
+def _size_of(part: Path) -> int:
+    """The bytes of a part: none if there is none, or if another program gives it its name meanwhile."""
+    try:
+        return part.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
             path.symlink_to(os.path.relpath(blob, path.parent))
         except OSError:  # a file system without links
             os.replace(blob, path)

@@ -506,6 +506,13 @@ def test_a_part_that_is_whole_is_not_fetched_again(hub, cache):
     assert pull("hf:o/gguf").read_bytes() == GGUF and hub.contents() == []
 
 
+def test_a_part_that_another_program_names_meanwhile(hub, monkeypatch):
+    """It is gone between two looks at it."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: self.suffix == ".incomplete" or exists(self))
+    assert pull("hf:o/gguf").read_bytes() == GGUF
+
+
 def test_a_hub_that_ignores_ranges_sends_all_again(hub, monkeypatch):
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     hub.ignores_ranges = True

@@ -207,7 +207,8 @@ class Repository:
         for file in missing:
             blob = blobs / file.checksum
             with self._lock(file):
-                if not blob.exists() and not self._is_there(file):  # another program may have fetched it
+                # Another program may have fetched it.
+                if not _is_whole(blob, file) and not self._is_there(file):
                     self._download(file, blob, done, total, progress)
                 self._link(file, blob)
             done += file.size if file in new else 0
@@ -249,13 +250,7 @@ class Repository:
                 part.replace(self.ref)
 
     def _is_there(self, file: File) -> bool:
-        path = self.path(file.name)
-        if not path.exists():
-            return False
-        if (found := path.stat().st_size) != file.size:
-            what = f"has {found:,} bytes, the Hub announces {file.size:,}: delete it"
-            raise DownloadError(f"{path.resolve()} {what}")
-        return True
+        return _is_whole(self.path(file.name), file)
 
     def _link(self, file: File, blob: Path) -> None:
         path = self.path(file.name)
@@ -264,17 +259,27 @@ class Repository:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # a link to a file that is gone
         try:
+            path.symlink_to(os.path.relpath(blob, path.parent))
+        except OSError:  # a file system without links
+            os.replace(blob, path)
+
+
+def _is_whole(path: Path, file: File) -> bool:
+    """Whether these bytes are there; DownloadError if their number is wrong."""
+    if not path.exists():
+        return False
+    if (found := path.stat().st_size) != file.size:
+        what = f"has {found:,} bytes, the Hub announces {file.size:,}: delete it"
+        raise DownloadError(f"{path.resolve()} {what}")
+    return True
+
+
 def _size_of(part: Path) -> int:
     """The bytes of a part: none if there is none, or if another program gives it its name meanwhile."""
     try:
         return part.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-            path.symlink_to(os.path.relpath(blob, path.parent))
-        except OSError:  # a file system without links
-            os.replace(blob, path)
 
 
 def _repository(name: Name) -> Repository:

@@ -553,6 +553,17 @@ def test_a_file_in_the_cache_of_another_size_is_named(hub):
     refused("hf:o/gguf", "has 5 bytes, the Hub announces 204,804: delete it")
 
 
+def test_bytes_of_another_size_get_no_name(hub, cache):
+    """Their checksum is their name, but a copy of the cache may have been cut."""
+    blob = cache / "models--o--gguf" / "blobs" / checksum("m.gguf", GGUF)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"short")
+    refused("hf:o/gguf", f"{blob} has 5 bytes, the Hub announces 204,804: delete it")
+    assert not list(cache.rglob("*.gguf"))
+    blob.unlink()
+    assert pull("hf:o/gguf").read_bytes() == GGUF
+
+
 def test_a_gated_repository(hub, monkeypatch):
     hub.token = "hf_secret"
     for name in ("hf:o/gguf", "hf:o/folder"):

@@ -25,7 +25,10 @@ from numpy_llama.backend._kernels import ffi, lib
 from numpy_llama.backend import kernels
 from numpy_llama.backend.formats import (
     FORMATS,
+    FP4_TABLE,
+    NF4_TABLE,
     QK,
+    ROUNDED_TABLES,
     X_MAX,
     StoredTensor,
     quantize_activations,
@@ -179,6 +182,12 @@ def test_the_same_bits_however_it_is_split(isa, format, T, OUT, blocks, cut, see
     if cut < GEMV_TOKENS:
         parts = [Kernels(2).linear(part, w) for part in (x[:cut], x[cut:GEMV_TOKENS])]
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(few))
+
+
+@pytest.mark.parametrize("name, table, unit", [("NF4", NF4_TABLE, 124.115), ("FP4", FP4_TABLE, 120)])
+def test_the_bytes_of_a_table_are_the_nearest(name, table, unit):
+    """C and NumPy list the same bytes: no comparison of the two finds a wrong one."""
+    np.testing.assert_allclose(ROUNDED_TABLES[name] * unit, np.rint(table * unit), rtol=1e-6)
 
 
 @pytest.mark.skipif("avx_vnni" not in kernels.available_isas(), reason="this CPU has no AVX_VNNI")

@@ -78,7 +78,7 @@ int nl_linear_dw(float *dw, const float *dy, const float *x, int64_t T, int64_t 
                  int64_t begin, int64_t end, int add, int threads);
 
 /* Quantized activations: x rounded to 8 or 15 bits in blocks of 32.      quantized_activations.c
- *   bits = 8: but 15 for the blocks of a token whose numbers are the largest. F16 and BF16: always 14 bits.
+ *   bits = 8: but 15 for the blocks of a token whose numbers are the largest. F16, BF16 and FP8: 14 bits.
  *   `activations` has room for nl_activations_bytes(T, IN) bytes. Not for F32.
  *   nl_quantizes_activations: 1 where this is the faster way. It is not for F32, nor for up to NL_GEMV_TOKENS
  * tokens and a format whose weights are single numbers. */

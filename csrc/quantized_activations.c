@@ -10,7 +10,7 @@
  * numbers that are much larger than all others, and the error of the rounding is in their blocks. Each token
  * chooses its own blocks, so its bits do not depend on the other tokens.
  *
- * F16 and BF16 weights multiply pairs of 16-bit integers, q in -8191 .. 8191.
+ * F16, BF16 and FP8 weights multiply pairs of 16-bit integers, q in -8191 .. 8191.
  *
  * The rounding is that of `quantize_activations` in numpy_llama/backend/formats.py.
  *
@@ -205,7 +205,7 @@ VEC_INLINE void quantize_to_bytes(void *activations, const float *x, const int f
     }
 }
 
-/* ---------------------------------------------------------------- pairs, for GEMM with F16 and BF16
+/* ---------------------------------------------------------------- pairs, for GEMM with F16, BF16, FP8
  *
  * The tokens lie in token groups of TOKEN_GROUP, side by side; kc is KC, and less in the last panel of a row.
  *

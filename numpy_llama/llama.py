@@ -143,9 +143,9 @@ class Llama:
 
         The options are those of `stream`, without `session` and `on_prefill`. Each prompt is continued as if
         it were alone, with its own random numbers from the same seed. So equal prompts get equal texts. The
-        kernels give each prompt the same bits as alone, but not with F16 and BF16 weights: more than eight
-        tokens at once round them. That changes the logits a little, and a text may differ where two tokens
-        are nearly as likely.
+        kernels give each prompt the same bits as alone, but not with F16, BF16 and FP8 weights: more than
+        eight tokens at once round them. That changes the logits a little, and a text may differ where two
+        tokens are nearly as likely.
         """
         check_iterable("prompts", prompts, "a list of texts or of lists of ids")
         if isinstance(prompts, str | bytes):

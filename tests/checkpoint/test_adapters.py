@@ -2,10 +2,13 @@
 
 import errno
 import json
+import tracemalloc
+from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from helpers import adapters
@@ -122,6 +125,36 @@ def test_a_config_never_stands_beside_the_weights_of_another_adapter(tmp_path, m
     monkeypatch.undo()
     write_peft(tmp_path, second, ARGS)
     assert_same(open_adapter(tmp_path).low_ranks(ARGS), second)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_adapter_takes_its_own_memory(fused, tmp_path):
+    """While it is read, one tensor is there twice at most. What is kept has no rows of another weight."""
+    args, r, rng = replace(ARGS, n_layers=16), 64, np.random.default_rng(0)
+    q, kv, layers = (
+        args.n_heads * args.head_dim,
+        args.n_kv_heads * args.head_dim,
+        "base_model.model.model.layers",
+    )
+    rows = {"qkv_proj": q + 2 * kv} if fused else {"q_proj": q, "k_proj": kv}
+    tensors = {
+        f"{layers}.{i}.self_attn.{name}.lora_{half}.weight": rng.normal(size=shape).astype(np.float32)
+        for i in range(args.n_layers)
+        for name, n in rows.items()
+        for half, shape in (("A", (r, args.dim)), ("B", (n, r)))
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": list(rows)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter, size = open_adapter(tmp_path), sum(x.nbytes for x in tensors.values())
+    adapter.low_ranks(args)  # the first call also imports
+    tracemalloc.start()
+    try:
+        kept = adapter.low_ranks(args)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept and held < 1.1 * size and peak < 1.3 * size, (held / size, peak / size)
 
 
 @pytest.mark.parametrize("names", WRITTEN)

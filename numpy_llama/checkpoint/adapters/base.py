@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -83,11 +83,11 @@ class Adapter:
         for name, pair in self.pairs.items():
             self._check(name, pair, args)
         found: dict[str, LowRank] = {}
-        read = cache(self.tensor)  # the weights of a fused tensor share A
+        read = lru_cache(2)(self.tensor)  # the weights of a fused tensor follow each other, and share A
         for name, pair in self.pairs.items():
             a, b = read(pair.a), read(pair.b)
             if pair.fused and (place := rows_in_fused(name, args)):
-                b = b[place[0]]
+                b = b[place[0]].copy()  # a view would keep the other rows
             a = np.ascontiguousarray(a.T) if pair.transposed else a
             if pair.flipped:
                 a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)

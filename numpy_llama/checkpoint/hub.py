@@ -260,6 +260,8 @@ class Repository:
         path.unlink(missing_ok=True)  # a link to a file that is gone
         try:
             path.symlink_to(os.path.relpath(blob, path.parent))
+        except FileExistsError:  # another program has made it
+            pass
         except OSError:  # a file system without links
             os.replace(blob, path)
 

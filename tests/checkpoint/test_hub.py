@@ -408,6 +408,14 @@ def test_without_links(hub, monkeypatch):
     assert pull("hf:o/gguf") == path and hub.contents() == []
 
 
+def test_a_link_that_another_program_makes_meanwhile(hub, monkeypatch):
+    """A file system may have no locks. The bytes stay, because other commits have links to them."""
+    link = Path.symlink_to
+    monkeypatch.setattr(Path, "symlink_to", lambda self, to: [link(self, to) for _ in "12"])
+    path = pull("hf:o/gguf")
+    assert path.is_symlink() and path.read_bytes() == GGUF
+
+
 PROGRAMS = {
     "we": lambda: pull("hf:o/gguf"),
     "huggingface_hub": lambda: Path(huggingface_hub.hf_hub_download("o/gguf", "m-Q4_K_M.gguf")),

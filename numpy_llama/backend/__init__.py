@@ -60,11 +60,13 @@ def build(
     activation_bits: int = 8,
     cache_dtype: str | None = None,
     adapters: Sequence[Mapping[str, LowRank]] = (),
+    fused: bool = True,
 ) -> Transformer:
     """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
 
     Weights are used in place, in the mapped file, if the backend can do so. The kernels pack the rows of
-    block formats that are not packed yet. `progress` counts the bytes of all others.
+    block formats that are not packed yet. `progress` counts the bytes of all others. fused: C computes whole
+    blocks where it can.
     """
     check_options(dtype, backend, exact, cache_dtype)
     cache, kept = cache_of(args, backend, dtype, exact, cache_dtype)
@@ -92,7 +94,7 @@ def build(
     model = Transformer(args, prepared, kernels.linear, kernels.attention, kept, cache)
     of_lora = Kernels(threads, exact=True).linear  # a token has the same bits in any number of tokens
     model = adapted(model, adapters, lambda x: KernelWeight(StoredTensor.quantize(x, "F32")), of_lora)
-    return fuse(model, kernels)
+    return fuse(model, kernels) if fused else model
 
 
 def _each(

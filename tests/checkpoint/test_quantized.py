@@ -1,6 +1,5 @@
 """Folders quantized by GPTQ, AWQ and compressed-tensors: their weights bit for bit, and their logits."""
 
-import base64
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.generations import with_tokenizer
 from helpers.quantized import VARIANTS, Variant, awq, compressed, dense, gptq, packed, write_folder
 from helpers.quantized_floats import VARIANTS as FLOAT_VARIANTS
 from hypothesis import given
@@ -243,13 +243,6 @@ def test_compressed_tensors_is_its_formula(N, G, bits, symmetric, seed):
 def test_whole_numbers_are_a_stream_of_bits(bits, n, seed):
     q = np.random.default_rng(seed).integers(0, 1 << bits, (n, 32 * n))
     np.testing.assert_array_equal(whole_numbers(packed(q, bits), bits), q)
-
-
-def with_tokenizer(folder: Path) -> Path:
-    """The folder with the smallest of Meta's tokenizers."""
-    lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
-    (folder / "tokenizer.model").write_text("".join(lines))
-    return folder
 
 
 def test_a_native_file_keeps_every_weight(written, tmp_path):

@@ -180,6 +180,11 @@ FORMATS = {
 def write_source(name: str, format: str, folder: Path) -> Path:
     """A model with the smallest of Meta's tokenizers: the 256 bytes and Llama 3's control tokens."""
     FORMATS[format](name, folder)
+    return with_tokenizer(folder)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """The folder with the smallest of Meta's tokenizers."""
     lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
     (folder / "tokenizer.model").write_text("".join(lines))
     return folder

@@ -79,6 +79,10 @@ class DownloadError(NumpyLlamaError):
     """A model could not be fetched, or the fetched file is not the right one."""
 
 
+class ParallelError(NumpyLlamaError):
+    """The processes that mpiexec has started cannot work together."""
+
+
 class BuildError(NumpyLlamaError):
     """The compiled extension is missing or does not fit this package."""
 

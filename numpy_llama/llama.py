@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .backend import Progress, build, check_options
 from .checkpoint.adapters import read_adapters
 from .checkpoint.download import DEFAULT_MODEL, checked_progress, locate
@@ -27,6 +27,7 @@ from .errors import (
     ParameterError,
     ResourceLimitError,
     TemplateError,
+    UnsupportedError,
     check_callable,
     check_has,
     check_iterable,
@@ -306,6 +307,7 @@ def load(
     activation_bits: int = 8,
     cache_dtype: str | None = None,
     adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Llama:
     """Load a model from a file or a folder, or by a name of `pull` or hf:OWNER/REPO, fetched on first use.
 
@@ -320,13 +322,25 @@ def load(
     hf:OWNER/REPO, or a list whose updates are added; "PATH:0.5" takes half of one. progress(what, done,
     total): called with counts of bytes. A model that does not fit into memory is a ResourceLimitError before
     loading begins.
+
+    Under mpiexec the model is cut for all processes, evenly or by `shares`, such as [3, 1]. All processes but
+    rank 0 serve, and do not return from here.
     """
     check_options(dtype, backend, exact, cache_dtype)
-    progress = checked_progress(progress)
+    progress, ranks = checked_progress(progress), parallel.ranks()
+    if ranks is None and shares is not None:
+        raise ParameterError("shares are for a model on several ranks: start with mpiexec")
+    if ranks is not None and adapter is not None:
+        raise UnsupportedError("adapters do not run on several ranks yet: merge them into a model first")
     opened = checkpoint.open_checkpoint(locate(model, progress))
     args, weights = opened.args, opened.weights()
     if max_seq_len is not None:
         args = with_context(args, max_seq_len, opened.path)
+    if ranks is not None:
+        tokenizer = opened.tokenizer()
+        how = dtype, backend, threads, exact, activation_bits, cache_dtype
+        transformer, room = parallel.load(ranks, opened, args, shares, how, progress)
+        return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
     adapters = read_adapters(adapter, args, weights, progress)
     plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype)
     updates = [x for one in adapters for low in one.values() for x in (low.a, low.b)]

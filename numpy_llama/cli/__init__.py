@@ -13,8 +13,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from .. import __version__
-from ..errors import NumpyLlamaError, ParameterError, TextError, printable
+from .. import __version__, parallel
+from ..errors import NumpyLlamaError, ParameterError, TextError, UnsupportedError, printable
 from . import (
     attention,
     bench,
@@ -40,6 +40,7 @@ VERBS = (
     *(generate, chat, info, tokenize, convert, merge, pull, bench, perplexity, verify, doctor),
     *(train, finetune, ops, trace, attention, lens),
 )
+IN_ONE_PROCESS = (train, finetune, verify, trace, attention, lens)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,6 +66,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; -> its exit code. No mistake of a user ends in a traceback."""
+    try:
+        code = _run(argv)
+    except SystemExit as end:  # wrong usage, or a signal
+        parallel.ends_with(end.code)
+        raise
+    parallel.ends_with(code)
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  a parent may close it
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -78,7 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up and end, as for Ctrl-C
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        ranks = parallel.ranks()  # under mpiexec all processes but rank 0 do not return
         args = parser().parse_args(argv)
+        if ranks is not None and args.run in [verb.run for verb in IN_ONE_PROCESS]:
+            raise UnsupportedError("this command does not run on several ranks yet: start it without mpiexec")
         code = args.run(args) or 0
         sys.stdout.flush()
         return code

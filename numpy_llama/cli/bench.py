@@ -4,7 +4,8 @@ A list, as in -t 1,2, repeats all tests with each number. The test pp512 reads a
 tg128 generates 128 tokens. GB/s counts the weights and the KV cache that are read to generate tokens; "of
 read" is the share of the read bandwidth. Gop/s counts the multiplications and additions of the matrices; "of
 FMA" is the share of the peak of float32 FMAs. Both limits are measured in the same run. Peak memory is that
-of the whole program so far, with the mapped pages of the model's file.
+of the whole program so far, with the mapped pages of the model's file. Under mpiexec all but size, parameters
+and tokens/s is of rank 0.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .. import parallel
 from ..checkpoint import open_checkpoint
 from ..checkpoint.memory import available_memory, gib, memory_plan, peak_memory
 from ..errors import ParameterError, printable
@@ -59,16 +61,20 @@ def run(args: argparse.Namespace) -> None:
     tasks = list(tests(args))
     if not tasks:
         raise ParameterError("nothing to measure: -p and -n are 0")
-    machines = [(threads, Machine(threads)) for threads in args.threads or [None]]
+    ranks = parallel.ranks()
+    usual = None if ranks is None else ranks.threads()
+    machines = [(threads, Machine(threads)) for threads in args.threads or [usual]]
     with common.transfer_bar() as progress:
         path = common.located(args.model, progress)
     opened = open_checkpoint(path)
     model_args = opened.args
     if args.max_seq_len is not None:
         model_args = with_context(model_args, args.max_seq_len, path)
-    plan = memory_plan(
-        model_args, opened.weights(), args.backend, exact=args.exact, cache_dtype=args.cache_dtype
-    )
+    weights, kept = opened.weights(), {"exact": args.exact, "cache_dtype": args.cache_dtype}
+    plan = whole = memory_plan(model_args, weights, args.backend, **kept)
+    if ranks is not None:
+        own = parallel.own_part(ranks, model_args, weights, args.shares)
+        plan = memory_plan(*own, args.backend, **kept)
     available = available_memory(plan.mapped)
     for task in tasks:
         task.check(plan, available, path)
@@ -81,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"{'model':<{len(name)}}{titles}", flush=True)
         about = {
             "model": name,
-            "size": plan.mapped + plan.made,
-            "parameters": plan.parameters,
+            "size": whole.mapped + whole.made,
+            "parameters": whole.parameters,
             "format": formats(model),
             "backend": args.backend,
             "isa": machine.isa if kernels else None,

@@ -74,6 +74,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         action="store_true",
         help="keep activations, keys and values in float32; slower, for reference work",
     )
+    group.add_argument(
+        "--shares",
+        type=shares,
+        metavar="3,1",
+        help="under mpiexec: the share of the weights of each process [even]",
+    )
 
 
 def add_adapter_argument(parser: argparse._ActionsContainer, required: bool = False) -> None:
@@ -173,6 +179,17 @@ def whole_numbers(least: int) -> Callable[[str], list[int]]:
     return lambda text: [one(part) for part in text.split(",")]
 
 
+def shares(text: str) -> list[float]:
+    """An argument type: numbers above 0 with commas between them."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if not all(0 < number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0, such as 3,1")
+    return numbers
+
+
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `Llama.stream`, checked before any model is loaded."""
     sampling = {
@@ -215,7 +232,16 @@ def load_model(args: argparse.Namespace) -> Llama:
     if args.backend == "numpy" and args.threads is not None:
         note("-t sets the threads of the C kernels; NumPy's own are set by OPENBLAS_NUM_THREADS")
     with transfer_bar() as progress:
-        names = ("backend", "threads", "exact", "max_seq_len", "activation_bits", "cache_dtype", "adapter")
+        names = [
+            "backend",
+            "threads",
+            "exact",
+            "max_seq_len",
+            "activation_bits",
+            "cache_dtype",
+            "adapter",
+            "shares",
+        ]
         options = {name: getattr(args, name) for name in names}
         llama = load(located(args.model, progress), progress=progress, **options)
     ids, rows = llama.tokenizer.n_used, llama.model.args.vocab_size

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..cache import KVCache
 from ..config import Array
-from ..errors import ContextOverflowError, NumericsError, ParameterError, check_has
+from ..errors import ContextOverflowError, NumericsError, ParameterError, UnsupportedError, check_has
 from ..model import Function, Transformer, TransformerBlock
 from ..window import PREFILL_CHUNK
 from .sampling import Sampler
@@ -117,8 +117,15 @@ def check_finite(
         return run
 
     layers = {f"layers.{i}": checked(i, layer) for i, layer in enumerate(model.layers)}
-    model.with_parts(layers).hidden(np.array([ids]), start_pos, cache)
     last = start_pos + len(ids) - 1
+    try:
+        watched = model.with_parts(layers)
+    except UnsupportedError:  # a model on several ranks
+        hint = "start it in one process, and the message names the layer"
+        raise NumericsError(
+            f"position {last}, token {ids[-1]}: what comes out of the last layer is not finite; {hint}"
+        ) from None
+    watched.hidden(np.array([ids]), start_pos, cache)
     raise NumericsError(
         f"position {last}, token {ids[-1]}: the last layer's output was not finite in the first pass, "
         "but was in the second"

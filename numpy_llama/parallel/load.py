@@ -1,0 +1,151 @@
+"""Opening a checkpoint on every rank: each maps its own files, and takes its part of the weights."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .. import __version__
+from .. import functional as F
+from ..backend import Progress, build
+from ..backend.formats import StoredTensor
+from ..checkpoint import open_checkpoint
+from ..checkpoint.base import Checkpoint
+from ..checkpoint.files import MappedFile
+from ..checkpoint.memory import available_memory, memory_plan
+from ..config import ModelArgs
+from ..errors import MismatchError, NumpyLlamaError
+from ..model import Transformer
+from .cut import Plan, checked_shares
+from .model import ParallelTransformer, part_of
+from .ranks import Ranks
+
+SAMPLES, SAMPLE = 16, 1 << 12  # pieces of a file, and their bytes, by which ranks compare their files
+HEAD = 1 << 20
+
+
+@dataclass(frozen=True)
+class Order:
+    """What rank 0 asks the others to load: its file, under the same path, and the options of nl.load."""
+
+    path: Path
+    args: ModelArgs  # with the context that was asked for
+    shares: Sequence[float]
+    dtype: DTypeLike | None
+    backend: str
+    threads: int | None
+    exact: bool
+    activation_bits: int
+    cache_dtype: str | None
+
+
+def load(
+    ranks: Ranks,
+    opened: Checkpoint,
+    args: ModelArgs,
+    shares: Sequence[float] | None,
+    options: tuple[Any, ...],
+    progress: Progress,
+) -> tuple[Transformer, int]:
+    """On rank 0: the model of an opened checkpoint on all ranks, and the positions that memory has room for.
+
+    `options` are the last fields of an Order.
+    """
+    order = Order(opened.path, args, checked_shares(shares, ranks.size), *options)
+    Plan.of(args, order.shares)  # an error here is one of the arguments
+    number = ranks.new_number()
+    with ranks.together("load", number, order, passing=NumpyLlamaError):
+        part, room = load_part(ranks, order, opened, progress)
+    return ParallelTransformer(part, args, ranks, number), room
+
+
+def own_part(
+    ranks: Ranks, args: ModelArgs, weights: Mapping[str, StoredTensor], shares: Sequence[float] | None
+) -> tuple[ModelArgs, dict[str, StoredTensor]]:
+    """The arguments and the weights of this rank."""
+    plan = Plan.of(args, checked_shares(shares, ranks.size))
+    return plan.local_args(ranks.rank), plan.weights(weights, ranks.rank)
+
+
+def load_part(
+    ranks: Ranks,
+    order: Order,
+    opened: Checkpoint | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[Transformer, int]:
+    """On every rank: its part of the model, and the positions for which every machine has memory.
+
+    An error of one rank is raised on all, before any weight is read.
+    """
+
+    cuts = Plan.of(order.args, order.shares)
+    local = cuts.local_args(ranks.rank)
+    files = ranks.everywhere(lambda: open_checkpoint(order.path) if opened is None else opened)
+    check_alike(ranks, ranks.everywhere(lambda: facts(files, order.backend)))
+
+    def fit() -> tuple[dict[str, StoredTensor], int]:
+        weights = cuts.weights(files.weights(), ranks.rank)
+        plan = memory_plan(local, weights, order.backend, order.dtype, order.exact, order.cache_dtype)
+        available = available_memory(plan.mapped) // ranks.local
+        plan.check(available, files.path)
+        return weights, plan.context_within(available)
+
+    def make() -> Transformer:
+        files.watch()
+        threads = ranks.threads() if order.threads is None else order.threads
+        how = order.exact, order.activation_bits, order.cache_dtype
+        model = build(local, weights, order.dtype, order.backend, threads, progress, *how, fused=False)
+        return part_of(model, functions_of(model, order, threads), cuts, ranks)
+
+    weights, room = ranks.everywhere(fit)
+    return ranks.everywhere(make), min(ranks.exchange(room))
+
+
+def functions_of(model: Transformer, order: Order, threads: int) -> list[Any]:
+    """For each block the functions that compute it in one process: C's, if it would be a FusedBlock."""
+    if order.backend == "numpy":
+        return [F for _ in model.layers]
+    from ..backend.fused import fused_weights  # imported here, as in build
+    from ..backend.kernels import Kernels
+    from ..backend.training import TrainingKernels
+
+    kernels, in_c = Kernels(threads, order.exact, order.activation_bits), TrainingKernels(threads)
+    window = model.args.sliding_window
+    return [in_c if fused_weights(block, kernels, window) else F for block in model.layers]
+
+
+def facts(opened: Checkpoint, backend: str) -> dict[str, str]:
+    """What every rank must have alike: the bits depend on it."""
+    found = {"numpy_llama": f"version {__version__}", "ModelArgs": repr(opened.args)}
+    if backend == "numpy":
+        found["NumPy"] = f"version {np.__version__}"
+    else:
+        from ..backend import kernels
+
+        found["the instruction set"] = kernels.isa()
+    return found | {file.path.name: f"a file of {file.size} bytes, {sample(file)}" for file in opened.files}
+
+
+def sample(file: MappedFile) -> str:
+    """A checksum of the header and of some pieces of the weights: another fine-tune has the same header."""
+    digest = hashlib.sha256(file.map[:HEAD])
+    for i in range(SAMPLES):
+        at = (file.size - SAMPLE) * i // (SAMPLES - 1)
+        digest.update(file.map[max(at, 0) : max(at, 0) + SAMPLE])
+    return f"checksum {digest.hexdigest()[:16]}"
+
+
+def check_alike(ranks: Ranks, found: dict[str, str]) -> None:
+    """MismatchError on all ranks if one has found something else than rank 0."""
+    (first, wanted), *others = ranks.exchange((ranks.where, found))
+    for where, theirs in others:
+        for name in {**wanted, **theirs}:
+            here, there = wanted.get(name, "not there"), theirs.get(name, "not there")
+            if here != there:
+                raise MismatchError(
+                    f"{name} is {there} on {where}, and {here} on {first}: every rank needs the same"
+                )

@@ -1,0 +1,262 @@
+"""The processes that mpiexec has started, and their messages. Only they import MPI.
+
+Rank 0 sends commands. All ranks run a command together, and exchange activations in it by collective calls. A
+rank that leaves a command early would leave all others waiting, so it ends the whole run.
+"""
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from ..backend.limits import available_cpus
+from ..config import Array
+from ..errors import NumpyLlamaError, ParallelError, UnsupportedError, printable
+
+Result = TypeVar("Result")
+
+COMMAND = 1  # the tag of messages with a command
+# A rank without a command stays awake for a moment, because the next token follows soon. Then it naps, longer
+# each time. Napping takes no CPU, and a command waits for a nap at most.
+AWAKE, SHORTEST_NAP, LONGEST_NAP = 0.01, 0.0005, 0.02
+LAST_NAP, LONGEST_WAIT = 0.5, 2.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def launched() -> int:
+    """The number of processes that mpiexec says it has started; 1 without it."""
+    names = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+    return max([int(n) for name in names if (n := os.environ.get(name, "")).isdecimal()], default=1)
+
+
+def is_first() -> bool:
+    """Whether mpiexec says that this process is its first."""
+    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+class Ranks:
+    """This process as one of several. A rank is a process and its number."""
+
+    def __init__(self) -> None:
+        """ParallelError if MPI is missing, or if it is not the MPI of this mpiexec."""
+        try:
+            import mpi4py
+
+            mpi4py.rc.thread_level = "serialized"  # `together` has a lock
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of another mpiexec: an error says it below
+                from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            wanted = "pip install 'numpy_llama[mpi]', on every machine"
+            raise ParallelError(
+                f"mpiexec has started {launched()} processes without MPI ({error}): {wanted}"
+            ) from None
+        self.mpi, self.comm = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        if self.size != launched():
+            library = MPI.Get_library_version().split("\n")[0].strip(" \t\0")
+            raise ParallelError(
+                f"mpiexec has started {launched()} processes, and each sees {self.size}: it belongs to "
+                f"another MPI than mpi4py's, {printable(library)}; start with the mpiexec of that one"
+            )
+        self.host = MPI.Get_processor_name()
+        self.local = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
+        self.forgotten: deque[tuple[str, int]] = deque()  # objects that rank 0 has no longer
+        self._numbers = 0
+        self._lock = threading.RLock()
+        self._owner: int | None = None  # the thread that runs a command
+
+    @property
+    def where(self) -> str:
+        """This rank, for messages."""
+        return f"{self.host}, rank {self.rank}"
+
+    def threads(self) -> int:
+        """The threads of this rank by default: its share of the machine's CPUs."""
+        return max(1, available_cpus() // self.local)
+
+    def new_number(self) -> int:
+        """A number for an object that every rank has."""
+        self._numbers += 1
+        return self._numbers
+
+    def inside(self) -> bool:
+        """Whether the calling thread runs a command, together with all other ranks."""
+        return self._owner == threading.get_ident()
+
+    @contextmanager
+    def together(
+        self, name: str, *arguments: Any, passing: type[Exception] | tuple[()] = ()
+    ) -> Iterator[None]:
+        """On rank 0: the others run the command `name` while this block runs here.
+
+        An error in the block ends the run, because the others wait in it. A signal acts after the block.
+        `passing` is an error that all ranks raise; loading has it, and there a signal ends the run at once.
+        """
+        with self._lock, nullcontext() if passing else delayed_signals():
+            while self.forgotten:
+                self._send(*self.forgotten.popleft())
+            self._send(name, *arguments)
+            self._owner = threading.get_ident()
+            try:
+                yield
+            except passing:
+                raise
+            except BaseException as error:
+                self.fail(error)
+            finally:
+                self._owner = None
+
+    def _send(self, *message: Any) -> None:
+        data = pickle.dumps(message)
+        for rank in range(1, self.size):
+            self.comm.Send([data, self.mpi.BYTE], rank, COMMAND)
+
+    def end(self, code: int | None) -> None:
+        """On rank 0, when it ends with that status: the others end too. None: the status is not known.
+
+        mpiexec kills the others when a process ends with another status than 0, and its own may be any then.
+        """
+        if code:
+            self._abort(code)
+        self._send("end", code)
+
+    def commands(self) -> Iterator[tuple[Any, ...]]:
+        """On the other ranks: the commands of rank 0."""
+        self._owner = threading.get_ident()
+        status = self.mpi.Status()
+        while True:
+            awake_until, nap = time.monotonic() + AWAKE, SHORTEST_NAP
+            while not self.comm.Iprobe(0, COMMAND, status):
+                if time.monotonic() < awake_until:
+                    os.sched_yield()
+                else:
+                    time.sleep(nap)
+                    nap = min(2 * nap, LONGEST_NAP)
+            data = bytearray(status.Get_count(self.mpi.BYTE))
+            self.comm.Recv([data, self.mpi.BYTE], 0, COMMAND)
+            yield pickle.loads(data)
+
+    def gather(self, part: Array, widths: Sequence[int]) -> Array:
+        """The parts of all ranks side by side: (..., widths[rank]) -> (..., sum(widths)), on every rank."""
+        return self._gather(part, widths, self.comm.Allgatherv)
+
+    def gather_on_first(self, part: Array, widths: Sequence[int]) -> Array:
+        """`gather`, on rank 0 only; on the others the result has no meaning."""
+        return self._gather(part, widths, self.comm.Gatherv)
+
+    def _gather(self, part: Array, widths: Sequence[int], collect: Callable[..., None]) -> Array:
+        if not self.inside():
+            raise UnsupportedError(
+                "a part of a model on several ranks cannot be called by itself; call the model: "
+                "model(tokens), model.hidden(tokens) or model.logits(h)"
+            )
+        outer, total = part.shape[:-1], sum(widths)
+        rows = part.size // max(part.shape[-1], 1) if part.shape[-1] else int(np.prod(outer))
+        part, gathered = np.ascontiguousarray(part), np.empty(rows * total, part.dtype)
+        counts = [rows * width * part.itemsize for width in widths]
+        collect([part, self.mpi.BYTE], [gathered, counts, self.mpi.BYTE])
+        if rows == 1:
+            return gathered.reshape(*outer, total)
+        side_by_side, at = np.empty((rows, total), part.dtype), 0
+        for width in widths:  # MPI has put one rank's rows behind the other's
+            block = gathered[rows * at : rows * (at + width)]
+            side_by_side[:, at : at + width] = block.reshape(rows, width)
+            at += width
+        return side_by_side.reshape(*outer, total)
+
+    def exchange(self, value: Result) -> list[Result]:
+        """The values of all ranks, on every rank."""
+        return self.comm.allgather(value)
+
+    def everywhere(self, step: Callable[[], Result]) -> Result:
+        """Run a step on every rank: its result on this one. An error of one rank is raised on all."""
+        error: tuple[type[NumpyLlamaError], str] | None = None
+        try:
+            result = step()
+        except NumpyLlamaError as found:
+            error = type(found), str(found)
+        except Exception as found:
+            error = ParallelError, _described(found)
+        for rank, (where, failed) in enumerate(self.exchange((self.where, error))):
+            if failed is not None:
+                kind, text = failed
+                raise kind(f"{where}: {text}" if rank else text)
+        return result
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End the run on all ranks. The error is one line on stderr; a signal needs none."""
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            code = 130
+        elif isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 1
+        else:
+            text = str(error) if isinstance(error, NumpyLlamaError) else _described(error)
+            os.write(
+                2, f"numpy-llama: {self.where} of {self.size}: {printable(text)}\n".encode(errors="replace")
+            )
+        self._abort(code)
+
+    def _abort(self, code: int) -> NoReturn:
+        """End all ranks at once."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        for fd in (1, 2):
+            await_reader(fd)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would add a line of its own
+        self.comm.Abort(code)
+        os._exit(code)
+
+    def leave(self, code: int | None) -> NoReturn:
+        """End this process, and do nothing that the program would do after it. `code` is that of `end`."""
+        self.mpi.Finalize()
+        if code is None:  # mpiexec takes the status of the first process that ends: rank 0
+            time.sleep(LAST_NAP)
+        os._exit(0)
+
+
+def await_reader(fd: int) -> None:
+    """Wait until mpiexec has read what was written to this pipe. When a run is aborted, it drops the rest."""
+    until = time.monotonic() + LONGEST_WAIT
+    with suppress(ImportError, OSError):  # no pipe
+        import fcntl
+        import termios
+
+        while time.monotonic() < until and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4))):
+            time.sleep(SHORTEST_NAP)
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+@contextmanager
+def delayed_signals() -> Iterator[None]:
+    """Signals that come in this block act at its end. Only the main thread receives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = {number: handler for number, handler in handlers.items() if handler is not None}
+    for number in handled:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+        for first in came[:1]:
+            signal.raise_signal(first)

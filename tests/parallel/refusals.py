@@ -1,0 +1,124 @@
+"""What a model on several ranks does and refuses, in one program. It prints nothing if all is well.
+
+python refusals.py MODEL
+"""
+
+import copy
+import pickle
+import signal
+import sys
+
+import numpy as np
+import pytest
+
+import numpy_llama as nl
+from numpy_llama.cache import KVCache
+from numpy_llama.errors import ContextOverflowError, ParameterError, UnsupportedError
+from numpy_llama.generation.batch import BatchCache, hidden_states
+from numpy_llama.inspect.bench import Task, filled_cache
+from numpy_llama.parallel.model import CutBlock
+
+llama = nl.load(sys.argv[1], threads=1)
+model, tokens = llama.model, np.array([[1, 2, 3]])
+wanted = model(tokens)
+
+
+def refused(error, words):
+    return pytest.raises(error, match=words)
+
+
+def unharmed():
+    """The other ranks run on."""
+    np.testing.assert_array_equal(model(tokens), wanted)
+
+
+# What has another part is refused before the others begin.
+parts = "cannot be exchanged, traced or edited yet: start without mpiexec"
+with refused(UnsupportedError, parts):
+    model.with_parts({"layers.0.attention.wq": abs})
+with refused(UnsupportedError, parts), nl.trace(llama, "layers.0"):
+    pass
+with refused(UnsupportedError, parts), nl.edit(llama, "layers.0", abs):
+    pass
+with refused(UnsupportedError, parts):
+    model.run_layers(wanted, 0, model.freqs_cis, model.new_cache())
+for owner, name in [
+    (model, "norm"),
+    (model, "output"),
+    (model, "tok_embeddings"),
+    (model.layers[1], "attention_norm"),
+    (model.layers[1].attention, "attention"),
+    (model.layers[1].feed_forward.w_up, "weight"),
+]:
+    before = getattr(owner, name)
+    setattr(owner, name, abs)
+    with refused(UnsupportedError, parts):
+        model(tokens)
+    setattr(owner, name, before)
+    unharmed()
+with refused(UnsupportedError, "a part of a model on several ranks cannot be called by itself"):
+    model.output(np.zeros((1, model.args.dim), np.float32))
+with refused(UnsupportedError, "adapters do not run on several ranks yet"):
+    nl.load(sys.argv[1], adapter="some")
+with refused(UnsupportedError, "in each process"):
+    pickle.dumps(model)
+assert copy.deepcopy(model) is model
+
+# What an input makes impossible is an error on rank 0 alone.
+cache = model.new_cache(1, 8)
+for error, words, call in [
+    (ParameterError, "must lie in 0..258", lambda: model(np.array([[10**6]]))),
+    (ParameterError, "whole numbers of shape", lambda: model(np.array([1.5]))),
+    (ParameterError, "no token to compute", lambda: model(np.zeros((1, 0), int))),
+    (ContextOverflowError, "do not fit a context of 64", lambda: model(tokens, 10**6)),
+    (ContextOverflowError, "do not fit a cache of 8", lambda: model(tokens, 6, cache)),
+    (ParameterError, "a gap", lambda: model(tokens, 5, cache)),
+    (ParameterError, "2 sequences do not fit", lambda: model(np.ones((2, 1), int), 0, cache)),
+    (ParameterError, "of another model", lambda: model(tokens, 0, KVCache(model.args, 1, 8))),
+    (ParameterError, "the last axis|its last axis", lambda: model.logits(np.zeros((1, 3), np.float32))),
+    (ParameterError, "max_seq_len is 65", lambda: model.new_cache(1, 65)),
+    (ParameterError, "shares are", lambda: nl.load(sys.argv[1], shares=[1])),
+    (ParameterError, "a gap", lambda: cache.update(0, 3, *np.zeros((2, 1, 1, 2, 16), np.float32))),
+]:
+    with refused(error, words):
+        call()
+    unharmed()
+
+# A Ctrl-C in a pass acts at its end, and the model can be used again.
+usual = CutBlock.__call__
+
+
+def interrupted(self, *arguments):
+    signal.raise_signal(signal.SIGINT)
+    return usual(self, *arguments)
+
+
+CutBlock.__call__ = interrupted
+with pytest.raises(KeyboardInterrupt):
+    model(tokens)
+CutBlock.__call__ = usual
+unharmed()
+
+# Sessions: copied, not pickled, and forgotten.
+session = llama.new_session(32)
+first = llama.generate("hi", max_tokens=4, session=session)
+other = copy.deepcopy(session)
+with refused(UnsupportedError, "cannot be pickled"):
+    pickle.dumps(session)
+longer = [llama.generate("hi you", max_tokens=4, session=one).tokens for one in (session, other)]
+assert longer[0] == longer[1]
+del session, other
+unharmed()
+batch = llama.generate_batch(["hi", "hello", "hi"], max_tokens=4)
+assert batch[0].tokens == batch[2].tokens == first.tokens
+starts, caches = np.array([0, 0]), [model.new_cache(1, 8)] * 1
+with refused(ParameterError, "2 sequences, 1 caches"):
+    hidden_states(model, np.ones((2, 1), int), starts, BatchCache(caches))
+
+# Two models, and a cache that is filled from outside as `bench -d` does.
+second = nl.load(sys.argv[1], threads=1, exact=True).model
+assert not (second(tokens) == wanted).all() and second.new_cache().k.dtype == np.float32
+filled = filled_cache(model, Task("tg", 2, depth=5), np.random.default_rng(0))
+np.testing.assert_array_equal(model(tokens[:, :2], 5, filled), model(tokens[:, :2], 5, copy.deepcopy(filled)))
+del second
+unharmed()

@@ -1,0 +1,182 @@
+"""Programs under mpiexec as a user meets them: the text of one process, and faults that end all ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.command_line import PROGRAM, assert_refused, run
+from helpers.ranks import MPIEXEC, TOGETHER, alone, on_each, on_ranks
+from helpers.tiny_models import SPEAKER, write_speaker
+
+HERE = Path(__file__).parent
+FAULTS, REFUSALS = str(HERE / "with_a_fault.py"), str(HERE / "refusals.py")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return write_speaker(tmp_path_factory.mktemp("model") / "m.gguf")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_text_is_that_of_one_process(ranks, smollm2_path):
+    for command in (
+        ["generate", "-n", "30", "Once upon a time"],
+        ["generate", "-n", "12", "--temperature", "1", "--seed", "7", "Once upon a time"],
+        ["chat", "Name the capital of France."],
+    ):
+        arguments = [*command, "-m", str(smollm2_path), "-t", "1"]
+        wanted = run(*arguments)
+        done = on_ranks(ranks, PROGRAM, *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, wanted.stdout, b"")
+
+
+def test_commands_of_a_loaded_model(path, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a text of some words. " * 5)
+    arguments = "perplexity", "-m", str(path), "--ctx", "32", str(text)
+    wanted = alone(PROGRAM, *arguments)
+    done = on_ranks(3, PROGRAM, *arguments, "--shares", "1,1,2")
+    assert (done.returncode, done.stdout, done.stderr) == (0, wanted.stdout, b"")
+    tests = "-p", "8", "-n", "4", "-d", "0,5", "-b", "1,2", "-r", "1"
+    done = on_ranks(2, PROGRAM, "bench", *tests, "--json", "-m", str(path))
+    assert (done.returncode, done.stderr, done.stdout.count(b'"test"')) == (0, b"", 6)
+
+
+def test_a_command_without_a_model_runs_once(path):
+    done = on_ranks(2, PROGRAM, "tokenize", "-m", str(path), "hi")
+    wanted = run("tokenize", "-m", str(path), "hi")
+    assert (done.returncode, done.stdout, done.stderr) == (0, wanted.stdout, b"")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_is_refused_and_what_runs_on(ranks, path):
+    done = on_ranks(ranks, sys.executable, REFUSALS, str(path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train x --out y", "finetune x --out y", "verify", "trace hi layers.0", "attention hi", "lens hi"],
+)
+def test_commands_of_one_process_are_refused(command, path):
+    model = [] if command.startswith("train") else ["-m", str(path)]
+    done = on_ranks(2, PROGRAM, *command.split(), *model)
+    assert_refused(done, 1, "this command does not run on several ranks yet: start it without mpiexec")
+
+
+@pytest.mark.parametrize("ranks, options, code, words", [
+    (5, [], 1, "5 ranks, but the model has 4 query heads"),
+    (3, ["--shares", "1,2"], 2, "shares are [1.0, 2.0], they must be 3 numbers above 0"),
+    (2, ["--shares", "1,x"], 2, "'1,x' is not a list of numbers above 0, such as 3,1"),
+    (2, ["--adapter", "x"], 1, "adapters do not run on several ranks yet"),
+    (2, ["--nothing"], 2, "unrecognized arguments: --nothing"),
+])  # fmt: skip
+def test_impossible_options_are_one_line(ranks, options, code, words, path):
+    assert_refused(on_ranks(ranks, PROGRAM, "generate", "-m", str(path), *options, "hi"), code, words)
+
+
+def test_shares_need_ranks(path):
+    assert_refused(run("generate", "-m", str(path), "hi", "--shares", "1,2"), 2, "start with mpiexec")
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("error", "a key is beyond float16"),
+        ("bug", r"ZeroDivisionError: two\nlines"),
+        ("memory", "MemoryError"),
+    ],
+)
+def test_a_rank_that_fails_ends_all(rank, fault, words, path):
+    done = on_ranks(3, sys.executable, FAULTS, str(path), str(rank), fault)
+    assert_refused(done, 1, f"rank {rank} of 3: {words}", os.uname().nodename)
+
+
+def test_ctrl_c_is_for_rank_0(path):
+    """A terminal sends it to all."""
+    wanted = run("generate", "-m", str(path), "-n", "3", "hi").stdout
+    done = on_ranks(2, sys.executable, FAULTS, str(path), "1", "interrupted")
+    assert (done.returncode, done.stdout, done.stderr) == (0, wanted, b"")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_all(rank, path):
+    assert on_ranks(2, sys.executable, FAULTS, str(path), str(rank), "killed").returncode != 0
+
+
+def test_the_end_of_a_script_is_the_end_of_all(path):
+    done = on_ranks(3, sys.executable, FAULTS, str(path), "0", "script")
+    assert done.returncode == 1 and done.stderr.endswith(b"KeyError: 'of the script'\n")
+
+
+def test_ranks_that_differ_are_refused(path, tmp_path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 // 4096 * 4096] ^= 1  # a weight
+    for name, content in (("same", path.read_bytes()), ("other", bytes(data))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.gguf").write_bytes(content)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "smaller").mkdir()
+    write_speaker(tmp_path / "smaller" / "m.gguf", replace(SPEAKER, hidden_dim=64, n_layers=1))
+    program = PROGRAM, "generate", "-m", "m.gguf", "-n", "3", "hi"
+    folders = "same", "other", "nothing", "smaller"
+    same, other, nothing, smaller = (("-wdir", str(tmp_path / name), *program) for name in folders)
+    text = alone(*program, cwd=tmp_path / "same").stdout
+    done = on_each(same, same)
+    assert (done.returncode, done.stdout, done.stderr) == (0, text, b"")
+    host = os.uname().nodename
+    assert_refused(
+        on_each(same, other), 1, "m.gguf is a file of", f"on {host}, rank 1", "every rank needs the same"
+    )
+    assert_refused(on_each(same, same, nothing), 1, f"{host}, rank 2: m.gguf is not there")
+    assert_refused(on_each(same, smaller), 1, "ModelArgs is ModelArgs(dim=64, n_layers=1")
+    isa = ("-wdir", str(tmp_path / "same"), "-env", "NUMPY_LLAMA_ISA", "scalar", *program)
+    assert_refused(on_each(same, isa), 1, f"the instruction set is scalar on {host}, rank 1")
+
+
+def test_the_mpiexec_of_another_mpi_is_noticed(path):
+    for size, rank in (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        done = alone(PROGRAM, "info", str(path), env={size: "2", rank: "0"})
+        assert_refused(
+            done, 1, "mpiexec has started 2 processes, and each sees 1", "another MPI than mpi4py's"
+        )
+
+
+def test_mpi_is_imported_under_mpiexec_only(path, tmp_path):
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('it is not installed')")
+    hidden = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    program = PROGRAM, "generate", "-m", str(path), "-n", "3", "hi"
+    for done in (alone(*program, env=hidden), on_ranks(1, *program, env=hidden)):
+        assert (done.returncode, done.stderr) == (0, b"")
+    done = on_ranks(2, *program, env=hidden)
+    assert done.returncode == 1 and b"rank" not in done.stderr
+    assert b"2 processes without MPI (it is not installed): pip install 'numpy_llama[mpi]'" in done.stderr
+
+
+def test_ctrl_c_ends_all_with_status_130(smollm2_path):
+    command = (
+        PROGRAM,
+        "generate",
+        "-m",
+        str(smollm2_path),
+        "-t",
+        "1",
+        "-n",
+        "4000",
+        "--temperature",
+        "2",
+        "hi",
+    )
+    started = subprocess.Popen(
+        [MPIEXEC, "-n", "2", *command], env=os.environ | TOGETHER, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert started.stdout.read(20)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+    out, err = started.communicate(timeout=60)
+    assert (started.returncode, err) == (130, b"") and out.endswith(b"\n")

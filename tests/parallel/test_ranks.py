@@ -1,0 +1,97 @@
+"""A model on several ranks has the bits of one process: for each format, cut evenly or not."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.generations import with_tokenizer, write_source
+from helpers.gguf_writer import byte_vocabulary, write_llama
+from helpers.kernels import bits, real_weight
+from helpers.quantized import VARIANTS, write_folder
+from helpers.ranks import alone, on_ranks
+from helpers.tiny_models import float_weights, write_tiny
+
+from numpy_llama.backend.formats import FORMATS, StoredTensor
+from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.convert import convert
+from numpy_llama.proof.bounds import assert_near
+from numpy_llama.proof.tiny import GENERATIONS, TINY_BLOCKS
+
+PASSES = str(Path(__file__).with_name("passes.py"))
+# Three key/value heads, which two ranks share unevenly and four ranks cut. Rows are
+# whole blocks of every format.
+WIDE = replace(
+    TINY_BLOCKS,
+    dim=256,
+    n_heads=12,
+    n_kv_heads=3,
+    head_dim=64,
+    hidden_dim=512,
+    vocab_size=600,
+    max_seq_len=64,
+)
+NEAR = {"float32": 1e-5, "float64": 1e-13}  # of the largest logit
+WINDOW = replace(WIDE, sliding_window=12)
+
+
+def in_format(rng, args, format) -> dict[str, StoredTensor]:
+    weights = {}
+    for name, w in float_weights(args).items():
+        kind = FORMATS["F32"] if w.ndim == 1 else format
+        weights[name] = StoredTensor.quantize(w, kind) if kind.quantize else real_weight(rng, kind, *w.shape)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder of models: each format, packed rows, windows, a folder of Hugging Face, heads of odd sizes."""
+    folder, rng = tmp_path_factory.mktemp("models"), np.random.default_rng(0)
+    source = open_checkpoint(write_tiny(tmp_path_factory.mktemp("source") / "wide.gguf", "F32", args=WIDE))
+    for name, format in FORMATS.items():
+        convert(source, folder / f"{name}.gguf", None, weights=in_format(rng, WIDE, format))
+    for name in ("Q4_0", "Q4_K"):
+        packed = in_format(rng, WIDE, FORMATS[name])
+        convert(source, folder / f"{name} packed.gguf", None, weights=packed, packed=True)
+    write_tiny(folder / "window.gguf", args=WINDOW)
+    for name in ("mqa", "llama2-70b", "llama3.2"):  # not fused: rows are no whole blocks
+        args = replace(GENERATIONS[name], max_seq_len=64, vocab_size=256, rope_scaling=None)
+        write_llama(folder / f"{name}.gguf", args, float_weights(args), **byte_vocabulary(256))
+    (folder / "act-order").mkdir()
+    write_folder(folder / "act-order", WIDE, VARIANTS["GPTQ act-order"])
+    with_tokenizer(folder / "act-order")
+    for kind in ("HF, safetensors, BF16", "Meta, 4 files, F32"):
+        (folder / kind).mkdir()
+        write_source("Llama 3", kind, folder / kind)
+    return folder
+
+
+def computed(models: Path, out: Path, ranks: int, shares: str = "") -> dict[str, np.ndarray]:
+    """The logits of passes.py. No ranks: of one process."""
+    arguments = sys.executable, PASSES, str(models), str(out), *([shares] if shares else [])
+    done = on_ranks(ranks, *arguments) if ranks else alone(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), done.stderr.decode()
+    with np.load(out) as found:
+        return dict(found)
+
+
+@pytest.fixture(scope="module")
+def wanted(models, tmp_path_factory) -> dict[str, np.ndarray]:
+    return computed(models, tmp_path_factory.mktemp("alone") / "logits.npz", 0)
+
+
+@pytest.mark.parametrize(
+    "ranks, shares",
+    [(1, ""), (2, ""), (3, ""), (4, ""), (2, "[3, 1]"), (4, "[1, 2, 3, 9]")],
+)
+def test_ranks_have_the_bits_of_one_process(ranks, shares, models, wanted, tmp_path):
+    """NumPy's BLAS sums in an order that depends on the size of a matrix: there the logits are near."""
+    got = computed(models, tmp_path / "logits.npz", ranks, shares)
+    assert got.keys() == wanted.keys() and len(got) > 70
+    for name, logits in wanted.items():
+        assert np.isfinite(logits).all() and logits.std() > 0.01, name
+        if name.endswith(("float32", "float64")):
+            assert_near(got[name], logits, NEAR[name[-7:]])
+        else:
+            assert (bits(got[name]) == bits(logits)).all(), name

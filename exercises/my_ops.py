@@ -296,3 +296,33 @@ class TrainedLoRA:
 def dpo(gained, beta):
     """(pairs, 2) -> losses (pairs,), weights (pairs, 2)."""
     raise NotImplementedError
+
+
+# Chapter 21: 0 .. n in one part for each rank, in proportion to its share. A part ends at a multiple of
+# `unit`, or at n. Such a part is a slice(start, stop), and it may be empty.
+def cut(n, shares, unit=1):
+    """A whole number, N numbers above 0, a whole number -> N slices."""
+    raise NotImplementedError
+
+
+# Chapter 21: the query heads and the key heads of each rank, at least one of both. n_heads is a multiple of
+# n_kv_heads, and query head h reads key head h // n_rep. A rank has no key head that it does not read. Up to
+# n_kv_heads ranks cut the key heads. With more ranks, neighbours have the same key head and share its query
+# heads; the number of ranks is at most n_heads. The query heads of a rank must share its key heads alike.
+def cut_heads(n_heads, n_kv_heads, shares):
+    """Two whole numbers, N numbers above 0 -> N slices of query heads, N slices of key heads."""
+    raise NotImplementedError
+
+
+# Chapter 21: y = x W^T, cut by rows. For each slice of `cuts`, call linear(x, w) with that rank's rows of
+# w. Put the results side by side.
+def linear_by_rows(x, w, cuts, linear):
+    """(..., IN), (OUT, IN), slices of OUT, a function -> (..., OUT)."""
+    raise NotImplementedError
+
+
+# Chapter 21: the same, cut by columns. Call linear with that rank's columns of x and w. Add the results in
+# the order of the ranks.
+def linear_by_columns(x, w, cuts, linear):
+    """(..., IN), (OUT, IN), slices of IN, a function -> (..., OUT)."""
+    raise NotImplementedError

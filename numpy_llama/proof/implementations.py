@@ -22,8 +22,10 @@ from ..backend import formats
 from ..config import Array, ModelArgs
 from ..errors import BuildError
 from ..generation import sampling
+from ..parallel import cut
 from ..text import bpe
 from ..training import lora, objectives, optimizer
+from . import cutting
 
 if TYPE_CHECKING:
     from ..backend.kernels import Kernels
@@ -59,6 +61,8 @@ OPERATIONS = {
     optimizer: ("adamw",),
     lora: ("TrainedLoRA",),
     objectives: ("dpo",),
+    cut: ("cut",),
+    cutting: ("cut_heads", "linear_by_rows", "linear_by_columns"),
 }
 # `windowed_attention` is `attention` with its window.
 NAMES = [*(name for names in OPERATIONS.values() for name in names), "windowed_attention"]
@@ -67,6 +71,7 @@ ARRAYS = dict.fromkeys(
     {*OPERATIONS[functional], "windowed_attention", *OPERATIONS[sampling]} - {"greedy", "sample"}, 1
 )
 ARRAYS |= dict.fromkeys(("quantize_activations", *OPERATIONS[backward][:5], "log_probs"), 1)
+ARRAYS |= dict.fromkeys(("linear_by_rows", "linear_by_columns"), 1)
 ARRAYS |= {"cross_entropy_backward": 1, "attention_backward": 3, "dpo": 2}
 ARRAYS |= dict.fromkeys(("rms_norm_backward", "swiglu_backward", "attention_saving", "cross_entropy"), 2)
 

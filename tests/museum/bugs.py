@@ -31,6 +31,7 @@ GRADIENTS, LOSS, LEARNING = (f"{LAWS}test_{name}.py" for name in ("gradients", "
 TRAINED_ATTENTION = f"{LAWS}test_attention_backward.py"
 EXAMPLES, TRAINED = "numpy_llama/training/examples.py", "tests/training/test_examples.py"
 TRAINER = "tests/training/test_trainer.py"
+CUT, CUTTING = "numpy_llama/parallel/cut.py", f"{LAWS}test_cutting.py"
 OURS = "a fault put in by hand, which no test noticed then"
 
 # The steps of Sampler.__call__, to be put into another order.
@@ -805,6 +806,23 @@ BUGS = [
         "LowRank(part.lora_a, part.lora_b, part.scale)",
         "LowRank(part.lora_a, part.lora_b, 1.0)",
         "tests/training/test_finetune.py::test_the_adapter_that_is_saved_is_the_one_that_was_trained",
+    ),
+    # --- several ranks
+    Bug(
+        "query heads are cut from their key head",
+        "NVIDIA/TensorRT-LLM#4308, where the key head itself was cut",
+        CUT,
+        "        return tuple(slice(part.start * n_rep, part.stop * n_rep) for part in kv_heads), kv_heads",
+        "        return cut(args.n_heads, shares, least=1), kv_heads",
+        CUTTING,
+    ),
+    Bug(
+        "rows beyond the last whole unit are on no rank",
+        "huggingface/transformers#37051",
+        CUT,
+        "units, end, ends = -(-n // unit), 0, [0]",
+        "units, end, ends = n // unit, 0, [0]",
+        CUTTING,
     ),
     # --- C
     Bug(

@@ -490,3 +490,51 @@ def rewards(curves):
     axes.set(xlabel="round", ylabel="mean reward", ylim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+def two_cuts(names=("rank 0", "rank 1", "rank 2")):
+    """y = W x, with W cut for three ranks by rows and by columns."""
+    colours, n = (PALE, INK, ACCENT), len(names)
+    _, (rows, columns) = plt.subplots(2, 1, figsize=(7.4, 5), layout="constrained")
+
+    def box(axes, x, y, width, height, colour):
+        axes.add_patch(plt.Rectangle((x, y), width, height, fc=colour, ec="white", lw=1.5))
+
+    def sign(axes, x, y, text, size=13, **options):
+        axes.text(x, y, text, ha="center", va="center", fontsize=size, **options)
+
+    for r, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        y, ink = n - 1 - r, "black" if colour == PALE else "white"
+        box(rows, 0, y, 4.5, 1, colour)
+        box(rows, 7.6, y, 0.5, 1, colour)
+        sign(rows, 2.25, y + 0.5, f"rows of {name}", 10, color=ink)
+        box(columns, 1.5 * r, 0, 1.5, n, colour)
+        box(columns, 5.1, y, 0.5, 1, colour)
+        box(columns, 7.6 + 1.5 * r, 0, 0.5, n, colour)
+        sign(columns, 1.5 * r + 0.75, n / 2, f"columns of\n{name}", 10, color=ink)
+        if r:
+            sign(columns, 7.6 + 1.5 * r - 0.5, n / 2, "+")
+    box(rows, 5.1, 0, 0.5, n, "#bbbbbb")
+    sign(rows, 10, n / 2, "gather: the parts\nside by side are y", 10)
+    sign(columns, 12, n / 2, "=  y")
+    for axes, x in ((rows, "x, whole"), (columns, "x, cut")):
+        sign(axes, 6.6, n / 2, "=")
+        sign(axes, 2.25, -0.35, "W", 10)
+        sign(axes, 5.35, -0.35, x, 10)
+        axes.set(xlim=(-0.1, 12.6), ylim=(-0.6, n + 0.2), aspect="equal")
+        axes.axis("off")
+    sign(rows, 7.85, -0.35, "y", 10)
+    sign(columns, 9.35, -0.35, "each rank has a part of every sum", 10)
+    rows.set_title("by rows: each output is one sum on one rank", fontsize=11, loc="left")
+    columns.set_title("by columns: each output is a sum of three sums", fontsize=11, loc="left")
+
+
+def networks(curves):
+    """Tokens a second by the number of machines: {network: speeds of 1, 2, ... machines}."""
+    styles = [("grey", "--"), (ACCENT, "o-"), (INK, "o-"), (PALE, "o-")]
+    _, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for (name, speeds), (colour, line) in zip(curves.items(), styles, strict=True):
+        axes.plot(range(1, len(speeds) + 1), speeds, line, ms=3, color=colour, label=name)
+    axes.set(xlabel="machines", ylabel="tokens a second", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

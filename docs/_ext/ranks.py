@@ -1,0 +1,63 @@
+"""Ranks as threads of one process, for chapter 21: the parts of numpy_llama.parallel without MPI."""
+
+import threading
+
+import numpy as np
+
+from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.download import pull
+from numpy_llama.parallel.load import Order, load_part
+
+
+class Rank:
+    """A rank that meets the others in memory, with the methods of parallel/ranks.py that a model calls."""
+
+    local = 1
+
+    def __init__(self, rank, parts, meeting):
+        self.rank, self.size, self.where = rank, len(parts), f"thread {rank}"
+        self.parts, self.meeting, self.sent = parts, meeting, 0
+
+    def inside(self):
+        return True
+
+    def everywhere(self, step):
+        return step()
+
+    def exchange(self, value):
+        return [value]
+
+    def gather(self, part, widths):
+        """The parts of all ranks side by side. Each rank sends its part to every other rank."""
+        self.sent += part.nbytes * (self.size - 1)
+        return self.gather_on_first(part, widths)
+
+    def gather_on_first(self, part, widths):
+        self.parts[self.rank] = part
+        self.meeting.wait()  # all parts are there
+        whole = np.concatenate(self.parts, axis=-1)
+        self.meeting.wait()  # all ranks have read them
+        return whole
+
+
+def load(name, shares):
+    """The model of each rank, in the default mode of the C backend."""
+    path = pull(name)
+    parts, meeting = [None] * len(shares), threading.Barrier(len(shares), timeout=60)
+    order = Order(path, open_checkpoint(path).args, shares, None, "c", 1, False, 8, None)
+    return [load_part(Rank(rank, parts, meeting), order)[0] for rank in range(len(shares))]
+
+
+def on_all(models, step):
+    """step(model) on every rank, at the same time: the results."""
+    found = [None] * len(models)
+
+    def run(rank):
+        found[rank] = step(models[rank])
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

@@ -160,7 +160,7 @@ def four_bits(name: str, parts: Mapping[str, FileTensor]) -> FourBitWeight:
     states = [state for state in STATES if state in parts]
     if len(states) != 1:
         wanted = " or ".join(STATES)
-        parts["weight.absmax"].fail(f"has {len(states)} of the tensors {wanted} beside it, it must have one")
+        parts["weight.absmax"].fail(f"has {len(states)} of the tensors {wanted}, it must have one")
     nested = NESTED if any(part in parts for part in NESTED) else ()
     check_parts(name, parts, ("weight", "weight.absmax", "weight.quant_map", states[0], *nested))
     state, kind = _state(parts[states[0]], bool(nested)), STATES[states[0]]

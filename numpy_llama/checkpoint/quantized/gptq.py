@@ -86,9 +86,7 @@ class GPTQWeight(GroupedWeight):
             parts["g_idx"].check(["I32"], (K,))
             return
         if method.sorted:
-            qweight.fail(
-                "has no g_idx beside it. With desc_act the groups of the columns are unknown without it"
-            )
+            qweight.fail("has no g_idx. With desc_act it must have one: the group of each column")
         self.size = method.group_size if method.one_size else -(-K // G)
         self.size = K if self.size == -1 else min(self.size, K)
         if -(-K // self.size) != G:

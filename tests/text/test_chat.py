@@ -941,6 +941,7 @@ HARM = {
 
 
 @pytest.mark.parametrize(("case", "source"), [(case, source) for case in HARM for source in HARM[case]])
+@DEADLINE
 def test_harm_is_a_template_error(case, source):
     with pytest.raises(TemplateError, match=r"^the model's chat template, line"):
         ChatTemplate(source).encode(BYTE_LEVEL, conversation("hi"))

@@ -16,6 +16,8 @@
         .linear_exact = linear_exact_##OTHER,                                                                \
         .linear_quantized = linear_quantized_##ISA,                                                          \
         .quantize_activations = quantize_activations_##ISA,                                                  \
+        .round_activations = round_activations_##OTHER,                                                      \
+        .restore_activations = restore_activations_##OTHER,                                                  \
         .pack_a = pack_a_##OTHER,                                                                            \
         .pack_b = pack_b_##OTHER,                                                                            \
         .multiply = multiply_##OTHER,                                                                        \

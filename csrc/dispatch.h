@@ -70,6 +70,8 @@ static inline range range_of(int64_t total, int64_t step, int64_t worker, int64_
 typedef void linear_rows(const linear_args *a, int64_t begin, int64_t end);
 typedef void quantize_group(void *activations, const float *x, int format, int bits, int64_t T, int64_t IN,
                             int64_t group);
+typedef void round_many(void *rounded, const float *x, int format, int64_t n);
+typedef void restore_many(float *x, const void *rounded, int format, int64_t n);
 typedef void pack_rows(const float_product *p, float *to, int64_t ps, range rows);
 typedef void pack_columns(const float_product *p, void *to, int64_t ps, range columns);
 typedef void multiply_floats(const float_product *p, const float *packed_a, const void *panels, int64_t ps,
@@ -107,6 +109,8 @@ typedef struct {
     linear_rows *linear_exact;
     linear_rows *linear_quantized;
     quantize_group *quantize_activations;
+    round_many *round_activations;
+    restore_many *restore_activations;
     pack_rows *pack_a;
     pack_columns *pack_b;
     multiply_floats *multiply;
@@ -134,6 +138,8 @@ const kernels *chosen_kernels(void);
 #define DECLARE(ISA)                                                                                         \
     linear_rows linear_##ISA, linear_exact_##ISA, linear_quantized_##ISA;                                    \
     quantize_group quantize_activations_##ISA;                                                               \
+    round_many round_activations_##ISA;                                                                      \
+    restore_many restore_activations_##ISA;                                                                  \
     pack_rows pack_a_##ISA;                                                                                  \
     pack_columns pack_b_##ISA;                                                                               \
     multiply_floats multiply_##ISA;                                                                          \

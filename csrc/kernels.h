@@ -189,11 +189,23 @@ typedef struct {
     int64_t window;              /* the same */
 } nl_kv_cache;
 
+/* A layer that is cut for several ranks (numpy_llama/parallel). Each has some rows of every weight: H and K
+ * are its heads, F its rows of w_gate and w_up, and D the whole width. A call ends where the ranks gather an
+ * activation: behind NL_ATTENTION and each later step with a product. `exchange` has the parts of all ranks,
+ * one behind the other. A call reads all of them, and writes this rank's. */
+enum { NL_HEADS, NL_DIM, NL_HIDDEN, NL_CUTS };
+typedef struct {
+    int64_t ranks, rank;
+    const int64_t *widths[NL_CUTS]; /* (ranks,) numbers of a token in each part: of H * Dh, of D and of F */
+    void *exchange;                 /* nl_exchange_bytes(weights, B * T) bytes */
+} nl_cut;
+
 /* The arguments of nl_layers. */
 typedef struct {
-    float *y;                               /* (B, T, D), another array than x */
+    float *y;                               /* (B, T, D), another array than x. With a cut: not all of it */
     const float *x;                         /* (B, T, D) */
     const nl_layer_weights *const *weights; /* of each layer; all have the same sizes */
+    const nl_cut *cut;                      /* NULL: the weights are whole */
     nl_kv_cache cache;
     const float *freqs_cis;   /* (T, Dh / 2) complex, or one of them for each sequence */
     int64_t freqs_cis_stride; /* floats from one sequence's freqs_cis to the next; 0: all share one */
@@ -221,7 +233,18 @@ enum {
  * one call: 0, 2 * NL_STEPS, part 0 of 1. A call for one step may compute one of `parts` parts of it; each
  * part must be computed before the next step.
  *   Returns 0, NL_NO_MEMORY, NL_UNKNOWN_FORMAT or NL_F16_OVERFLOW. */
-int64_t nl_layers_bytes(const nl_layer_weights *w, int64_t tokens);
+int64_t nl_layers_bytes(const nl_layer_weights *w, const nl_cut *cut, int64_t tokens);
+int64_t nl_exchange_bytes(const nl_layer_weights *w, int64_t tokens);
+
+/* The bytes of `width` numbers in the exchange behind that step. Where the next product rounds its
+ * activations, they are rounded in the exchange already. */
+int64_t nl_part_bytes(const nl_layer_weights *w, const nl_cut *cut, int64_t tokens, int step, int64_t width);
+
+/* Activations in the exchange, rounded for a weight of that format: for 32 numbers, the largest |x| and 32
+ * integers of 16 bits. Rounding the restored numbers again gives the same bits.   quantized_activations.c */
+enum { NL_ROUNDED_BYTES = 4 + 2 * 32 };
+void nl_round_activations(void *rounded, const float *x, int format, int64_t n);
+void nl_restore_activations(float *x, const void *rounded, int format, int64_t n);
 int nl_layers(const nl_layers_args *a, int first, int last, int64_t part, int64_t parts, int threads);
 
 /* y = rms_norm(x, weight, eps), and its gradient: dx, dweight = rms_norm_backward(dy, x, weight, eps).

@@ -23,6 +23,17 @@
  *     NL_QUANTIZE_SWIGLU            gate, quantized                            tokens
  *     NL_W_DOWN_ADD_RESIDUAL        y                                          rows of w_down
  *
+ * With a cut (nl_cut) this process has some rows of every weight, and other ranks have the others. A step
+ * with a product writes its part of an activation into the exchange. Behind the gather the next step reads
+ * all parts:
+ *
+ *     written by                in the exchange             read by
+ *     NL_ATTENTION              attention_output            NL_QUANTIZE_ATTENTION_OUTPUT
+ *     NL_WO_ADD_RESIDUAL        h                           NL_FFN_NORM
+ *     NL_GATE_UP_SWIGLU         gate                        NL_QUANTIZE_SWIGLU
+ *     NL_W_DOWN_ADD_RESIDUAL    y                           NL_ATTENTION_NORM of the next layer, or the
+ * caller
+ *
  * A weight may have an update by LoRA (nl_lora). The step that quantizes x computes low = x @ a.T too, and
  * the step that multiplies adds low @ b.
  *
@@ -51,14 +62,15 @@ typedef struct {
     const float *x;            /* its input: of the first layer a->x, of all others a->y */
     const kernels *kernel;
     int64_t tokens;
-    float *normed;             /* (tokens, D)      attention_norm(x), then ffn_norm(h) */
-    float *xq, *xk, *xv;       /* (tokens, H * Dh), (tokens, K * Dh) twice: rows in stored order */
-    float *q;                  /* (tokens, H, Dh)  rotated */
-    float *attention_output;   /* (tokens, H * Dh) */
-    float *h;                  /* (tokens, D) */
-    float *gate, *up;          /* (tokens, F) */
-    float *sorted;             /* up to (tokens, F): x in the order of the columns of a weight */
-    float *low;                /* up to three of (tokens, rank): x @ a.T of LoRA */
+    float *normed;           /* (tokens, D)      attention_norm(x), then ffn_norm(h) */
+    float *xq, *xk, *xv;     /* (tokens, H * Dh), (tokens, K * Dh) twice: rows in stored order */
+    float *q;                /* (tokens, H, Dh)  rotated */
+    float *attention_output; /* (tokens, H * Dh) */
+    float *h;                /* (tokens, D) */
+    float *gate, *up;        /* (tokens, F) */
+    float *wo_x, *w_down_x; /* what they multiply: attention_output and gate; with a cut those of all ranks */
+    float *sorted;          /* up to (tokens, F): x in the order of the columns of a weight */
+    float *low;             /* up to three of (tokens, rank): x @ a.T of LoRA */
     uint8_t *quantized_normed; /* up to three: one for each format of the weights that multiply it */
     uint8_t *quantized_wide;   /* attention_output, then gate */
     int *status;               /* NL_F16_OVERFLOW when float16 cannot hold a key or value */
@@ -78,9 +90,10 @@ static void *allocate(uint8_t **end, int64_t bytes) {
 }
 
 /* Places every activation in the scratch. Returns where the last one ends. */
-static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
+static uint8_t *allocate_activations(layer_call *c, const nl_cut *cut, uint8_t *scratch) {
     const nl_layer_weights *w = c->w;
-    const int64_t H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, wide = w->F > H_Dh ? w->F : H_Dh;
+    const int64_t H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh;
+    const int64_t wide = w->weight[WO].IN > w->weight[W_DOWN].IN ? w->weight[WO].IN : w->weight[W_DOWN].IN;
     const int64_t column = c->tokens * (int64_t)sizeof(float);
     uint8_t *end = scratch + (CACHE_LINE - (uintptr_t)scratch % CACHE_LINE) % CACHE_LINE;
     c->normed = allocate(&end, column * w->D);
@@ -92,6 +105,8 @@ static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
     c->h = allocate(&end, column * w->D);
     c->gate = allocate(&end, column * w->F);
     c->up = allocate(&end, column * w->F);
+    c->wo_x = cut ? allocate(&end, column * wide) : c->attention_output;
+    c->w_down_x = cut ? c->wo_x : c->gate;
     c->sorted = allocate(&end, has_columns(w) ? column * (w->D > wide ? w->D : wide) : 0);
     c->low = allocate(&end, 3 * column * w->rank);
     c->quantized_normed = allocate(&end, 3 * nl_activations_bytes(c->tokens, w->D));
@@ -99,10 +114,10 @@ static uint8_t *allocate_activations(layer_call *c, uint8_t *scratch) {
     return end;
 }
 
-int64_t nl_layers_bytes(const nl_layer_weights *w, int64_t tokens) {
+int64_t nl_layers_bytes(const nl_layer_weights *w, const nl_cut *cut, int64_t tokens) {
     layer_call c = {.w = w, .tokens = tokens};
     uint8_t base[1];
-    return allocate_activations(&c, base) - base + CACHE_LINE;
+    return allocate_activations(&c, cut, base) - base + CACHE_LINE;
 }
 
 /* ---------------------------------------------------------------- quantized activations */
@@ -151,6 +166,105 @@ static void update(const layer_call *c, range rows, float *y, int weight) {
         c->kernel->update(y, low_of(c, weight), lora->b, c->tokens, lora->r, c->w->weight[weight].OUT, rows);
 }
 
+/* ---------------------------------------------------------------- a cut layer: the exchange */
+
+/* What the ranks gather behind a step, and the weight that multiplies it; none multiplies h and y. */
+typedef struct {
+    int cut, weight;
+} gathered;
+
+static gathered gathered_behind(int step) {
+    if (step == NL_ATTENTION) return (gathered){NL_HEADS, WO};
+    if (step == NL_GATE_UP_SWIGLU) return (gathered){NL_HIDDEN, W_DOWN};
+    return (gathered){NL_DIM, -1};
+}
+
+/* The format for which an activation is rounded in the exchange: as the weight that multiplies it takes it,
+ * and nothing else does. F32: it is not rounded. */
+static int exchanged_format(const nl_layer_weights *w, const nl_cut *cut, int64_t tokens, gathered g) {
+    if (g.weight < 0 || w->activation_bits == 32) return F32;
+    const int format = w->weight[g.weight].format;
+    if (!nl_quantizes_activations(format, tokens)) return F32;
+    int whole_blocks = w->columns[g.weight] == NULL && w->lora[g.weight].r == 0;
+    for (int64_t rank = 0; rank < cut->ranks; rank++) whole_blocks &= cut->widths[g.cut][rank] % QK == 0;
+    return whole_blocks ? format : F32;
+}
+
+/* The bytes of n numbers. */
+static int64_t exchanged_bytes(int format, int64_t n) {
+    return format == F32 ? 4 * n : n / QK * NL_ROUNDED_BYTES;
+}
+
+int64_t nl_part_bytes(const nl_layer_weights *w, const nl_cut *cut, int64_t tokens, int step, int64_t width) {
+    return tokens * exchanged_bytes(exchanged_format(w, cut, tokens, gathered_behind(step)), width);
+}
+
+int64_t nl_exchange_bytes(const nl_layer_weights *w, int64_t tokens) {
+    const int64_t heads = w->weight[WO].IN, hidden = w->weight[W_DOWN].IN,
+                  wide = heads > hidden ? heads : hidden;
+    return tokens * 4 * (wide > w->D ? wide : w->D);
+}
+
+/* The columns of this rank: of h and y. Without a cut all of them. */
+static range own_columns(const layer_call *c) {
+    const nl_cut *cut = c->a->cut;
+    if (!cut) return (range){0, c->w->D};
+    int64_t begin = 0;
+    for (int64_t rank = 0; rank < cut->rank; rank++) begin += cut->widths[NL_DIM][rank];
+    return (range){begin, begin + cut->widths[NL_DIM][cut->rank]};
+}
+
+/* The part of a rank. */
+static uint8_t *part_of(const layer_call *c, gathered g, int64_t rank) {
+    const nl_cut *cut = c->a->cut;
+    const int format = exchanged_format(c->w, cut, c->tokens, g);
+    int64_t before = 0;
+    for (int64_t i = 0; i < rank; i++) before += cut->widths[g.cut][i];
+    return (uint8_t *)cut->exchange + c->tokens * exchanged_bytes(format, before);
+}
+
+/* h or y; with a cut this rank's part of it. */
+static float *own_part(const layer_call *c, float *whole) {
+    return c->a->cut ? (float *)(void *)part_of(c, (gathered){NL_DIM, -1}, c->a->cut->rank) : whole;
+}
+
+/* exchange[rank][tokens, columns] = x[tokens, columns], of this rank. Columns are whole blocks. */
+static void write_part(const layer_call *c, range tokens, range columns, const float *x, gathered g) {
+    const nl_cut *cut = c->a->cut;
+    const int64_t width = cut->widths[g.cut][cut->rank], n = columns.end - columns.begin;
+    const int format = exchanged_format(c->w, cut, c->tokens, g);
+    uint8_t *part = part_of(c, g, cut->rank);
+    for (int64_t t = tokens.begin; n > 0 && t < tokens.end; t++) {
+        uint8_t *to = part + t * exchanged_bytes(format, width) + exchanged_bytes(format, columns.begin);
+        const float *from = x + t * width + columns.begin;
+        if (format == F32)
+            memcpy(to, from, (size_t)n * sizeof *from);
+        else
+            c->kernel->round_activations(to, from, format, n);
+    }
+}
+
+/* x[tokens] = the parts of all ranks side by side. */
+static void read_parts(const layer_call *c, range tokens, float *x, gathered g) {
+    const nl_cut *cut = c->a->cut;
+    const int format = exchanged_format(c->w, cut, c->tokens, g);
+    int64_t total = 0, before = 0;
+    for (int64_t rank = 0; rank < cut->ranks; rank++) total += cut->widths[g.cut][rank];
+    for (int64_t rank = 0; rank < cut->ranks; rank++) {
+        const int64_t width = cut->widths[g.cut][rank];
+        const uint8_t *part = part_of(c, g, rank);
+        for (int64_t t = tokens.begin; t < tokens.end; t++) {
+            float *to = x + t * total + before;
+            const uint8_t *from = part + t * exchanged_bytes(format, width);
+            if (format == F32)
+                memcpy(to, from, (size_t)width * sizeof *to);
+            else
+                c->kernel->restore_activations(to, from, format, width);
+        }
+        before += width;
+    }
+}
+
 /* ---------------------------------------------------------------- the steps */
 
 /* Projects the rows `tokens` of x for the updates of the weights first .. last, sorts them by their columns,
@@ -191,11 +305,12 @@ static void multiply(const layer_call *c, range rows, float *y, const float *x, 
     update(c, rows, y, weight);
 }
 
-/* y[:, columns] += residual[:, columns] */
-static void add_residual(const layer_call *c, range columns, float *y, const float *residual) {
-    const int64_t D = c->w->D;
+/* y[:, columns] += residual[:, columns]. y has the columns `own` of D. */
+static void add_residual(const layer_call *c, range columns, float *y, range own, const float *residual) {
+    const int64_t D = c->w->D, width = own.end - own.begin;
     for (int64_t t = 0; t < c->tokens; t++)
-        for (int64_t d = columns.begin; d < columns.end; d++) y[t * D + d] += residual[t * D + d];
+        for (int64_t d = columns.begin; d < columns.end; d++)
+            y[t * width + d] += residual[t * D + own.begin + d];
 }
 
 static void set_f16_overflow(int *status) {
@@ -252,13 +367,17 @@ static void rope_and_cache(const layer_call *c, range heads) {
 /* One worker's range of one step. Above each step stand the lines of model.py that it computes. */
 static void do_step(const layer_call *c, int step, int64_t worker, int64_t workers) {
     const nl_layer_weights *w = c->w;
-    const int64_t D = w->D, H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, F = w->F;
+    const int64_t H_Dh = w->H * w->Dh, K_Dh = w->K * w->Dh, F = w->F;
+    const range own = own_columns(c);
+    const int cut = c->a->cut != NULL;
     const range tokens = range_of(c->tokens, group_tokens(c->tokens), worker, workers);
-    const range rows_of_D = range_of(D, QK, worker, workers), rows_of_F = range_of(F, QK, worker, workers);
+    const range rows_of_D = range_of(own.end - own.begin, QK, worker, workers);
+    const range rows_of_F = range_of(F, QK, worker, workers);
     const range rows_of_q = range_of(H_Dh, QK, worker, workers);
     const range rows_of_kv = range_of(K_Dh, QK, worker, workers);
     switch (step) {
     case NL_ATTENTION_NORM: /* self.attention_norm(x) */
+        if (cut && c->layer > 0) read_parts(c, tokens, c->a->y, gathered_behind(NL_W_DOWN_ADD_RESIDUAL));
         norm_and_prepare(c, tokens, c->x, w->attention_norm, WQ, WV);
         break;
     case NL_QKV: /* xq = self.wq(x);  xk = self.wk(x);  xv = self.wv(x) */
@@ -273,13 +392,15 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
         break;
     /* NL_ATTENTION is not here: nl_layers calls nl_attention, which has threads of its own. */
     case NL_QUANTIZE_ATTENTION_OUTPUT: /* (model.py has no such line) */
-        prepare(c, tokens, c->attention_output, H_Dh, WO, WO);
+        if (cut) read_parts(c, tokens, c->wo_x, gathered_behind(NL_ATTENTION));
+        prepare(c, tokens, c->wo_x, w->weight[WO].IN, WO, WO);
         break;
     case NL_WO_ADD_RESIDUAL: /* h = x + self.wo(...) */
-        multiply(c, rows_of_D, c->h, c->attention_output, WO);
-        add_residual(c, rows_of_D, c->h, c->x);
+        multiply(c, rows_of_D, own_part(c, c->h), c->wo_x, WO);
+        add_residual(c, rows_of_D, own_part(c, c->h), own, c->x);
         break;
     case NL_FFN_NORM: /* self.ffn_norm(h) */
+        if (cut) read_parts(c, tokens, c->h, gathered_behind(NL_WO_ADD_RESIDUAL));
         norm_and_prepare(c, tokens, c->h, w->ffn_norm, W_GATE, W_UP);
         break;
     case NL_GATE_UP_SWIGLU: /* F.swiglu(self.w_gate(x), self.w_up(x)) */
@@ -288,13 +409,15 @@ static void do_step(const layer_call *c, int step, int64_t worker, int64_t worke
         for (int64_t t = 0; t < c->tokens; t++)
             c->kernel->swiglu(c->gate + t * F + rows_of_F.begin, c->up + t * F + rows_of_F.begin,
                               rows_of_F.end - rows_of_F.begin);
+        if (cut) write_part(c, (range){0, c->tokens}, rows_of_F, c->gate, gathered_behind(step));
         break;
     case NL_QUANTIZE_SWIGLU: /* (model.py has no such line) */
-        prepare(c, tokens, c->gate, F, W_DOWN, W_DOWN);
+        if (cut) read_parts(c, tokens, c->w_down_x, gathered_behind(NL_GATE_UP_SWIGLU));
+        prepare(c, tokens, c->w_down_x, w->weight[W_DOWN].IN, W_DOWN, W_DOWN);
         break;
     case NL_W_DOWN_ADD_RESIDUAL: /* return h + self.w_down(...) */
-        multiply(c, rows_of_D, c->a->y, c->gate, W_DOWN);
-        add_residual(c, rows_of_D, c->a->y, c->h);
+        multiply(c, rows_of_D, own_part(c, c->a->y), c->w_down_x, W_DOWN);
+        add_residual(c, rows_of_D, own_part(c, c->a->y), own, c->h);
         break;
     }
 }
@@ -323,7 +446,8 @@ static void do_steps(const layer_call *c, int first, int last, int64_t part, int
     }
 }
 
-/* self.attention(xq, keys, values): queries of the part, one sequence after the other. */
+/* self.attention(xq, keys, values): queries of the part, one sequence after the other. What is behind it
+ * takes little time beside it. */
 static int attend(const layer_call *c, int64_t part, int64_t parts, int threads) {
     const nl_layer_weights *w = c->w;
     const nl_kv_cache *cache = &c->a->cache;
@@ -352,6 +476,9 @@ static int attend(const layer_call *c, int64_t part, int64_t parts, int threads)
             .dropped = cache->dropped[b],
         };
         status = nl_attention(&a, threads);
+        if (c->a->cut)
+            write_part(c, (range){b * T + a.begin, b * T + a.end}, (range){0, w->H * w->Dh},
+                       c->attention_output, gathered_behind(NL_ATTENTION));
     }
     return status;
 }
@@ -364,7 +491,7 @@ int nl_layers(const nl_layers_args *a, int first, int last, int64_t part, int64_
     if (!is_cached(a->cache.format)) return NL_UNKNOWN_FORMAT;
     layer_call c = {.a = a, .w = a->weights[0], .kernel = chosen_kernels(), .tokens = a->B * a->T};
     c.status = &status;
-    allocate_activations(&c, a->scratch);
+    allocate_activations(&c, a->cut, a->scratch);
     for (int step = first; step < last && status == 0;) {
         int attention = step / NL_STEPS * NL_STEPS + NL_ATTENTION; /* the next one */
         if (attention < step) attention += NL_STEPS;

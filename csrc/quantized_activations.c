@@ -40,6 +40,14 @@ int nl_quantize_activations(void *activations, const float *x, int format, int b
         k->quantize_activations(activations, x, format, bits, T, IN, g);
     return 0;
 }
+
+void nl_round_activations(void *rounded, const float *x, int format, int64_t n) {
+    chosen_kernels()->round_activations(rounded, x, format, n);
+}
+
+void nl_restore_activations(float *x, const void *rounded, int format, int64_t n) {
+    chosen_kernels()->restore_activations(x, rounded, format, n);
+}
 #endif
 
 /* The largest number of a block that needs no second byte: of the token's blocks, in their order. */
@@ -52,6 +60,37 @@ INLINE float first_byte_limit(int bits, const float *largest, int64_t stride, in
 
 /* The numbers of a block are multiplied by this and rounded. Below 1e-30 all become 0. */
 INLINE float inverse_scale(float max, float largest_q) { return max < 1e-30f ? 0 : largest_q / max; }
+INLINE float scale(float max, float largest_q) { return max < 1e-30f ? 0 : max / largest_q; }
+
+/* ---------------------------------------------------------------- between ranks
+ *
+ * A rank rounds what it sends to q, as below, and the others restore x = dx * q. Where |q| is the largest
+ * they take the largest |x| itself. So rounding x again gives the same dx and q.
+ *
+ *     largest    float          |x|
+ *     q          int16[32]
+ */
+INLINE float largest_q_of(const int format) { return in_bytes(format) ? X_MAX_BYTES : X_MAX; }
+
+INLINE void store_rounded(uint8_t *to, float largest, const int16_t q[QK]) {
+    memcpy(to, &largest, sizeof largest);
+    memcpy(to + sizeof largest, q, QK * sizeof *q);
+}
+
+INLINE void restore_block(float *x, const uint8_t *from, const float largest_q) {
+    float max;
+    int16_t q[QK];
+    memcpy(&max, from, sizeof max);
+    memcpy(q, from + sizeof max, sizeof q);
+    const float dx = scale(max, largest_q);
+    int has_largest = 0;
+    for (int i = 0; i < QK; i++) {
+        const float a = q[i];
+        has_largest |= fabsf(a) == largest_q;
+        x[i] = a == largest_q ? max : a == -largest_q ? -max : a * dx;
+    }
+    if (!has_largest) x[0] = max; /* below 1e-30, or not finite */
+}
 
 #ifndef VECTOR_FORMS
 /* ---------------------------------------------------------------- scalar: x rounded, as float32 */
@@ -69,7 +108,7 @@ void quantize_activations_scalar(void *activations, const float *x, int format, 
         float *to = (float *)activations + t * IN;
         for (int64_t b = 0; b < blocks; b++) to[b * QK] = largest_of(x + t * IN + b * QK);
         const float limit = first_byte_limit(bits, to, QK, blocks);
-        const float largest_q = in_bytes(format) ? X_MAX_BYTES : X_MAX;
+        const float largest_q = largest_q_of(format);
         for (int64_t b = 0; b < blocks; b++, to += QK) {
             const float max = *to, inverse = inverse_scale(max, largest_q), dx = max / largest_q;
             const int one_byte = largest_q == X_MAX_BYTES && !(max > limit);
@@ -79,6 +118,24 @@ void quantize_activations_scalar(void *activations, const float *x, int format, 
             }
         }
     }
+}
+
+void round_activations_scalar(void *rounded, const float *x, int format, int64_t n) {
+    const float largest_q = largest_q_of(format);
+    for (int64_t b = 0; b < n / QK; b++, x += QK) {
+        const float max = largest_of(x), inverse = inverse_scale(max, largest_q);
+        int16_t q[QK];
+        for (int64_t i = 0; i < QK; i++) {
+            const float one = rintf(x[i] * inverse);
+            q[i] = isfinite(one) ? (int16_t)one : 0;
+        }
+        store_rounded((uint8_t *)rounded + b * NL_ROUNDED_BYTES, max, q);
+    }
+}
+
+void restore_activations_scalar(float *x, const void *rounded, int format, int64_t n) {
+    for (int64_t b = 0; b < n / QK; b++)
+        restore_block(x + b * QK, (const uint8_t *)rounded + b * NL_ROUNDED_BYTES, largest_q_of(format));
 }
 
 #else
@@ -98,7 +155,22 @@ VEC_INLINE float quantize_block(int16_t *q, const float *x, float max, float lar
     const vec inverse = vec_all(inverse_scale(max, largest_q));
     for (int i = 0; i < QK; i += LANES)
         shorts_store_ints(q + i, ints_from_vec(vec_mul(vec_load(x + i), inverse)));
-    return max < 1e-30f ? 0 : max / largest_q;
+    return scale(max, largest_q);
+}
+
+VEC_TARGET void VEC(round_activations)(void *rounded, const float *x, int format, int64_t n) {
+    for (int64_t b = 0; b < n / QK; b++, x += QK) {
+        const float max = largest_of_block(x);
+        int16_t q[QK];
+        quantize_block(q, x, max, largest_q_of(format));
+        store_rounded((uint8_t *)rounded + b * NL_ROUNDED_BYTES, max, q);
+    }
+}
+
+VEC_TARGET void VEC(restore_activations)(float *x, const void *rounded, int format, int64_t n) {
+    const float largest_q = largest_q_of(format);
+    for (int64_t b = 0; b < n / QK; b++)
+        restore_block(x + b * QK, (const uint8_t *)rounded + b * NL_ROUNDED_BYTES, largest_q);
 }
 
 /* ---------------------------------------------------------------- bytes
@@ -188,7 +260,7 @@ VEC_INLINE void quantize_to_bytes(void *activations, const float *x, const int f
         for (int64_t t = 0; t < tokens; t++) {
             const float *from = x + (first + t) * IN + b * QK;
             const vec inverse = vec_all(inverse_scale(max[t], X_MAX_BYTES));
-            const float dx = max[t] < 1e-30f ? 0 : max[t] / X_MAX_BYTES;
+            const float dx = scale(max[t], X_MAX_BYTES);
             ints one[QK / LANES], two[QK / LANES];
             for (int i = 0; i < QK / LANES; i++) {
                 /* NaN becomes the smallest integer, then -X_MAX_BYTES: its dx is not finite */

@@ -60,20 +60,22 @@ def build(
     activation_bits: int = 8,
     cache_dtype: str | None = None,
     adapters: Sequence[Mapping[str, LowRank]] = (),
-    fused: bool = True,
+    part_of: Callable[[Transformer, Any], Transformer] | None = None,
 ) -> Transformer:
     """The model on one backend: its `linear` and `attention` are functional.py's or their C twins.
 
     Weights are used in place, in the mapped file, if the backend can do so. The kernels pack the rows of
-    block formats that are not packed yet. `progress` counts the bytes of all others. fused: C computes whole
-    blocks where it can.
+    block formats that are not packed yet. `progress` counts the bytes of all others.
+
+    part_of: makes of the model and its Kernels, or None, the part of one rank: see parallel/.
     """
     check_options(dtype, backend, exact, cache_dtype)
     cache, kept = cache_of(args, backend, dtype, exact, cache_dtype)
     if backend == "numpy":
         expanded = _each(weights, lambda w: w.dequantize(dtype or np.float32), progress)
         model = Transformer(args, expanded, interruptible.linear, interruptible.attention, kept, cache)
-        return adapted(model, adapters, lambda x: x.astype(dtype or np.float32))
+        model = adapted(model, adapters, lambda x: x.astype(dtype or np.float32))
+        return model if part_of is None else part_of(model, None)
     if dtype is not None and np.dtype(dtype) == np.float64:
         raise UnsupportedError("the C kernels compute in float32; for float64 choose backend='numpy'")
 
@@ -94,7 +96,7 @@ def build(
     model = Transformer(args, prepared, kernels.linear, kernels.attention, kept, cache)
     of_lora = Kernels(threads, exact=True).linear  # a token has the same bits in any number of tokens
     model = adapted(model, adapters, lambda x: KernelWeight(StoredTensor.quantize(x, "F32")), of_lora)
-    return fuse(model, kernels) if fused else model
+    return fuse(model, kernels) if part_of is None else part_of(model, kernels)
 
 
 def _each(

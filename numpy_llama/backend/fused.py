@@ -5,6 +5,7 @@ layers, and each layer makes 20 calls. A block with an exchanged part runs its p
 A pass with much work is several calls, so that Ctrl-C waits less than 250 ms.
 """
 
+from collections.abc import Callable
 from itertools import groupby
 from operator import is_
 from typing import Any
@@ -13,11 +14,12 @@ import numpy as np
 
 from ..cache import KVCache
 from ..config import Array
-from ..errors import MismatchError, ParameterError
+from ..errors import MismatchError, NumericsError, ParameterError
 from ..lora import LoRALinear
 from ..model import Linear, Transformer, TransformerBlock
 from ..window import WindowKVCache
-from .kernels import MAX_HEAD_DIM, FusedWeights, Kernels
+from .formats import MAX_F16
+from .kernels import MAX_HEAD_DIM, Cut, FusedWeights, Kernels
 from .quantized_cache import QuantizedKVCache, QuantizedWindowKVCache
 
 CACHED = {
@@ -32,11 +34,17 @@ class FusedBlock(TransformerBlock):
     It runs its parts instead where `fuses` is False.
     """
 
+    cut: Cut | None = None  # how the block is cut for several ranks
+
     def __init__(self, block: TransformerBlock, kernels: Kernels, weights: FusedWeights):
         vars(self).update(vars(block))
         self.kernels, self.weights, self.fused_parts = kernels, weights, parts_of(block)
 
     def fuses(self, cache: Any) -> bool:
+        """Whether it takes a BatchCache: see batch.py."""
+        return self.in_c(cache)
+
+    def in_c(self, cache: Any) -> bool:
         """Whether C computes this block: its parts are unchanged, and C can store into the cache."""
         return self.unchanged() and stores(cache)
 
@@ -48,9 +56,13 @@ class FusedBlock(TransformerBlock):
             return False
 
     def __call__(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
-        if not self.fuses(cache):
-            return super().__call__(x, start_pos, freqs_cis, cache)
+        if not self.in_c(cache):
+            return self.in_parts(x, start_pos, freqs_cis, cache)
         return run([self], x, start_pos, freqs_cis, cache)
+
+    def in_parts(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
+        """The block that this one was made of."""
+        return super().__call__(x, start_pos, freqs_cis, cache)
 
 
 class FusedTransformer(Transformer):
@@ -65,8 +77,10 @@ class FusedTransformer(Transformer):
         def together(at: tuple[int, Any]) -> tuple[Any, ...]:
             """Equal for neighbours that one call computes."""
             i, layer = at
-            fused = can_store and type(layer) is FusedBlock and layer.unchanged()
-            return (layer.kernels, layer.weights.sizes) if fused and layer.attention.layer == i else (i,)
+            ours = isinstance(layer, FusedBlock) and type(layer).__call__ is FusedBlock.__call__
+            fused = can_store and ours and layer.unchanged()
+            alike = (layer.kernels, layer.weights.sizes, layer.cut) if fused else ()
+            return alike if fused and layer.attention.layer == i else (i,)
 
         for key, group in groupby(enumerate(self.layers), together):
             blocks: list[Any] = [block for _, block in group]
@@ -80,7 +94,9 @@ class FusedTransformer(Transformer):
 def stores(cache: Any) -> bool:
     """Whether C can store into this cache, or into all caches of a batch, which are of one kind."""
     caches = getattr(cache, "caches", [cache])
-    kinds = {(type(one), getattr(getattr(one, "k", None), "dtype", None)) for one in caches}
+    kinds = {
+        (getattr(one, "kind", type(one)), getattr(getattr(one, "k", None), "dtype", None)) for one in caches
+    }
     return len(kinds) == 1 and kinds <= CACHED
 
 
@@ -101,15 +117,21 @@ def run(blocks: list[FusedBlock], x: Array, start_pos: int, freqs_cis: Array, ca
         first_of_each = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
         dropped = [one.dropped[first] for one in caches for _ in range(one.batch)]
         weights = [block.weights for block in blocks]
-        y = blocks[0].kernels.layers(weights, x, first_of_each, freqs_cis, keys, values, dropped)
+        cut = blocks[0].cut
+        y = blocks[0].kernels.layers(weights, x, first_of_each, freqs_cis, keys, values, dropped, cut)
         if y is not None:
             for one, at in zip(caches, starts, strict=True):
                 one.filled[at_layers] = [at + T] * len(blocks)
             return y
+        if cut is not None:  # the other ranks go on
+            raise NumericsError(
+                f"positions {starts[0]}..{starts[0] + T - 1}: a key or value is beyond {MAX_F16:.6g}, the "
+                "largest float16: exact=True keeps a cache of float32"
+            )
     # A number is beyond float16, or the cache is of another batch: the parts raise an error with its place.
     # Or a cache has no room for T tokens at once.
     for block in blocks:
-        x = TransformerBlock.__call__(block, x, start_pos, freqs_cis, cache)
+        x = block.in_parts(x, start_pos, freqs_cis, cache)
     return x
 
 
@@ -140,12 +162,14 @@ def _attributes(linear: Any) -> tuple[Any, ...]:
     return (*getattr(linear, "__dict__", {}).values(), *below)
 
 
-def fuse(model: Transformer, kernels: Kernels) -> Transformer:
+def fuse(
+    model: Transformer, kernels: Kernels, fused_block: Callable[..., FusedBlock] = FusedBlock
+) -> Transformer:
     """The same model with its blocks as one C call, where the kernels take their sizes."""
     window = model.args.sliding_window
     made = [(block, fused_weights(block, kernels, window)) for block in model.layers]
     blocks = {f"layers.{i}": one for i, one in enumerate(made)}
-    fused = {name: FusedBlock(block, kernels, w) for name, (block, w) in blocks.items() if w}
+    fused = {name: fused_block(block, kernels, w) for name, (block, w) in blocks.items() if w}
     return FusedTransformer(model.with_parts(fused))
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -329,6 +329,57 @@ class FusedWeights(InPlace):
         return work
 
 
+class Cut(InPlace):
+    """How layers are cut for several ranks: the struct nl_cut, and the memory that the ranks exchange.
+
+    `gather` takes that memory and the number of bytes of each rank, which lie one behind the other. It sends
+    this rank's, and receives all others in place.
+    """
+
+    ENDS = lib.NL_ATTENTION, lib.NL_WO_ADD_RESIDUAL, lib.NL_GATE_UP_SWIGLU, lib.NL_W_DOWN_ADD_RESIDUAL
+
+    def __init__(
+        self,
+        rank: int,
+        heads: Sequence[int],
+        dim: Sequence[int],
+        hidden_dim: Sequence[int],
+        gather: Callable[[Array, Sequence[int]], None],
+    ):
+        """The widths of each rank's part: of attention's output, of D and of F."""
+        self.gather, self.memory, self.dim = gather, np.empty(0, np.uint8), dim
+        self.kept = [ffi.new("int64_t[]", widths) for widths in (heads, dim, hidden_dim)]
+        self.widths = dict(zip(self.ENDS, (heads, dim, hidden_dim, dim), strict=True))
+        self.struct = ffi.new("nl_cut *", {"ranks": len(dim), "rank": rank, "widths": self.kept})
+
+    def for_tokens(self, w: FusedWeights, tokens: int) -> Any:
+        """The struct, with memory for that many tokens."""
+        if len(self.memory) < (nbytes := lib.nl_exchange_bytes(w.struct, tokens)):
+            self.memory = np.empty(nbytes, np.uint8)
+            self.struct.exchange = ffi.from_buffer(self.memory, require_writable=True)
+        return self.struct
+
+    def calls(self, layers: int) -> list[tuple[int, int, int]]:
+        """The calls of nl_layers: from one gather to the next."""
+        ends = [layer * lib.NL_STEPS + end + 1 for layer in range(layers) for end in self.ENDS]
+        return [(first, last, 1) for first, last in zip([0, *ends], ends, strict=False)]
+
+    def exchange(self, w: FusedWeights, tokens: int, step: int) -> None:
+        """The gather behind a step."""
+        step %= lib.NL_STEPS
+        bytes_of_32 = lib.nl_part_bytes(w.struct, self.struct, tokens, step, QK)
+        self.gather(self.memory, [width * bytes_of_32 // QK for width in self.widths[step]])
+
+    def gathered(self, y: Array) -> Array:
+        """y, whose parts the ranks have gathered behind the last step."""
+        at, flat = 0, self.memory.view(np.float32)
+        rows = y.reshape(-1, y.shape[-1])
+        for part in np.split(rows, np.cumsum(self.dim)[:-1], axis=1):
+            part[:] = flat[at : at + part.size].reshape(part.shape)
+            at += part.size
+        return y
+
+
 class Kernels(InPlace):
     """The C functions, bound to a number of threads. The number never changes a result.
 
@@ -452,6 +503,7 @@ class Kernels(InPlace):
         keys: Sequence[Array],
         values: Sequence[Array],
         dropped: Sequence[int] = (),
+        cut: Cut | None = None,
     ) -> Array | None:
         """TransformerBlocks, one after another: x (B, T, D) -> (B, T, D). They have the same sizes.
 
@@ -459,6 +511,8 @@ class Kernels(InPlace):
         for T more positions. It begins behind dropped[b] positions, by default none, which no token sees. It
         is (layers, K, max_seq_len, Dh) float32 or float16, or (layers, K, max_seq_len, bytes of a head) in
         Q8_0. The result is None if float16 cannot hold a new key or value, or its scale.
+
+        With a cut these weights and caches are those of one rank, and all ranks call this together.
         """
         x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
         y, (B, T, _), w = np.empty_like(x), x.shape, weights[0]
@@ -486,7 +540,8 @@ class Kernels(InPlace):
             scratch = self._scratch.pop()
         except IndexError:  # none is left: the first call, or others run
             scratch = b""
-        if len(scratch) < (nbytes := lib.nl_layers_bytes(w.struct, B * T)):
+        in_ranks = ffi.NULL if cut is None else cut.for_tokens(w, B * T)
+        if len(scratch) < (nbytes := lib.nl_layers_bytes(w.struct, in_ranks, B * T)):
             scratch = ffi.new("char[]", nbytes)
         # A struct of cffi keeps addresses only. The local names keep the arrays alive until C returns, and
         # the caller keeps the caches alive.
@@ -500,7 +555,7 @@ class Kernels(InPlace):
         arguments.y = ffi.from_buffer("float[]", y, require_writable=True)
         arguments.x = ffi.from_buffer("float[]", x)
         arguments.weights, arguments.scratch = structs, scratch
-        arguments.B, arguments.T = B, T
+        arguments.B, arguments.T, arguments.cut = B, T, in_ranks
         arguments.freqs_cis = ffi.from_buffer("float[]", freqs_cis)
         arguments.freqs_cis_stride = 0 if freqs_cis.ndim == 2 else 2 * freqs_cis[0].size
         cache = arguments.cache
@@ -509,7 +564,8 @@ class Kernels(InPlace):
         cache.position_stride, cache.head_stride = _numbers(keys[0].strides[2], format), head_strides
         cache.layer_stride, cache.start = layer_strides, start_positions
         cache.dropped, cache.window = dropped_positions, w.window or 0
-        for first, last, parts in _short_calls(work, WORK_PER_CALL * threads):
+        calls = _short_calls(work, WORK_PER_CALL * threads) if cut is None else cut.calls(len(weights))
+        for first, last, parts in calls:
             for part in range(parts):
                 status = lib.nl_layers(arguments, first, last, part, parts, threads)
                 if status == lib.NL_F16_OVERFLOW:
@@ -518,8 +574,10 @@ class Kernels(InPlace):
                     raise MemoryError("no memory for the scratch of the attention kernel")
                 if status != 0:
                     _check(status, *(format for one in weights for format in one.formats))
+            if cut is not None:
+                cut.exchange(weights[(last - 1) // lib.NL_STEPS], B * T, last - 1)
         self._scratch.append(scratch)
-        return y
+        return y if cut is None else cut.gathered(y)
 
     def convert(
         self, tensor: StoredTensor, format: Format, begin_row: int = 0, end_row: int | None = None

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import __version__
-from .. import functional as F
 from ..backend import Progress, build
 from ..backend.formats import StoredTensor
 from ..checkpoint import open_checkpoint
@@ -98,24 +98,11 @@ def load_part(
         files.watch()
         threads = ranks.threads() if order.threads is None else order.threads
         how = order.exact, order.activation_bits, order.cache_dtype
-        model = build(local, weights, order.dtype, order.backend, threads, progress, *how, fused=False)
-        return part_of(model, functions_of(model, order, threads), cuts, ranks)
+        cut = partial(part_of, plan=cuts, ranks=ranks)
+        return build(local, weights, order.dtype, order.backend, threads, progress, *how, part_of=cut)
 
     weights, room = ranks.everywhere(fit)
     return ranks.everywhere(make), min(ranks.exchange(room))
-
-
-def functions_of(model: Transformer, order: Order, threads: int) -> list[Any]:
-    """For each block the functions that compute it in one process: C's, if it would be a FusedBlock."""
-    if order.backend == "numpy":
-        return [F for _ in model.layers]
-    from ..backend.fused import fused_weights  # imported here, as in build
-    from ..backend.kernels import Kernels
-    from ..backend.training import TrainingKernels
-
-    kernels, in_c = Kernels(threads, order.exact, order.activation_bits), TrainingKernels(threads)
-    window = model.args.sliding_window
-    return [in_c if fused_weights(block, kernels, window) else F for block in model.layers]
 
 
 def facts(opened: Checkpoint, backend: str) -> dict[str, str]:

@@ -30,14 +30,11 @@ REFUSED = "parts of a model on several ranks cannot be exchanged, traced or edit
 
 
 class CutBlock(TransformerBlock):
-    """A TransformerBlock of which this rank has some rows.
+    """A TransformerBlock of which this rank has some rows."""
 
-    `functions` are functional.py's, or their C twins.
-    """
-
-    def __init__(self, block: TransformerBlock, functions: Any, plan: Plan, ranks: Ranks):
+    def __init__(self, block: TransformerBlock, plan: Plan, ranks: Ranks):
         vars(self).update(vars(block))
-        self.functions, self.gather = functions, ranks.gather
+        self.gather = ranks.gather
         self.heads_widths = [n * plan.args.head_dim for n in widths(plan.heads)]
         self.dim_widths, self.hidden_widths = widths(plan.dim), widths(plan.hidden_dim)
         self.attend = one_or_more(block.attention.attention)
@@ -48,18 +45,18 @@ class CutBlock(TransformerBlock):
 
     def __call__(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
         """The lines of model.py, with their gathers."""
-        f, a, ffn, (B, T, _) = self.functions, self.attention, self.feed_forward, x.shape
-        normed = f.rms_norm(x, self.attention_norm.weight, self.attention_norm.eps)
+        a, ffn, (B, T, _) = self.attention, self.feed_forward, x.shape
+        normed = self.attention_norm(x)
         xq = a.wq(normed).reshape(B, T, a.n_heads, a.head_dim)
         xk = a.wk(normed).reshape(B, T, a.n_kv_heads, a.head_dim)
         xv = a.wv(normed).reshape(B, T, a.n_kv_heads, a.head_dim)
-        xq, xk = f.apply_rotary_emb(xq, freqs_cis), f.apply_rotary_emb(xk, freqs_cis)
+        xq, xk = F.apply_rotary_emb(xq, freqs_cis), F.apply_rotary_emb(xk, freqs_cis)
         keys, values = cache.update(a.layer, start_pos, xk, xv)
         heads = self.gather(self.attend(xq, keys, values).reshape(B, T, -1), self.heads_widths)
         h = x + self.gather(a.wo(heads), self.dim_widths)
 
-        normed = f.rms_norm(h, self.ffn_norm.weight, self.ffn_norm.eps)
-        wide = self.gather(f.swiglu(ffn.w_gate(normed), ffn.w_up(normed)), self.hidden_widths)
+        normed = self.ffn_norm(h)
+        wide = self.gather(F.swiglu(ffn.w_gate(normed), ffn.w_up(normed)), self.hidden_widths)
         return h + self.gather(ffn.w_down(wide), self.dim_widths)
 
 
@@ -88,6 +85,7 @@ class SharedCache(KVCache):
     """A KVCache of which each rank has the positions of its own heads."""
 
     ranks: Ranks
+    kind: type[KVCache]  # whose numbers it has
     number: int  # of the cache, the same on every rank
     kv_heads: slice
 
@@ -137,17 +135,21 @@ def remembered(cache: SharedCache) -> SharedCache:
 
 def shared(kind: type[KVCache], ranks: Ranks, kv_heads: slice) -> type[KVCache]:
     """The class of a cache of that kind with this rank's heads."""
-    return type(f"Shared{kind.__name__}", (SharedCache, kind), {"ranks": ranks, "kv_heads": kv_heads})
+    facts = {"ranks": ranks, "kv_heads": kv_heads, "kind": kind}
+    return type(f"Shared{kind.__name__}", (SharedCache, kind), facts)
 
 
-def part_of(model: Transformer, functions: Sequence[Any], plan: Plan, ranks: Ranks) -> Transformer:
+def part_of(model: Transformer, kernels: Any, plan: Plan, ranks: Ranks) -> Transformer:
     """A model with this rank's weights, made one that runs together with the other ranks.
 
-    `functions` are those of each block.
+    kernels: those of its backend; with them C computes the blocks from one gather to the next, where it can.
     """
-    made = [CutBlock(block, f, plan, ranks) for block, f in zip(model.layers, functions, strict=True)]
-    blocks = {f"layers.{i}": block for i, block in enumerate(made)}
+    blocks = {f"layers.{i}": CutBlock(block, plan, ranks) for i, block in enumerate(model.layers)}
     part = model.with_parts({**blocks, "output": CutOutput(model.output, plan, ranks)})
+    if kernels is not None:
+        from .fused import fused  # imported here, because the NumPy backend runs without the C extension
+
+        part = fused(part, kernels, plan, ranks)
     part.cache_type = shared(model.cache_type, ranks, plan.kv_heads[ranks.rank])
     return part
 

@@ -156,12 +156,20 @@ class Ranks:
         """`gather`, on rank 0 only; on the others the result has no meaning."""
         return self._gather(part, widths, self.comm.Gatherv)
 
-    def _gather(self, part: Array, widths: Sequence[int], collect: Callable[..., None]) -> Array:
+    def gather_in_place(self, memory: Array, nbytes: Sequence[int]) -> None:
+        """The bytes of all ranks, one behind the other: each has its own in place, and gets the others."""
+        self._check_inside()
+        self.comm.Allgatherv(self.mpi.IN_PLACE, [memory, nbytes, self.mpi.BYTE])
+
+    def _check_inside(self) -> None:
         if not self.inside():
             raise UnsupportedError(
                 "a part of a model on several ranks cannot be called by itself; call the model: "
                 "model(tokens), model.hidden(tokens) or model.logits(h)"
             )
+
+    def _gather(self, part: Array, widths: Sequence[int], collect: Callable[..., None]) -> Array:
+        self._check_inside()
         outer, total = part.shape[:-1], sum(widths)
         rows = part.size // max(part.shape[-1], 1) if part.shape[-1] else int(np.prod(outer))
         part, gathered = np.ascontiguousarray(part), np.empty(rows * total, part.dtype)

@@ -344,7 +344,7 @@ def test_a_layer_touches_nothing_beside_its_arrays(isa, dtype, exact, at_end, rn
         angles = model.freqs_cis[start : start + T]
         expected = chosen.layers([layer], x, [start], angles, *([cache[None].copy()] for cache in caches))
         arrays = np.full_like(x, np.nan), x, np.ascontiguousarray(angles, np.complex64), *caches
-        scratch = np.zeros(lib.nl_layers_bytes(layer.struct, T), np.uint8)
+        scratch = np.zeros(lib.nl_layers_bytes(layer.struct, ffi.NULL, T), np.uint8)
         y, x, angles, k, v, scratch = (guarded.copy(a, at_end) for a in (*arrays, scratch))
         y_, x_, angles_, k_, v_, scratch_ = (
             ffi.cast("void *", a.ctypes.data) for a in (y, x, angles, k, v, scratch)

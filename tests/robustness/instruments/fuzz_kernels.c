@@ -630,7 +630,7 @@ void fuzz_layer(void) {
     int status[3];
     for (int run = 0; run < 3; run++) {
         layer_room *m = &made[run];
-        m->y = room(4 * tokens * w.D), m->scratch = room(nl_layers_bytes(&w, tokens));
+        m->y = room(4 * tokens * w.D), m->scratch = room(nl_layers_bytes(&w, NULL, tokens));
         for (int64_t b = 0; b < B; b++) {
             const int64_t bytes = bytes_of(cached, w.K * head[b]);
             m->keys[b] = memcpy(room(bytes), old[0][b], (size_t)bytes);

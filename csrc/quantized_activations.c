@@ -123,11 +123,13 @@ void quantize_activations_scalar(void *activations, const float *x, int format, 
 void round_activations_scalar(void *rounded, const float *x, int format, int64_t n) {
     const float largest_q = largest_q_of(format);
     for (int64_t b = 0; b < n / QK; b++, x += QK) {
-        const float max = largest_of(x), inverse = inverse_scale(max, largest_q);
+        float max = largest_of(x);
+        const float inverse = inverse_scale(max, largest_q);
         int16_t q[QK];
         for (int64_t i = 0; i < QK; i++) {
             const float one = rintf(x[i] * inverse);
             q[i] = isfinite(one) ? (int16_t)one : 0;
+            if (!isfinite(one)) max = NAN; /* then so is every output of the token */
         }
         store_rounded((uint8_t *)rounded + b * NL_ROUNDED_BYTES, max, q);
     }

@@ -6,7 +6,8 @@ may be rounded either way. A step is 1 / 8191 of the largest number of its block
 
 import threading
 from dataclasses import replace
-from itertools import combinations
+from functools import partial
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from numpy_llama.backend._kernels import ffi, lib
 from numpy_llama.backend import build, kernels
 from numpy_llama.backend.formats import FORMATS, MAX_F16, QK, StoredTensor, quantize_q8_0
 from numpy_llama.backend.fused import FusedBlock, fuse, fused_weights
-from numpy_llama.backend.kernels import Kernels, KernelWeight
+from numpy_llama.backend.kernels import Cut, Kernels, KernelWeight
 from numpy_llama.backend.quantized_cache import QuantizedKVCache, QuantizedWindowKVCache
 from numpy_llama.cache import KVCache
 from numpy_llama.config import ModelArgs
 from numpy_llama.errors import ContextOverflowError, MismatchError, NumericsError, ParameterError
 from numpy_llama.generation.batch import BatchCache, side_by_side
 from numpy_llama.model import Transformer, TransformerBlock
+from numpy_llama.parallel.cut import Plan, widths
 from numpy_llama.proof.bounds import U16, assert_near
 from numpy_llama.proof.tiny import TINY_BLOCKS, random_weights
 from numpy_llama.window import WindowKVCache
@@ -578,3 +580,103 @@ def test_the_c_backend_is_built_of_such_layers(rng):
     weights = mixed_weights(rng, SMALL)
     assert {type(layer) for layer in build(SMALL, weights).layers} == {FusedBlock}
     assert {type(layer) for layer in build(SMALL, weights, backend="numpy").layers} == {TransformerBlock}
+
+
+def half_split_rows(w: StoredTensor, args: ModelArgs) -> StoredTensor:
+    """The same numbers as rows in the order of Hugging Face: first the first halves of the pairs of a head."""
+    heads = np.arange(len(w)).reshape(-1, 2, args.head_dim // 2).swapaxes(1, 2)
+    return StoredTensor(w.format, w.shape, w.data, heads.reshape(-1))
+
+
+class Together:
+    """A gather among threads of this process, which stand for ranks."""
+
+    def __init__(self, ranks: int):
+        self.memories, self.barrier = [None] * ranks, threading.Barrier(ranks, timeout=60)
+
+    def gather(self, rank: int, memory: np.ndarray, nbytes: list[int]) -> None:
+        self.memories[rank] = memory
+        self.barrier.wait()
+        ends = np.cumsum([0, *nbytes])
+        for other, (begin, end) in enumerate(pairwise(ends)):
+            if other != rank:
+                memory[begin:end] = self.memories[other][begin:end]
+        self.barrier.wait()
+
+
+def on_ranks(args: ModelArgs, weights, shares, how, x, lengths, dtype) -> list[tuple[np.ndarray, KVCache]]:
+    """The layers on ranks, in chunks of these lengths: of each rank the result, and its cache."""
+    plan, together, done = Plan.of(args, shares), Together(len(shares)), {}
+    angles = Transformer(args, {name: w.dequantize() for name, w in weights.items()}).freqs_cis
+
+    def one(rank: int) -> None:
+        try:
+            local, chosen = plan.local_args(rank), Kernels(*how)
+            packed = {
+                name: w.dequantize() if len(w.shape) == 1 else KernelWeight(w)
+                for name, w in plan.weights(weights, rank).items()
+            }
+            model = Transformer(local, packed, chosen.linear, chosen.attention)
+            heads = [n * args.head_dim for n in widths(plan.heads)]
+            gather = partial(together.gather, rank)
+            cut = Cut(rank, heads, widths(plan.dim), widths(plan.hidden_dim), gather)
+            layers = [fused_weights(layer, chosen) for layer in model.layers]
+            cache, at, parts = KVCache(local, 1, CONTEXT, dtype), 0, []
+            for T in lengths:
+                kv = [cache.k[:, 0], cache.v[:, 0]]
+                chunk = x[:, at : at + T]
+                parts.append(
+                    chosen.layers(layers, chunk, [at], angles[at : at + T], *([one] for one in kv), cut=cut)
+                )
+                at += T
+            done[rank] = np.concatenate(parts, axis=1), cache
+        except BaseException:
+            together.barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(shares))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [done[rank] for rank in range(len(shares))]
+
+
+@for_each
+@given(
+    configurations(),
+    lengths,
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.sampled_from([(1, False), (2, False), (1, False, 15), (1, True)]),
+    st.booleans(),
+    seeds,
+)
+@example(SMALL, [13, 1, 1], [1, 1, 1], (2, False), True, 0)
+@example(replace(SMALL, n_heads=4, n_kv_heads=1, head_dim=40), [9, 2], [1, 3], (1, False), False, 1)
+def test_layers_on_ranks_have_the_bits_of_whole_ones(isa, args, lengths, shares, how, half_split, seed):
+    """Any shares; heads that are no whole blocks, so that they are sent in float32; a rank without rows."""
+    rng = np.random.default_rng(seed)
+    args, shares = replace(args, n_layers=2), shares[: args.n_heads]
+    weights = mixed_weights(rng, args, half_split=False)
+    if half_split:  # the order of rows is that of Hugging Face: within heads
+        weights = {
+            name: half_split_rows(w, args) if name.endswith(("wq.weight", "wk.weight")) else w
+            for name, w in weights.items()
+        }
+    x = rng.standard_normal((1, sum(lengths), args.dim), dtype=np.float32)
+    packed = {key: w.dequantize() if len(w.shape) == 1 else KernelWeight(w) for key, w in weights.items()}
+    chosen = Kernels(*how)
+    model = Transformer(args, packed, chosen.linear, chosen.attention)
+    layers = [fused_weights(layer, chosen) for layer in model.layers]
+    dtype = np.float32 if how[1] else np.float16
+    cache, at, parts = KVCache(args, 1, CONTEXT, dtype), 0, []
+    for T in lengths:
+        angles, kv = model.freqs_cis[at : at + T], ([cache.k[:, 0]], [cache.v[:, 0]])
+        parts.append(chosen.layers(layers, x[:, at : at + T], [at], angles, *kv))
+        at += T
+    expected, plan = np.concatenate(parts, axis=1), Plan.of(args, shares)
+    for rank, (y, local) in enumerate(on_ranks(args, weights, shares, how, x, lengths, dtype)):
+        np.testing.assert_array_equal(bits(y), bits(expected))
+        for mine, whole in ((local.k, cache.k), (local.v, cache.v)):
+            of_heads = whole[:, :, plan.kv_heads[rank], :at]
+            np.testing.assert_array_equal(mine[:, :, :, :at].view(np.uint8), of_heads.copy().view(np.uint8))

@@ -274,3 +274,60 @@ def test_it_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
         assert lib.nl_linear_quantized(y_, room_, T, matrix, 0, OUT, 2) == 0
         expected, bound = expected_and_bound(x, w, isa)
         assert_within(y, expected, bound)
+
+
+def sent(x: np.ndarray, format) -> np.ndarray:
+    """x as other ranks restore it, from memory that begins anywhere and ends with it."""
+    memory = unaligned(np.zeros(x.size // QK * lib.NL_ROUNDED_BYTES, np.uint8), 1)
+    restored = unaligned(np.full_like(x, np.nan), 4)
+    on_the_way = ffi.from_buffer(memory, require_writable=True)
+    lib.nl_round_activations(on_the_way, ffi.from_buffer("float[]", x), format.code, x.size)
+    back = ffi.from_buffer("float[]", restored, require_writable=True)
+    lib.nl_restore_activations(back, on_the_way, format.code, x.size)
+    return restored
+
+
+# The scales of a block: its numbers are of the same size, or each of another; next to nothing, or nothing.
+sizes_of_x = st.sampled_from([1.0, 1e-3, 3e4, 1e-29, 1e-31, 1e-38, 1e-44, 0.0, 3e37])
+
+
+@for_each
+@given(
+    st.integers(1, 13), st.integers(1, 5), st.lists(sizes_of_x, min_size=1, max_size=4), st.booleans(), seeds
+)
+@example(1, 1, [1.0], False, 0)
+@example(9, 2, [1e-31, 1.0], True, 0)
+def test_what_was_sent_is_rounded_to_the_same(isa, format, bits_of_x, T, blocks, sizes, heavy, seed):
+    """A rank rounds the numbers of the others once more. Every bit of the product is that of x itself."""
+    rng = np.random.default_rng(seed)
+    if not lib.nl_quantizes_activations(format.code, T):
+        T = GEMV_TOKENS + 1
+    IN = blocks * x_block(format)
+    x = rng.standard_normal((T, IN // QK, QK), dtype=np.float32)
+    x = x * (np.float32(10) ** rng.integers(-9, 1, x.shape).astype(np.float32) if heavy else np.float32(1))
+    x *= rng.choice(np.array(sizes, np.float32), (T, IN // QK, 1))
+    x[rng.random(x.shape) < 0.1] = 0
+    x = np.ascontiguousarray(x.reshape(T, IN), np.float32)
+    w = KernelWeight(real_weight(rng, format, 5, IN))
+    k = Kernels(1, activation_bits=bits_of_x)
+    np.testing.assert_array_equal(bits(k.linear(sent(x, format), w)), bits(k.linear(x, w)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_sent_as_such(isa, format, bad, rng):
+    x = rng.standard_normal(3 * QK).astype(np.float32)
+    x[QK + 7] = bad
+    finite = np.isfinite(sent(x, format)).reshape(3, QK)
+    assert finite[[0, 2]].all() and not finite[1].all()
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_sending_touches_nothing_beside_its_arrays(isa, format, at_end, rng):
+    guarded, x = Guarded(), rng.standard_normal(3 * QK).astype(np.float32)
+    expected = sent(x, format)
+    arrays = x, np.zeros(3 * lib.NL_ROUNDED_BYTES, np.uint8), np.zeros_like(x)
+    x, on_the_way, restored = (guarded.copy(a, at_end) for a in arrays)
+    pointers = [ffi.cast("void *", a.ctypes.data) for a in (x, on_the_way, restored)]
+    lib.nl_round_activations(pointers[1], pointers[0], format.code, x.size)
+    lib.nl_restore_activations(pointers[2], pointers[1], format.code, x.size)
+    np.testing.assert_array_equal(bits(restored), bits(expected))

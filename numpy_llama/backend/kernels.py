@@ -366,7 +366,6 @@ class Cut(InPlace):
 
     def exchange(self, w: FusedWeights, tokens: int, step: int) -> None:
         """The gather behind a step."""
-        step %= lib.NL_STEPS
         bytes_of_32 = lib.nl_part_bytes(w.struct, self.struct, tokens, step, QK)
         self.gather(self.memory, [width * bytes_of_32 // QK for width in self.widths[step]])
 
@@ -575,7 +574,8 @@ class Kernels(InPlace):
                 if status != 0:
                     _check(status, *(format for one in weights for format in one.formats))
             if cut is not None:
-                cut.exchange(weights[(last - 1) // lib.NL_STEPS], B * T, last - 1)
+                layer, step = divmod(last - 1, lib.NL_STEPS)
+                cut.exchange(weights[layer], B * T, step)
         self._scratch.append(scratch)
         return y if cut is None else cut.gathered(y)
 

@@ -26,8 +26,20 @@ class FusedCutBlock(FusedBlock, CutBlock):
         return True
 
 
+class RanksCut(Cut):
+    """A Cut whose gathers are those of the ranks."""
+
+    def __init__(self, plan: Plan, ranks: Ranks):
+        heads = [n * plan.args.head_dim for n in widths(plan.heads)]
+        self.ranks = ranks
+        super().__init__(ranks.rank, heads, widths(plan.dim), widths(plan.hidden_dim), ranks.gather_in_place)
+
+    def exchange(self, w: FusedWeights, tokens: int, step: int) -> None:
+        if tokens > 1 and step == self.ENDS[0]:  # a token by itself is soon done
+            self.ranks.stop_if_asked()
+        super().exchange(w, tokens, step)
+
+
 def fused(part: Transformer, kernels: Kernels, plan: Plan, ranks: Ranks) -> Transformer:
     """The same part of a model with its blocks in C, where the kernels take their sizes."""
-    heads = [n * plan.args.head_dim for n in widths(plan.heads)]
-    cut = Cut(ranks.rank, heads, widths(plan.dim), widths(plan.hidden_dim), ranks.gather_in_place)
-    return fuse(part, kernels, partial(FusedCutBlock, cut=cut))
+    return fuse(part, kernels, partial(FusedCutBlock, cut=RanksCut(plan, ranks)))

@@ -185,6 +185,7 @@ class ParallelTransformer(InPlace, Transformer):
         numbers = [one.number for one in caches]
         with self.ranks.together("hidden", self.number, tokens, start_pos, numbers):
             return self.part.hidden(tokens, start_pos, cache)
+        return self.hidden(tokens, start_pos, cache)  # a signal's handler has returned
 
     def logits(self, h: Array) -> Array:
         self._check_parts()

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -43,6 +43,10 @@ def is_first() -> bool:
     """Whether mpiexec says that this process is its first."""
     names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+class Stopped(Exception):
+    """A signal has come to rank 0, and all ranks leave the pass."""
 
 
 class Ranks:
@@ -76,6 +80,7 @@ class Ranks:
         self._numbers = 0
         self._lock = threading.RLock()
         self._owner: int | None = None  # the thread that runs a command
+        self._signals: Sequence[int] = ()  # that came to rank 0 since the command began
 
     @property
     def where(self) -> str:
@@ -101,22 +106,34 @@ class Ranks:
     ) -> Iterator[None]:
         """On rank 0: the others run the command `name` while this block runs here.
 
-        An error in the block ends the run, because the others wait in it. A signal acts after the block.
+        An error in the block ends the run, because the others wait in it. A signal acts after the block;
+        `stop_if_asked` leaves it early.
         `passing` is an error that all ranks raise; loading has it, and there a signal ends the run at once.
         """
-        with self._lock, nullcontext() if passing else delayed_signals():
+        signals: AbstractContextManager[list[int]] = nullcontext([]) if passing else delayed_signals()
+        with self._lock, signals as self._signals:
             while self.forgotten:
                 self._send(*self.forgotten.popleft())
             self._send(name, *arguments)
             self._owner = threading.get_ident()
             try:
                 yield
+            except Stopped:
+                pass
             except passing:
                 raise
             except BaseException as error:
                 self.fail(error)
             finally:
                 self._owner = None
+
+    def stop_if_asked(self) -> None:
+        """On every rank: Stopped if a signal has come to rank 0."""
+        self._check_inside()
+        came = bytearray([len(self._signals) > 0])
+        self.comm.Bcast([came, self.mpi.BYTE])
+        if came[0]:
+            raise Stopped
 
     def _send(self, *message: Any) -> None:
         data = pickle.dumps(message)
@@ -150,6 +167,8 @@ class Ranks:
 
     def gather(self, part: Array, widths: Sequence[int]) -> Array:
         """The parts of all ranks side by side: (..., widths[rank]) -> (..., sum(widths)), on every rank."""
+        if part.ndim < 3 or part.shape[:2] != (1, 1):  # a token by itself is soon done
+            self.stop_if_asked()
         return self._gather(part, widths, self.comm.Allgatherv)
 
     def gather_on_first(self, part: Array, widths: Sequence[int]) -> Array:
@@ -257,18 +276,18 @@ def _described(error: BaseException) -> str:
 
 
 @contextmanager
-def delayed_signals() -> Iterator[None]:
+def delayed_signals() -> Iterator[list[int]]:
     """Signals that come in this block act at its end. Only the main thread receives signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handled = {number: handler for number, handler in handlers.items() if handler is not None}
     for number in handled:
         signal.signal(number, lambda number, frame: came.append(number))
     try:
-        yield
+        yield came
     finally:
         for number, handler in handled.items():
             signal.signal(number, handler)

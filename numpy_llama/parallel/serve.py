@@ -18,7 +18,7 @@ from ..generation.batch import BatchCache
 from ..model import Function, Transformer
 from .load import Order, load_part
 from .model import SharedCache
-from .ranks import Ranks, is_first, launched
+from .ranks import Ranks, Stopped, is_first, launched
 
 _ranks: Ranks | None = None
 _status: int | None = None  # of this process at its end, if it is known
@@ -105,7 +105,8 @@ class Commands:
     def hidden(self, model: int, tokens: Array, start_pos: Any, caches: list[int]) -> None:
         found, hidden = [self.caches[number] for number in caches], self.models[model].hidden
         run: Function = hidden  # with the arguments of a batch too
-        run(tokens, start_pos, found[0] if np.ndim(start_pos) == 0 else BatchCache(found))
+        with suppress(Stopped):
+            run(tokens, start_pos, found[0] if np.ndim(start_pos) == 0 else BatchCache(found))
 
     def logits(self, model: int, h: Array) -> None:
         self.models[model].logits(h)

@@ -583,7 +583,7 @@ def test_the_c_backend_is_built_of_such_layers(rng):
 
 
 def half_split_rows(w: StoredTensor, args: ModelArgs) -> StoredTensor:
-    """The same numbers as rows in the order of Hugging Face: first the first halves of the pairs of a head."""
+    """The same numbers as rows in the order of Hugging Face: first the first halves of all pairs."""
     heads = np.arange(len(w)).reshape(-1, 2, args.head_dim // 2).swapaxes(1, 2)
     return StoredTensor(w.format, w.shape, w.data, heads.reshape(-1))
 

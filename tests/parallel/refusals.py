@@ -16,7 +16,6 @@ from numpy_llama.cache import KVCache
 from numpy_llama.errors import ContextOverflowError, ParameterError, UnsupportedError
 from numpy_llama.generation.batch import BatchCache, hidden_states
 from numpy_llama.inspect.bench import Task, filled_cache
-from numpy_llama.parallel.model import CutBlock
 
 llama = nl.load(sys.argv[1], threads=1)
 model, tokens = llama.model, np.array([[1, 2, 3]])
@@ -84,19 +83,29 @@ for error, words, call in [
         call()
     unharmed()
 
-# A Ctrl-C in a pass acts at its end, and the model can be used again.
-usual = CutBlock.__call__
+# A Ctrl-C in a pass of several tokens acts before the next layer, and the model can be used again.
+cut = model.layers[0].cut
+usual, gathers = cut.gather, []
 
 
-def interrupted(self, *arguments):
-    signal.raise_signal(signal.SIGINT)
-    return usual(self, *arguments)
+def interrupted(memory, nbytes):
+    gathers.append(nbytes)
+    if len(gathers) == 1:
+        signal.raise_signal(signal.SIGINT)
+    usual(memory, nbytes)
 
 
-CutBlock.__call__ = interrupted
+cut.gather = interrupted
 with pytest.raises(KeyboardInterrupt):
     model(tokens)
-CutBlock.__call__ = usual
+assert len(gathers) == 4 < 4 * model.args.n_layers
+unharmed()
+gathers.clear()
+handler = signal.signal(signal.SIGINT, lambda number, frame: None)  # the program goes on
+unharmed()
+assert len(gathers) == 4 + 4 * model.args.n_layers  # some in vain, and all
+signal.signal(signal.SIGINT, handler)
+cut.gather = usual
 unharmed()
 
 # Sessions: copied, not pickled, and forgotten.

@@ -9,28 +9,38 @@ import sys
 
 import numpy_llama as nl
 from numpy_llama.errors import NumericsError
-from numpy_llama.parallel.model import CutBlock
+from numpy_llama.parallel.ranks import Ranks
 
 path, rank, fault = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-usual = CutBlock.__call__
+FIFTH = 5  # a gather of the second layer
+gathers = 0
 
 
-def block(self, *arguments):
-    if self.attention.layer == 1 and int(os.environ["PMI_RANK"]) == rank:
-        if fault == "error":
-            raise NumericsError("a key is beyond float16")
-        if fault == "bug":
-            raise ZeroDivisionError("two\nlines")
-        if fault == "memory":
-            raise MemoryError
-        if fault == "interrupted":
-            signal.raise_signal(signal.SIGINT)
-        if fault == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-    return usual(self, *arguments)
+def with_fault(gather):
+    def faulty(self, *arguments):
+        global gathers
+        gathers += 1
+        if gathers == FIFTH and self.rank == rank:
+            fail()
+        return gather(self, *arguments)
+
+    return faulty
 
 
-CutBlock.__call__ = block
+def fail():
+    if fault == "error":
+        raise NumericsError("a key is beyond float16")
+    if fault == "bug":
+        raise ZeroDivisionError("two\nlines")
+    if fault == "memory":
+        raise MemoryError
+    if fault == "interrupted":
+        signal.raise_signal(signal.SIGINT)
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Ranks.gather, Ranks.gather_in_place = map(with_fault, (Ranks.gather, Ranks.gather_in_place))
 llama = nl.load(path, threads=1)
 if fault == "script":
     raise KeyError("of the script")

@@ -12,14 +12,16 @@ from numpy_llama.parallel.load import Order, load_part
 class Rank:
     """A rank that meets the others in memory, with the methods of parallel/ranks.py that a model calls."""
 
-    local = 1
-
     def __init__(self, rank, parts, meeting):
         self.rank, self.size, self.where = rank, len(parts), f"thread {rank}"
+        self.local = self.size
         self.parts, self.meeting, self.sent = parts, meeting, 0
 
     def inside(self):
         return True
+
+    def check_inside(self):
+        """All ranks run the same steps."""
 
     def everywhere(self, step):
         return step()

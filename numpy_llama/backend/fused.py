@@ -6,6 +6,7 @@ A pass with much work is several calls, so that Ctrl-C waits less than 250 ms.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from operator import is_
 from typing import Any
@@ -117,8 +118,9 @@ def run(blocks: list[FusedBlock], x: Array, start_pos: int, freqs_cis: Array, ca
         first_of_each = [at for one, at in zip(caches, starts, strict=True) for _ in range(one.batch)]
         dropped = [one.dropped[first] for one in caches for _ in range(one.batch)]
         weights = [block.weights for block in blocks]
-        cut = blocks[0].cut
-        y = blocks[0].kernels.layers(weights, x, first_of_each, freqs_cis, keys, values, dropped, cut)
+        cut, kernels = blocks[0].cut, blocks[0].kernels
+        compute = kernels.layers if cut is None else partial(cut.layers, kernels)
+        y = compute(weights, x, first_of_each, freqs_cis, keys, values, dropped)
         if y is not None:
             for one, at in zip(caches, starts, strict=True):
                 one.filled[at_layers] = [at + T] * len(blocks)

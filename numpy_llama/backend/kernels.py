@@ -14,7 +14,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -329,6 +330,19 @@ class FusedWeights(InPlace):
         return work
 
 
+Pieces = Generator[Callable[[], None], None, Array | None]  # it yields gathers, and returns y
+
+
+def finished(pieces: Pieces) -> Array | None:
+    """All pieces, one after another, and the gathers between them."""
+    while True:
+        try:
+            next(pieces)()
+        except StopIteration as end:
+            result: Array | None = end.value
+            return result
+
+
 class Cut(InPlace):
     """How layers are cut for several ranks: the struct nl_cut, and the memory that the ranks exchange.
 
@@ -368,6 +382,11 @@ class Cut(InPlace):
         """The gather behind a step."""
         bytes_of_32 = lib.nl_part_bytes(w.struct, self.struct, tokens, step, QK)
         self.gather(self.memory, [width * bytes_of_32 // QK for width in self.widths[step]])
+
+    def layers(self, kernels: "Kernels", *arguments: Any) -> Array | None:
+        """`Kernels.layers` on all ranks."""
+        pieces: Callable[..., Pieces] = kernels.pieces
+        return finished(pieces(*arguments, cut=self))
 
     def gathered(self, y: Array) -> Array:
         """y, whose parts the ranks have gathered behind the last step."""
@@ -502,7 +521,6 @@ class Kernels(InPlace):
         keys: Sequence[Array],
         values: Sequence[Array],
         dropped: Sequence[int] = (),
-        cut: Cut | None = None,
     ) -> Array | None:
         """TransformerBlocks, one after another: x (B, T, D) -> (B, T, D). They have the same sizes.
 
@@ -510,8 +528,23 @@ class Kernels(InPlace):
         for T more positions. It begins behind dropped[b] positions, by default none, which no token sees. It
         is (layers, K, max_seq_len, Dh) float32 or float16, or (layers, K, max_seq_len, bytes of a head) in
         Q8_0. The result is None if float16 cannot hold a new key or value, or its scale.
+        """
+        return finished(self.pieces(weights, x, starts, freqs_cis, keys, values, dropped))
 
-        With a cut these weights and caches are those of one rank, and all ranks call this together.
+    def pieces(
+        self,
+        weights: Sequence[FusedWeights],
+        x: Array,
+        starts: Sequence[int],
+        freqs_cis: Array,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        dropped: Sequence[int] = (),
+        cut: Cut | None = None,
+    ) -> Pieces:
+        """`layers`, piece by piece. With a cut these weights and caches are those of one rank.
+
+        All ranks call this together. Between two pieces they make the gather that is yielded.
         """
         x, freqs_cis = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(freqs_cis, np.complex64)
         y, (B, T, _), w = np.empty_like(x), x.shape, weights[0]
@@ -575,7 +608,7 @@ class Kernels(InPlace):
                     _check(status, *(format for one in weights for format in one.formats))
             if cut is not None:
                 layer, step = divmod(last - 1, lib.NL_STEPS)
-                cut.exchange(weights[layer], B * T, step)
+                yield partial(cut.exchange, weights[layer], B * T, step)
         self._scratch.append(scratch)
         return y if cut is None else cut.gathered(y)
 

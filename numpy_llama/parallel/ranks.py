@@ -29,6 +29,7 @@ COMMAND = 1  # the tag of messages with a command
 # A rank without a command stays awake for a moment, because the next token follows soon. Then it naps, longer
 # each time. Napping takes no CPU, and a command waits for a nap at most.
 AWAKE, SHORTEST_NAP, LONGEST_NAP = 0.01, 0.0005, 0.02
+GATHER_NAP = 0.00005  # at 10 Gbit/s 60 KB arrive meanwhile, which the system keeps
 LAST_NAP, LONGEST_WAIT = 0.5, 2.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -129,7 +130,6 @@ class Ranks:
 
     def stop_if_asked(self) -> None:
         """On every rank: Stopped if a signal has come to rank 0."""
-        self._check_inside()
         came = bytearray([len(self._signals) > 0])
         self.comm.Bcast([came, self.mpi.BYTE])
         if came[0]:
@@ -167,6 +167,7 @@ class Ranks:
 
     def gather(self, part: Array, widths: Sequence[int]) -> Array:
         """The parts of all ranks side by side: (..., widths[rank]) -> (..., sum(widths)), on every rank."""
+        self.check_inside()
         if part.ndim < 3 or part.shape[:2] != (1, 1):  # a token by itself is soon done
             self.stop_if_asked()
         return self._gather(part, widths, self.comm.Allgatherv)
@@ -177,10 +178,16 @@ class Ranks:
 
     def gather_in_place(self, memory: Array, nbytes: Sequence[int]) -> None:
         """The bytes of all ranks, one behind the other: each has its own in place, and gets the others."""
-        self._check_inside()
         self.comm.Allgatherv(self.mpi.IN_PLACE, [memory, nbytes, self.mpi.BYTE])
 
-    def _check_inside(self) -> None:
+    def gather_napping(self, memory: Array, nbytes: Sequence[int]) -> None:
+        """`gather_in_place`, by a thread that leaves its CPU to others while it waits."""
+        request = self.comm.Iallgatherv(self.mpi.IN_PLACE, [memory, nbytes, self.mpi.BYTE])
+        while not request.Test():
+            time.sleep(GATHER_NAP)
+
+    def check_inside(self) -> None:
+        """UnsupportedError if the other ranks do not run the same command."""
         if not self.inside():
             raise UnsupportedError(
                 "a part of a model on several ranks cannot be called by itself; call the model: "
@@ -188,7 +195,7 @@ class Ranks:
             )
 
     def _gather(self, part: Array, widths: Sequence[int], collect: Callable[..., None]) -> Array:
-        self._check_inside()
+        self.check_inside()
         outer, total = part.shape[:-1], sum(widths)
         rows = part.size // max(part.shape[-1], 1) if part.shape[-1] else int(np.prod(outer))
         part, gathered = np.ascontiguousarray(part), np.empty(rows * total, part.dtype)

@@ -618,15 +618,15 @@ def on_ranks(args: ModelArgs, weights, shares, how, x, lengths, dtype) -> list[t
             }
             model = Transformer(local, packed, chosen.linear, chosen.attention)
             heads = [n * args.head_dim for n in widths(plan.heads)]
-            gather = partial(together.gather, rank)
-            cut = Cut(rank, heads, widths(plan.dim), widths(plan.hidden_dim), gather)
+            three = heads, widths(plan.dim), widths(plan.hidden_dim)
+            cut = Cut(rank, *three, partial(together.gather, rank))
             layers = [fused_weights(layer, chosen) for layer in model.layers]
             cache, at, parts = KVCache(local, 1, CONTEXT, dtype), 0, []
             for T in lengths:
                 kv = [cache.k[:, 0], cache.v[:, 0]]
                 chunk = x[:, at : at + T]
                 parts.append(
-                    chosen.layers(layers, chunk, [at], angles[at : at + T], *([one] for one in kv), cut=cut)
+                    cut.layers(chosen, layers, chunk, [at], angles[at : at + T], *([one] for one in kv))
                 )
                 at += T
             done[rank] = np.concatenate(parts, axis=1), cache

@@ -1,6 +1,6 @@
 """Compute passes of each model of a folder, alone or on ranks, and write all logits.
 
-    python passes.py FOLDER OUT [SHARES]
+    python passes.py FOLDER OUT [SHARES [overlapping]]
 
 OUT is a file of NumPy, with an array for each model and its options. The bits of BLAS depend on the size of a
 matrix, so the NumPy backend computes one model only.
@@ -16,6 +16,7 @@ import numpy as np
 
 import numpy_llama as nl
 from numpy_llama.generation.batch import BatchCache, hidden_states
+from numpy_llama.parallel import fused
 
 OPTIONS = {
     "default": {},
@@ -32,13 +33,14 @@ def passes(model) -> list[np.ndarray]:
     ends = [0, 17, *range(30, 37)]
     found = [model(tokens[:, a:b], a, cache) for a, b in pairwise(ends)]
     found.append(model(tokens[:, 5:9]))  # with a cache of its own
+    found.append(model(tokens))
     filled, args = model.new_cache(1, 16), model.args
     for layer in range(args.n_layers):  # as `bench -d` fills it
         kv = rng.standard_normal((2, 1, 5, args.n_kv_heads, args.head_dim), dtype=np.float32)
         filled.update(layer, 0, *kv)
     found.append(model(tokens[:, :3], 5, filled))
     batch = model.new_cache(3, 32)
-    found += [model(rng.integers(V, size=(3, n)), at, batch) for n, at in [(6, 0), (1, 6), (2, 7)]]
+    found += [model(rng.integers(V, size=(3, n)), at, batch) for n, at in [(6, 0), (1, 6), (2, 7), (22, 9)]]
     caches = [copy.deepcopy(cache), cache, model.new_cache(1, 8)]
     starts = np.array([36, 20, 0])
     for _ in range(2):
@@ -48,8 +50,10 @@ def passes(model) -> list[np.ndarray]:
     return found
 
 
-def main(folder: str, out: str, shares: str = "") -> None:
+def main(folder: str, out: str, shares: str = "", overlapping: str = "") -> None:
     options = {"shares": json.loads(shares)} if shares else {}
+    if overlapping:  # as on several machines, and for short prompts too
+        fused.cut_for, fused.OverlappingCut.LEAST = fused.OverlappingCut, 20
     found = {}
     for path in sorted(Path(folder).iterdir()):
         for name, others in {

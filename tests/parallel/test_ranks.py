@@ -67,9 +67,9 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def computed(models: Path, out: Path, ranks: int, shares: str = "") -> dict[str, np.ndarray]:
+def computed(models: Path, out: Path, ranks: int, *options: str) -> dict[str, np.ndarray]:
     """The logits of passes.py. No ranks: of one process."""
-    arguments = sys.executable, PASSES, str(models), str(out), *([shares] if shares else [])
+    arguments = sys.executable, PASSES, str(models), str(out), *options
     done = on_ranks(ranks, *arguments) if ranks else alone(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), done.stderr.decode()
     with np.load(out) as found:
@@ -82,12 +82,15 @@ def wanted(models, tmp_path_factory) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "ranks, shares",
-    [(1, ""), (2, ""), (3, ""), (4, ""), (2, "[3, 1]"), (4, "[1, 2, 3, 9]")],
+    "ranks, options",
+    [
+        *((1, ""), (2, ""), (3, ""), (4, ""), (2, "[3,1]"), (4, "[1,2,3,9]")),
+        *((2, "[1,1] overlapping"), (3, "[2,1,1] overlapping")),
+    ],
 )
-def test_ranks_have_the_bits_of_one_process(ranks, shares, models, wanted, tmp_path):
+def test_ranks_have_the_bits_of_one_process(ranks, options, models, wanted, tmp_path):
     """NumPy's BLAS sums in an order that depends on the size of a matrix: there the logits are near."""
-    got = computed(models, tmp_path / "logits.npz", ranks, shares)
+    got = computed(models, tmp_path / "logits.npz", ranks, *options.split())
     assert got.keys() == wanted.keys() and len(got) > 70
     for name, logits in wanted.items():
         assert np.isfinite(logits).all() and logits.std() > 0.01, name

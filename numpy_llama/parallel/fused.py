@@ -58,7 +58,7 @@ class OverlappingCut(RanksCut):
     LEAST = 64  # tokens: with fewer, the latency counts, which two halves have twice
 
     def __init__(self, plan: Plan, ranks: Ranks):
-        super().__init__(plan, ranks, ranks.gather_in_place)
+        super().__init__(plan, ranks, ranks.gather_at_once)
         self.halves = [RanksCut(plan, ranks, ranks.gather_napping) for _ in range(2)]
 
     def layers(

@@ -311,8 +311,10 @@ class FusedWeights(InPlace):
         self.struct.columns = [
             ffi.NULL if order is None else ffi.from_buffer("int64_t[]", order) for order in columns
         ]
+        # Layers of one call have these in common, because they share the scratch of the first.
+        sorts = any(order is not None for order in columns)
+        self.sizes = D, F, H_Dh, K_Dh, head_dim, max(ranks), sorts, window
         # Multiply-adds of a step for each token; of NL_ATTENTION for each position that a token sees.
-        self.sizes = D, F, H_Dh, K_Dh, head_dim, max(ranks), window
         work = [sum(w.shape) * r + w.shape[0] * w.shape[1] for w, r in zip(weights, ranks, strict=True)]
         work_of_step = {
             lib.NL_QKV: sum(work[:3]),

@@ -115,6 +115,27 @@ def test_a_fused_block_is_its_parts(name, exact, tmp_path, rng):
             np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("plain", [0, 1])
+def test_a_layer_that_sorts_and_one_that_does_not_keep_apart(plain, exact, tmp_path, rng):
+    """One layer is in float, as GPTQModel's `dynamic` can leave it. The other needs memory to sort x."""
+    write_folder(tmp_path, ARGS, VARIANTS["GPTQ act-order, one order"])
+    opened = open_checkpoint(tmp_path)
+    weights = opened.weights() | {
+        name: StoredTensor.quantize(w.dequantize(), "F32")
+        for name, w in opened.weights().items()
+        if name.startswith(f"layers.{plain}.") and len(w.shape) == 2
+    }
+    model = build(opened.args, weights, threads=2, exact=exact)
+    for T in (1, 3, 20):
+        wanted = x = rng.standard_normal((1, T, ARGS.dim)).astype(np.float32)
+        found, cache = model.run_layers(x, 0, model.freqs_cis[:T], model.new_cache()), model.new_cache()
+        for block in model.layers:
+            assert type(block) is FusedBlock
+            wanted = TransformerBlock.__call__(block, wanted, 0, model.freqs_cis[:T], cache)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("T", [2, 40])
 def test_gradients_pass_through_sorted_columns(T, tmp_path, rng):
     write_folder(tmp_path, ARGS, VARIANTS["GPTQ act-order"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.generations import GENERATIONS as EACH_GENERATION
 from helpers.generations import with_tokenizer, write_source
 from helpers.gguf_writer import byte_vocabulary, write_llama
 from helpers.kernels import bits, real_weight
@@ -46,7 +47,7 @@ def in_format(rng, args, format) -> dict[str, StoredTensor]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A folder of models: each format, packed rows, windows, a folder of Hugging Face, heads of odd sizes."""
+    """A folder of models: each format and generation, packed rows, windows, heads of odd sizes."""
     folder, rng = tmp_path_factory.mktemp("models"), np.random.default_rng(0)
     source = open_checkpoint(write_tiny(tmp_path_factory.mktemp("source") / "wide.gguf", "F32", args=WIDE))
     for name, format in FORMATS.items():
@@ -61,9 +62,11 @@ def models(tmp_path_factory) -> Path:
     (folder / "act-order").mkdir()
     write_folder(folder / "act-order", WIDE, VARIANTS["GPTQ act-order"])
     with_tokenizer(folder / "act-order")
-    for kind in ("HF, safetensors, BF16", "Meta, 4 files, F32"):
-        (folder / kind).mkdir()
-        write_source("Llama 3", kind, folder / kind)
+    (folder / "Meta, 4 files").mkdir()
+    write_source("Llama 3", "Meta, 4 files, F32", folder / "Meta, 4 files")
+    for name in EACH_GENERATION:
+        (folder / name).mkdir()
+        write_source(name, "HF, safetensors, BF16", folder / name)
     return folder
 
 

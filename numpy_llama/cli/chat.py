@@ -1,7 +1,8 @@
 """Talk with a model.
 
 Without QUESTION, a conversation begins on the terminal: Ctrl-C stops an answer, and Ctrl-D ends the
-conversation. With QUESTION, or with a question on standard input, the command prints one answer.
+conversation. With QUESTION, or with a question on standard input, the command prints one answer. Under
+mpiexec each line of standard input is a question of one conversation.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import contextlib
 import sys
 from typing import Any
 
+from .. import parallel
 from ..checkpoint.huggingface import template_file
 from ..errors import ContextOverflowError, ParameterError, TextError
 from ..llama import Llama
@@ -47,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
     options = common.generation_options(args)
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     question = None if args.question is None else common.without_mark(args.question, "the question")
-    if question is None and not sys.stdin.isatty():
+    # mpiexec gives rank 0 a pipe even on a terminal, so there a pipe may have somebody at its other end.
+    talks = sys.stdin.isatty() or (parallel.ranks() is not None and not args.json)
+    if question is None and not talks:
         question = common.read_stdin()
     if question is None:
         if args.json:
@@ -77,11 +81,9 @@ def converse(llama: Llama, messages: list[dict[str, str]], options: dict[str, An
     print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
     while True:
         try:
-            if not sys.stdout.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)
-            question = check_text(input("> " if sys.stdout.isatty() else ""))
+            question = check_text(ask())
         except EOFError:
-            print()
+            print(file=sys.stdout if sys.stdout.isatty() else sys.stderr)
             return
         except (TextError, UnicodeDecodeError):
             common.note("that is not UTF-8 text; try again")
@@ -103,3 +105,18 @@ def converse(llama: Llama, messages: list[dict[str, str]], options: dict[str, An
         except ContextOverflowError as error:
             raise ContextOverflowError(f"{error}; begin a new conversation") from None
         messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def ask() -> str:
+    """The next line of standard input, without its end, after a mark that is not part of the answers."""
+    typed = sys.stdin.isatty()
+    if typed and sys.stdout.isatty():
+        return input("> ")
+    if not typed:
+        parallel.await_reader(1)  # mpiexec could show the mark before the end of the answer
+    print("> ", end="", file=sys.stderr, flush=True)
+    if typed:
+        return input()
+    if not (line := sys.stdin.buffer.readline()):  # sys.stdin would decode more than a line at once
+        raise EOFError
+    return line.decode().removesuffix("\n").removesuffix("\r")

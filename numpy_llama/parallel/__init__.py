@@ -16,6 +16,7 @@ Here every weight is cut by rows, so each output is one sum on one rank. The act
 
 from .load import load as load
 from .load import own_part as own_part
+from .ranks import await_reader as await_reader
 from .ranks import launched as launched
 from .serve import ends_with as ends_with
 from .serve import ranks as ranks

@@ -36,7 +36,7 @@ def _run(command, environment, options) -> subprocess.CompletedProcess:
     """Run it to its end, which none of its processes outlives."""
     mark = f"{MARK}={uuid.uuid4()}"
     environment = os.environ | environment | options.pop("env", {}) | dict([mark.split("=")])
-    options = {"stdin": subprocess.DEVNULL} | options
+    options = options if "input" in options else {"stdin": subprocess.DEVNULL} | options
     done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, env=environment, **options)
     until = time.monotonic() + TIMEOUT
     while left := processes(mark):

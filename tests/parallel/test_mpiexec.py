@@ -1,6 +1,7 @@
 """Programs under mpiexec as a user meets them: the text of one process, and faults that end all ranks."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import PROGRAM, assert_refused, run
-from helpers.ranks import MPIEXEC, TOGETHER, alone, on_each, on_ranks
+from helpers.ranks import MPIEXEC, TIMEOUT, TOGETHER, alone, on_each, on_ranks
 from helpers.tiny_models import SPEAKER, write_speaker
+
+import numpy_llama as nl
 
 HERE = Path(__file__).parent
 FAULTS, REFUSALS = str(HERE / "with_a_fault.py"), str(HERE / "refusals.py")
@@ -32,6 +35,39 @@ def test_the_text_is_that_of_one_process(ranks, smollm2_path):
         wanted = run(*arguments)
         done = on_ranks(ranks, PROGRAM, *arguments)
         assert (done.returncode, done.stdout, done.stderr) == (0, wanted.stdout, b"")
+
+
+def test_each_line_of_a_pipe_is_a_turn_of_a_conversation(smollm2_path):
+    """mpiexec gives no terminal. What is no text is one line only, and the marks are not in the answers."""
+    llama, messages, answers = nl.load(smollm2_path, threads=1), [], b""
+    for question in ("Name the capital of France.", "And of Italy?", "And of Spain?"):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": llama.chat(messages, max_tokens=20).text})
+        answers += messages[-1]["content"].encode() + b"\n"
+    typed = b"Name the capital of France.\nAnd of Italy?\r\n\xff\n\nAnd of Spain?"
+    command = PROGRAM, "chat", "-m", str(smollm2_path), "-t", "1", "-n", "20"
+    done = on_ranks(2, *command, input=typed)
+    assert (done.returncode, done.stdout) == (0, answers)
+    assert done.stderr.count(b"> ") == 6 and b"that is not UTF-8 text; try again\n" in done.stderr
+    done = on_ranks(2, *command, "--json", input=b"Name the capital\nof France.\n")
+    assert done.stdout.count(b"{") == 2 and done.stderr == b""  # one question
+
+
+def test_ctrl_c_stops_an_answer(smollm2_path):
+    """A terminal sends it to all. MPICH's mpiexec passes the first one on, and writes two lines."""
+    command = PROGRAM, "chat", "-m", str(smollm2_path), "-t", "1", "-n", "400"
+    started = subprocess.Popen(
+        [MPIEXEC, "-n", "2", *command], env=os.environ | TOGETHER, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    started.stdin.write(b"Write a very long story about a dragon.\n")
+    started.stdin.flush()
+    answers = select.select([started.stdout], [], [], TIMEOUT)[0]
+    os.killpg(started.pid, signal.SIGINT if answers else signal.SIGKILL)
+    assert answers, "there was no answer before the end of standard input"
+    out, err = started.communicate(b"Name the capital of France.\n", timeout=TIMEOUT)
+    assert started.returncode == 0 and err.count(b"> ") == 3
+    assert len(nl.load(smollm2_path).tokenizer.encode(out.decode())) < 300
 
 
 def test_commands_of_a_loaded_model(path, tmp_path):

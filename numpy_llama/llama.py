@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from . import checkpoint, parallel
 from .backend import Progress, build, check_options
-from .checkpoint.adapters import read_adapters
+from .checkpoint.adapters import locate_adapters, read_adapters
 from .checkpoint.download import DEFAULT_MODEL, checked_progress, locate
 from .checkpoint.memory import available_memory, gib, memory_plan
 from .config import LIMITS, ModelArgs
@@ -27,7 +27,6 @@ from .errors import (
     ParameterError,
     ResourceLimitError,
     TemplateError,
-    UnsupportedError,
     check_callable,
     check_has,
     check_iterable,
@@ -330,21 +329,18 @@ def load(
     progress, ranks = checked_progress(progress), parallel.ranks()
     if ranks is None and shares is not None:
         raise ParameterError("shares are for a model on several ranks: start with mpiexec")
-    if ranks is not None and adapter is not None:
-        raise UnsupportedError("adapters do not run on several ranks yet: merge them into a model first")
     opened = checkpoint.open_checkpoint(locate(model, progress))
     args, weights = opened.args, opened.weights()
     if max_seq_len is not None:
         args = with_context(args, max_seq_len, opened.path)
     if ranks is not None:
         tokenizer = opened.tokenizer()
-        how = dtype, backend, threads, exact, activation_bits, cache_dtype
+        located = locate_adapters(adapter, progress)
+        how = dtype, backend, threads, exact, activation_bits, cache_dtype, located
         transformer, room = parallel.load(ranks, opened, args, shares, how, progress)
         return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
     adapters = read_adapters(adapter, args, weights, progress)
-    plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype)
-    updates = [x for one in adapters for low in one.values() for x in (low.a, low.b)]
-    plan = replace(plan, made=plan.made + sum(x.nbytes for x in updates))
+    plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype).beside(adapters)
     available = available_memory(plan.mapped)
     plan.check(available, opened.path)
     tokenizer = opened.tokenizer()

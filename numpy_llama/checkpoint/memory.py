@@ -11,8 +11,8 @@ process during loading.
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..backend.formats import QK, PackedTensor, StoredTensor
 from ..backend.limits import groups, numbers
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
+from ..lora import LowRank
 from ..window import PREFILL_CHUNK, positions_stored
 from .convert import target_format
 
@@ -60,6 +61,11 @@ class MemoryPlan:
         """The number of positions that fit."""
         stored = (available - self.fixed) // self.kv_per_position
         return self.max_seq_len if stored >= self.stored_positions else max(0, stored)
+
+    def beside(self, adapters: Sequence[Mapping[str, LowRank]]) -> "MemoryPlan":
+        """The same model with the updates of these adapters."""
+        arrays = [x for adapter in adapters for update in adapter.values() for x in (update.a, update.b)]
+        return replace(self, made=self.made + sum(x.nbytes for x in arrays))
 
     def check(self, available: int, source: object) -> None:
         """ResourceLimitError if the model `source` does not fit. It names the numbers, and ways that fit."""

@@ -20,6 +20,7 @@ import numpy as np
 from ..backend.formats import PACKED_ROWS, PackedTensor, StoredTensor, unpack_rows
 from ..config import Array, ModelArgs
 from ..errors import ParameterError, UnsupportedError, escape
+from ..lora import LowRank
 
 UNIT = 2 * PACKED_ROWS
 Cuts = tuple[slice, ...]  # the part of each rank
@@ -69,13 +70,24 @@ class Plan:
 
     def weights(self, weights: Mapping[str, StoredTensor], rank: int) -> dict[str, StoredTensor]:
         """This rank's rows of every weight."""
+        return {
+            name: w if (rows := self.rows(name, rank)) is None else rows_of(w, rows)
+            for name, w in weights.items()
+        }
+
+    def updates(self, updates: Mapping[str, LowRank], rank: int) -> dict[str, LowRank]:
+        """The updates of this rank's rows: all of A, and those rows of B."""
+        return {
+            name: one if (rows := self.rows(name, rank)) is None else one._replace(b=one.b[rows].copy())
+            for name, one in updates.items()
+        }
+
+    def rows(self, name: str, rank: int) -> slice | None:
+        """The rows of a weight that this rank has; None: all of them."""
         q, kv = (_rows_of_heads(cuts[rank], self.args.head_dim) for cuts in (self.heads, self.kv_heads))
         rows = {"wq": q, "wk": kv, "wv": kv, "wo": self.dim[rank], "w_down": self.dim[rank]}
         rows |= {"w_gate": self.hidden_dim[rank], "w_up": self.hidden_dim[rank], "output": self.vocab[rank]}
-        names = {name: name.removesuffix(".weight").rpartition(".")[2] for name in weights}
-        return {
-            name: rows_of(w, rows[names[name]]) if names[name] in rows else w for name, w in weights.items()
-        }
+        return rows.get(name.removesuffix(".weight").rpartition(".")[2])
 
 
 def _heads(args: ModelArgs, shares: Sequence[float]) -> tuple[Cuts, Cuts]:

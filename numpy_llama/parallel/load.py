@@ -14,11 +14,13 @@ from .. import __version__
 from ..backend import Progress, build
 from ..backend.formats import StoredTensor
 from ..checkpoint import open_checkpoint
+from ..checkpoint.adapters import Adapter, open_adapter, updates_of
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import MappedFile
 from ..checkpoint.memory import available_memory, memory_plan
 from ..config import ModelArgs
 from ..errors import MismatchError, NumpyLlamaError
+from ..lora import LowRank
 from ..model import Transformer
 from .cut import Plan, checked_shares
 from .model import ParallelTransformer, part_of
@@ -41,6 +43,7 @@ class Order:
     exact: bool
     activation_bits: int
     cache_dtype: str | None
+    adapters: Sequence[tuple[Path, float]] = ()  # and their factors
 
 
 def load(
@@ -85,27 +88,34 @@ def load_part(
     cuts = Plan.of(order.args, order.shares)
     local = cuts.local_args(ranks.rank)
     files = ranks.everywhere(lambda: open_checkpoint(order.path) if opened is None else opened)
-    check_alike(ranks, ranks.everywhere(lambda: facts(files, order.backend)))
+    adapters = ranks.everywhere(lambda: [open_adapter(path) for path, _ in order.adapters])
+    check_alike(ranks, ranks.everywhere(lambda: facts(files, order.backend, adapters)))
 
-    def fit() -> tuple[dict[str, StoredTensor], int]:
-        weights = cuts.weights(files.weights(), ranks.rank)
+    def fit() -> tuple[dict[str, StoredTensor], list[dict[str, LowRank]], int]:
+        whole = files.weights()
+        updates = [
+            cuts.updates(updates_of(adapter, factor, order.args, whole), ranks.rank)
+            for adapter, (_, factor) in zip(adapters, order.adapters, strict=True)
+        ]
+        weights = cuts.weights(whole, ranks.rank)
         plan = memory_plan(local, weights, order.backend, order.dtype, order.exact, order.cache_dtype)
+        plan = plan.beside(updates)
         available = available_memory(plan.mapped) // ranks.local
         plan.check(available, files.path)
-        return weights, plan.context_within(available)
+        return weights, updates, plan.context_within(available)
 
     def make() -> Transformer:
         files.watch()
         threads = ranks.threads() if order.threads is None else order.threads
-        how = order.exact, order.activation_bits, order.cache_dtype
+        how = order.exact, order.activation_bits, order.cache_dtype, updates
         cut = partial(part_of, plan=cuts, ranks=ranks)
         return build(local, weights, order.dtype, order.backend, threads, progress, *how, part_of=cut)
 
-    weights, room = ranks.everywhere(fit)
+    weights, updates, room = ranks.everywhere(fit)
     return ranks.everywhere(make), min(ranks.exchange(room))
 
 
-def facts(opened: Checkpoint, backend: str) -> dict[str, str]:
+def facts(opened: Checkpoint, backend: str, adapters: Sequence[Adapter] = ()) -> dict[str, str]:
     """What every rank must have alike: the bits depend on it."""
     found = {"numpy_llama": f"version {__version__}", "ModelArgs": repr(opened.args)}
     if backend == "numpy":
@@ -114,7 +124,12 @@ def facts(opened: Checkpoint, backend: str) -> dict[str, str]:
         from ..backend import kernels
 
         found["the instruction set"] = kernels.isa()
-    return found | {file.path.name: f"a file of {file.size} bytes, {sample(file)}" for file in opened.files}
+    files = {file.path.name: file for file in opened.files}
+    files |= {str(adapter.file.path): adapter.file.file for adapter in adapters}
+    for adapter in adapters:  # PEFT has the scales in another file
+        pairs = hashlib.sha256(repr(sorted(adapter.pairs.items())).encode()).hexdigest()
+        found[f"the updates of {adapter.path}"] = f"{len(adapter.pairs)} weights, scales {pairs[:16]}"
+    return found | {name: f"a file of {file.size} bytes, {sample(file)}" for name, file in files.items()}
 
 
 def sample(file: MappedFile) -> str:

@@ -75,10 +75,10 @@ class CutOutput(Linear):
 
     def __init__(self, output: Linear, plan: Plan, ranks: Ranks):
         super().__init__(output.weight, output.linear)
-        self.ranks, self.widths = ranks, widths(plan.vocab)
+        self.part, self.ranks, self.widths = output, ranks, widths(plan.vocab)
 
     def __call__(self, x: Array) -> Array:
-        return self.ranks.gather_on_first(super().__call__(x), self.widths)
+        return self.ranks.gather_on_first(self.part(x), self.widths)
 
 
 class SharedCache(KVCache):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
+from numpy_llama.config import ModelArgs
 from numpy_llama.lora import LowRank
 from numpy_llama.proof.tiny import TINY_BLOCKS
 
@@ -19,15 +20,17 @@ def base(tied: bool = False) -> dict[str, np.ndarray]:
     return float_weights(ARGS, seed=3, tied=tied)
 
 
-def random_updates(seed: int, names: dict[str, int], scale: float = 0.5) -> dict[str, LowRank]:
+def random_updates(
+    seed: int, names: dict[str, int], scale: float = 0.5, args: ModelArgs = ARGS
+) -> dict[str, LowRank]:
     """Updates of these weights with these ranks; each has another scale."""
     rng, found = np.random.default_rng(seed), {}
     for i, (name, r) in enumerate(names.items()):
-        OUT, IN = expected_shape(name, ARGS)
+        OUT, IN = expected_shape(name, args)
         a, b = rng.normal(size=(r, IN), scale=IN**-0.5), rng.normal(size=(OUT, r), scale=r**-0.5)
         found[name] = LowRank(a.astype(np.float32), b.astype(np.float32), scale * (1 + i))
     return found
 
 
-def every_matrix(r: int) -> dict[str, int]:
-    return {name: r for name in tensor_names(ARGS, "ours") if "norm" not in name}
+def every_matrix(r: int, args: ModelArgs = ARGS) -> dict[str, int]:
+    return {name: r for name in tensor_names(args, "ours") if "norm" not in name}

@@ -1,9 +1,9 @@
 """Compute passes of each model of a folder, alone or on ranks, and write all logits.
 
-    python passes.py FOLDER OUT [SHARES [overlapping]]
+    python passes.py FOLDER OUT [OPTIONS]
 
-OUT is a file of NumPy, with an array for each model and its options. The bits of BLAS depend on the size of a
-matrix, so the NumPy backend computes one model only.
+OPTIONS are further ones of nl.load, in JSON. OUT is a file of NumPy, with an array for each model. The bits
+of BLAS depend on the size of a matrix, so the NumPy backend computes one model only.
 """
 
 import copy
@@ -50,17 +50,16 @@ def passes(model) -> list[np.ndarray]:
     return found
 
 
-def main(folder: str, out: str, shares: str = "", overlapping: str = "") -> None:
-    options = {"shares": json.loads(shares)} if shares else {}
-    if overlapping:  # as on several machines, and for short prompts too
+def main(folder: str, out: str, options: str = "{}") -> None:
+    given, found = json.loads(options), {}
+    if given.pop("overlapping", False):  # as on several machines, and for short prompts too
         fused.cut_for, fused.OverlappingCut.LEAST = fused.OverlappingCut, 20
-    found = {}
     for path in sorted(Path(folder).iterdir()):
         for name, others in {
             **OPTIONS,
             **(NUMPY if path.name in ("F32.gguf", "window.gguf") else {}),
         }.items():
-            logits = passes(nl.load(path, threads=1, **others, **options).model)
+            logits = passes(nl.load(path, threads=1, **others, **given).model)
             found[f"{path.name}, {name}"] = np.concatenate([one.reshape(-1) for one in logits])
     np.savez(out, **found)
 

@@ -13,7 +13,7 @@ import pytest
 
 import numpy_llama as nl
 from numpy_llama.cache import KVCache
-from numpy_llama.errors import ContextOverflowError, ParameterError, UnsupportedError
+from numpy_llama.errors import ContextOverflowError, FormatError, ParameterError, UnsupportedError
 from numpy_llama.generation.batch import BatchCache, hidden_states
 from numpy_llama.inspect.bench import Task, filled_cache
 
@@ -57,8 +57,6 @@ for owner, name in [
     unharmed()
 with refused(UnsupportedError, "a part of a model on several ranks cannot be called by itself"):
     model.output(np.zeros((1, model.args.dim), np.float32))
-with refused(UnsupportedError, "adapters do not run on several ranks yet"):
-    nl.load(sys.argv[1], adapter="some")
 with refused(UnsupportedError, "in each process"):
     pickle.dumps(model)
 assert copy.deepcopy(model) is model
@@ -77,6 +75,8 @@ for error, words, call in [
     (ParameterError, "the last axis|its last axis", lambda: model.logits(np.zeros((1, 3), np.float32))),
     (ParameterError, "max_seq_len is 65", lambda: model.new_cache(1, 65)),
     (ParameterError, "shares are", lambda: nl.load(sys.argv[1], shares=[1])),
+    (ParameterError, "adapter is 3, it must", lambda: nl.load(sys.argv[1], adapter=3)),
+    (FormatError, "some is not there", lambda: nl.load(sys.argv[1], adapter="some")),
     (ParameterError, "a gap", lambda: cache.update(0, 3, *np.zeros((2, 1, 1, 2, 16), np.float32))),
 ]:
     with refused(error, words):

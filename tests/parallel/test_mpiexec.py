@@ -12,8 +12,10 @@ import pytest
 from helpers.command_line import PROGRAM, assert_refused, run
 from helpers.ranks import MPIEXEC, TIMEOUT, TOGETHER, alone, on_each, on_ranks
 from helpers.tiny_models import SPEAKER, write_speaker
+from helpers.updates import random_updates
 
 import numpy_llama as nl
+from numpy_llama.checkpoint.adapters import write_peft
 
 HERE = Path(__file__).parent
 FAULTS, REFUSALS = str(HERE / "with_a_fault.py"), str(HERE / "refusals.py")
@@ -116,7 +118,7 @@ def test_commands_of_one_process_are_refused(command, path):
     (5, [], 1, "5 ranks, but the model has 4 query heads"),
     (3, ["--shares", "1,2"], 2, "shares are [1.0, 2.0], they must be 3 numbers above 0"),
     (2, ["--shares", "1,x"], 2, "'1,x' is not a list of numbers above 0, such as 3,1"),
-    (2, ["--adapter", "x"], 1, "adapters do not run on several ranks yet"),
+    (2, ["--adapter", "x"], 1, "x is not there"),
     (2, ["--nothing"], 2, "unrecognized arguments: --nothing"),
 ])  # fmt: skip
 def test_impossible_options_are_one_line(ranks, options, code, words, path):
@@ -181,6 +183,25 @@ def test_ranks_that_differ_are_refused(path, tmp_path):
     assert_refused(on_each(same, smaller), 1, "ModelArgs is ModelArgs(dim=64, n_layers=1")
     isa = ("-wdir", str(tmp_path / "same"), "-env", "NUMPY_LLAMA_ISA", "scalar", *program)
     assert_refused(on_each(same, isa), 1, f"the instruction set is scalar on {host}, rank 1")
+
+
+def test_adapters_that_differ_are_refused(path, tmp_path):
+    updates = random_updates(1, {"layers.0.attention.wq.weight": 2}, args=SPEAKER)
+    other_scale = {name: one._replace(scale=2.0) for name, one in updates.items()}
+    other_b = {name: one._replace(b=-one.b) for name, one in updates.items()}
+    for name, found in (("same", updates), ("scale", other_scale), ("numbers", other_b)):
+        (tmp_path / name / "lora").mkdir(parents=True)
+        write_peft(tmp_path / name / "lora", found, SPEAKER)
+    program = PROGRAM, "generate", "-m", str(path), "-n", "3", "hi", "--adapter", "lora"
+    same, scale, numbers = (
+        ("-wdir", str(tmp_path / name), *program) for name in ("same", "scale", "numbers")
+    )
+    text = alone(*program, cwd=tmp_path / "same").stdout
+    done = on_each(same, same)
+    assert (done.returncode, done.stdout, done.stderr) == (0, text, b"")
+    assert_refused(on_each(same, scale), 1, "the updates of lora is 1 weights, scales", "rank 1")
+    assert_refused(on_each(same, numbers), 1, "lora/adapter_model.safetensors is a file of", "rank 1")
+    assert_refused(on_each(same, ("-wdir", str(tmp_path), *program)), 1, "rank 1: lora is not there")
 
 
 def test_the_mpiexec_of_another_mpi_is_noticed(path):

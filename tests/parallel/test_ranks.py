@@ -1,5 +1,6 @@
 """A model on several ranks has the bits of one process: for each format, cut evenly or not."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from helpers.kernels import bits, real_weight
 from helpers.quantized import VARIANTS, write_folder
 from helpers.ranks import alone, on_ranks
 from helpers.tiny_models import float_weights, write_tiny
+from helpers.updates import every_matrix, random_updates
 
 from numpy_llama.backend.formats import FORMATS, StoredTensor
 from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.adapters import write_gguf, write_peft
 from numpy_llama.checkpoint.convert import convert
 from numpy_llama.proof.bounds import assert_near
 from numpy_llama.proof.tiny import GENERATIONS, TINY_BLOCKS
@@ -70,9 +73,9 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def computed(models: Path, out: Path, ranks: int, *options: str) -> dict[str, np.ndarray]:
+def computed(models: Path, out: Path, ranks: int, **options) -> dict[str, np.ndarray]:
     """The logits of passes.py. No ranks: of one process."""
-    arguments = sys.executable, PASSES, str(models), str(out), *options
+    arguments = sys.executable, PASSES, str(models), str(out), json.dumps(options)
     done = on_ranks(ranks, *arguments) if ranks else alone(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), done.stderr.decode()
     with np.load(out) as found:
@@ -87,13 +90,14 @@ def wanted(models, tmp_path_factory) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "ranks, options",
     [
-        *((1, ""), (2, ""), (3, ""), (4, ""), (2, "[3,1]"), (4, "[1,2,3,9]")),
-        *((2, "[1,1] overlapping"), (3, "[2,1,1] overlapping")),
+        *((n, {}) for n in (1, 2, 3, 4)),
+        *((2, {"shares": [3, 1]}), (4, {"shares": [1, 2, 3, 9]})),
+        *((2, {"overlapping": True}), (3, {"shares": [2, 1, 1], "overlapping": True})),
     ],
 )
 def test_ranks_have_the_bits_of_one_process(ranks, options, models, wanted, tmp_path):
     """NumPy's BLAS sums in an order that depends on the size of a matrix: there the logits are near."""
-    got = computed(models, tmp_path / "logits.npz", ranks, *options.split())
+    got = computed(models, tmp_path / "logits.npz", ranks, **options)
     assert got.keys() == wanted.keys() and len(got) > 70
     for name, logits in wanted.items():
         assert np.isfinite(logits).all() and logits.std() > 0.01, name
@@ -101,3 +105,37 @@ def test_ranks_have_the_bits_of_one_process(ranks, options, models, wanted, tmp_
             assert_near(got[name], logits, NEAR[name[-7:]])
         else:
             assert (bits(got[name]) == bits(logits)).all(), name
+
+
+# C adds an update within a fused block in another order than outside.
+WITHIN_A_BLOCK = 0.02
+
+
+@pytest.mark.parametrize("kind", ["fused", "not fused"])
+def test_adapters_on_ranks(kind, tmp_path):
+    """In every matrix: one in GGUF, half of one, one of PEFT. Four ranks share three key/value heads."""
+    args = WIDE if kind == "fused" else replace(GENERATIONS["llama3.2"], max_seq_len=64, vocab_size=256)
+    args, models = replace(args, rope_scaling=None), tmp_path / "models"
+    models.mkdir()
+    for name in ("F32", "Q4_0") if kind == "fused" else ("F32",):
+        write_llama(
+            models / f"{name}.gguf", args, float_weights(args), name, **byte_vocabulary(args.vocab_size)
+        )
+    updates = [random_updates(seed, every_matrix(r, args), args=args) for seed, r in ((1, 5), (2, 3))]
+    write_gguf(tmp_path / "lora.gguf", updates[0], args)
+    (tmp_path / "peft").mkdir()
+    write_peft(tmp_path / "peft", updates[1], args)
+    adapter = [str(tmp_path / "lora.gguf:0.5"), str(tmp_path / "peft")]
+    wanted = computed(models, tmp_path / "alone.npz", 0, adapter=adapter)
+    without = computed(models, tmp_path / "without.npz", 0)
+    for ranks, shares in (2, [3, 1]), (4, None):
+        got = computed(models, tmp_path / "logits.npz", ranks, shares=shares, adapter=adapter)
+        assert got.keys() == wanted.keys()
+        for name, logits in wanted.items():
+            assert np.abs(without[name] - logits).max() > 0.1 * np.abs(logits).max()
+            if name.endswith(("float32", "float64")):
+                assert_near(got[name], logits, 10 * NEAR[name[-7:]])  # updates are large
+            elif kind == "fused":
+                assert_near(got[name], logits, WITHIN_A_BLOCK)
+            else:
+                assert (bits(got[name]) == bits(logits)).all(), name

@@ -70,26 +70,35 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
 
 
+def locate_adapters(
+    given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None, progress: Progress
+) -> list[tuple[Path, float]]:
+    """The path and the factor of each adapter that was given. One of the Hub is fetched if it is missing."""
+    paths = [] if given is None else [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(paths, list | tuple) or not all(map(_is_path, paths)):
+        raise ParameterError(f"adapter is {escape(given, 60)}, it must be a path or a list of paths")
+    found = []
+    for path, factor in map(scaled, paths):
+        on_the_hub = (name := os.fspath(path)).startswith(hub.PREFIX)
+        found.append((hub.fetch(name, progress, "adapter") if on_the_hub else path, factor))
+    return found
+
+
+def updates_of(
+    adapter: Adapter, factor: float, args: ModelArgs, weights: Mapping[str, StoredTensor]
+) -> dict[str, LowRank]:
+    """An adapter's updates times a factor, for a model of these arguments and weights."""
+    adapter.check_copies(weights)
+    updates = adapter.low_ranks(args)
+    return {name: one._replace(scale=factor * one.scale) for name, one in updates.items()}
+
+
 def read_adapters(
     given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
     args: ModelArgs,
     weights: Mapping[str, StoredTensor],
     progress: Progress,
 ) -> list[dict[str, LowRank]]:
-    """The updates of each adapter that was given, for a model of these arguments and weights.
-
-    An adapter of the Hugging Face Hub is fetched if it is missing.
-    """
-    paths = [] if given is None else [given] if isinstance(given, str | os.PathLike) else given
-    if not isinstance(paths, list | tuple) or not all(map(_is_path, paths)):
-        raise ParameterError(f"adapter is {escape(given, 60)}, it must be a path or a list of paths")
-    found = []
-    for text in paths:
-        path, factor = scaled(text)
-        if (name := os.fspath(path)).startswith(hub.PREFIX):
-            path = hub.fetch(name, progress, "adapter")
-        adapter = open_adapter(path)
-        adapter.check_copies(weights)
-        updates = adapter.low_ranks(args)
-        found.append({name: one._replace(scale=factor * one.scale) for name, one in updates.items()})
-    return found
+    """The updates of each adapter that was given, for a model of these arguments and weights."""
+    located = locate_adapters(given, progress)
+    return [updates_of(open_adapter(path), factor, args, weights) for path, factor in located]

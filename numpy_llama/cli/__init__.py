@@ -40,7 +40,7 @@ VERBS = (
     *(generate, chat, info, tokenize, convert, merge, pull, bench, perplexity, verify, doctor),
     *(train, finetune, ops, trace, attention, lens),
 )
-IN_ONE_PROCESS = (train, finetune, verify, trace, attention, lens)
+IN_ONE_PROCESS = (train, finetune)
 
 
 class OneLineParser(argparse.ArgumentParser):

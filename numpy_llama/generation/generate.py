@@ -11,7 +11,7 @@ import numpy as np
 
 from ..cache import KVCache
 from ..config import Array
-from ..errors import ContextOverflowError, NumericsError, ParameterError, UnsupportedError, check_has
+from ..errors import ContextOverflowError, NumericsError, ParameterError, check_has
 from ..model import Function, Transformer, TransformerBlock
 from ..window import PREFILL_CHUNK
 from .sampling import Sampler
@@ -61,6 +61,7 @@ class Session:
         """
         if self._model is None or self._model() is not model:
             args, (layers, _, heads, *_) = model.args, self.cache.k.shape
+            heads = getattr(self.cache, "n_kv_heads", heads)  # on several ranks k has a part of them
             found, wanted = (
                 (layers, heads, self.cache.head_dim),
                 (args.n_layers, args.n_kv_heads, args.head_dim),
@@ -118,13 +119,7 @@ def check_finite(
 
     layers = {f"layers.{i}": checked(i, layer) for i, layer in enumerate(model.layers)}
     last = start_pos + len(ids) - 1
-    try:
-        watched = model.with_parts(layers)
-    except UnsupportedError:  # a model on several ranks
-        hint = "start it in one process, and the message names the layer"
-        raise NumericsError(
-            f"position {last}, token {ids[-1]}: what comes out of the last layer is not finite; {hint}"
-        ) from None
+    watched = model.with_parts(layers)
     watched.hidden(np.array([ids]), start_pos, cache)
     raise NumericsError(
         f"position {last}, token {ids[-1]}: the last layer's output was not finite in the first pass, "

@@ -6,6 +6,7 @@ they open the same checkpoint, take their part of the weights, and run the same 
 ranks.py    the processes that mpiexec has started, and their messages
 cut.py      which rows of each weight a rank has
 model.py    a model of which this rank has a part, and its KV cache
+whole.py    the whole model, as rank 0 shows it
 load.py     opening a checkpoint on every rank, with checks that all ranks agree
 serve.py    the loop of all ranks but 0
 

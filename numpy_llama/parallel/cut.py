@@ -82,6 +82,15 @@ class Plan:
             for name, one in updates.items()
         }
 
+    def widths(self, name: str) -> list[int]:
+        """The rows of a weight that each rank contributes: of a key/value head only the first that has it."""
+        found, end = list[int](), 0
+        for rank in range(len(self.heads)):
+            rows = self.rows(name, rank) or slice(0, 0)
+            found.append(rows.stop - max(rows.start, end) if rows.stop > end else 0)
+            end = max(end, rows.stop)
+        return found
+
     def rows(self, name: str, rank: int) -> slice | None:
         """The rows of a weight that this rank has; None: all of them."""
         q, kv = (_rows_of_heads(cuts[rank], self.args.head_dim) for cuts in (self.heads, self.kv_heads))

@@ -23,8 +23,9 @@ from ..errors import MismatchError, NumpyLlamaError
 from ..lora import LowRank
 from ..model import Transformer
 from .cut import Plan, checked_shares
-from .model import ParallelTransformer, part_of
+from .model import part_of
 from .ranks import Ranks
+from .whole import ParallelTransformer, Shared
 
 SAMPLES, SAMPLE = 16, 1 << 12  # pieces of a file, and their bytes, by which ranks compare their files
 HEAD = 1 << 20
@@ -59,11 +60,11 @@ def load(
     `options` are the last fields of an Order.
     """
     order = Order(opened.path, args, checked_shares(shares, ranks.size), *options)
-    Plan.of(args, order.shares)  # an error here is one of the arguments
+    plan = Plan.of(args, order.shares)  # an error here is one of the arguments
     number = ranks.new_number()
     with ranks.together("load", number, order, passing=NumpyLlamaError):
         part, room = load_part(ranks, order, opened, progress)
-    return ParallelTransformer(part, args, ranks, number), room
+    return ParallelTransformer(Shared(part, plan, ranks, number), args), room
 
 
 def own_part(

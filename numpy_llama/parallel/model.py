@@ -1,4 +1,4 @@
-"""A model of which this rank has a part, and the whole model as rank 0 shows it.
+"""A model of which this rank has a part, and its KV cache.
 
 A block has four gathers, where all ranks exchange their parts of an activation:
 
@@ -10,23 +10,18 @@ The residual stream is whole on every rank. Queries, keys, values and the KV cac
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from operator import is_
 from typing import Any, NoReturn
 
 import numpy as np
 
 from .. import functional as F
-from ..backend.formats import InPlace
 from ..cache import KVCache
-from ..config import Array, ModelArgs
-from ..errors import ParameterError, UnsupportedError
-from ..generation.batch import BatchCache, one_by_one
-from ..model import Attention, FeedForward, Function, Linear, RMSNorm, Transformer, TransformerBlock
+from ..config import Array
+from ..errors import MismatchError, NumpyLlamaError, UnsupportedError
+from ..generation.batch import one_by_one
+from ..model import Function, Linear, Transformer, TransformerBlock
 from .cut import Plan, widths
-from .ranks import Ranks
-
-REFUSED = "parts of a model on several ranks cannot be exchanged, traced or edited yet: start without mpiexec"
+from .ranks import Ranks, delayed_signals
 
 
 class CutBlock(TransformerBlock):
@@ -86,20 +81,37 @@ class SharedCache(KVCache):
 
     ranks: Ranks
     kind: type[KVCache]  # whose numbers it has
+    plan: Plan
     number: int  # of the cache, the same on every rank
-    kv_heads: slice
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Those of all ranks."""
+        return self.plan.args.n_kv_heads
 
     def update(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:
         """As in KVCache, for this rank's heads. Outside a pass: for the keys and values of all heads."""
         if self.ranks.inside():
             return super().update(layer, start_pos, xk, xv)
         self.check(layer, start_pos, *xk.shape[:2])
-        with self.ranks.together("store", self.number, layer, start_pos, xk, xv):
-            return self.store(layer, start_pos, xk, xv)
+        if not xk.shape[2:] == xv.shape[2:] == (self.n_kv_heads, self.head_dim):
+            wanted = f"(B, T, {self.n_kv_heads}, {self.head_dim})"
+            raise MismatchError(f"keys have the shape {xk.shape} and values {xv.shape}, wanted {wanted}")
+        about = self.number, layer, start_pos, xk, xv
+        with delayed_signals(), self.ranks.together("update", *about, passing=NumpyLlamaError):
+            return self.update_all(layer, start_pos, xk, xv)
 
-    def store(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:
-        """Store this rank's heads of the keys and values of all heads."""
-        return super().update(layer, start_pos, xk[:, :, self.kv_heads], xv[:, :, self.kv_heads])
+    def update_all(self, layer: int, start_pos: int, xk: Array, xv: Array) -> tuple[Array, Array]:
+        """Each rank stores its heads, and rank 0 gets those of all. An error of one is raised on all."""
+        own, store = self.plan.kv_heads[self.ranks.rank], super().update
+        keys, values = self.ranks.everywhere(lambda: store(layer, start_pos, xk[:, :, own], xv[:, :, own]))
+        return self._of_all(keys), self._of_all(values)
+
+    def _of_all(self, x: Array) -> Array:
+        """On rank 0: (B, S, K of this rank, Dh) -> (B, S, K, Dh)."""
+        widths, (B, S, K, Dh) = self.plan.widths("wk"), x.shape
+        part = x.reshape(B, S, K * Dh)[..., : widths[self.ranks.rank]]
+        return self.ranks.gather_on_first(part, widths).reshape(B, S, self.n_kv_heads, Dh)
 
     def numbered(self, number: int) -> "SharedCache":
         """The same cache, under that number."""
@@ -133,9 +145,9 @@ def remembered(cache: SharedCache) -> SharedCache:
     return cache
 
 
-def shared(kind: type[KVCache], ranks: Ranks, kv_heads: slice) -> type[KVCache]:
+def shared(kind: type[KVCache], ranks: Ranks, plan: Plan) -> type[KVCache]:
     """The class of a cache of that kind with this rank's heads."""
-    facts = {"ranks": ranks, "kv_heads": kv_heads, "kind": kind}
+    facts = {"ranks": ranks, "plan": plan, "kind": kind}
     return type(f"Shared{kind.__name__}", (SharedCache, kind), facts)
 
 
@@ -150,96 +162,5 @@ def part_of(model: Transformer, kernels: Any, plan: Plan, ranks: Ranks) -> Trans
         from .fused import fused  # imported here, because the NumPy backend runs without the C extension
 
         part = fused(part, kernels, plan, ranks)
-    part.cache_type = shared(model.cache_type, ranks, plan.kv_heads[ranks.rank])
+    part.cache_type = shared(model.cache_type, ranks, plan)
     return part
-
-
-class ParallelTransformer(InPlace, Transformer):
-    """The whole model, on rank 0. Its parts are those of rank 0; each call runs on all ranks.
-
-    What an input makes impossible is an error before the others begin.
-    """
-
-    def __init__(self, part: Transformer, args: ModelArgs, ranks: Ranks, number: int):
-        vars(self).update(vars(part))
-        self.part, self.args, self.ranks, self.number = part, args, ranks, number
-        self._own_parts, self._no_numbers = [*self._parts()], np.empty((args.vocab_size, 0))
-        weakref.finalize(self, ranks.forgotten.append, ("forget", number)).atexit = False
-
-    def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> KVCache:
-        cache = self.part.new_cache(batch, max_seq_len)
-        assert isinstance(cache, SharedCache)
-        number = self.ranks.new_number()
-        with self.ranks.together("new_cache", self.number, number, batch, max_seq_len):
-            return remembered(cache.numbered(number))
-
-    def hidden(self, tokens: Any, start_pos: int = 0, cache: KVCache | None = None) -> Array:
-        self._check_parts()
-        tokens = np.asarray(tokens)
-        B, T, _ = F.embedding(tokens, self._no_numbers).shape
-        if not tokens.size:
-            raise ParameterError("there is no token to compute")
-        F.freqs_cis_at(self.freqs_cis, start_pos, T)
-        cache = cache or self.new_cache(B, T)
-        caches = checked_caches(cache, start_pos, B, T, self.ranks)
-        numbers = [one.number for one in caches]
-        with self.ranks.together("hidden", self.number, tokens, start_pos, numbers):
-            return self.part.hidden(tokens, start_pos, cache)
-        return self.hidden(tokens, start_pos, cache)  # a signal's handler has returned
-
-    def logits(self, h: Array) -> Array:
-        self._check_parts()
-        if h.shape[-1:] != (self.args.dim,):
-            raise ParameterError(
-                f"h has the shape {h.shape}, its last axis must have {self.args.dim} numbers"
-            )
-        with self.ranks.together("logits", self.number, h):
-            return self.part.logits(h)
-
-    def run_layers(self, h: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> NoReturn:
-        raise UnsupportedError(REFUSED)
-
-    def with_parts(self, parts: Mapping[str, Any]) -> Transformer:
-        if parts:
-            raise UnsupportedError(REFUSED)
-        return self
-
-    def _parts(self) -> Iterator[Any]:
-        """Everything that rank 0 computes with."""
-        yield self.tok_embeddings
-        for part in (*self.layers, self.norm, self.output):
-            yield part
-            yield from parts_in(part)
-
-    def _check_parts(self) -> None:
-        """UnsupportedError if a part was put in place of another: the other ranks do not have it."""
-        parts = [*self._parts()]
-        if len(parts) != len(self._own_parts) or not all(map(is_, parts, self._own_parts)):
-            raise UnsupportedError(REFUSED)
-
-
-def parts_in(part: Any) -> Iterator[Any]:
-    """What a part computes with: its attributes, and those of the parts in it."""
-    for value in getattr(part, "__dict__", {}).values():
-        yield value
-        if isinstance(value, Attention | FeedForward | Linear | RMSNorm):
-            yield from parts_in(value)
-
-
-def checked_caches(cache: Any, start_pos: Any, B: int, T: int, ranks: Ranks) -> Sequence[SharedCache]:
-    """The caches that all ranks have; an error if one has no place for T tokens, or is not theirs."""
-    caches, starts = getattr(cache, "caches", [cache]), np.atleast_1d(start_pos).tolist()
-    if not all(isinstance(one, SharedCache) and one.ranks is ranks for one in caches):
-        raise ParameterError("the cache is of another model: make it with model.new_cache")
-    if isinstance(cache, BatchCache) and not len(caches) == len(starts) == B:
-        raise ParameterError(f"{B} sequences, {len(caches)} caches and {len(starts)} starts")
-    for one, start in zip(caches, starts, strict=True):
-        for layer in min_and_max(one):
-            one.check(layer, start, 1 if isinstance(cache, BatchCache) else B, T)
-    return caches
-
-
-def min_and_max(cache: KVCache) -> tuple[int, int]:
-    """The layer with the fewest positions, and the one that has dropped the most."""
-    layers = range(len(cache.filled))
-    return min(layers, key=cache.filled.__getitem__), max(layers, key=cache.dropped.__getitem__)

@@ -14,11 +14,12 @@ import numpy as np
 
 from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError
-from ..generation.batch import BatchCache
-from ..model import Function, Transformer
+from ..model import Function
+from .cut import Plan
 from .load import Order, load_part
 from .model import SharedCache
 from .ranks import Ranks, Stopped, is_first, launched
+from .whole import Part, as_one
 
 _ranks: Ranks | None = None
 _status: int | None = None  # of this process at its end, if it is known
@@ -85,31 +86,41 @@ class Commands:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.models: dict[int, Transformer] = {}
+        self.models: dict[int, Part] = {}
         self.caches: dict[int, SharedCache] = {}
 
     def load(self, number: int, order: Order) -> None:
         with suppress(NumpyLlamaError):  # it is raised on rank 0 too
-            self.models[number], _ = load_part(self.ranks, order)
+            model, _ = load_part(self.ranks, order)
+            self.models[number] = Part(model, Plan.of(order.args, order.shares), self.ranks)
 
-    def new_cache(self, model: int, number: int, batch: int, max_seq_len: int | None) -> None:
-        cache: Any = self.models[model].new_cache(batch, max_seq_len)
-        self.caches[number] = cache.numbered(number)
+    def new_cache(self, model: int, number: int, *about: Any) -> None:
+        self.caches[number] = self.models[model].new_cache(*about).numbered(number)
 
     def copy_cache(self, old: int, number: int) -> None:
         self.caches[number] = self.caches[old].twin().numbered(number)
 
-    def store(self, cache: int, layer: int, start_pos: int, xk: Array, xv: Array) -> None:
-        self.caches[cache].store(layer, start_pos, xk, xv)
+    def update(self, cache: int, layer: int, start_pos: int, xk: Array, xv: Array) -> None:
+        with suppress(NumpyLlamaError):  # it is raised on rank 0 too
+            self.caches[cache].update_all(layer, start_pos, xk, xv)
 
     def hidden(self, model: int, tokens: Array, start_pos: Any, caches: list[int]) -> None:
-        found, hidden = [self.caches[number] for number in caches], self.models[model].hidden
-        run: Function = hidden  # with the arguments of a batch too
+        run: Function = self.models[model].model.hidden  # with the arguments of a batch too
         with suppress(Stopped):
-            run(tokens, start_pos, found[0] if np.ndim(start_pos) == 0 else BatchCache(found))
+            run(tokens, start_pos, as_one([self.caches[number] for number in caches], start_pos))
 
     def logits(self, model: int, h: Array) -> None:
-        self.models[model].logits(h)
+        self.models[model].model.logits(h)
+
+    def linear(self, model: int, name: str, x: Array) -> None:
+        self.models[model].linear(name, x)
+
+    def block(
+        self, model: int, i: int, layer: int, x: Array, start_pos: Any, freqs_cis: Array, caches: list[int]
+    ) -> None:
+        found = [self.caches[number] for number in caches]
+        with suppress(Stopped):
+            self.models[model].block(i, layer, x, start_pos, freqs_cis, found)
 
     def end(self, status: int | None) -> None:
         for stream in (sys.stdout, sys.stderr):

@@ -38,10 +38,10 @@ def write_tiny(
 SPEAKER = replace(TINY_BLOCKS, vocab_size=259, max_seq_len=64)
 
 
-def write_speaker(path: Path, args: ModelArgs = SPEAKER) -> Path:
+def write_speaker(path: Path, args: ModelArgs = SPEAKER, format: str = "F32") -> Path:
     """A small model with random weights whose tokens are the bytes, and <|begin|>, <|user|>, <|end|>."""
     tokens = [spelled(bytes([b])) for b in range(256)] + ["<|begin|>", "<|user|>", "<|end|>"]
     vocabulary = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": [], "add_bos_token": True}
     vocabulary |= {"token_type": np.array([1] * 256 + [3] * 3, np.int32)}
     vocabulary |= {"bos_token_id": 256, "eos_token_id": 258}
-    return write_llama(path, args, float_weights(args), **vocabulary)
+    return write_llama(path, args, float_weights(args), format, **vocabulary)

@@ -204,7 +204,7 @@ typedef struct {
 typedef struct {
     float *y;                               /* (B, T, D), another array than x. With a cut: not all of it */
     const float *x;                         /* (B, T, D) */
-    const nl_layer_weights *const *weights; /* of each layer; all have the same sizes */
+    const nl_layer_weights *const *weights; /* of each layer; all have the same sizes, all or none columns */
     const nl_cut *cut;                      /* NULL: the weights are whole */
     nl_kv_cache cache;
     const float *freqs_cis;   /* (T, Dh / 2) complex, or one of them for each sequence */

@@ -78,8 +78,11 @@ static float *floats(int64_t n, int kind) {
     return x;
 }
 
-static const int FORMATS[] = {F32,  F16,  BF16, Q8_0, Q4_0,     Q4_1, Q5_0, Q5_1,
-                              Q4_K, Q5_K, Q6_K, INT8, LLM_INT8, FP8,  NF4,  FP4};
+static const int FORMATS[] = {
+#define ROW(NAME, ...) NAME,
+    EACH_FORMAT(ROW)
+#undef ROW
+};
 enum { N_FORMATS = sizeof FORMATS / sizeof *FORMATS };
 
 static int64_t row_bytes(int format, int64_t IN) { return IN / block_weights(format) * block_bytes(format); }
@@ -110,7 +113,8 @@ static uint8_t *stored(int format, int64_t n, int kind) {
             continue;
         }
         for (int i = 0; i <= has_minima(format); i++) {
-            const uint16_t half = float_to_half(any_float(REAL) * (is_k(format) ? 0x1p-15f : 0x1p-7f));
+            const float f = any_float(REAL) * (is_k(format) ? 0x1p-15f : 0x1p-7f);
+            const uint16_t half = float_to_half(format == Q4_Z && i == 1 ? (float)(next_byte() % 32) : f);
             memcpy(p + (format == Q6_K ? 208 : 2 * i), &half, 2);
         }
     }
@@ -147,6 +151,7 @@ static double reach(int format, const uint8_t *p, int s, double largest) {
     case FP4: return fabs(load_f32(p));
     case Q4_0: return d * 24;
     case Q4_1: return d * 15 + m;
+    case Q4_Z: return d * (15 + m);
     case Q5_0: return d * 48;
     case Q5_1: return d * 31 + m;
     case Q4_K: return d * k_scale(p + 4, s / 2) * 15 + m * k_minimum(p + 4, s / 2);
@@ -611,6 +616,12 @@ void fuzz_layer(void) {
     w.attention_norm = norms[0], w.ffn_norm = norms[1];
     int64_t *orders[2] = {any_order(q), any_order(kv)}, start[MAX_B], head[MAX_B];
     w.q_order = orders[0], w.k_order = orders[1];
+    int64_t *columns[7]; /* wq, wk and wv have one order, and so have w_gate and w_up */
+    for (int i = 0; i < 7; i++) {
+        const int alone = i == 0 || i == 3 || i == 4 || i == 6;
+        columns[i] = alone ? any_order(shape[i][1]) : NULL;
+        w.columns[i] = alone ? columns[i] : w.columns[i - 1];
+    }
     const int64_t each_its_own = number(0, 1), angles = T * w.Dh, window = number(0, 1) * number(1, 20);
     float *freqs = floats((each_its_own ? B : 1) * angles, kind);
     for (int64_t b = 0; b < B; b++) {
@@ -677,7 +688,10 @@ void fuzz_layer(void) {
         for (int64_t b = 0; b < B; b++) free(made[run].keys[b]), free(made[run].values[b]);
         free(made[run].y), free(made[run].scratch);
     }
-    for (int i = 0; i < 7; i++) free((void *)(uintptr_t)w.weight[i].data), free(lora[i][0]), free(lora[i][1]);
+    for (int i = 0; i < 7; i++) {
+        free((void *)(uintptr_t)w.weight[i].data), free(lora[i][0]), free(lora[i][1]);
+        free(columns[i]);
+    }
     for (int64_t b = 0; b < B; b++) free(old[0][b]), free(old[1][b]);
     free(x), free(norms[0]), free(norms[1]), free(orders[0]), free(orders[1]), free(freqs);
 }

@@ -192,7 +192,7 @@ class Learner(Transformer):
         """loss = sum of weight * -log p(target), and its gradients. They are added to `gradients`, if given.
 
         targets and weights (B, T). Micro-batches add up to one batch if each weight is 1 / n, where n counts
-        the trained targets of all of them.
+        the trained targets of all of them. The bits are those of adding the gradients of each pass alone.
         """
         check_targets(run, targets, weights)
         if len(run.saved) != len(self.layers):
@@ -200,8 +200,10 @@ class Learner(Transformer):
                 "this forward pass keeps nothing for backward, or backward has followed it: compute it again"
             )
         gradients = {} if gradients is None else gradients
-        loss, dx, own = self.functions.head_loss(self.norm(run.h), self.output, targets, weights)
-        add(gradients, own, "tok_embeddings." if self._is_tied() else "output.")
+        loss, dx, head = self.functions.head_loss(self.norm(run.h), self.output, targets, weights)
+        tied = self._is_tied()
+        if not tied:
+            add(gradients, head, "output.")
         dx, own = self.norm.backward(dx, run.h)  # type: ignore[attr-defined]
         add(gradients, own, "norm.")
         for i in reversed(range(self._lowest(), len(self.layers))):
@@ -212,9 +214,13 @@ class Learner(Transformer):
             ids, places = np.unique(run.tokens, return_inverse=True)  # of the few rows that were read
             rows = B.embedding_backward(dx, places.reshape(run.tokens.shape), len(ids))
             name = "tok_embeddings.weight"
-            if name not in gradients:
-                gradients[name] = np.zeros(self.tok_embeddings.shape, rows.dtype)
-            gradients[name][ids] += rows
+            if tied:
+                head["weight"][ids] += rows
+                add(gradients, head, "tok_embeddings.")
+            else:
+                if name not in gradients:
+                    gradients[name] = np.zeros(self.tok_embeddings.shape, rows.dtype)
+                gradients[name][ids] += rows
         return loss, gradients
 
     def loss_and_gradients(

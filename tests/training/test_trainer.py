@@ -11,8 +11,11 @@ from helpers.training import random_rows, some, tiny_learner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from numpy_llama.backward import add
 from numpy_llama.errors import NumericsError
-from numpy_llama.proof.tiny import TINY
+from numpy_llama.learner import Learner
+from numpy_llama.model import Transformer
+from numpy_llama.proof.tiny import TINY, random_weights
 from numpy_llama.training.batch import batch_of, inputs, micro_batches, targets
 from numpy_llama.training.examples import Example
 from numpy_llama.training.lora import with_lora
@@ -25,6 +28,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 # The same sums in another order, in float64.
 EQUAL = {"rtol": 1e-9, "atol": 1e-12}
 LEARNER = tiny_learner()
+UNTIED = random_weights(np.random.default_rng(0), TINY, np.float32)
 
 
 def gradients_of(objective, learner, rows, most):
@@ -49,6 +53,24 @@ def test_micro_batches_change_nothing(seed, n, most):
     rows = random_rows(np.random.default_rng(seed), n)
     whole = gradients_of(NextToken(), LEARNER, rows, inputs(rows))
     assert_same(gradients_of(NextToken(), LEARNER, rows, most), whole)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@some
+@given(SEEDS, st.integers(1, 60))
+def test_gradients_of_micro_batches_are_added_one_after_the_other(tied, seed, most):
+    """To the bit: so it does not matter which process computes them."""
+    learner = tiny_learner(dtype=np.float32) if tied else Learner(Transformer(TINY, UNTIED))
+    objective, rows = NextToken(), random_rows(np.random.default_rng(seed), 5)
+    _, found = gradients_of(objective, learner, rows, most)
+    total = {}
+    for group in micro_batches(rows, most):
+        alone = {}
+        objective.gradients(learner, group, targets(rows), alone)
+        add(total, alone)
+    assert found.keys() == total.keys() and ("output.weight" in found) != tied
+    for name, gradient in found.items():
+        np.testing.assert_array_equal(gradient, total[name], err_msg=name)
 
 
 @some

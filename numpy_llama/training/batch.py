@@ -1,7 +1,8 @@
 """The rows of a step as arrays, in micro-batches that fit into memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -49,16 +50,26 @@ def batch_of(rows: Sequence[Row]) -> Batch:
     )
 
 
-def micro_batches(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
-    """The rows in groups of at most `most` inputs each, or of one row that has more."""
-    group: list[Row] = []
+def micro_batches(rows: Sequence[Row], most: int, n_ranks: int = 1) -> list[list[Row]]:
+    """The rows in groups of at most `most` inputs each, or of one row that has more.
+
+    They are few groups, about equally large: a whole number for each rank, unless a row would be cut.
+    """
+    for number in count(max(-(-inputs(rows) // (n_ranks * most)), 1)):
+        groups = cut(rows, n_ranks * number)
+        if all(len(group) == 1 or inputs(group) <= most for group in groups):
+            break
+    return groups
+
+
+def cut(rows: Sequence[Row], n: int) -> list[list[Row]]:
+    """The rows in n parts or fewer, about equally large. A row lies in the part that has its middle."""
+    total, before, groups = inputs(rows), 0, dict[int, list[Row]]()
     for row in rows:
-        if group and inputs([*group, row]) > most:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+        size = inputs([row])
+        groups.setdefault((2 * before + size) * n // (2 * total), []).append(row)
+        before += size
+    return [*groups.values()]
 
 
 def inputs(rows: Sequence[Row]) -> int:

@@ -707,8 +707,8 @@ BUGS = [
         "the last partial micro-batch is left out",
         "huggingface/transformers#39659",
         "numpy_llama/training/batch.py",
-        "    if group:\n        yield group",
-        "    if inputs(group) == most:\n        yield group",
+        "    return [*groups.values()]",
+        "    return [group for group in groups.values() if inputs(group) * n >= total]",
         TRAINER,
     ),
     Bug(

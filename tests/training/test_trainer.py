@@ -16,7 +16,7 @@ from numpy_llama.errors import NumericsError
 from numpy_llama.learner import Learner
 from numpy_llama.model import Transformer
 from numpy_llama.proof.tiny import TINY, random_weights
-from numpy_llama.training.batch import batch_of, inputs, micro_batches, targets
+from numpy_llama.training.batch import batch_of, cut, inputs, micro_batches, targets
 from numpy_llama.training.examples import Example
 from numpy_llama.training.lora import with_lora
 from numpy_llama.training.objectives import DPO, NextToken
@@ -71,6 +71,32 @@ def test_gradients_of_micro_batches_are_added_one_after_the_other(tied, seed, mo
     assert found.keys() == total.keys() and ("output.weight" in found) != tied
     for name, gradient in found.items():
         np.testing.assert_array_equal(gradient, total[name], err_msg=name)
+
+
+@some
+@given(SEEDS, st.integers(1, 12), st.integers(1, 60), st.integers(1, 4))
+def test_micro_batches_are_rows_in_their_order_and_fit(seed, n, most, n_ranks):
+    rows = random_rows(np.random.default_rng(seed), n)
+    groups = micro_batches(rows, most, n_ranks)
+    assert [row for group in groups for row in group] == rows
+    assert all(inputs(group) <= most or len(group) == 1 for group in groups)
+
+
+@some
+@given(SEEDS, st.integers(1, 12), st.integers(1, 9))
+def test_the_parts_of_some_rows_are_about_equally_large(seed, n, parts):
+    rows = random_rows(np.random.default_rng(seed), n)
+    groups, longest = cut(rows, parts), max(inputs([row]) for row in rows)
+    assert len(groups) <= parts and all(inputs(group) <= inputs(rows) / parts + longest for group in groups)
+
+
+@pytest.mark.parametrize("n_ranks, sizes", [
+    (1, [8, 8, 8, 8]), (2, [8, 8, 8, 8]), (3, [5, 6, 5, 5, 6, 5]), (4, [8, 8, 8, 8]), (5, [6, 7, 6, 7, 6]),
+    (8, [4] * 8), (40, [1] * 32),
+])  # fmt: skip
+def test_each_rank_has_as_many_micro_batches(n_ranks, sizes):
+    rows = [(Example(np.arange(11), np.ones(10, bool), ""),) for _ in range(32)]
+    assert [len(group) for group in micro_batches(rows, 80, n_ranks)] == sizes
 
 
 @some

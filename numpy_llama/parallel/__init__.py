@@ -4,6 +4,7 @@ mpiexec starts the same program on each machine. Rank 0 runs it as a user wrote 
 they open the same checkpoint, take their part of the weights, and run the same forward passes.
 
 ranks.py    the processes that mpiexec has started, and their messages
+watch.py    signs of life of each rank, without which the run ends
 cut.py      which rows of each weight a rank has
 model.py    a model of which this rank has a part, and its KV cache
 whole.py    the whole model, as rank 0 shows it

@@ -5,6 +5,7 @@ rank that leaves a command early would leave all others waiting, so it ends the 
 """
 
 import ctypes
+import faulthandler
 import os
 import pickle
 import signal
@@ -23,6 +24,7 @@ import numpy as np
 from ..backend.limits import available_cpus
 from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError, UnsupportedError, printable
+from .watch import Watch
 
 Result = TypeVar("Result")
 
@@ -35,6 +37,7 @@ INJECT = "16384"
 AWAKE, SHORTEST_NAP, LONGEST_NAP = 0.01, 0.0005, 0.02
 GATHER_NAP = 0.00005  # at 10 Gbit/s 60 KB arrive meanwhile, which the system keeps
 LAST_NAP, LONGEST_WAIT = 0.5, 2.0
+LONGEST_END = 600  # seconds that rank 0 has for the end of its program
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -63,7 +66,7 @@ class Ranks:
         try:
             import mpi4py
 
-            mpi4py.rc.thread_level = "serialized"  # `together` has a lock
+            mpi4py.rc.thread_level = "multiple"  # the watch sends while a gather waits
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of another mpiexec: an error says it below
                 from mpi4py import MPI
@@ -84,9 +87,10 @@ class Ranks:
         self.local = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
         self.forgotten: deque[tuple[str, int]] = deque()  # objects that rank 0 has no longer
         self._numbers = 0
-        self._lock = threading.RLock()
+        self._lock, self._last_words = threading.RLock(), threading.RLock()
         self._owner: int | None = None  # the thread that runs a command
         self._signals: Sequence[int] = ()  # that came to rank 0 since the command began
+        self.watch = Watch(MPI, self.exchange(self.where), self.fail)
 
     @property
     def where(self) -> str:
@@ -152,6 +156,7 @@ class Ranks:
         """
         if code:
             self._abort(code)
+        self.watch.end()
         self._send("end", code)
 
     def commands(self) -> Iterator[tuple[Any, ...]]:
@@ -247,6 +252,7 @@ class Ranks:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End the run on all ranks. The error is one line on stderr; a signal needs none."""
+        self._last_words.acquire()  # of the first thread that fails
         code = 1
         if isinstance(error, KeyboardInterrupt):
             code = 130
@@ -254,19 +260,20 @@ class Ranks:
             code = error.code if isinstance(error.code, int) else 1
         else:
             text = str(error) if isinstance(error, NumpyLlamaError) else _described(error)
-            os.write(
-                2, f"numpy-llama: {self.where} of {self.size}: {printable(text)}\n".encode(errors="replace")
-            )
+            line = f"numpy-llama: {self.where} of {self.size}: {printable(text)}\n"
+            with suppress(OSError):  # mpiexec is gone
+                os.write(2, line.encode(errors="replace"))
         self._abort(code)
 
     def _abort(self, code: int) -> NoReturn:
         """End all ranks at once."""
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
+        flushing = threading.Thread(target=flush, daemon=True)  # it may wait for a reader for ever
+        flushing.start()
+        flushing.join(LONGEST_WAIT)
         for fd in (1, 2):
             await_reader(fd)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would add a line of its own
+        exit_within(LONGEST_WAIT)
         self.comm.Abort(code)
         os._exit(code)
 
@@ -276,11 +283,24 @@ class Ranks:
         It is the exit of C, because MPI takes its leave of mpiexec there. os._exit would leave that out, and
         mpiexec would kill the processes that are left.
         """
-        self.mpi.Finalize()
+        self.watch.end()
+        exit_within(LONGEST_END)
+        self.mpi.Finalize()  # it waits for rank 0
         if code is None:  # mpiexec takes the status of the first process that ends: rank 0
             time.sleep(LAST_NAP)
         ctypes.CDLL(None).exit(0)
         raise AssertionError("exit does not return")
+
+
+def exit_within(seconds: float) -> None:
+    """End this process with the status 1, if it still runs then, even if MPI holds Python's lock."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
 
 
 def await_reader(fd: int) -> None:

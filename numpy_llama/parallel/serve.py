@@ -18,7 +18,7 @@ from ..model import Function
 from .cut import Plan
 from .load import Order, load_part
 from .model import SharedCache
-from .ranks import Ranks, Stopped, is_first, launched
+from .ranks import Ranks, Stopped, flush, is_first, launched
 from .whole import Part, as_one
 
 _ranks: Ranks | None = None
@@ -123,9 +123,7 @@ class Commands:
             self.models[model].block(i, layer, x, start_pos, freqs_cis, found)
 
     def end(self, status: int | None) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
+        flush()
         self.ranks.leave(status)
 
     def forget(self, number: int) -> None:

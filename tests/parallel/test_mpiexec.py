@@ -151,8 +151,16 @@ def test_ctrl_c_is_for_rank_0(path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_ends_all(rank, path):
-    assert on_ranks(2, sys.executable, FAULTS, str(path), str(rank), "killed").returncode != 0
+@pytest.mark.parametrize("fault", ["killed", "without mpiexec"])
+def test_a_rank_that_is_killed_ends_all(rank, fault, path):
+    assert on_ranks(2, sys.executable, FAULTS, str(path), str(rank), fault).returncode != 0
+
+
+@pytest.mark.parametrize("rank, by", [(0, 1), (1, 0), (2, 0)])
+def test_a_rank_that_is_stopped_ends_all(rank, by, path):
+
+    done = on_ranks(3, sys.executable, FAULTS, str(path), str(rank), "stopped")
+    assert_refused(done, 1, f"rank {by} of 3: no sign of life of {os.uname().nodename}, rank {rank}, for ")
 
 
 def test_the_end_of_a_script_is_the_end_of_all(path):

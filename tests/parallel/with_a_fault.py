@@ -9,8 +9,10 @@ import sys
 
 import numpy_llama as nl
 from numpy_llama.errors import NumericsError
+from numpy_llama.parallel import watch
 from numpy_llama.parallel.ranks import Ranks
 
+watch.BEAT, watch.PATIENCE = 0.2, 25
 path, rank, fault = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 FIFTH = 5  # a gather of the second layer
 gathers = 0
@@ -38,6 +40,10 @@ def fail():
         signal.raise_signal(signal.SIGINT)
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "without mpiexec":
+        os.kill(os.getppid(), signal.SIGKILL)
+    if fault == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 Ranks.gather, Ranks.gather_in_place = map(with_fault, (Ranks.gather, Ranks.gather_in_place))

@@ -24,7 +24,7 @@ import numpy as np
 from ..backend.limits import available_cpus
 from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError, UnsupportedError, printable
-from .watch import Watch
+from .watch import Watch, starting
 
 Result = TypeVar("Result")
 
@@ -67,7 +67,7 @@ class Ranks:
             import mpi4py
 
             mpi4py.rc.thread_level = "multiple"  # the watch sends while a gather waits
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), starting(is_first()):
                 warnings.simplefilter("ignore")  # of another mpiexec: an error says it below
                 from mpi4py import MPI
         except (ImportError, RuntimeError) as error:

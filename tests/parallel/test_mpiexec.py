@@ -163,6 +163,19 @@ def test_a_rank_that_is_stopped_ends_all(rank, by, path):
     assert_refused(done, 1, f"rank {by} of 3: no sign of life of {os.uname().nodename}, rank {rank}, for ")
 
 
+@pytest.mark.parametrize("other", ["true", "false"])
+def test_a_program_that_does_not_start_on_each_machine_ends(other):
+    program = """
+from numpy_llama import parallel
+from numpy_llama.parallel import watch
+watch.START, watch.LONGEST_START = 0.5, 1
+parallel.ranks()
+"""
+    done = on_each((sys.executable, "-c", program), (other,))
+    words = b"numpy-llama: not all processes have started after 0.5 s: can each machine start this program?\n"
+    assert done.returncode != 0 and done.stderr == words
+
+
 def test_the_end_of_a_script_is_the_end_of_all(path):
     done = on_ranks(3, sys.executable, FAULTS, str(path), "0", "script")
     assert done.returncode == 1 and done.stderr.endswith(b"KeyError: 'of the script'\n")

@@ -1,6 +1,7 @@
 """Which silence of another rank ends a run. The ranks and their messages are written down here."""
 
 import os
+import threading
 
 import pytest
 
@@ -57,27 +58,44 @@ class Request:
         return self.rank not in self.messages.stuck
 
 
-def end_of(messages, monkeypatch) -> str:
+def end_of(messages, monkeypatch, over=None) -> str:
     """Watch until the run fails: what is said then. Without a fault the messages end."""
-    monkeypatch.setattr(watch, "BEAT", 0)
+    monkeypatch.setattr(watch, "BEAT", 0.001)
     said = []
     watching = Watch(messages, NAMES, said.append)
-    watching.thread.join()
+    watching.counter.join()
+    if over is not None:
+        over.set()
+    watching.sender.join()
     return f"{type(said[0]).__name__}: {said[0]}"
+
+
+def lost_line(rank, lost) -> str:
+    """Rank 0 is the first that ends the run."""
+    seconds = f"{(PATIENCE + rank) * watch.BEAT:.0f}"
+    return (
+        f"ParallelError: no sign of life of {NAMES[lost]}, for {seconds} s: the machine is switched off or "
+        "cut off from the network, or the process is stopped or gone"
+    )
 
 
 @pytest.mark.parametrize("rank, others", [(0, [1, 2]), (1, [0, 2]), (2, [0, 1])])
 def test_a_rank_without_signs_of_life_ends_the_run(rank, others, monkeypatch):
-    """The last others are heard for longer, and rank 0 is the first that ends the run."""
     heard, lost = others
-    messages = Messages(rank, [*[others] * 5, *[[heard]] * (PATIENCE + rank)])
-    assert end_of(messages, monkeypatch).startswith(f"ParallelError: no sign of life of {NAMES[lost]}, for ")
-    assert next(messages.beats, None) is None  # not before
-    assert messages.sent == others * (5 + PATIENCE + rank)
+    messages = Messages(rank, [*[others] * 5, *[[heard]] * 10 * PATIENCE])
+    assert end_of(messages, monkeypatch) == lost_line(rank, lost)
+
+
+def test_a_message_that_is_never_sent_names_its_receiver(monkeypatch):
+    """MPI retries for ever if a process has ended. Then no sign of any other rank can be read."""
+    messages, over = Messages(0, [[1, 2]] * 9), threading.Event()
+    usual = messages.Isend
+    messages.Isend = lambda what, rank: over.wait() if rank == 2 else usual(what, rank)
+    assert end_of(messages, monkeypatch, over) == lost_line(0, 2)
 
 
 def test_a_silence_that_ends_is_none(monkeypatch):
-    pattern = [*[[1]] * (PATIENCE - 1), [1, 2, 2]] * 3
+    pattern = [[1], [1, 2, 2]] * 3 * PATIENCE
     assert end_of(Messages(0, pattern), monkeypatch).startswith("StopIteration")
 
 
@@ -97,7 +115,7 @@ def test_a_broken_connection_ends_the_run(monkeypatch):
 def test_a_process_without_mpiexec_ends(monkeypatch):
     parents = iter([5, 5, 5, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
-    assert end_of(Messages(0, [[1, 2]] * 9), monkeypatch) == "ParallelError: mpiexec is gone"
+    assert end_of(Messages(0, [[1, 2]] * 1000), monkeypatch) == "ParallelError: mpiexec is gone"
 
 
 def test_no_signs_of_life_at_the_end(monkeypatch):
@@ -105,4 +123,4 @@ def test_no_signs_of_life_at_the_end(monkeypatch):
     messages = Messages(0, [])
     watching = Watch(messages, NAMES, pytest.fail)
     watching.end()
-    assert not watching.thread.is_alive() and messages.sent == []
+    assert not watching.sender.is_alive() and messages.sent == []

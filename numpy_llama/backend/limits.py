@@ -49,9 +49,9 @@ def available_cpus() -> int:
     return cpus if (quota := cpu_quota()) is None else max(1, min(cpus, int(quota)))
 
 
-def affinity() -> int:
-    """The CPUs on which this process may run."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def affinity(pid: int = 0) -> int:
+    """The CPUs on which a process may run, by default this one."""
+    return len(os.sched_getaffinity(pid)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota() -> float | None:

@@ -1,9 +1,11 @@
 """Opening a checkpoint on every rank: each maps its own files, and takes its part of the weights."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from numpy.typing import DTypeLike
 from .. import __version__
 from ..backend import Progress, build
 from ..backend.formats import StoredTensor
+from ..backend.limits import affinity
 from ..checkpoint import open_checkpoint
 from ..checkpoint.adapters import Adapter, open_adapter, updates_of
 from ..checkpoint.base import Checkpoint
@@ -24,7 +27,7 @@ from ..lora import LowRank
 from ..model import Transformer
 from .cut import Plan, checked_shares
 from .model import part_of
-from .ranks import Ranks
+from .ranks import Ranks, share_of_cpus
 from .whole import ParallelTransformer, Shared
 
 SAMPLES, SAMPLE = 16, 1 << 12  # pieces of a file, and their bytes, by which ranks compare their files
@@ -91,6 +94,9 @@ def load_part(
     files = ranks.everywhere(lambda: open_checkpoint(order.path) if opened is None else opened)
     adapters = ranks.everywhere(lambda: [open_adapter(path) for path, _ in order.adapters])
     check_alike(ranks, ranks.everywhere(lambda: facts(files, order.backend, adapters)))
+    hints = ranks.exchange([f"{ranks.where}: {hint}" for hint in slow(ranks.local, order.threads)])
+    for hint in [*chain(*hints)][:1] if ranks.rank == 0 else []:
+        logging.getLogger("numpy_llama").warning(hint)
 
     def fit() -> tuple[dict[str, StoredTensor], list[dict[str, LowRank]], int]:
         whole = files.weights()
@@ -114,6 +120,18 @@ def load_part(
 
     weights, updates, room = ranks.everywhere(fit)
     return ranks.everywhere(make), min(ranks.exchange(room))
+
+
+def slow(local: int, threads: int | None) -> Iterator[str]:
+    """What makes this rank slower than its machine, with the way out. The machine has `local` ranks."""
+    share = share_of_cpus(local)
+    if affinity() < share:
+        yield (
+            f"bound to {affinity()} of its {share} CPUs: start with --bind-to none (Open MPI) or I_MPI_PIN=0 "
+            "(Intel MPI)"
+        )
+    if threads is not None and threads > share:
+        yield f"{threads} threads, but {local} ranks on this machine have {share} CPUs each: give -t {share}"
 
 
 def facts(opened: Checkpoint, backend: str, adapters: Sequence[Adapter] = ()) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ..backend.limits import available_cpus
+from ..backend.limits import affinity, available_cpus, cpu_quota
 from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError, UnsupportedError, printable
 from .watch import Watch, starting
@@ -51,6 +51,15 @@ def is_first() -> bool:
     """Whether mpiexec says that this process is its first."""
     names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def share_of_cpus(local: int) -> int:
+    """The CPUs for each of `local` ranks of this machine.
+
+    A container or taskset limits mpiexec too, which is the parent. An MPI that binds ranks limits only them.
+    """
+    cpus, quota = affinity(os.getppid()), cpu_quota()
+    return max(1, (cpus if quota is None else min(cpus, int(quota))) // local)
 
 
 class Stopped(Exception):
@@ -83,6 +92,11 @@ class Ranks:
                 f"mpiexec has started {launched()} processes, and each sees {self.size}: it belongs to "
                 f"another MPI than mpi4py's, {printable(library)}; start with the mpiexec of that one"
             )
+        if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+            raise ParallelError(
+                "MPI lets only one thread send, MPI_THREAD_MULTIPLE is needed: take another MPI, or start none "
+                "with another level before nl.load"
+            )
         self.host = MPI.Get_processor_name()
         self.local = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
         self.forgotten: deque[tuple[str, int]] = deque()  # objects that rank 0 has no longer
@@ -98,8 +112,8 @@ class Ranks:
         return f"{self.host}, rank {self.rank}"
 
     def threads(self) -> int:
-        """The threads of this rank by default: its share of the machine's CPUs."""
-        return max(1, available_cpus() // self.local)
+        """The threads of this rank by default: its share of the machine's CPUs, or fewer if it is bound."""
+        return min(share_of_cpus(self.local), available_cpus())
 
     def new_number(self) -> int:
         """A number for an object that every rank has."""

@@ -15,6 +15,7 @@ from helpers.tiny_models import SPEAKER, write_speaker
 from helpers.updates import random_updates
 
 import numpy_llama as nl
+from numpy_llama.backend.limits import available_cpus
 from numpy_llama.checkpoint.adapters import write_peft
 
 HERE = Path(__file__).parent
@@ -223,6 +224,16 @@ def test_adapters_that_differ_are_refused(path, tmp_path):
     assert_refused(on_each(same, scale), 1, "the updates of lora is 1 weights, scales", "rank 1")
     assert_refused(on_each(same, numbers), 1, "lora/adapter_model.safetensors is a file of", "rank 1")
     assert_refused(on_each(same, ("-wdir", str(tmp_path), *program)), 1, "rank 1: lora is not there")
+
+
+def test_more_threads_than_cpus_are_said(path):
+    cpus = available_cpus()
+    done = on_ranks(2, PROGRAM, "generate", "-m", str(path), "-n", "3", "-t", str(cpus + 1), "hi")
+    share = max(1, cpus // 2)
+    said = (
+        f"rank 0: {cpus + 1} threads, but 2 ranks on this machine have {share} CPUs each: give -t {share}\n"
+    )
+    assert done.returncode == 0 and done.stderr.decode() == f"numpy-llama: {os.uname().nodename}, {said}"
 
 
 def test_the_mpiexec_of_another_mpi_is_noticed(path):

@@ -1,6 +1,7 @@
 """Show the contents of a model or an adapter, and the memory that it needs, from its headers alone."""
 
 import argparse
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +10,15 @@ from functools import partial
 from math import prod
 
 from ..backend.formats import StoredTensor
+from ..backend.limits import available_cpus
 from ..checkpoint import open_checkpoint
 from ..checkpoint.adapters import Adapter, is_adapter, open_adapter
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.download import DEFAULT_MODEL, locate
 from ..checkpoint.memory import LEAST_CONTEXT, MemoryPlan, available_memory, gib, memory_plan
-from ..errors import NumpyLlamaError, escape, printable
+from ..errors import NumpyLlamaError, ParameterError, escape, printable
+from ..parallel import network
+from ..parallel.cut import Plan, checked_shares, widths
 from . import common
 
 
@@ -26,9 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a file, a folder, an adapter, hf:OWNER/REPO, or a name that `pull` lists [%(default)s]",
     )
+    group = parser.add_argument_group("several machines", "What each would have, and the speed to expect.")
+    group.add_argument(
+        "--ranks", type=common.whole_number(1), metavar="N", help="the plan for N machines, before mpiexec"
+    )
+    group.add_argument("--shares", type=common.shares, metavar="3,1", help="the share of each machine [even]")
+    group.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="of the memory of a machine [that of this machine, measured]",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.ranks is None and (args.shares or args.bandwidth) is not None:
+        raise ParameterError("--shares and --bandwidth are for a plan: give --ranks too")
+    if args.bandwidth is not None and not 0 < args.bandwidth < math.inf:
+        raise ParameterError(f"--bandwidth is {args.bandwidth:g}, it must be a number of GB/s above 0")
     with common.transfer_bar() as progress:
         path = common.located(args.model, progress, partial(locate, wanted="either"))
     if is_adapter(path):
@@ -36,14 +55,54 @@ def run(args: argparse.Namespace) -> None:
         return
     checkpoint = open_checkpoint(path)
     weights = checkpoint.weights()  # checks names and shapes against the arguments before anything is printed
+    cut = None if args.ranks is None else Plan.of(checkpoint.args, checked_shares(args.shares, args.ranks))
     for name, value in [*contents(checkpoint, weights), *arguments(checkpoint), *text(checkpoint)]:
         print(f"{name:<16} {value}")
     plan = memory_plan(checkpoint.args, weights, "c")
     for name, value in memory(plan, available_memory(plan.mapped)):
         print(f"{name:<16} {value}")
     print()
+    if cut is not None:
+        show_ranks(cut, weights, args.bandwidth and 1e9 * args.bandwidth)
+        return
     for name, shape, type_name, n in kinds(checkpoint):
         print(f"{name:<44} {shape:<14} {type_name:<11} {n}")
+
+
+def show_ranks(cut: Plan, weights: Mapping[str, StoredTensor], bandwidth: float | None) -> None:
+    """The part of each rank, and the speed of all by the arithmetic of network.py."""
+    ranks, read, context = range(len(cut.heads)), list[float](), cut.args.max_seq_len
+    print(f"Each rank, with a context of {context:,} tokens:")
+    print("ranks  heads  kv heads  rows of F    weights   KV cache       peak")
+    table = dict[str, list[int]]()
+    for rank in ranks:
+        part = cut.weights(weights, rank)
+        plan = memory_plan(cut.local_args(rank), part, "c")
+        read.append(network.read_a_token(part))
+        heads, kv_heads, rows = (widths(cuts)[rank] for cuts in (cut.heads, cut.kv_heads, cut.hidden_dim))
+        fixed, peak = plan.mapped + plan.made, plan.peak(context)
+        cache = plan.stored_positions * plan.kv_per_position
+        sizes = "".join(f"{gib(nbytes):>11}" for nbytes in (fixed, cache, peak))
+        table.setdefault(f"{heads:5}{kv_heads:10}{rows:11}{sizes}", []).append(rank)
+    for line, equal in table.items():
+        print(f"{numbered(equal):<7}{line}")
+    of = "stated" if bandwidth else "measured here"
+    bandwidth = bandwidth or network.measured_bandwidth(available_cpus())
+    print(f"\nTokens a second at most, with {bandwidth / 1e9:.1f} GB/s from memory ({of}):")
+    print(f"{'network':<10}{'latency':>8}{'decode':>9}{'prompt':>9}")
+    for one in network.NETWORKS if len(ranks) > 1 else ():
+        decode = 1 / network.decode_seconds(cut, read, bandwidth, one)
+        prompt = network.prefill_limit(cut, one)
+        print(f"{one.name:<10}{1e6 * one.latency:5.0f} us{decode:9.2f}{prompt:9.0f}")
+    alone = bandwidth / network.read_a_token(weights)
+    print(f"{'one machine':<18}{alone:9.2f}{'-':>9}")
+
+
+def numbered(ranks: Sequence[int]) -> str:
+    """0-3,7"""
+    begins = [i for i in ranks if i - 1 not in ranks]
+    ends = [i for i in ranks if i + 1 not in ranks]
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(begins, ends, strict=True))
 
 
 def show_adapter(adapter: Adapter) -> None:

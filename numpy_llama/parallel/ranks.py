@@ -94,8 +94,8 @@ class Ranks:
             )
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise ParallelError(
-                "MPI lets only one thread send, MPI_THREAD_MULTIPLE is needed: take another MPI, or start none "
-                "with another level before nl.load"
+                "MPI lets only one thread send, MPI_THREAD_MULTIPLE is needed: take another MPI, or start "
+                "none with another level before nl.load"
             )
         self.host = MPI.Get_processor_name()
         self.local = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine

@@ -1,0 +1,85 @@
+"""What a run on several machines will take: the time of a token, by arithmetic.
+
+    t = W / b + L (4 latency + s / rate)
+
+W bytes of weights on a rank, b bytes a second from its memory, L layers of four gathers, in which a rank
+receives s bytes. The slowest rank sets the pace. Arithmetic of the machines is left out.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..backend.formats import StoredTensor
+from .cut import Cuts, Plan, widths
+
+FLOAT32, ROUNDED = 4.0, 2 + 4 / 32  # bytes a number; rounded to 15 bits, with a scale for each 32
+PAYLOAD = 1460 / 1538  # of the bytes on a cable
+PROBE = 1 << 29  # bytes, more than any cache holds
+
+
+@dataclass(frozen=True)
+class Network:
+    """A message of few bytes arrives after `latency` seconds; `rate` bytes a second."""
+
+    name: str
+    latency: float
+    rate: float
+
+
+NETWORKS = (
+    Network("1 GbE", 60e-6, 1e9 / 8),
+    Network("2.5 GbE", 60e-6, 2.5e9 / 8),
+    Network("10 GbE", 30e-6, 10e9 / 8),
+    Network("25 GbE", 15e-6, 25e9 / 8),
+)
+
+
+def received(plan: Plan, rank: int, into_linear: float = FLOAT32) -> float:
+    """Bytes a layer and token. `into_linear`: of a number that the next linear layer rounds."""
+
+    def others(cuts: Cuts) -> int:
+        return sum(widths(cuts)) - widths(cuts)[rank]
+
+    rounded = plan.args.head_dim * others(plan.heads) + others(plan.hidden_dim)
+    return into_linear * rounded + FLOAT32 * 2 * others(plan.dim)
+
+
+def read_a_token(weights: Mapping[str, StoredTensor]) -> int:
+    """Bytes of the weights that a pass of one token reads: all, and one row of the embedding."""
+    return sum(w.nbytes for name, w in weights.items() if name != "tok_embeddings.weight")
+
+
+def decode_seconds(
+    plan: Plan,
+    read: Sequence[float],
+    bandwidth: float,
+    network: Network,
+    into_linear: float = FLOAT32,
+) -> float:
+    """The time of one token. `read`: the bytes of each rank's weights."""
+    memory = max(read) / bandwidth
+    if len(read) == 1:
+        return memory
+    most = max(received(plan, rank, into_linear) for rank in range(len(read)))
+    return memory + plan.args.n_layers * (4 * network.latency + most / network.rate)
+
+
+def prefill_limit(plan: Plan, network: Network, into_linear: float = FLOAT32) -> float:
+    """The tokens a second of a prompt that the network carries, however fast the machines are."""
+    most = max(received(plan, rank, into_linear) for rank in range(len(plan.heads)))
+    return network.rate * PAYLOAD / (plan.args.n_layers * most) if most else float("inf")
+
+
+def measured_bandwidth(threads: int) -> float:
+    """Bytes a second that this machine reads from its memory now. BuildError without the C kernels."""
+    from ..backend.kernels import read_probe  # imported here: NumPy's path runs without a compiler
+
+    pieces, seconds = [np.ones(PROBE, np.uint8)], []
+    for _ in range(3):
+        began = time.perf_counter()
+        read_probe(pieces, threads)
+        seconds.append(time.perf_counter() - began)
+    return PROBE / min(seconds)

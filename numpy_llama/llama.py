@@ -306,7 +306,7 @@ def load(
     activation_bits: int = 8,
     cache_dtype: str | None = None,
     adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
-    shares: Sequence[float] | None = None,
+    shares: Sequence[float] | str | None = None,
 ) -> Llama:
     """Load a model from a file or a folder, or by a name of `pull` or hf:OWNER/REPO, fetched on first use.
 
@@ -322,8 +322,8 @@ def load(
     total): called with counts of bytes. A model that does not fit into memory is a ResourceLimitError before
     loading begins.
 
-    Under mpiexec the model is cut for all processes, evenly or by `shares`, such as [3, 1]. All processes but
-    rank 0 serve, and do not return from here.
+    Under mpiexec the model is cut for all processes, evenly or by `shares`, such as [3, 1], or "auto": by
+    the measured speed of each memory. All processes but rank 0 serve, and do not return from here.
     """
     check_options(dtype, backend, exact, cache_dtype)
     progress, ranks = checked_progress(progress), parallel.ranks()

@@ -78,7 +78,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         "--shares",
         type=shares,
         metavar="3,1",
-        help="under mpiexec: the share of the weights of each process [even]",
+        help="under mpiexec: the share of the weights of each process; auto: by the measured speed of its "
+        "memory [even]",
     )
 
 
@@ -179,8 +180,10 @@ def whole_numbers(least: int) -> Callable[[str], list[int]]:
     return lambda text: [one(part) for part in text.split(",")]
 
 
-def shares(text: str) -> list[float]:
-    """An argument type: numbers above 0 with commas between them."""
+def shares(text: str) -> list[float] | str:
+    """An argument type: numbers above 0 with commas between them, or "auto"."""
+    if text == "auto":
+        return text
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -144,7 +145,7 @@ def _picked(make: Callable[[Array], Array], numbers: Array, rows: slice) -> Arra
     return make(numbers[rows])
 
 
-def checked_shares(shares: Sequence[float] | None, ranks: int) -> list[float]:
+def checked_shares(shares: Any, ranks: int) -> list[float]:
     """A share of the weights for each rank; ParameterError unless each is a number above 0."""
     if shares is None:
         return [1.0] * ranks

@@ -27,6 +27,7 @@ from ..lora import LowRank
 from ..model import Transformer
 from .cut import Plan, checked_shares
 from .model import part_of
+from .network import measured_bandwidth
 from .ranks import Ranks, share_of_cpus
 from .whole import ParallelTransformer, Shared
 
@@ -54,7 +55,7 @@ def load(
     ranks: Ranks,
     opened: Checkpoint,
     args: ModelArgs,
-    shares: Sequence[float] | None,
+    shares: Sequence[float] | str | None,
     options: tuple[Any, ...],
     progress: Progress,
 ) -> tuple[Transformer, int]:
@@ -62,7 +63,7 @@ def load(
 
     `options` are the last fields of an Order.
     """
-    order = Order(opened.path, args, checked_shares(shares, ranks.size), *options)
+    order = Order(opened.path, args, numbers(ranks, shares), *options)
     plan = Plan.of(args, order.shares)  # an error here is one of the arguments
     number = ranks.new_number()
     with ranks.together("load", number, order, passing=NumpyLlamaError):
@@ -70,11 +71,34 @@ def load(
     return ParallelTransformer(Shared(part, plan, ranks, number), args), room
 
 
+def numbers(ranks: Ranks, shares: Sequence[float] | str | None) -> list[float]:
+    """On rank 0: the share of each rank. "auto" measures once how fast each reads from its memory."""
+    if shares != "auto":
+        return checked_shares(shares, ranks.size)
+    if not ranks.bandwidths:
+        with ranks.together("measure"):
+            measure(ranks)
+    return in_eighths(ranks.bandwidths)
+
+
+def measure(ranks: Ranks) -> None:
+    """On all ranks at the same time, because those of one machine share its memory."""
+    ranks.bandwidths = ranks.exchange(measured_bandwidth(ranks.threads()))
+
+
+def in_eighths(bandwidths: Sequence[float]) -> list[float]:
+    """Shares in eighths of the fastest, so that equal machines have equal shares in spite of noise."""
+    return [float(max(1, round(8 * one / max(bandwidths)))) for one in bandwidths]
+
+
 def own_part(
-    ranks: Ranks, args: ModelArgs, weights: Mapping[str, StoredTensor], shares: Sequence[float] | None
+    ranks: Ranks,
+    args: ModelArgs,
+    weights: Mapping[str, StoredTensor],
+    shares: Sequence[float] | str | None,
 ) -> tuple[ModelArgs, dict[str, StoredTensor]]:
     """The arguments and the weights of this rank."""
-    plan = Plan.of(args, checked_shares(shares, ranks.size))
+    plan = Plan.of(args, numbers(ranks, shares))
     return plan.local_args(ranks.rank), plan.weights(weights, ranks.rank)
 
 

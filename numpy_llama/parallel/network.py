@@ -37,7 +37,7 @@ NETWORKS = (
 )
 
 
-def received(plan: Plan, rank: int, into_linear: float = FLOAT32) -> float:
+def received(plan: Plan, rank: int, into_linear: float = ROUNDED) -> float:
     """Bytes a layer and token. `into_linear`: of a number that the next linear layer rounds."""
 
     def others(cuts: Cuts) -> int:
@@ -57,7 +57,7 @@ def decode_seconds(
     read: Sequence[float],
     bandwidth: float,
     network: Network,
-    into_linear: float = FLOAT32,
+    into_linear: float = ROUNDED,
 ) -> float:
     """The time of one token. `read`: the bytes of each rank's weights."""
     memory = max(read) / bandwidth
@@ -67,7 +67,7 @@ def decode_seconds(
     return memory + plan.args.n_layers * (4 * network.latency + most / network.rate)
 
 
-def prefill_limit(plan: Plan, network: Network, into_linear: float = FLOAT32) -> float:
+def prefill_limit(plan: Plan, network: Network, into_linear: float = ROUNDED) -> float:
     """The tokens a second of a prompt that the network carries, however fast the machines are."""
     most = max(received(plan, rank, into_linear) for rank in range(len(plan.heads)))
     return network.rate * PAYLOAD / (plan.args.n_layers * most) if most else float("inf")

@@ -100,6 +100,7 @@ class Ranks:
         self.host = MPI.Get_processor_name()
         self.local = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
         self.forgotten: deque[tuple[str, int]] = deque()  # objects that rank 0 has no longer
+        self.bandwidths: list[float] = []  # of the memory of all ranks, once measured
         self._numbers = 0
         self._lock, self._last_words = threading.RLock(), threading.RLock()
         self._owner: int | None = None  # the thread that runs a command

@@ -16,7 +16,7 @@ from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError
 from ..model import Function
 from .cut import Plan
-from .load import Order, load_part
+from .load import Order, load_part, measure
 from .model import SharedCache
 from .ranks import Ranks, Stopped, flush, is_first, launched
 from .whole import Part, as_one
@@ -93,6 +93,9 @@ class Commands:
         with suppress(NumpyLlamaError):  # it is raised on rank 0 too
             model, _ = load_part(self.ranks, order)
             self.models[number] = Part(model, Plan.of(order.args, order.shares), self.ranks)
+
+    def measure(self) -> None:
+        measure(self.ranks)
 
     def new_cache(self, model: int, number: int, *about: Any) -> None:
         self.caches[number] = self.models[model].new_cache(*about).numbered(number)

@@ -81,7 +81,7 @@ def test_commands_of_a_loaded_model(path, tmp_path):
     done = on_ranks(3, PROGRAM, *arguments, "--shares", "1,1,2")
     assert (done.returncode, done.stdout, done.stderr) == (0, wanted.stdout, b"")
     tests = "-p", "8", "-n", "4", "-d", "0,5", "-b", "1,2", "-r", "1"
-    done = on_ranks(2, PROGRAM, "bench", *tests, "--json", "-m", str(path))
+    done = on_ranks(2, PROGRAM, "bench", *tests, "--json", "-m", str(path), "--shares", "auto")
     assert (done.returncode, done.stderr, done.stdout.count(b'"test"')) == (0, b"", 6)
 
 

@@ -11,7 +11,9 @@ from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint.presets import PRESETS
 from numpy_llama.cli.info import numbered
 from numpy_llama.parallel.cut import Plan
+from numpy_llama.parallel.load import in_eighths
 from numpy_llama.parallel.network import (
+    FLOAT32,
     NETWORKS,
     ROUNDED,
     decode_seconds,
@@ -56,7 +58,8 @@ def test_a_network_bounds_the_prompt():
 def test_a_rank_receives_what_the_others_have():
     args = replace(TINY_BLOCKS, dim=128, n_heads=4, n_kv_heads=4, head_dim=16, hidden_dim=256)
     plan = Plan.of(args, [3, 1])
-    assert received(plan, 0) == 4 * (64 // 4 + 256 // 4 + 2 * 128 // 4)
+    assert received(plan, 0, FLOAT32) == 4 * (64 // 4 + 256 // 4 + 2 * 128 // 4)
+    assert received(plan, 0) == ROUNDED * (64 // 4 + 256 // 4) + 4 * (2 * 128 // 4)
     assert received(plan, 1) == 3 * received(plan, 0)
     assert received(Plan.of(args, [1]), 0) == 0
 
@@ -69,6 +72,17 @@ def test_the_slowest_rank_sets_the_pace():
 
 def test_this_machine_reads_from_its_memory():
     assert 1e8 < measured_bandwidth(1) < 1e13
+
+
+@pytest.mark.parametrize("bandwidths, shares", [
+    ([60e9, 57e9, 58e9], [8, 8, 8]),
+    ([60e9, 20e9], [8, 3]),
+    ([1e9, 100e9], [1, 8]),
+    ([5.0], [8]),
+])  # fmt: skip
+def test_shares_by_speed(bandwidths, shares):
+    """Each within a sixteenth of the fastest; equal machines have equal shares."""
+    assert in_eighths(bandwidths) == shares
 
 
 def test_info_prints_the_plan(tmp_path):
@@ -90,6 +104,7 @@ def test_info_prints_the_plan(tmp_path):
 @pytest.mark.parametrize("options, code, words", [
     (["--ranks", "5"], 1, "5 ranks, but the model has 4 query heads"),
     (["--ranks", "3", "--shares", "1,2"], 2, "shares are [1.0, 2.0], they must be 3 numbers above 0"),
+    (["--ranks", "2", "--shares", "auto"], 2, "shares are 'auto', they must be 2 numbers above 0"),
     (["--shares", "1,2"], 2, "--shares and --bandwidth are for a plan: give --ranks too"),
     (["--bandwidth", "60"], 2, "--shares and --bandwidth are for a plan: give --ranks too"),
     (["--ranks", "2", "--bandwidth", "nan"], 2, "--bandwidth is nan, it must be a number of GB/s above 0"),

@@ -76,7 +76,7 @@ def numbers(ranks: Ranks, shares: Sequence[float] | str | None) -> list[float]:
     if shares != "auto":
         return checked_shares(shares, ranks.size)
     if not ranks.bandwidths:
-        with ranks.together("measure"):
+        with ranks.together("call", measure):
             measure(ranks)
     return in_eighths(ranks.bandwidths)
 
@@ -160,19 +160,25 @@ def slow(local: int, threads: int | None) -> Iterator[str]:
 
 def facts(opened: Checkpoint, backend: str, adapters: Sequence[Adapter] = ()) -> dict[str, str]:
     """What every rank must have alike: the bits depend on it."""
-    found = {"numpy_llama": f"version {__version__}", "ModelArgs": repr(opened.args)}
-    if backend == "numpy":
-        found["NumPy"] = f"version {np.__version__}"
-    else:
-        from ..backend import kernels
-
-        found["the instruction set"] = kernels.isa()
+    found = program(backend) | {"ModelArgs": repr(opened.args)}
     files = {file.path.name: file for file in opened.files}
     files |= {str(adapter.file.path): adapter.file.file for adapter in adapters}
     for adapter in adapters:  # PEFT has the scales in another file
         pairs = hashlib.sha256(repr(sorted(adapter.pairs.items())).encode()).hexdigest()
         found[f"the updates of {adapter.path}"] = f"{len(adapter.pairs)} weights, scales {pairs[:16]}"
     return found | {name: f"a file of {file.size} bytes, {sample(file)}" for name, file in files.items()}
+
+
+def program(backend: str) -> dict[str, str]:
+    """`facts` without a checkpoint."""
+    found = {"numpy_llama": f"version {__version__}"}
+    if backend == "numpy":
+        found["NumPy"] = f"version {np.__version__}"
+    else:
+        from ..backend import kernels
+
+        found["the instruction set"] = kernels.isa()
+    return found
 
 
 def sample(file: MappedFile) -> str:

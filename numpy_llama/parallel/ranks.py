@@ -99,7 +99,7 @@ class Ranks:
             )
         self.host = MPI.Get_processor_name()
         self.local = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
-        self.forgotten: deque[tuple[str, int]] = deque()  # objects that rank 0 has no longer
+        self.forgotten: deque[tuple[Any, ...]] = deque()  # commands: rank 0 has some object no longer
         self.bandwidths: list[float] = []  # of the memory of all ranks, once measured
         self._numbers = 0
         self._lock, self._last_words = threading.RLock(), threading.RLock()
@@ -245,6 +245,19 @@ class Ranks:
             side_by_side[:, at : at + width] = block.reshape(rows, width)
             at += width
         return side_by_side.reshape(*outer, total)
+
+    def parts(self, whole: Array, cuts: Sequence[slice], senders: int) -> Array:
+        """This rank's part of an array of each of the first ranks: (n,) -> (senders, its part of n)."""
+        nbytes = [(part.stop - part.start) * whole.itemsize for part in cuts]
+        found = np.empty((senders, nbytes[self.rank] // whole.itemsize), whole.dtype)
+        sent = nbytes if self.rank < senders else [0] * self.size
+        received = [nbytes[self.rank] if rank < senders else 0 for rank in range(self.size)]
+        self.comm.Alltoallv([whole, sent, self.mpi.BYTE], [found, received, self.mpi.BYTE])
+        return found
+
+    def broadcast(self, x: Array) -> None:
+        """Put rank 0's numbers into the array of every rank."""
+        self.comm.Bcast(x, 0)
 
     def exchange(self, value: Result) -> list[Result]:
         """The values of all ranks, on every rank."""

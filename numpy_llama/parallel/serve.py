@@ -16,7 +16,7 @@ from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError
 from ..model import Function
 from .cut import Plan
-from .load import Order, load_part, measure
+from .load import Order, load_part
 from .model import SharedCache
 from .ranks import Ranks, Stopped, flush, is_first, launched
 from .whole import Part, as_one
@@ -94,8 +94,9 @@ class Commands:
             model, _ = load_part(self.ranks, order)
             self.models[number] = Part(model, Plan.of(order.args, order.shares), self.ranks)
 
-    def measure(self) -> None:
-        measure(self.ranks)
+    def call(self, function: Function, *arguments: Any) -> None:
+        """A function of a room above, which all ranks run together."""
+        function(self.ranks, *arguments)
 
     def new_cache(self, model: int, number: int, *about: Any) -> None:
         self.caches[number] = self.models[model].new_cache(*about).numbered(number)

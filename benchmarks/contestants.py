@@ -164,9 +164,8 @@ class Training:
         from numpy_llama.config import ModelArgs
         from numpy_llama.training.compute import c_compute
         from numpy_llama.training.examples import Example
-        from numpy_llama.training.finetune import frozen_weights
         from numpy_llama.training.lora import TARGETS, scale_of, with_lora
-        from numpy_llama.training.models import new_weights
+        from numpy_llama.training.models import frozen_weights, new_weights
         from numpy_llama.training.objectives import NextToken
         from numpy_llama.training.optimizer import AdamW, Hyperparameters
         from numpy_llama.training.order import Order

@@ -14,7 +14,7 @@ import sys
 from typing import NoReturn
 
 from .. import __version__, parallel
-from ..errors import NumpyLlamaError, ParameterError, TextError, UnsupportedError, printable
+from ..errors import NumpyLlamaError, ParameterError, TextError, printable
 from . import (
     attention,
     bench,
@@ -40,7 +40,6 @@ VERBS = (
     *(generate, chat, info, tokenize, convert, merge, pull, bench, perplexity, verify, doctor),
     *(train, finetune, ops, trace, attention, lens),
 )
-IN_ONE_PROCESS = (train, finetune)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -89,10 +88,8 @@ def _run(argv: list[str] | None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up and end, as for Ctrl-C
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        ranks = parallel.ranks()  # under mpiexec all processes but rank 0 do not return
+        parallel.ranks()  # under mpiexec all processes but rank 0 do not return
         args = parser().parse_args(argv)
-        if ranks is not None and args.run in [verb.run for verb in IN_ONE_PROCESS]:
-            raise UnsupportedError("this command does not run on several ranks yet: start it without mpiexec")
         code = args.run(args) or 0
         sys.stdout.flush()
         return code

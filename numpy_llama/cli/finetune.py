@@ -12,9 +12,10 @@ from shlex import quote
 from ..checkpoint import open_checkpoint
 from ..checkpoint.download import DEFAULT_MODEL
 from ..errors import ParameterError
+from ..training.compute import compute_of
 from ..training.data import read_data
-from ..training.finetune import METHODS, RESULT, LoRA, finetune
-from ..training.lora import TARGETS
+from ..training.finetune import METHODS, RESULT, finetune
+from ..training.lora import TARGETS, LoRA
 from ..training.run import open_folder
 from . import common, runs
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
                 data,
                 folder,
                 args.method,
-                runs.compute_of(args),
+                compute_of(args.backend, args.threads),
                 runs.hyperparameters_of(args, rate, beta2=0.999),
                 runs.schedule_of(args),
                 lora,

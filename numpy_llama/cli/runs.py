@@ -4,13 +4,14 @@ import argparse
 import math
 from collections.abc import Callable
 
+from .. import parallel
 from ..checkpoint.memory import gib, peak_memory
 from ..inspect.bench import Machine
 from ..text.tokenizer import Tokenizer
-from ..training.compute import Compute, c_compute, numpy_compute
 from ..training.examples import Row
 from ..training.optimizer import Hyperparameters
 from ..training.plan import TrainingPlan
+from ..training.ranks import n_ranks
 from ..training.run import LOG, PICTURE, Report, Run, prompt_of, sample
 from ..training.trainer import Schedule
 from . import common
@@ -77,10 +78,6 @@ def hyperparameters_of(args: argparse.Namespace, lr: float, beta2: float) -> Hyp
     return Hyperparameters(lr, beta2=beta2, weight_decay=args.weight_decay, max_norm=args.grad_clip)
 
 
-def compute_of(args: argparse.Namespace) -> Compute:
-    return c_compute(args.threads) if args.backend == "c" else numpy_compute()
-
-
 def carry_out(
     run: Run,
     plan: TrainingPlan,
@@ -92,13 +89,13 @@ def carry_out(
     """Train to the end, and print a table of steps, samples and the curve."""
     trainer = run.trainer
     last, begun = trainer.schedule.steps, trainer.optimizer.t
-    common.note(f"memory: {plan}")
+    common.note(f"memory{'' if (n := n_ranks()) == 1 else f' of each of {n} ranks'}: {plan}")
     if begun:
         end = "" if begun < last else ": all steps are made; a larger --iters continues"
         common.note(f"resumed after step {begun} of {last}{end}")
     elif args.resume:
         common.note(f"{run.out} has no saved step: the run begins anew")
-    peak = Machine(args.threads).fma_peak()
+    peak = fma_peak(args.threads)
     if begun < last:
         print("".join(f"{title:>{width}}" for title, width in COLUMNS.items()), flush=True)
     recent: list[Report] = []
@@ -131,6 +128,13 @@ def carry_out(
     files = ", ".join(str(run.out / name) for name in (LOG, PICTURE) if (run.out / name).exists())
     used = peak_memory()
     common.note(f"the numbers are in {files}" + ("" if used is None else f"; peak memory {gib(used)}"))
+
+
+def fma_peak(threads: int | None) -> float:
+    """Operations a second of this process, or of all ranks, if each has the machine of this one."""
+    if (ranks := parallel.ranks()) is None:
+        return Machine(threads).fma_peak()
+    return ranks.size * Machine(threads or ranks.threads()).fma_peak()
 
 
 def row(reports: list[Report], last: int, peak: float) -> str:

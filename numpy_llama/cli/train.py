@@ -10,6 +10,7 @@ import argparse
 from shlex import quote
 
 from ..config import ModelArgs
+from ..training.compute import compute_of
 from ..training.data import read_data
 from ..training.models import new_args
 from ..training.pretrain import pretrain
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
                 data,
                 folder,
                 shape,
-                runs.compute_of(args),
+                compute_of(args.backend, args.threads),
                 runs.hyperparameters_of(args, args.lr, beta2=0.99),
                 runs.schedule_of(args),
                 vocab_size=args.vocab_size,

@@ -14,6 +14,7 @@ serve.py    the loop of all ranks but 0
 Megatron-LM (Shoeybi et al. 2019) and Meta's own code have ColumnParallelLinear, RowParallelLinear and
 VocabParallelEmbedding. RowParallelLinear adds up parts of sums, so its bits depend on the number of ranks.
 Here every weight is cut by rows, so each output is one sum on one rank. The activations are gathered.
+training/ranks.py divides batches, by the same ranks.
 """
 
 from .load import load as load

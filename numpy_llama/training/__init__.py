@@ -7,6 +7,7 @@ optimizer            AdamW, the learning rate of each step, clipping
 trainer              a step, and all steps
 compute              NumPy's functions, or their C twins
 plan                 memory before it is taken, operations
+recipe, ranks        a trainer from its options; the same on several ranks
 state, log, run      a run in its folder: it is resumed with the same bits, on the same machine
 models, lora         what learns: new weights, float32 copies, an adapter
 output               the files of the result

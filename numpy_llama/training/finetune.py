@@ -7,10 +7,9 @@ full    a float32 copy of all weights learns
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from itertools import chain
-from typing import Any
 
 from ..backend.formats import StoredTensor
 from ..checkpoint.adapters import write_peft
@@ -21,33 +20,19 @@ from ..errors import ContextOverflowError, ParameterError
 from .compute import Compute
 from .data import Data
 from .examples import Encoder, Rows, rows_of
-from .lora import checked_targets, highest_rank, lora_count, low_ranks, scale_of, with_lora
-from .models import float_weights
-from .objectives import DPO, NextToken, Objective
-from .optimizer import AdamW, Hyperparameters
+from .lora import LoRA, highest_rank, lora_count, low_ranks
+from .models import float_weights, frozen_weights
+from .optimizer import Hyperparameters
 from .order import Order
 from .output import write_gguf
 from .plan import TrainingPlan, Work, largest, training_plan
+from .ranks import least_memory, n_ranks, trainer_of
+from .recipe import Recipe
 from .run import VALIDATION_ROWS, Folder, Run
-from .trainer import Schedule, Trainer
+from .trainer import Schedule
 
 METHODS = ("lora", "full", "dpo")
 RESULT = "model.gguf"  # of full fine-tuning
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """The adapter: its rank, alpha, kind of scale, and the matrices that it stands beside."""
-
-    rank: int
-    alpha: float
-    rslora: bool
-    targets: Sequence[str]
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise ParameterError(f"alpha is {self.alpha}, it must be above 0: it scales what is learnt")
-        checked_targets(self.targets)
 
 
 def finetune(
@@ -105,19 +90,16 @@ def finetune(
     else:
         learned = lora_count(args, lora.targets, lora.rank)
         nbytes = sum(map(compute.frozen_bytes, different.values())) + 4 * learned
-    sizes = *largest(train.rows, chain(valid, test), order.batch_size), available_memory()
-    plan = training_plan(args, nbytes, learned, *sizes, source.path, state)
+    longest, step_tokens = largest(train.rows, chain(valid, test), order.batch_size)
+    available = least_memory(available_memory())
+    sizes = longest, step_tokens, available, source.path, state, n_ranks()
+    plan = training_plan(args, nbytes, learned, *sizes)
 
     source.watch()
     weights = float_weights(stored) if all_learns else frozen_weights(stored, compute)
-    learner = reference = compute.learner(args, weights, plan.checkpointing, frozen=not all_learns)
-    if not all_learns:
-        scale = scale_of(lora.rank, lora.alpha, lora.rslora)
-        learner = with_lora(reference, lora.targets, lora.rank, scale, seed)
-    objective: Objective = DPO(reference, beta) if method == "dpo" else NextToken()
-    optimizer = AdamW(learner.parameters(), hyperparameters, compute.adamw)
-    most, squares = plan.most_tokens, compute.squares
-    trainer = Trainer(learner, optimizer, train.rows, order, objective, schedule, most, squares)
+    chosen = None if all_learns else lora, beta if method == "dpo" else None, seed
+    recipe = Recipe(args, plan, hyperparameters, schedule, *chosen)
+    trainer = trainer_of(recipe, compute, weights, train.rows, order, None if all_learns else source)
     options = {
         "method": method,
         "model": fingerprint(args, stored),
@@ -133,16 +115,10 @@ def finetune(
         if all_learns:
             write_gguf(out / RESULT, source, weights)
         else:
-            write_peft(out, low_ranks(learner), args, base)
+            write_peft(out, low_ranks(trainer.learner), args, base)
 
     work = Work.of(args, all_learns, dpo=method == "dpo")
     return Run(folder, trainer, options, valid, test, work.operations, write_result), plan, train
-
-
-def frozen_weights(stored: Mapping[str, StoredTensor], compute: Compute) -> dict[str, Any]:
-    """The weights of a model that does not learn, as the backend computes with them."""
-    made = {key: compute.freeze(w) for key, w in {id(w): w for w in stored.values()}.items()}
-    return {name: made[id(w)] for name, w in stored.items()}
 
 
 def fingerprint(args: ModelArgs, stored: Mapping[str, StoredTensor]) -> str:

@@ -6,6 +6,7 @@ scale = alpha / r, or alpha / sqrt(r) (rank-stabilized, Kalajdzievski 2023)
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,25 @@ from ..lora import LoRALinear, LowRank
 
 # Each matrix of a layer by the name that PEFT uses: {"q_proj": "attention.wq", ...}.
 TARGETS = {row[2].rpartition(".")[2]: row[0] for row in LAYER if len(row[-1]) == 2}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The adapter: its rank, alpha, kind of scale, and the matrices that it stands beside."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < math.inf:
+            raise ParameterError(f"alpha is {self.alpha}, it must be above 0: it scales what is learnt")
+        checked_targets(self.targets)
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.rank, self.alpha, self.rslora)
 
 
 class TrainedLoRA(LoRALinear):

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -11,6 +12,7 @@ from ..backend.formats import StoredTensor
 from ..checkpoint.names import expected_shape, tensor_names
 from ..config import Array, ModelArgs
 from ..errors import TokenizerError, escape
+from .compute import Compute
 
 MULTIPLE = 32  # hidden_dim is a whole number of blocks
 PIECE = 4000  # bytes: sentencepiece leaves out longer lines
@@ -65,6 +67,12 @@ def float_weights(stored: Mapping[str, StoredTensor]) -> dict[str, Array]:
     """
     copies = {id(w): np.array(w.dequantize(), np.float32) for w in stored.values()}
     return {name: copies[id(w)] for name, w in stored.items()}
+
+
+def frozen_weights(stored: Mapping[str, StoredTensor], compute: Compute) -> dict[str, Any]:
+    """The weights of a model that does not learn, as the backend computes with them."""
+    made = {key: compute.freeze(w) for key, w in {id(w): w for w in stored.values()}.items()}
+    return {name: made[id(w)] for name, w in stored.items()}
 
 
 def trained_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:

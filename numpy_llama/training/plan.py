@@ -1,7 +1,8 @@
 """What a step costs, computed before it runs: memory, which limits a micro-batch, and operations.
 
     weights       as stored if they are frozen, float32 if they learn
-    learning      12 bytes for each number that learns: its gradient, m and v
+    learning      12 bytes for each number that learns: its gradient, m and v; on several ranks a part of
+                  the sum of gradients too
     activations   for each token and layer x, q, k, v, out, lse, h, gate, up (backward.Saved); with
                   checkpointing x alone, and the others for one layer
     scratch       logits of one chunk (NumPy keeps three arrays of CHUNK rows, C one array of 2 CHUNK rows),
@@ -30,7 +31,7 @@ MOST_TOKENS = 2048  # of a micro-batch, unless one row has more: a larger one ta
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """All numbers but the last two are bytes."""
+    """All numbers but the last three are bytes, of each rank."""
 
     weights: int
     learning: int
@@ -38,6 +39,7 @@ class TrainingPlan:
     activations: int  # of the largest micro-batch, or of a longer row
     most_tokens: int  # of a micro-batch
     checkpointing: bool
+    n_ranks: int = 1  # that the micro-batches are cut for
 
     @property
     def peak(self) -> int:
@@ -61,6 +63,7 @@ def training_plan(
     available: int,
     source: object,
     state: State | None = None,
+    n_ranks: int = 1,
 ) -> TrainingPlan:
     """The plan with the largest micro-batch that fits; ResourceLimitError, with the numbers, if none does.
 
@@ -69,15 +72,16 @@ def training_plan(
     """
     matrix = args.dim * max(args.hidden_dim, args.n_heads * args.head_dim)  # numbers of the largest
     scratch = PYTHON + BYTES_A_TOKEN * args.vocab_size + 4 * (3 * CHUNK * args.vocab_size + 2 * matrix)
-    learning = 12 * learned
+    learning = 12 * learned + (4 * learned // n_ranks if n_ranks > 1 else 0)
     fixed, room = weights + learning + scratch, int(SHARE * available)
 
-    def plan(most: int, checkpointing: bool) -> TrainingPlan:
+    def plan(most: int, checkpointing: bool, cut_for: int = n_ranks) -> TrainingPlan:
         activations = max(most, longest) * token_bytes(args, checkpointing)
-        return TrainingPlan(weights, learning, scratch, activations, most, checkpointing)
+        return TrainingPlan(weights, learning, scratch, activations, most, checkpointing, cut_for)
 
     if state is not None:
-        begun = plan(int(state.options.get("most_tokens") or 1), bool(state.options.get("checkpointing")))
+        most, cut_for = (int(state.options.get(name) or 1) for name in ("most_tokens", "n_ranks"))
+        begun = plan(most, bool(state.options.get("checkpointing")), cut_for)
         if begun.peak > available:
             raise ResourceLimitError(
                 f"{state.path}: the run was begun with more memory, it takes {begun}; {gib(available)} are "

@@ -16,13 +16,14 @@ from .compute import Compute
 from .data import Data
 from .examples import Encoder, naming, rows_of
 from .models import new_weights, parameter_count, trained_tokenizer
-from .objectives import NextToken
-from .optimizer import AdamW, Hyperparameters
+from .optimizer import Hyperparameters
 from .order import Order
 from .output import write_hugging_face
 from .plan import TrainingPlan, Work, largest, training_plan
+from .ranks import least_memory, n_ranks, trainer_of
+from .recipe import Recipe
 from .run import LOG, VALIDATION_ROWS, Folder, Run
-from .trainer import Schedule, Trainer
+from .trainer import Schedule
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # that a Hugging Face folder can have
 METHOD = "train"  # beside the methods of finetune.py
@@ -76,13 +77,13 @@ def pretrain(
         raise ParameterError(f"{data.train[0].where}: the texts have no tokens to learn")
     order = Order(len(train.rows), batch_size, seed)
     learned = parameter_count(args)
-    sizes = *largest(train.rows, chain(valid, test), order.batch_size), available_memory()
-    plan = training_plan(args, 4 * learned, learned, *sizes, "this model", state)
+    longest, step_tokens = largest(train.rows, chain(valid, test), order.batch_size)
+    available = least_memory(available_memory())
+    sizes = longest, step_tokens, available, "this model", state, n_ranks()
+    plan = training_plan(args, 4 * learned, learned, *sizes)
     weights = new_weights(args, seed)
-    learner = compute.learner(args, weights, plan.checkpointing)
-    optimizer = AdamW(learner.parameters(), hyperparameters, compute.adamw)
-    most, squares = plan.most_tokens, compute.squares
-    trainer = Trainer(learner, optimizer, train.rows, order, NextToken(), schedule, most, squares)
+    recipe = Recipe(args, plan, hyperparameters, schedule)
+    trainer = trainer_of(recipe, compute, weights, train.rows, order)
     options: dict[str, Any] = {
         "method": METHOD,
         "seq_len": seq_len,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import parallel
 from ..checkpoint.files import remove_left
 from ..errors import FormatError, NumericsError, ParameterError
 from ..generation.generate import Session, generate
@@ -47,6 +48,7 @@ def open_folder(out: Path, resume: bool) -> Iterator[Folder]:
     With `resume` and without a state the run begins anew: it was killed before it saved one. A new folder
     that is still empty at the end is removed.
     """
+    parallel.ranks()  # all ranks but 0 serve from here on
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,6 +139,7 @@ def options_of(trainer: Trainer) -> dict[str, Any]:
         "iters": trainer.schedule.steps,
         "warmup_iters": trainer.schedule.warmup,
         "most_tokens": trainer.most_tokens,
+        **({"n_ranks": trainer.n_ranks} if trainer.n_ranks > 1 else {}),
         **asdict(trainer.optimizer.hyperparameters),
     }
 

@@ -2,6 +2,9 @@
 
     for each step:  rows from order.py -> micro-batches -> gradients, added up -> clip -> AdamW
 
+The order of sums: the gradients of a micro-batch are computed by themselves, and then added to the sum of
+those before it. ranks.py keeps this order.
+
 A run is a function of its options alone. It stops with an error if a loss is not finite. While AdamW changes
 the numbers, a signal such as Ctrl-C waits: so they are whole whenever a run is interrupted.
 """
@@ -28,6 +31,7 @@ from .objectives import Numbers, Objective
 from .optimizer import AdamW, clip, learning_rate, squares
 from .order import Order
 
+Computed = tuple[list[Row], float, Numbers]  # a micro-batch, its share of the loss and of further numbers
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -66,11 +70,15 @@ class Trainer:
         schedule: Schedule,
         most_tokens: int,
         squares: Callable[[Array], float] = squares,
+        n_ranks: int = 1,
     ):
-        """`most_tokens`: inputs of a micro-batch, unless one row has more. `squares`: of optimizer.norm."""
+        """`most_tokens`: inputs of a micro-batch, unless one row has more. `squares`: of optimizer.norm.
+
+        `n_ranks`: the ranks that the micro-batches are cut for, however many compute them.
+        """
         self.learner, self.optimizer, self.objective = learner, optimizer, objective
         self.rows, self.order, self.schedule = rows, order, schedule
-        self.most_tokens, self.squares = most_tokens, squares
+        self.most_tokens, self.squares, self.n_ranks = most_tokens, squares, n_ranks
         self.made: Step | None = None  # the newest step, also if a signal ended the program just after it
 
     def steps(self) -> Iterator[Step]:
@@ -80,17 +88,14 @@ class Trainer:
 
     def step(self) -> Step:
         """One step. NumericsError if the loss is not finite; the parameters stay as they are then."""
+        return self.take([self.rows[i] for i in self.order(self.optimizer.t)])
+
+    def take(self, rows: Sequence[Row]) -> Step:
+        """A step on these rows."""
         began, at = time.perf_counter(), self.optimizer.t
         h, s = self.optimizer.hyperparameters, self.schedule
-        rows = [self.rows[i] for i in self.order(at)]
         gradients = Gradients()
-
-        def with_gradients(group: Sequence[Row], n: int) -> tuple[float, Numbers]:
-            share, numbers = self.objective.gradients(self.learner, group, n, gradients)
-            self._check_finite(share, "the loss", group)
-            return share, numbers
-
-        loss, numbers = self._sum(rows, with_gradients)
+        loss, numbers = self._sum(rows, gradients)
         norm = clip(gradients, h.max_norm, self.squares)
         self._check_finite(norm, "the length of the gradients", rows)
         lr = learning_rate(at, s.steps, h.lr, s.warmup)
@@ -103,19 +108,32 @@ class Trainer:
 
     def evaluate(self, rows: Sequence[Row]) -> tuple[float, Numbers]:
         """The loss and the further numbers of these rows, which are not trained."""
-        return self._sum(rows, lambda group, n: self.objective.loss(self.learner, group, n))
+        return self._sum(rows)
 
-    def _sum(
-        self, rows: Sequence[Row], of: Callable[[Sequence[Row], int], tuple[float, Numbers]]
-    ) -> tuple[float, Numbers]:
-        """The loss and the further numbers of all micro-batches, added up."""
+    def _sum(self, rows: Sequence[Row], gradients: Gradients | None = None) -> tuple[float, Numbers]:
+        """The loss and the further numbers of all micro-batches, added up, and their gradients if wanted."""
         n, loss, numbers = self.objective.size(rows), 0.0, Numbers()
-        for group in micro_batches(rows, self.most_tokens):
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the sum is checked
-                share, more = of(group, n)
+        groups = micro_batches(rows, self.most_tokens, self.n_ranks)
+        for group, share, more in self._computed(groups, n, gradients):
+            if gradients is not None:
+                self._check_finite(share, "the loss", group)
             loss += share
             numbers = {name: numbers.get(name, 0.0) + x for name, x in more.items()}
         return loss, numbers
+
+    def _computed(
+        self, groups: Sequence[list[Row]], n: int, gradients: Gradients | None
+    ) -> Iterator[Computed]:
+        """Each micro-batch with its share of the loss and of further numbers. Gradients are added up."""
+        for group in groups:
+            yield group, *self._compute(group, n, gradients)
+
+    def _compute(self, group: Sequence[Row], n: int, gradients: Gradients | None) -> tuple[float, Numbers]:
+        """One micro-batch. Its gradients are added to `gradients`."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the sum is checked
+            if gradients is None:
+                return self.objective.loss(self.learner, group, n)
+            return self.objective.gradients(self.learner, group, n, gradients)
 
     def _check_finite(self, x: float, what: str, rows: Sequence[Row]) -> None:
         if not math.isfinite(x):

@@ -105,16 +105,6 @@ def test_what_is_refused_and_what_runs_on(ranks, path):
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), done.stderr.decode()
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["train x --out y", "finetune x --out y"],
-)
-def test_commands_of_one_process_are_refused(command, path):
-    model = [] if command.startswith("train") else ["-m", str(path)]
-    done = on_ranks(2, PROGRAM, *command.split(), *model)
-    assert_refused(done, 1, "this command does not run on several ranks yet: start it without mpiexec")
-
-
 @pytest.mark.parametrize("ranks, options, code, words", [
     (5, [], 1, "5 ranks, but the model has 4 query heads"),
     (3, ["--shares", "1,2"], 2, "shares are [1.0, 2.0], they must be 3 numbers above 0"),

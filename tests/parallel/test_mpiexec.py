@@ -2,10 +2,12 @@
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,10 +87,46 @@ def test_commands_of_a_loaded_model(path, tmp_path):
     assert (done.returncode, done.stderr, done.stdout.count(b'"test"')) == (0, b"", 6)
 
 
-def test_a_command_without_a_model_runs_once(path):
-    done = on_ranks(2, PROGRAM, "tokenize", "-m", str(path), "hi")
-    wanted = run("tokenize", "-m", str(path), "hi")
-    assert (done.returncode, done.stdout, done.stderr) == (0, wanted.stdout, b"")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tokenize", "-m", "MODEL", "hi"],
+        ["convert", "MODEL", "OUT", "--dtype", "q8"],
+        ["convert", "MODEL", "NOWHERE", "--dtype", "q8"],
+        ["merge", "-m", "MODEL", "--adapter", "LORA", "--out", "OUT"],
+        ["--help"],
+        ["nonsense"],
+        ["info", "nothing"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_without_ranks_runs_once(command, path, tmp_path):
+    """On rank 0: with the same output, the same files and the same errors."""
+    updates = random_updates(1, {"layers.0.attention.wq.weight": 2}, args=SPEAKER)
+    (tmp_path / "lora").mkdir()
+    write_peft(tmp_path / "lora", updates, SPEAKER)
+    places = {
+        "MODEL": str(path),
+        "LORA": str(tmp_path / "lora"),
+        "OUT": "out.gguf",
+        "NOWHERE": "none/out.gguf",
+    }
+    arguments = [places.get(word, word) for word in command]
+    folder, ends, written = tmp_path / "folder", [], []
+    for start in (alone, partial(on_ranks, 2)):
+        folder.mkdir()
+        done = start(PROGRAM, *arguments, cwd=folder)
+        ends.append((done.returncode, done.stdout, done.stderr))
+        written.append({file.name: file.read_bytes() for file in folder.iterdir()})
+        shutil.rmtree(folder)
+    assert ends[0] == ends[1]
+    assert written[0] == written[1] and len(written[0]) == ("OUT" in command)
+
+
+def test_a_reader_that_stops_leaves_no_process_behind(smollm2_path):
+    program = f"{MPIEXEC} -n 2 {PROGRAM} generate -m {smollm2_path} -t 1 -n 4000 --temperature 2 hi"
+    done = alone("sh", "-c", f"{program} | head -c 5", env=TOGETHER)
+    assert (done.returncode, len(done.stdout), done.stderr) == (0, 5, b"")
 
 
 def test_no_run_ends_as_if_it_were_killed():

@@ -107,10 +107,6 @@ def test_ranks_have_the_bits_of_one_process(ranks, options, models, wanted, tmp_
             assert (bits(got[name]) == bits(logits)).all(), name
 
 
-# C adds an update within a fused block in another order than outside.
-WITHIN_A_BLOCK = 0.02
-
-
 @pytest.mark.parametrize("kind", ["fused", "not fused"])
 def test_adapters_on_ranks(kind, tmp_path):
     """In every matrix: one in GGUF, half of one, one of PEFT. Four ranks share three key/value heads."""
@@ -135,7 +131,5 @@ def test_adapters_on_ranks(kind, tmp_path):
             assert np.abs(without[name] - logits).max() > 0.1 * np.abs(logits).max()
             if name.endswith(("float32", "float64")):
                 assert_near(got[name], logits, 10 * NEAR[name[-7:]])  # updates are large
-            elif kind == "fused":
-                assert_near(got[name], logits, WITHIN_A_BLOCK)
             else:
                 assert (bits(got[name]) == bits(logits)).all(), name

@@ -90,9 +90,12 @@ def show_ranks(cut: Plan, weights: Mapping[str, StoredTensor], bandwidth: float 
     bandwidth = bandwidth or network.measured_bandwidth(available_cpus())
     print(f"\nTokens a second at most, with {bandwidth / 1e9:.1f} GB/s from memory ({of}):")
     print(f"{'network':<10}{'latency':>8}{'decode':>9}{'prompt':>9}")
+    one_token, many = (
+        network.bytes_sent(weights["layers.0.attention.wo.weight"].format, n) for n in (1, 512)
+    )
     for one in network.NETWORKS if len(ranks) > 1 else ():
-        decode = 1 / network.decode_seconds(cut, read, bandwidth, one)
-        prompt = network.prefill_limit(cut, one)
+        decode = 1 / network.decode_seconds(cut, read, bandwidth, one, one_token)
+        prompt = network.prefill_limit(cut, one, many)
         print(f"{one.name:<10}{1e6 * one.latency:5.0f} us{decode:9.2f}{prompt:9.0f}")
     alone = bandwidth / network.read_a_token(weights)
     print(f"{'one machine':<18}{alone:9.2f}{'-':>9}")

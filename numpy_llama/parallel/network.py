@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backend.formats import StoredTensor
+from ..backend.formats import Format, StoredTensor
 from .cut import Cuts, Plan, widths
 
 FLOAT32, ROUNDED = 4.0, 2 + 4 / 32  # bytes a number; rounded to 15 bits, with a scale for each 32
@@ -35,6 +35,12 @@ NETWORKS = (
     Network("10 GbE", 30e-6, 10e9 / 8),
     Network("25 GbE", 15e-6, 25e9 / 8),
 )
+
+
+def bytes_sent(format: Format, tokens: int) -> float:
+    """Of a number that only the next linear layer reads. Where C rounds it, it is sent rounded."""
+    as_it_is = format.name == "F32" or (format.in_floats and tokens == 1)
+    return FLOAT32 if as_it_is else ROUNDED
 
 
 def received(plan: Plan, rank: int, into_linear: float = ROUNDED) -> float:

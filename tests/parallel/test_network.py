@@ -7,6 +7,7 @@ import pytest
 from helpers.command_line import assert_refused, run
 from helpers.tiny_models import SPEAKER, write_speaker
 
+from numpy_llama.backend import kernels
 from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint.presets import PRESETS
 from numpy_llama.cli.info import numbered
@@ -16,6 +17,7 @@ from numpy_llama.parallel.network import (
     FLOAT32,
     NETWORKS,
     ROUNDED,
+    bytes_sent,
     decode_seconds,
     measured_bandwidth,
     prefill_limit,
@@ -53,6 +55,17 @@ def test_a_405b_on_several_machines():
 def test_a_network_bounds_the_prompt():
     plan = Plan.of(PRESETS["llama-3-70b"].args, [1] * 4)
     assert [round(prefill_limit(plan, NETWORKS[i], ROUNDED)) for i in (0, 2)] == [14, 137]
+
+
+@pytest.mark.parametrize("name, one, many", [
+    ("Q4_0", ROUNDED, ROUNDED), ("NF4", ROUNDED, ROUNDED),
+    ("BF16", FLOAT32, ROUNDED), ("F32", FLOAT32, FLOAT32),
+])  # fmt: skip
+def test_what_c_rounds_is_sent_rounded(name, one, many):
+    format = FORMATS[name]
+    assert (bytes_sent(format, 1), bytes_sent(format, 512)) == (one, many)
+    rounds = [kernels.quantizes_activations(format, tokens) for tokens in (1, 512)]
+    assert rounds == [one == ROUNDED, many == ROUNDED]
 
 
 def test_a_rank_receives_what_the_others_have():

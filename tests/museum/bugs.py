@@ -824,7 +824,6 @@ BUGS = [
         "units, end, ends = n // unit, 0, [0]",
         CUTTING,
     ),
-    # --- C
     Bug(
         "the step is counted once for each parameter",
         "flashlight/flashlight#143",
@@ -860,6 +859,15 @@ BUGS = [
         "        lengths = np.diff(self.starts, append=self.tokens.size)\n"
         "        return np.add.reduceat(x.reshape(-1), self.starts, dtype=np.float64) / lengths",
         "tests/training/test_trainer.py",
+    ),
+    # --- C
+    Bug(
+        "a rank's own part lies at the beginning of the gathered whole",
+        "turboderp-org/exllamav3#233",
+        "csrc/layer.c",
+        "part_of(c, (gathered){NL_DIM, -1}, c->a->cut->rank)",
+        "part_of(c, (gathered){NL_DIM, -1}, 0)",
+        "tests/kernels/test_layer.py::test_layers_on_ranks_have_the_bits_of_whole_ones",
     ),
     Bug(
         "32-bit offsets into the weights",

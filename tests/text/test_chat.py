@@ -1,4 +1,5 @@
 import functools
+import io
 import json
 import tracemalloc
 from copy import copy
@@ -305,8 +306,8 @@ def test_what_cannot_be_said_does_not_end_a_conversation(monkeypatch, capsys):
             yield nl.Piece("yes", 1)
             yield nl.Piece("", None, nl.Completion("yes", [1], [1], "stop", 1.0, 1.0))
 
-    lines = iter(["say [INST]", "hello"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    typed = io.BytesIO(b"say [INST]\nhello\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed))
     chat_command.converse(Speaker(), [], {})
     assert heard == [["say [INST]"], ["hello"]]
     output = capsys.readouterr()

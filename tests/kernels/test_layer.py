@@ -604,6 +604,16 @@ class Together:
         self.barrier.wait()
 
 
+class GuardedCut(Cut):
+    """A Cut whose memory ends at a page that may not be touched, and has no byte too much."""
+
+    def for_tokens(self, w, tokens: int):
+        self.guarded = Guarded()
+        self.memory = self.guarded.copy(np.zeros(lib.nl_exchange_bytes(w.struct, tokens), np.uint8), True)
+        self.struct.exchange = ffi.cast("void *", self.memory.ctypes.data)
+        return self.struct
+
+
 def on_ranks(args: ModelArgs, weights, shares, how, x, lengths, dtype) -> list[tuple[np.ndarray, KVCache]]:
     """The layers on ranks, in chunks of these lengths: of each rank the result, and its cache."""
     plan, together, done = Plan.of(args, shares), Together(len(shares)), {}
@@ -619,7 +629,7 @@ def on_ranks(args: ModelArgs, weights, shares, how, x, lengths, dtype) -> list[t
             model = Transformer(local, packed, chosen.linear, chosen.attention)
             heads = [n * args.head_dim for n in widths(plan.heads)]
             three = heads, widths(plan.dim), widths(plan.hidden_dim)
-            cut = Cut(rank, *three, partial(together.gather, rank))
+            cut = GuardedCut(rank, *three, partial(together.gather, rank))
             layers = [fused_weights(layer, chosen) for layer in model.layers]
             cache, at, parts = KVCache(local, 1, CONTEXT, dtype), 0, []
             for T in lengths:

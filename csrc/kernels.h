@@ -210,7 +210,7 @@ typedef struct {
     const float *freqs_cis;   /* (T, Dh / 2) complex, or one of them for each sequence */
     int64_t freqs_cis_stride; /* floats from one sequence's freqs_cis to the next; 0: all share one */
     int64_t B, T;
-    void *scratch; /* nl_layers_bytes(weights[0], B * T) bytes */
+    void *scratch; /* nl_layers_bytes(weights[0], cut, B * T) bytes */
 } nl_layers_args;
 
 /* The steps of a layer, in their order. */
@@ -233,6 +233,7 @@ enum {
  * one call: 0, 2 * NL_STEPS, part 0 of 1. A call for one step may compute one of `parts` parts of it; each
  * part must be computed before the next step.
  *   Returns 0, NL_NO_MEMORY, NL_UNKNOWN_FORMAT or NL_F16_OVERFLOW. */
+int nl_layers(const nl_layers_args *a, int first, int last, int64_t part, int64_t parts, int threads);
 int64_t nl_layers_bytes(const nl_layer_weights *w, const nl_cut *cut, int64_t tokens);
 int64_t nl_exchange_bytes(const nl_layer_weights *w, int64_t tokens);
 
@@ -245,7 +246,6 @@ int64_t nl_part_bytes(const nl_layer_weights *w, const nl_cut *cut, int64_t toke
 enum { NL_ROUNDED_BYTES = 4 + 2 * 32 };
 void nl_round_activations(void *rounded, const float *x, int format, int64_t n);
 void nl_restore_activations(float *x, const void *rounded, int format, int64_t n);
-int nl_layers(const nl_layers_args *a, int first, int last, int64_t part, int64_t parts, int threads);
 
 /* y = rms_norm(x, weight, eps), and its gradient: dx, dweight = rms_norm_backward(dy, x, weight, eps).
  *   y, x, dx, dy (rows, D)   weight, dweight (D,), D a multiple of 32.   Returns 0 or NL_NO_MEMORY.

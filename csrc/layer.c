@@ -31,8 +31,7 @@
  *     NL_ATTENTION              attention_output            NL_QUANTIZE_ATTENTION_OUTPUT
  *     NL_WO_ADD_RESIDUAL        h                           NL_FFN_NORM
  *     NL_GATE_UP_SWIGLU         gate                        NL_QUANTIZE_SWIGLU
- *     NL_W_DOWN_ADD_RESIDUAL    y                           NL_ATTENTION_NORM of the next layer, or the
- * caller
+ *     NL_W_DOWN_ADD_RESIDUAL    y                           the next NL_ATTENTION_NORM, or the caller
  *
  * A weight may have an update by LoRA (nl_lora). The step that quantizes x computes low = x @ a.T too, and
  * the step that multiplies adds low @ b.

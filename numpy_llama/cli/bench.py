@@ -4,8 +4,8 @@ A list, as in -t 1,2, repeats all tests with each number. The test pp512 reads a
 tg128 generates 128 tokens. GB/s counts the weights and the KV cache that are read to generate tokens; "of
 read" is the share of the read bandwidth. Gop/s counts the multiplications and additions of the matrices; "of
 FMA" is the share of the peak of float32 FMAs. Both limits are measured in the same run. Peak memory is that
-of the whole program so far, with the mapped pages of the model's file. Under mpiexec all but size, parameters
-and tokens/s is of rank 0.
+of the whole program so far, with the mapped pages of the model's file. Under mpiexec size, parameters and
+tokens/s are those of the whole model, and all other numbers those of rank 0.
 """
 
 import argparse

@@ -46,7 +46,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         "--threads",
         type=whole_numbers(1) if many_threads else whole_number(1),
         metavar="N,..." if many_threads else "N",
-        help="threads of the C kernels [all CPUs]",
+        help="threads of the C kernels [all CPUs; under mpiexec the process's share of them]",
     )
     group.add_argument(
         "--backend", choices=["c", "numpy"], default="c", help="the C kernels, or plain NumPy [c]"
@@ -78,7 +78,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_threads: bool = Fa
         "--shares",
         type=shares,
         metavar="3,1",
-        help="under mpiexec: the share of the weights of each process; auto: by the measured speed of its "
+        help="under mpiexec: how much of the weights each process gets; auto: by the measured speed of its "
         "memory [even]",
     )
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("several machines", "What each would have, and the speed to expect.")
     group.add_argument(
-        "--ranks", type=common.whole_number(1), metavar="N", help="the plan for N machines, before mpiexec"
+        "--ranks", type=common.whole_number(1), metavar="N", help="the plan for N machines, without mpiexec"
     )
     group.add_argument("--shares", type=common.shares, metavar="3,1", help="the share of each machine [even]")
     group.add_argument(

@@ -7,9 +7,11 @@ ranks.py    the processes that mpiexec has started, and their messages
 watch.py    signs of life of each rank, without which the run ends
 cut.py      which rows of each weight a rank has
 model.py    a model of which this rank has a part, and its KV cache
+fused.py    its blocks in C, from one gather to the next
 whole.py    the whole model, as rank 0 shows it
 load.py     opening a checkpoint on every rank, with checks that all ranks agree
 serve.py    the loop of all ranks but 0
+network.py  the speed to expect, by arithmetic
 
 Megatron-LM (Shoeybi et al. 2019) and Meta's own code have ColumnParallelLinear, RowParallelLinear and
 VocabParallelEmbedding. RowParallelLinear adds up parts of sums, so its bits depend on the number of ranks.

@@ -62,6 +62,13 @@ def share_of_cpus(local: int) -> int:
     return max(1, (cpus if quota is None else min(cpus, int(quota))) // local)
 
 
+def _of_another_mpi(how: str, library: str) -> ParallelError:
+    return ParallelError(
+        f"mpiexec has started {launched()} processes, and {how}: it belongs to another MPI than mpi4py's, "
+        f"{library}; start with the mpiexec of that one"
+    )
+
+
 class Stopped(Exception):
     """A signal has come to rank 0, and all ranks leave the pass."""
 
@@ -75,10 +82,16 @@ class Ranks:
         try:
             import mpi4py
 
-            mpi4py.rc.thread_level = "multiple"  # the watch sends while a gather waits
-            with warnings.catch_warnings(), starting(is_first()):
-                warnings.simplefilter("ignore")  # of another mpiexec: an error says it below
-                from mpi4py import MPI
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+            from mpi4py import MPI
+
+            library = printable(MPI.Get_library_version().split("\n")[0].strip(" \t\0"))
+            if "OMPI_COMM_WORLD_SIZE" in os.environ and library.startswith(("MPICH", "Intel")):
+                raise _of_another_mpi("it is that of Open MPI", library)  # MPICH would end the program
+            if not MPI.Is_initialized():
+                with warnings.catch_warnings(), starting(is_first()):
+                    warnings.simplefilter("ignore")  # of another mpiexec: an error says it below
+                    MPI.Init_thread(MPI.THREAD_MULTIPLE)  # the watch sends while a gather waits
         except (ImportError, RuntimeError) as error:
             wanted = "pip install 'numpy_llama[mpi]', on every machine"
             raise ParallelError(
@@ -87,11 +100,7 @@ class Ranks:
         self.mpi, self.comm = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
         if self.size != launched():
-            library = MPI.Get_library_version().split("\n")[0].strip(" \t\0")
-            raise ParallelError(
-                f"mpiexec has started {launched()} processes, and each sees {self.size}: it belongs to "
-                f"another MPI than mpi4py's, {printable(library)}; start with the mpiexec of that one"
-            )
+            raise _of_another_mpi(f"each sees {self.size}", library)
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise ParallelError(
                 "MPI lets only one thread send, MPI_THREAD_MULTIPLE is needed: take another MPI, or start "

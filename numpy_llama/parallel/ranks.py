@@ -371,5 +371,5 @@ def delayed_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in handled.items():
             signal.signal(number, handler)
-        for first in came[:1]:
-            signal.raise_signal(first)
+        for one in came:  # the first may be one that is ignored
+            signal.raise_signal(one)

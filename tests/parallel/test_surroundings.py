@@ -1,13 +1,14 @@
-"""CPUs that mpiexec has taken from a rank, told apart from those that a container has not."""
+"""What a rank meets: CPUs that mpiexec has taken from it, and signals."""
 
 import os
+import signal
 import sys
 
 import pytest
 
 from numpy_llama.backend import limits
 from numpy_llama.parallel.load import slow
-from numpy_llama.parallel.ranks import Ranks, share_of_cpus
+from numpy_llama.parallel.ranks import Ranks, delayed_signals, share_of_cpus
 
 BOUND = "bound to 1 of its {} CPUs: start with --bind-to none (Open MPI) or I_MPI_PIN=0 (Intel MPI)"
 THREADS = "{} threads, but {} ranks on this machine have {} CPUs each: give -t {}"
@@ -33,3 +34,14 @@ def test_what_makes_a_rank_slow(own, parent, quota, local, share, threads, hints
     this = object.__new__(Ranks)
     this.local = local
     assert this.threads() == min(share, own)
+
+
+def test_a_signal_acts_behind_one_that_is_ignored():
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with pytest.raises(KeyboardInterrupt), delayed_signals() as came:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGINT)
+            assert came == [signal.SIGHUP, signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGHUP, usual)

@@ -101,6 +101,8 @@ def overlapped(halves: Sequence[Pieces]) -> list[Array | None]:
                     sent[i] = sender.submit(next(pieces))
                 except StopIteration as end:
                     found.append(end.value)
+                    if end.value is None:  # the other ranks make another gather now
+                        return found
     return found
 
 

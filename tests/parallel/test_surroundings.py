@@ -1,12 +1,15 @@
-"""What a rank meets: CPUs that mpiexec has taken from it, and signals."""
+"""What a rank meets: CPUs that mpiexec has taken from it, signals, and a half of a prompt that fails."""
 
 import os
 import signal
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 
 from numpy_llama.backend import limits
+from numpy_llama.parallel.fused import overlapped
 from numpy_llama.parallel.load import slow
 from numpy_llama.parallel.ranks import Ranks, delayed_signals, share_of_cpus
 
@@ -45,3 +48,23 @@ def test_a_signal_acts_behind_one_that_is_ignored():
             assert came == [signal.SIGHUP, signal.SIGINT]
     finally:
         signal.signal(signal.SIGHUP, usual)
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_half_that_fails_ends_the_gathers(failed):
+    """The other ranks go on with the same half, and would get the parts of another gather."""
+    made = []
+
+    def half(name, n, y):
+        for i in range(n):
+            yield partial(made.append, f"{name}{i}")
+        return y
+
+    y = np.zeros(1)
+    halves = half("a", 3, y), half("b", 3, y)
+    ends = [half("a", 2, None), halves[1]] if failed == 0 else [halves[0], half("b", 2, None)]
+    assert overlapped(ends) == [None]
+    assert made == ["a0", "b0", "a1", "b1"] + ["a2"] * failed
+    made.clear()
+    assert len(overlapped([half("a", 3, y), half("b", 3, y)])) == 2
+    assert made == ["a0", "b0", "a1", "b1", "a2", "b2"]

@@ -180,6 +180,7 @@ class Ranks:
         """
         if code:
             self._abort(code)
+        self._lock.acquire()  # a thread may run a command, and none begins another
         self.watch.end()
         self._send("end", code)
 

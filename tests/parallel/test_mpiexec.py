@@ -187,7 +187,6 @@ def test_a_rank_that_is_killed_ends_all(rank, fault, path):
 
 @pytest.mark.parametrize("rank, by", [(0, 1), (1, 0), (2, 0)])
 def test_a_rank_that_is_stopped_ends_all(rank, by, path):
-
     done = on_ranks(3, sys.executable, FAULTS, str(path), str(rank), "stopped")
     assert_refused(done, 1, f"rank {by} of 3: no sign of life of {os.uname().nodename}, rank {rank}, for ")
 
@@ -208,6 +207,21 @@ parallel.ranks()
 def test_the_end_of_a_script_is_the_end_of_all(path):
     done = on_ranks(3, sys.executable, FAULTS, str(path), "0", "script")
     assert done.returncode == 1 and done.stderr.endswith(b"KeyError: 'of the script'\n")
+
+
+def test_the_end_of_a_script_waits_for_the_command_of_a_thread(path):
+    program = """
+import sys, threading, time
+import numpy_llama as nl
+llama = nl.load(sys.argv[1], threads=1)
+def speak():
+    while True:
+        llama.generate("hi", max_tokens=30)
+threading.Thread(target=speak, daemon=True).start()
+time.sleep(0.3)
+"""
+    done = on_ranks(3, sys.executable, "-c", program, str(path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_ranks_that_differ_are_refused(path, tmp_path):

@@ -70,9 +70,9 @@ def _end(ranks: Ranks, pid: int) -> None:
 
 def serve(ranks: Ranks) -> NoReturn:
     """Run rank 0's commands, and end with it. A Ctrl-C reaches every process: rank 0 alone acts on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     commands = Commands(ranks)
     try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with np.errstate(over="ignore", invalid="ignore"):  # rank 0 checks the results
             for name, *arguments in ranks.commands():
                 getattr(commands, name)(*arguments)

@@ -224,6 +224,19 @@ time.sleep(0.3)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+def test_a_rank_that_cannot_serve_ends_all():
+    """Its signals are those of the main thread."""
+    program = """
+import threading
+from numpy_llama import parallel
+thread = threading.Thread(target=parallel.ranks)
+thread.start()
+thread.join()
+"""
+    done = on_ranks(2, sys.executable, "-c", program)
+    assert_refused(done, 1, "rank 1 of 2: ValueError: signal only works in main thread")
+
+
 def test_ranks_that_differ_are_refused(path, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2 // 4096 * 4096] ^= 1  # a weight

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..errors import ParallelError
@@ -84,23 +84,28 @@ class Watch:
 
 @contextmanager
 def starting(says: bool) -> Iterator[None]:
-    """A block that starts MPI. It waits for all processes, and mpiexec does not tell it if one cannot start.
+    """A block that starts MPI. It waits for all processes, and does not end if one cannot start.
 
-    MPI does not let threads run meanwhile, so a child process speaks, and ends this one at last.
+    MPI does not let threads run meanwhile, so a child process writes the line, and ends this one at last.
     """
     usual = None
     if threading.current_thread() is threading.main_thread():
         usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the wait has no end, so Python's would not act
     here, there = os.pipe()
     if not (child := os.fork()):
-        os.close(there)
-        said = f"not all processes have started after {START} s: can each machine start this program?"
-        for seconds, line in ((START, f"numpy-llama: {said}\n" if says else ""), (LONGEST_START - START, "")):
-            if select.select([here], [], [], seconds)[0]:  # MPI has started, or the process has ended
-                os._exit(0)
-            os.write(2, line.encode())
-        os.kill(os.getppid(), signal.SIGKILL)
-        os._exit(0)
+        try:
+            os.close(there)
+            said = f"not all processes have started after {START} s: can each machine start this program?"
+            line = f"numpy-llama: {said}\n" if says else ""
+            for seconds, text in ((START, line), (LONGEST_START - START, "")):
+                if select.select([here], [], [], seconds)[0]:  # MPI has started, or the process has ended
+                    break
+                with suppress(OSError):  # mpiexec is gone
+                    os.write(2, text.encode())
+            else:
+                os.kill(os.getppid(), signal.SIGKILL)
+        finally:
+            os._exit(0)  # whatever happens here, the program goes on in its own process only
     try:
         yield
     finally:

@@ -1,9 +1,12 @@
 """Which silence of another rank ends a run. The ranks and their messages are written down here."""
 
 import os
+import signal
+import sys
 import threading
 
 import pytest
+from helpers.ranks import alone
 
 from numpy_llama.parallel import watch
 from numpy_llama.parallel.watch import PATIENCE, Watch
@@ -116,6 +119,19 @@ def test_a_process_without_mpiexec_ends(monkeypatch):
     parents = iter([5, 5, 5, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     assert end_of(Messages(0, [[1, 2]] * 1000), monkeypatch) == "ParallelError: mpiexec is gone"
+
+
+def test_a_start_has_an_end_though_nobody_reads_what_is_said():
+    program = """
+import os, time
+from numpy_llama.parallel import watch
+watch.START, watch.LONGEST_START = 0.1, 0.2
+os.close(2)
+with watch.starting(True):
+    time.sleep(60)
+"""
+    done = alone(sys.executable, "-c", program)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"")
 
 
 def test_no_signs_of_life_at_the_end(monkeypatch):

@@ -134,11 +134,13 @@ class WholeBlock(TransformerBlock):
         return self.unchanged() and are_shared(cache, self.shared.ranks)
 
     def __call__(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
-        ours = x.ndim == 3 and x.shape[-1] == self.shared.plan.args.dim and x.dtype.kind == "f"
-        if not (ours and x.size and self.fuses(cache)):
+        args = self.shared.plan.args
+        ours = x.ndim == 3 and x.shape[-1] == args.dim and x.dtype.kind == "f"
+        fits = ours and freqs_cis.shape[-2:] == (x.shape[1], args.head_dim // 2)
+        if not (fits and x.size and self.fuses(cache)):
             return super().__call__(x, start_pos, freqs_cis, cache)
-        layer, shared = self.attention.layer, self.shared
-        caches = checked_caches(cache, start_pos, x.shape[0], x.shape[1], layer)
+        layer, shared, (B, T, _) = self.attention.layer, self.shared, x.shape
+        caches = checked_caches(cache, start_pos, B, T, range(layer, layer + 1), shared.plan)
         about = self.i, layer, x, start_pos, freqs_cis
         with shared.ranks.together("block", shared.number, *about, [one.number for one in caches]):
             return shared.block(*about, caches)
@@ -178,7 +180,7 @@ class ParallelTransformer(InPlace, Transformer):
         cache = cache or self.new_cache(B, T)
         if not (alike(self._before_the_end(), self._own[0]) and are_shared(cache, shared.ranks)):
             return super().hidden(tokens, start_pos, cache)
-        caches = checked_caches(cache, start_pos, B, T)
+        caches = checked_caches(cache, start_pos, B, T, range(len(self.layers)), shared.plan)
         numbers = [one.number for one in caches]
         with shared.ranks.together("hidden", shared.number, tokens, start_pos, numbers):
             return shared.model.hidden(tokens, start_pos, cache)
@@ -235,23 +237,23 @@ def are_shared(cache: Any, ranks: Ranks) -> bool:
 
 
 def checked_caches(
-    cache: Any, start_pos: Any, B: int, T: int, layer: int | None = None
+    cache: Any, start_pos: Any, B: int, T: int, layers: range, plan: Plan
 ) -> Sequence[SharedCache]:
-    """Caches that all ranks have; an error if one has no place for T tokens in that layer, or in any."""
+    """Caches that all ranks have; an error if one is of another model, or has no place for T tokens."""
     caches, starts = getattr(cache, "caches", [cache]), np.atleast_1d(start_pos).tolist()
     if isinstance(cache, BatchCache) and not len(caches) == len(starts) == B:
         raise ParameterError(f"{B} sequences, {len(caches)} caches and {len(starts)} starts")
     for one, start in zip(caches, starts, strict=True):
-        if layer is not None and layer >= len(one.filled):
+        if layers.stop > len(one.filled):
             raise MismatchError(
-                f"a cache of {len(one.filled)} layers does not fit layer {layer} of the model"
+                f"a cache of {len(one.filled)} layers does not fit layer {layers.stop - 1} of the model"
             )
-        for at in min_and_max(one) if layer is None else [layer]:
-            one.check(at, start, 1 if isinstance(cache, BatchCache) else B, T)
+        if (one.plan.kv_heads, one.head_dim) != (plan.kv_heads, plan.args.head_dim):
+            raise MismatchError(
+                f"a cache of n_kv_heads {one.n_kv_heads} and head_dim {one.head_dim} is of another "
+                "model or of other shares"
+            )
+        # The layer with the fewest positions is the strictest, and the one that has dropped the most.
+        for layer in min(layers, key=one.filled.__getitem__), max(layers, key=one.dropped.__getitem__):
+            one.check(layer, start, 1 if isinstance(cache, BatchCache) else B, T)
     return caches
-
-
-def min_and_max(cache: KVCache) -> tuple[int, int]:
-    """The layer with the fewest positions, and the one that has dropped the most."""
-    layers = range(len(cache.filled))
-    return min(layers, key=cache.filled.__getitem__), max(layers, key=cache.dropped.__getitem__)

@@ -73,6 +73,8 @@ assert copy.deepcopy(model) is model
 # What an input makes impossible is an error on rank 0 alone.
 cache = model.new_cache(1, 8)
 small, wanted_h = model.with_parts({"layers": model.layers[:1]}).new_cache(1, 8), model.hidden(tokens)
+odd = copy.deepcopy(cache)
+odd.head_dim = 8  # as if it were of another model
 for error, words, call in [
     (ParameterError, "must lie in 0..258", lambda: model(np.array([[10**6]]))),
     (ParameterError, "whole numbers of shape", lambda: model(np.array([1.5]))),
@@ -89,6 +91,9 @@ for error, words, call in [
     (ParameterError, "a gap", lambda: cache.update(0, 3, *np.zeros((2, 1, 1, 2, 16), np.float32))),
     (MismatchError, "does not fit layer 1", lambda: model.layers[1](wanted_h, 0, model.freqs_cis[:3], small)),
     (ParameterError, "a gap", lambda: model.layers[1](wanted_h, 2, model.freqs_cis[:3], cache)),
+    (ValueError, "broadcast", lambda: model.layers[1](wanted_h, 0, model.freqs_cis[:2], cache)),
+    (MismatchError, "a cache of 1 layers does not fit layer 1", lambda: model(tokens, 0, small)),
+    (MismatchError, "head_dim 8 is of another model", lambda: model(tokens, 0, odd)),
 ]:
     with refused(error, words):
         call()
@@ -131,7 +136,7 @@ del session, other
 unharmed()
 batch = llama.generate_batch(["hi", "hello", "hi"], max_tokens=4)
 assert batch[0].tokens == batch[2].tokens == first.tokens
-starts, caches = np.array([0, 0]), [model.new_cache(1, 8)] * 1
+starts, caches = np.array([0, 0]), [model.new_cache(1, 8)]
 with refused(ParameterError, "2 sequences, 1 caches"):
     hidden_states(model, np.ones((2, 1), int), starts, BatchCache(caches))
 

@@ -445,8 +445,8 @@ static void do_steps(const layer_call *c, int first, int last, int64_t part, int
     }
 }
 
-/* self.attention(xq, keys, values): queries of the part, one sequence after the other. What is behind it
- * takes little time beside it. */
+/* self.attention(xq, keys, values): queries of the part, one sequence after the other. One thread writes the
+ * result into the exchange, because that takes little time beside attention. */
 static int attend(const layer_call *c, int64_t part, int64_t parts, int threads) {
     const nl_layer_weights *w = c->w;
     const nl_kv_cache *cache = &c->a->cache;

@@ -112,7 +112,6 @@ def load_part(
 
     An error of one rank is raised on all, before any weight is read.
     """
-
     cuts = Plan.of(order.args, order.shares)
     local = cuts.local_args(ranks.rank)
     files = ranks.everywhere(lambda: open_checkpoint(order.path) if opened is None else opened)

@@ -121,8 +121,7 @@ class SharedCache(KVCache):
     def twin(self) -> "SharedCache":
         """A copy on this rank."""
         twin: SharedCache = object.__new__(type(self))
-        vars(twin).update({name: copy.copy(value) for name, value in vars(self).items() if name != "ranks"})
-        twin.ranks = self.ranks
+        vars(twin).update({name: copy.copy(value) for name, value in vars(self).items()})
         return twin
 
     def __copy__(self) -> "SharedCache":

@@ -38,13 +38,13 @@ NETWORKS = (
 
 
 def bytes_sent(format: Format, tokens: int) -> float:
-    """Of a number that only the next linear layer reads. Where C rounds it, it is sent rounded."""
+    """The bytes of a number that only the next linear layer reads. Where C rounds it, it is sent rounded."""
     as_it_is = format.name == "F32" or (format.in_floats and tokens == 1)
     return FLOAT32 if as_it_is else ROUNDED
 
 
 def received(plan: Plan, rank: int, into_linear: float = ROUNDED) -> float:
-    """Bytes a layer and token. `into_linear`: of a number that the next linear layer rounds."""
+    """The bytes that a rank receives for a layer and a token. `into_linear`: see bytes_sent."""
 
     def others(cuts: Cuts) -> int:
         return sum(widths(cuts)) - widths(cuts)[rank]

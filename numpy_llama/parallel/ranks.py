@@ -6,6 +6,7 @@ rank that leaves a command early would leave all others waiting, so it ends the 
 
 import ctypes
 import faulthandler
+import math
 import os
 import pickle
 import signal
@@ -16,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -103,14 +104,14 @@ class Ranks:
             raise _of_another_mpi(f"each sees {self.size}", library)
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise ParallelError(
-                "MPI lets only one thread send, MPI_THREAD_MULTIPLE is needed: take another MPI, or start "
-                "none with another level before nl.load"
+                "MPI lets only one thread send, MPI_THREAD_MULTIPLE is needed: take another MPI, or do not "
+                "start MPI with another level before nl.load"
             )
         self.host = MPI.Get_processor_name()
         self.local = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
         self.forgotten: deque[tuple[Any, ...]] = deque()  # commands: rank 0 has some object no longer
         self.bandwidths: list[float] = []  # of the memory of all ranks, once measured
-        self._numbers = 0
+        self._numbers = count(1)
         self._lock, self._last_words = threading.RLock(), threading.RLock()
         self._owner: int | None = None  # the thread that runs a command
         self._signals: Sequence[int] = ()  # that came to rank 0 since the command began
@@ -127,8 +128,7 @@ class Ranks:
 
     def new_number(self) -> int:
         """A number for an object that every rank has."""
-        self._numbers += 1
-        return self._numbers
+        return next(self._numbers)
 
     def inside(self) -> bool:
         """Whether the calling thread runs a command, together with all other ranks."""
@@ -243,7 +243,7 @@ class Ranks:
     def _gather(self, part: Array, widths: Sequence[int], collect: Callable[..., None]) -> Array:
         self.check_inside()
         outer, total = part.shape[:-1], sum(widths)
-        rows = part.size // max(part.shape[-1], 1) if part.shape[-1] else int(np.prod(outer))
+        rows = math.prod(outer)
         part, gathered = np.ascontiguousarray(part), np.empty(rows * total, part.dtype)
         counts = [rows * width * part.itemsize for width in widths]
         collect([part, self.mpi.BYTE], [gathered, counts, self.mpi.BYTE])

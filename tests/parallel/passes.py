@@ -23,6 +23,7 @@ OPTIONS = {
     "15 bits": {"activation_bits": 15},
     "exact": {"exact": True},
 }
+Q8 = {"q8": {"cache_dtype": "q8"}}
 NUMPY = {"float32": {"backend": "numpy"}, "float64": {"backend": "numpy", "dtype": np.float64}}
 
 
@@ -57,6 +58,7 @@ def main(folder: str, out: str, options: str = "{}") -> None:
     for path in sorted(Path(folder).iterdir()):
         for name, others in {
             **OPTIONS,
+            **(Q8 if path.name in ("Q4_0.gguf", "window.gguf") else {}),
             **(NUMPY if path.name in ("F32.gguf", "window.gguf") else {}),
         }.items():
             logits = passes(nl.load(path, threads=1, **others, **given).model)

@@ -30,8 +30,8 @@ from .watch import Watch, starting
 Result = TypeVar("Result")
 
 COMMAND, ACTIVATION = 1, 2  # the tags of messages
-# Bytes of a message that MPICH sends over TCP at once. Before a larger one it asks the receiver, which takes
-# one more latency. The default is 128.
+# Bytes of a message that libfabric sends over TCP at once, in Intel's MPI and in MPICH with `ofi`. Before a
+# larger one it asks the receiver, which takes one more latency. The default is 128.
 INJECT = "16384"
 # A rank without a command stays awake for a moment, because the next token follows soon. Then it naps, longer
 # each time. Napping takes no CPU, and a command waits for a nap at most.

@@ -70,12 +70,11 @@ def run(args: argparse.Namespace) -> None:
     model_args = opened.args
     if args.max_seq_len is not None:
         model_args = with_context(model_args, args.max_seq_len, path)
-    weights, kept = opened.weights(), {"exact": args.exact, "cache_dtype": args.cache_dtype}
-    plan = whole = memory_plan(model_args, weights, args.backend, **kept)
+    weights, how = opened.weights(), (args.backend, None, args.exact, args.cache_dtype)
+    plan = whole = memory_plan(model_args, weights, *how)
     if ranks is not None:
-        own = parallel.own_part(ranks, model_args, weights, args.shares)
-        plan = memory_plan(*own, args.backend, **kept)
-    available = available_memory(plan.mapped)
+        plan = parallel.own_memory(ranks, model_args, weights, args.shares, *how)
+    available = available_memory(plan.mapped) // (1 if ranks is None else ranks.local)
     for task in tasks:
         task.check(plan, available, path)
     name, kernels = printable(path.name), args.backend == "c"

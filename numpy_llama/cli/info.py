@@ -77,7 +77,7 @@ def show_ranks(cut: Plan, weights: Mapping[str, StoredTensor], bandwidth: float 
     table = dict[str, list[int]]()
     for rank in ranks:
         part = cut.weights(weights, rank)
-        plan = memory_plan(cut.local_args(rank), part, "c")
+        plan = cut.memory(part, rank, "c")
         read.append(network.read_a_token(part))
         heads, kv_heads, rows = (widths(cuts)[rank] for cuts in (cut.heads, cut.kv_heads, cut.hidden_dim))
         fixed, peak = plan.mapped + plan.made, plan.peak(context)

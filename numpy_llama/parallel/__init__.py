@@ -20,7 +20,7 @@ training/ranks.py divides batches, by the same ranks.
 """
 
 from .load import load as load
-from .load import own_part as own_part
+from .load import own_memory as own_memory
 from .ranks import await_reader as await_reader
 from .ranks import launched as launched
 from .serve import ends_with as ends_with

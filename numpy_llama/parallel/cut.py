@@ -17,11 +17,14 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..backend.formats import PACKED_ROWS, PackedTensor, StoredTensor, unpack_rows
+from ..checkpoint.memory import MemoryPlan, memory_plan
 from ..config import Array, ModelArgs
 from ..errors import ParameterError, UnsupportedError, escape
 from ..lora import LowRank
+from ..window import PREFILL_CHUNK
 
 UNIT = 2 * PACKED_ROWS
 Cuts = tuple[slice, ...]  # the part of each rank
@@ -75,6 +78,28 @@ class Plan:
             name: w if (rows := self.rows(name, rank)) is None else rows_of(w, rows)
             for name, w in weights.items()
         }
+
+    def memory(
+        self,
+        weights: Mapping[str, StoredTensor],
+        rank: int,
+        backend: str,
+        dtype: DTypeLike | None = None,
+        exact: bool = False,
+        cache_dtype: str | None = None,
+    ) -> MemoryPlan:
+        """The memory plan of this rank, which has these weights.
+
+        Beside those of its rows it has whole activations: what wo and w_down multiply, its quantized copy,
+        and what the ranks exchange.
+        """
+        args = replace(self.local_args(rank), hidden_dim=max(1, widths(self.hidden_dim)[rank]))
+        plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype)
+        if len(self.heads) == 1:
+            return plan
+        D, wide = args.dim, max(self.args.n_heads * args.head_dim, self.args.hidden_dim)
+        whole = PREFILL_CHUNK * (3 * wide + 3 * D) * np.dtype(dtype or np.float32).itemsize
+        return replace(plan, scratch=plan.scratch + whole)
 
     def updates(self, updates: Mapping[str, LowRank], rank: int) -> dict[str, LowRank]:
         """The updates of this rank's rows: all of A, and those rows of B."""

@@ -20,7 +20,7 @@ from ..checkpoint import open_checkpoint
 from ..checkpoint.adapters import Adapter, open_adapter, updates_of
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.files import MappedFile
-from ..checkpoint.memory import available_memory, memory_plan
+from ..checkpoint.memory import MemoryPlan, available_memory
 from ..config import ModelArgs
 from ..errors import MismatchError, NumpyLlamaError
 from ..lora import LowRank
@@ -91,15 +91,16 @@ def in_eighths(bandwidths: Sequence[float]) -> list[float]:
     return [float(max(1, round(8 * one / max(bandwidths)))) for one in bandwidths]
 
 
-def own_part(
+def own_memory(
     ranks: Ranks,
     args: ModelArgs,
     weights: Mapping[str, StoredTensor],
     shares: Sequence[float] | str | None,
-) -> tuple[ModelArgs, dict[str, StoredTensor]]:
-    """The arguments and the weights of this rank."""
+    *how: Any,
+) -> MemoryPlan:
+    """On rank 0: its memory plan. `how` are the last arguments of memory_plan."""
     plan = Plan.of(args, numbers(ranks, shares))
-    return plan.local_args(ranks.rank), plan.weights(weights, ranks.rank)
+    return plan.memory(plan.weights(weights, ranks.rank), ranks.rank, *how)
 
 
 def load_part(
@@ -112,8 +113,7 @@ def load_part(
 
     An error of one rank is raised on all, before any weight is read.
     """
-    cuts = Plan.of(order.args, order.shares)
-    local = cuts.local_args(ranks.rank)
+    plan = Plan.of(order.args, order.shares)
     files = ranks.everywhere(lambda: open_checkpoint(order.path) if opened is None else opened)
     adapters = ranks.everywhere(lambda: [open_adapter(path) for path, _ in order.adapters])
     check_alike(ranks, ranks.everywhere(lambda: facts(files, order.backend, adapters)))
@@ -124,22 +124,22 @@ def load_part(
     def fit() -> tuple[dict[str, StoredTensor], list[dict[str, LowRank]], int]:
         whole = files.weights()
         updates = [
-            cuts.updates(updates_of(adapter, factor, order.args, whole), ranks.rank)
+            plan.updates(updates_of(adapter, factor, order.args, whole), ranks.rank)
             for adapter, (_, factor) in zip(adapters, order.adapters, strict=True)
         ]
-        weights = cuts.weights(whole, ranks.rank)
-        plan = memory_plan(local, weights, order.backend, order.dtype, order.exact, order.cache_dtype)
-        plan = plan.beside(updates)
-        available = available_memory(plan.mapped) // ranks.local
-        plan.check(available, files.path)
-        return weights, updates, plan.context_within(available)
+        weights = plan.weights(whole, ranks.rank)
+        how = order.backend, order.dtype, order.exact, order.cache_dtype
+        memory = plan.memory(weights, ranks.rank, *how).beside(updates)
+        available = available_memory(memory.mapped) // ranks.local
+        memory.check(available, files.path)
+        return weights, updates, memory.context_within(available)
 
     def make() -> Transformer:
         files.watch()
         threads = ranks.threads() if order.threads is None else order.threads
         how = order.exact, order.activation_bits, order.cache_dtype, updates
-        cut = partial(part_of, plan=cuts, ranks=ranks)
-        return build(local, weights, order.dtype, order.backend, threads, progress, *how, part_of=cut)
+        local, part = plan.local_args(ranks.rank), partial(part_of, plan=plan, ranks=ranks)
+        return build(local, weights, order.dtype, order.backend, threads, progress, *how, part_of=part)
 
     weights, updates, room = ranks.everywhere(fit)
     return ranks.everywhere(make), min(ranks.exchange(room))

@@ -25,7 +25,7 @@ from ..checkpoint import open_checkpoint
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.memory import available_memory
 from ..config import Array
-from ..errors import NumericsError, NumpyLlamaError
+from ..errors import NumpyLlamaError
 from ..parallel.cut import Cuts, cut, widths
 from ..parallel.load import check_alike, facts, program
 from ..parallel.ranks import Ranks, Result, Stopped
@@ -36,7 +36,7 @@ from .objectives import Numbers
 from .order import Order
 from .recipe import Recipe
 from .state import arrays
-from .trainer import Computed, Step, Trainer
+from .trainer import Computed, NotFiniteError, Step, Trainer
 
 PIECE = 1 << 22  # numbers of a gradient that are exchanged at once
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -61,12 +61,12 @@ class ParallelTrainer(Trainer):
         if not self.is_shared:
             self.is_shared = True
             self._on_all(ParallelTrainer.take_over, self.optimizer.t)
-        error: NumericsError | None = None
+        error: NotFiniteError | None = None
         while error is None:  # again, if the signal ends nothing: a terminal was closed, and nohup ignores it
             with self.ranks.together("call", _follow, self.number, method, *arguments):
                 try:
                     return method(self, *arguments)
-                except NumericsError as found:  # all ranks have the same numbers, so each ends here
+                except NotFiniteError as found:  # all ranks have the same numbers, so each ends here
                     error = found
         raise error
 
@@ -205,7 +205,7 @@ def _begin(
 
 
 def _follow(ranks: Ranks, number: int, method: Callable[..., Any], *arguments: Any) -> None:
-    with suppress(NumericsError, Stopped):  # as on rank 0
+    with suppress(NotFiniteError, Stopped):  # as on rank 0
         method(_trainers[number], *arguments)
 
 

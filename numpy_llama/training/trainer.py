@@ -57,6 +57,10 @@ class Step:
     numbers: Numbers = field(default_factory=dict)  # of the objective
 
 
+class NotFiniteError(NumericsError):
+    """The loss or the gradients of a step are NaN or infinite. All ranks have these sums, and raise it."""
+
+
 class Trainer:
     """A run in memory. `optimizer.t` is the number of steps that were made."""
 
@@ -87,7 +91,7 @@ class Trainer:
             yield self.step()
 
     def step(self) -> Step:
-        """One step. NumericsError if the loss is not finite; the parameters stay as they are then."""
+        """One step. NotFiniteError if the loss is not finite; the parameters stay as they are then."""
         return self.take([self.rows[i] for i in self.order(self.optimizer.t)])
 
     def take(self, rows: Sequence[Row]) -> Step:
@@ -139,7 +143,7 @@ class Trainer:
         if not math.isfinite(x):
             places = list(dict.fromkeys(example.where for row in rows for example in row))
             shown = "; ".join(places[:4]) + (f"; and {len(places) - 4} more" if len(places) > 4 else "")
-            raise NumericsError(
+            raise NotFiniteError(
                 f"step {self.optimizer.t + 1}: {what} is {x}, on {shown}; "
                 "look at these examples, or begin again with a lower --lr"
             )

@@ -126,7 +126,13 @@ def test_a_rank_that_is_killed_leaves_the_old_state(rank, data, tmp_path):
 
 @pytest.mark.parametrize(
     "rank, fault, words",
-    [(0, "error", "a kernel failed"), (2, "error", "a kernel"), (1, "bug", r"ZeroDivisionError: two\nlines")],
+    [
+        (0, "error", "a kernel failed"),
+        (2, "error", "a kernel failed"),
+        (1, "bug", r"ZeroDivisionError: two\nlines"),
+        (0, "numerics", "a score is NaN"),
+        (2, "numerics", "a score is NaN"),
+    ],
 )
 def test_a_rank_that_fails_ends_all(rank, fault, words, data, tmp_path):
     done = train(data, tmp_path, 3, "--ways", "lora", "--fault", str(rank), fault)

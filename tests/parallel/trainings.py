@@ -54,6 +54,8 @@ def with_fault(rank: int, fault: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if here and fault == "error":
             raise UnsupportedError("a kernel failed")
+        if here and fault == "numerics":
+            raise NumericsError("a score is NaN")
         if here and fault == "bug":
             raise ZeroDivisionError("two\nlines")
         if here and fault == "interrupted":

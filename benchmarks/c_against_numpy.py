@@ -14,7 +14,8 @@ import numpy as np
 import numpy_llama as nl
 from numpy_llama.backend import kernels
 from numpy_llama.checkpoint.download import DEFAULT_MODEL
-from numpy_llama.generation.generate import Session, forward
+from numpy_llama.generation.generate import forward
+from numpy_llama.generation.session import Session
 from numpy_llama.window import PREFILL_CHUNK
 
 

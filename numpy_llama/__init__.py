@@ -24,7 +24,7 @@ _HOME = {
     "Piece": "generation.transcript",
     "RopeScaling": "config",
     "Sampler": "generation.sampling",
-    "Session": "generation.generate",
+    "Session": "generation.session",
     "Tokenizer": "text.tokenizer",
     "Transformer": "model",
     "edit": "inspect.tracing",
@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .config import ModelArgs as ModelArgs
     from .config import RopeScaling as RopeScaling
     from .errors import NumpyLlamaError as NumpyLlamaError
-    from .generation.generate import Session as Session
     from .generation.sampling import Sampler as Sampler
+    from .generation.session import Session as Session
     from .generation.transcript import Completion as Completion
     from .generation.transcript import Piece as Piece
     from .inspect.tracing import edit as edit

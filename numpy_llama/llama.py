@@ -36,8 +36,9 @@ from .errors import (
     is_whole,
 )
 from .generation.batch import generate_batch, naming
-from .generation.generate import Request, Session, generate
+from .generation.generate import Request, generate
 from .generation.sampling import Sampler
+from .generation.session import Session
 from .generation.transcript import Completion, Piece, StopTexts, Transcript
 from .model import Transformer
 from .rope import DynamicScaling

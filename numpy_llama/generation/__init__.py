@@ -1,7 +1,9 @@
 """From a prompt to its continuation.
 
 sampling.py     from logits to the next id
-generate.py     from ids to ids: session, request, prefill, decode
+session.py      the KV cache of a conversation, and the ids that it holds
+branch.py       a second cache that shares the positions of a first one
+generate.py     from ids to ids: request, prefill, decode
 batch.py        several sequences in one forward pass
 transcript.py   from ids to the text of one generation
 """

@@ -19,6 +19,7 @@ from ..cache import KVCache
 from ..config import Array
 from ..errors import MismatchError, NumpyLlamaError, UnsupportedError
 from ..generation.batch import one_by_one
+from ..generation.branch import branch
 from ..model import Function, Linear, Transformer, TransformerBlock
 from .cut import Plan, widths
 from .ranks import Ranks, delayed_signals
@@ -131,6 +132,12 @@ class SharedCache(KVCache):
         number = self.ranks.new_number()
         with self.ranks.together("copy_cache", self.number, number):
             return remembered(self.twin().numbered(number))
+
+    def branch(self) -> "SharedCache":
+        """As in branch.py: each rank shares the positions of its heads."""
+        number = self.ranks.new_number()
+        with self.ranks.together("branch_cache", self.number, number):
+            return remembered(branch(self).numbered(number))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(

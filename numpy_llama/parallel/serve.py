@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError
+from ..generation.branch import branch
 from ..model import Function
 from .cut import Plan
 from .load import Order, load_part
@@ -103,6 +104,9 @@ class Commands:
 
     def copy_cache(self, old: int, number: int) -> None:
         self.caches[number] = self.caches[old].twin().numbered(number)
+
+    def branch_cache(self, old: int, number: int) -> None:
+        self.caches[number] = branch(self.caches[old]).numbered(number)
 
     def update(self, cache: int, layer: int, start_pos: int, xk: Array, xv: Array) -> None:
         with suppress(NumpyLlamaError):  # it is raised on rank 0 too

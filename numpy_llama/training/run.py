@@ -17,8 +17,9 @@ from typing import Any
 from .. import parallel
 from ..checkpoint.files import remove_left
 from ..errors import FormatError, NumericsError, ParameterError
-from ..generation.generate import Session, generate
+from ..generation.generate import generate
 from ..generation.sampling import Sampler
+from ..generation.session import Session
 from ..model import Transformer
 from ..text.tokenizer import Tokenizer
 from .examples import Example, Row

@@ -19,8 +19,9 @@ from numpy_llama.errors import (
     TemplateError,
 )
 from numpy_llama.generation.batch import BatchCache, generate_batch, hidden_states, side_by_side
-from numpy_llama.generation.generate import Request, Session, generate
+from numpy_llama.generation.generate import Request, generate
 from numpy_llama.generation.sampling import Sampler
+from numpy_llama.generation.session import Session
 from numpy_llama.proof.bounds import CHUNKS_32
 from numpy_llama.proof.tiny import TINY_BLOCKS
 from numpy_llama.window import PREFILL_CHUNK

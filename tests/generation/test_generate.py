@@ -20,8 +20,9 @@ from numpy_llama.errors import (
     ParameterError,
     TemplateError,
 )
-from numpy_llama.generation.generate import Session, forward, generate
+from numpy_llama.generation.generate import forward, generate
 from numpy_llama.generation.sampling import Sampler
+from numpy_llama.generation.session import Session
 from numpy_llama.generation.transcript import StopTexts
 from numpy_llama.proof.tiny import TINY
 from numpy_llama.window import PREFILL_CHUNK

@@ -19,8 +19,9 @@ from numpy_llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from numpy_llama.checkpoint.memory import gib, memory_plan
 from numpy_llama.cli import info
 from numpy_llama.generation.batch import generate_batch
-from numpy_llama.generation.generate import Request, Session, generate
+from numpy_llama.generation.generate import Request, generate
 from numpy_llama.generation.sampling import Sampler
+from numpy_llama.generation.session import Session
 from numpy_llama.inspect.tracing import trace
 from numpy_llama.learner import Learner
 from numpy_llama.model import Transformer

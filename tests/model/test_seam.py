@@ -13,8 +13,9 @@ from numpy_llama.backend.formats import StoredTensor
 from numpy_llama.backend.fused import FusedBlock
 from numpy_llama.errors import MismatchError, NumericsError, ParameterError
 from numpy_llama.generation.batch import generate_batch
-from numpy_llama.generation.generate import Request, Session, generate
+from numpy_llama.generation.generate import Request, generate
 from numpy_llama.generation.sampling import Sampler
+from numpy_llama.generation.session import Session
 from numpy_llama.inspect.perplexity import nll
 from numpy_llama.model import Linear, RMSNorm
 from numpy_llama.proof.tiny import TINY, TINY_BLOCKS, random_weights

@@ -16,6 +16,7 @@ import numpy as np
 
 import numpy_llama as nl
 from numpy_llama.generation.batch import BatchCache, hidden_states
+from numpy_llama.generation.generate import forward
 from numpy_llama.parallel import fused
 
 OPTIONS = {
@@ -28,7 +29,7 @@ NUMPY = {"float32": {"backend": "numpy"}, "float64": {"backend": "numpy", "dtype
 
 
 def passes(model) -> list[np.ndarray]:
-    """A prompt in chunks, tokens one by one, batches, sequences of several lengths, other caches."""
+    """Chunks of a prompt, tokens one by one, batches, sequences of several lengths, caches, branches."""
     rng, V = np.random.default_rng(0), model.args.vocab_size
     tokens, cache = rng.integers(V, size=(1, 40)), model.new_cache(1, 64)
     ends = [0, 17, *range(30, 37)]
@@ -48,6 +49,10 @@ def passes(model) -> list[np.ndarray]:
         h = hidden_states(model, rng.integers(V, size=(3, 1)), starts, BatchCache(caches))
         found.append(model.logits(h[:, -1]))
         starts = starts + 1
+    session = nl.Session(model, 64)
+    forward(model, tokens[0, :20].tolist(), session)
+    for other in (session.branch(), session, session.branch().branch()):
+        found.append(forward(model, tokens[0, 20:26].tolist(), other))
     return found
 
 

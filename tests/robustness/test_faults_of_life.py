@@ -97,8 +97,9 @@ from numpy_llama.checkpoint.gguf.write import layout
 from numpy_llama.checkpoint.names import expected_shape, tensor_names
 from numpy_llama.checkpoint.presets import PRESETS
 from numpy_llama.errors import NumericsError, ParameterError, ResourceLimitError, TruncatedError
-from numpy_llama.generation.generate import Session, generate
+from numpy_llama.generation.generate import generate
 from numpy_llama.generation.sampling import Sampler
+from numpy_llama.generation.session import Session
 from numpy_llama.proof.tiny import TINY_BLOCKS
 
 HERE = Path(__file__).parent

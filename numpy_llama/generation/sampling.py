@@ -1,6 +1,6 @@
 """From logits to one token id.
 
-The filters are pure functions: float32 (V,) in, the same shape out, with -inf for each id that is filtered.
+Each step is a pure function: float32 (V,) in, the same shape out. A filter gives an id that it drops -inf.
 All chance comes from the `rng` of the caller. NaN and infinity raise an error: they never give an id.
 """
 
@@ -61,12 +61,8 @@ def top_p(logits: Array, p: float) -> Array:
     """
     probs = softmax(logits.astype(np.float64))
     # All ids below (1 - p) / V together have less than 1 - p. The sum p comes before them: they need no sort.
-    likely = np.flatnonzero(probs >= (1 - p) / len(probs))
-    order = likely[np.argsort(-probs[likely], kind="stable")]
-    kept = order[np.cumsum(probs[order]) - probs[order] <= p]
-    out = np.full_like(logits, -np.inf)
-    out[kept] = logits[kept]
-    return out
+    falling = -np.sort(-probs[probs >= (1 - p) / len(probs)])
+    return top_k(logits, np.count_nonzero(np.cumsum(falling) - falling <= p))
 
 
 def min_p(logits: Array, p: float) -> Array:
@@ -78,8 +74,9 @@ def min_p(logits: Array, p: float) -> Array:
 def sample(logits: Array, rng: np.random.Generator) -> int:
     """One id with probability softmax(logits): the first with a cumulated probability above u ~ U[0, 1)."""
     _require_finite(logits)
-    cdf = np.cumsum(softmax(logits.astype(np.float64)))
-    return int(np.searchsorted(cdf, rng.random() * cdf[-1], side="right"))
+    left = np.flatnonzero(logits > -np.inf)
+    cdf = np.cumsum(softmax(logits[left].astype(np.float64)))
+    return int(left[np.searchsorted(cdf, rng.random() * cdf[-1], side="right")])
 
 
 def _require_finite(logits: Array) -> None:
@@ -103,7 +100,7 @@ _RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 class Sampler:
     """The choice of the next id. Temperature 0 takes the likeliest; None leaves a filter out.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p, sample. A sampler keeps
+    The order is llama.cpp's: repetition penalty, top-k, top-p, min-p, temperature, sample. A sampler keeps
     no state: several threads can use one. The caller owns the `rng`, as it owns the cache.
     """
 
@@ -133,11 +130,11 @@ class Sampler:
         _require_finite(logits)
         if self.temperature == 0:
             return greedy(logits)
-        logits = apply_temperature(logits, self.temperature)
         if self.top_k is not None:
             logits = top_k(logits, self.top_k)
         if self.top_p is not None:
             logits = top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = min_p(logits, self.min_p)
+        logits = apply_temperature(logits, self.temperature)
         return sample(logits, rng)

@@ -147,17 +147,17 @@ def test_temperature_0_is_greedy_after_the_penalty(logits, data):
 
 
 @given(all_logits(), seeds, st.data())
-def test_the_order_is_that_of_transformers(logits, rng, data):
-    """We sample from what the chain of transformers leaves."""
+def test_the_steps_are_those_of_transformers(logits, rng, data):
+    """We sample from what the processors of transformers leave, in llama.cpp's order."""
     seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=9))
     sampler = Sampler(0.3, top_k=7, top_p=0.85, min_p=0.02, repetition_penalty=1.7)
     scores = logits
     for processor in [
         RepetitionPenaltyLogitsProcessor(1.7),
-        TemperatureLogitsWarper(0.3),
         TopKLogitsWarper(7),
         TopPLogitsWarper(0.85),
         MinPLogitsWarper(0.02),
+        TemperatureLogitsWarper(0.3),
     ]:
         scores = theirs(processor, scores, seen)
     if len(set(logits)) == len(logits):  # transformers keeps every tie of top-k, and any of top-p
@@ -224,10 +224,10 @@ def min_p_step(x, p, seen):
 
 STEPS = {
     "repetition_penalty": penalty_step,
-    "temperature": temperature_step,
     "top_k": top_k_step,
     "top_p": top_p_step,
     "min_p": min_p_step,
+    "temperature": temperature_step,
 }
 
 
@@ -269,17 +269,17 @@ def test_the_sampler_is_the_chain(logits, data, settings):
         end += share
 
 
-# Where the order shows: settings, probabilities, ids seen, and what is left. In the first two the numbers
-# are logits. In the first, temperature takes the maximum away, and then the penalty finds no number above 0.
-# In the second, temperature makes all equal, and then top-k keeps the lowest id.
+# Where the order shows: settings, logits, ids seen, and what is left. If the first began with temperature, it
+# would take the maximum away, and then the penalty would find no number above 0. If the second began with it,
+# all would be equal, and then top-k would keep the lowest id.
 FOUR, THREE = np.log([0.4, 0.3, 0.2, 0.1]), np.log([0.6, 0.3, 0.1])
 ORDER_SHOWS = [
     ({"repetition_penalty": 4.0, "temperature": 0.01}, [2, 1], [0], {1}),
-    ({"temperature": 1e300, "top_k": 1}, [0, 1], [], {0}),
+    ({"temperature": 1e300, "top_k": 1}, [0, 1], [], {1}),
     ({"temperature": 1.0, "top_k": 2, "top_p": 0.5}, FOUR, [], {0}),  # 0.57 and 0.43: the first reaches 0.5
     ({"temperature": 1.0, "top_p": 0.75, "min_p": 0.4}, FOUR, [], {0, 1, 2}),
-    ({"temperature": 2.0, "min_p": 0.4}, THREE, [], {0, 1, 2}),  # 1/6 before, 0.41 after
-    ({"temperature": 2.0, "top_p": 0.5}, THREE, [], {0, 1}),  # 0.6 before, 0.47 after
+    ({"temperature": 2.0, "min_p": 0.4}, THREE, [], {0, 1}),  # 1/6 before, 0.41 after
+    ({"temperature": 2.0, "top_p": 0.5}, THREE, [], {0}),  # 0.6 before, 0.47 after
     ({"repetition_penalty": 2.0, "temperature": 1.0, "top_k": 1}, [3, 2], [0], {1}),
     ({"repetition_penalty": 2.0, "temperature": 1.0, "top_p": 0.7}, [3, 1], [0], {0, 1}),
     ({"repetition_penalty": 2.0, "temperature": 1.0, "min_p": 0.3}, [3, 1], [0], {0, 1}),

@@ -42,7 +42,6 @@ STEPS = {
 """,
     2: """        if self.temperature == 0:
             return greedy(logits)
-        logits = apply_temperature(logits, self.temperature)
 """,
     3: """        if self.top_k is not None:
             logits = top_k(logits, self.top_k)
@@ -53,6 +52,8 @@ STEPS = {
     5: """        if self.min_p is not None:
             logits = min_p(logits, self.min_p)
 """,
+    6: """        logits = apply_temperature(logits, self.temperature)
+""",
 }
 
 
@@ -60,7 +61,7 @@ def chain(*order: int) -> str:
     return "".join(map(STEPS.__getitem__, order))
 
 
-CHAIN = chain(1, 2, 3, 4, 5)
+CHAIN = chain(1, 2, 3, 4, 5, 6)
 
 BUGS = [
     # --- the operations
@@ -429,9 +430,9 @@ BUGS = [
         "top-p drops the id that reaches p",
         "ggml-org/llama.cpp#1953; skyzh/tiny-llm#32",
         SAMPLING,
-        "np.cumsum(probs[order]) - probs[order] <= p",
-        "np.cumsum(probs[order]) <= p",
-        f"{CHANCE}::test_a_filter_keeps_the_likeliest",
+        "np.cumsum(falling) - falling <= p",
+        "np.cumsum(falling) <= p",
+        f"{CHANCE}::test_top_p_keeps_the_smallest_set_that_reaches_p",
     ),
     Bug(
         "the penalty makes negative logits likelier",
@@ -458,14 +459,14 @@ BUGS = [
         + CHAIN.replace(
             "= min_p(logits, self.min_p)", "= np.where(min_p(raw, self.min_p) > -np.inf, logits, -np.inf)"
         ),
-        "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
+        "tests/generation/test_sampling.py::test_what_is_left_where_the_order_shows",
     ),
     Bug(
-        "min-p before the temperature",
+        "min-p after the temperature",
         OURS,
         SAMPLING,
         CHAIN,
-        chain(1, 5, 2, 3, 4),
+        chain(1, 2, 3, 4, 6, 5),
         "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
     ),
     Bug(
@@ -473,15 +474,15 @@ BUGS = [
         OURS,
         SAMPLING,
         CHAIN,
-        chain(2, 1, 3, 4, 5),
+        chain(2, 6, 1, 3, 4, 5),
         "tests/generation/test_sampling.py",
     ),
     Bug(
-        "top-k before the temperature",
+        "top-k after the temperature",
         OURS,
         SAMPLING,
         CHAIN,
-        chain(1, 3, 2, 4, 5),
+        chain(1, 2, 6, 3, 4, 5),
         "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
     ),
     Bug(
@@ -489,15 +490,15 @@ BUGS = [
         OURS,
         SAMPLING,
         CHAIN,
-        chain(1, 2, 4, 3, 5),
-        "tests/generation/test_sampling.py::test_the_order_is_that_of_transformers",
+        chain(1, 2, 4, 3, 5, 6),
+        "tests/generation/test_sampling.py::test_the_steps_are_those_of_transformers",
     ),
     Bug(
         "min-p before top-p",
         OURS,
         SAMPLING,
         CHAIN,
-        chain(1, 2, 3, 5, 4),
+        chain(1, 2, 3, 5, 4, 6),
         "tests/generation/test_sampling.py::test_what_is_left_where_the_order_shows",
     ),
     # --- stored weights

@@ -36,7 +36,7 @@ from .errors import (
     is_whole,
 )
 from .generation.batch import generate_batch, naming
-from .generation.generate import Request, generate
+from .generation.generate import Request, generate_request
 from .generation.sampling import Sampler
 from .generation.session import Session
 from .generation.transcript import Completion, Piece, StopTexts, Transcript
@@ -123,6 +123,8 @@ class Llama:
         special: names of control tokens in the prompt become those tokens, as in `Tokenizer.encode`.
         max_tokens: default None, until an end token or the end of the context. stop: texts to end before.
         session: a `Session` to continue. on_prefill(done, total): called as the prompt is computed.
+        top_logprobs: give `logprobs` to pieces and completion: the log probability of each new token, and the
+        N likeliest ids with theirs. They are the model's own, before any step of sampling.
         The options of `Sampler` too: temperature, top_k, top_p, min_p, repetition_penalty, seed.
         """
         return self._stream(self._encode(prompt, special), at_start=False, **options)
@@ -201,10 +203,13 @@ class Llama:
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
         return min(self.max_context, len(prompt) + max(max_tokens, 1))
 
-    def _limits(self, max_tokens: int | None) -> dict[str, Any]:
-        """The options of `Request` that end a generation."""
-        tokenizer = self.tokenizer
-        return {"max_tokens": max_tokens, "stop_ids": tokenizer.eos_ids, "vocab_size": tokenizer.n_used}
+    def _limits(self, max_tokens: int | None, top_logprobs: int | None) -> dict[str, Any]:
+        """The options of `Request`."""
+        ends, n_used = self.tokenizer.eos_ids, self.tokenizer.n_used
+        if top_logprobs is not None:
+            check_whole("top_logprobs", top_logprobs, 0, n_used)
+        limits = {"max_tokens": max_tokens, "stop_ids": ends, "vocab_size": n_used}
+        return limits | {"top_logprobs": top_logprobs}
 
     def _stream(
         self,
@@ -215,6 +220,7 @@ class Llama:
         stop: Iterable[str] | None = None,
         session: Session | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        top_logprobs: int | None = None,
         **sampling: Any,
     ) -> Iterator[Piece]:
         on_prefill = _silent if on_prefill is None else on_prefill
@@ -223,7 +229,8 @@ class Llama:
         room = self._room(prompt, max_tokens)
         session = self.new_session(room) if session is None else session
         sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
-        return self._pieces(prompt, session, sampler, stop_texts, at_start, max_tokens, on_prefill)
+        limits = self._limits(max_tokens, top_logprobs)
+        return self._pieces(prompt, session, sampler, stop_texts, at_start, limits, on_prefill)
 
     def _pieces(
         self,
@@ -232,22 +239,22 @@ class Llama:
         sampler: Sampler,
         stop_texts: StopTexts,
         at_start: bool,
-        max_tokens: int | None,
+        limits: dict[str, Any],
         on_prefill: Callable[[int, int], None],
     ) -> Iterator[Piece]:
         self.check_unchanged()
         transcript = Transcript(self.tokenizer, stop_texts, at_start)
-        limits = self._limits(max_tokens)
-        ids = generate(self.model, prompt, session, sampler, on_prefill=on_prefill, **limits)
-        reason = "stop"
+        request = Request(prompt, session, sampler, **limits)
+        ids, reason = generate_request(self.model, request, on_prefill), "stop"
         while not transcript.stopped:
             try:
                 token = next(ids)
             except StopIteration as end:
                 reason = end.value
                 break
-            yield Piece(transcript.push(token), token)
-        yield transcript.finish(prompt, reason)
+            n, text = len(transcript.tokens), transcript.push(token)
+            yield Piece(text, token, None, request.logprobs[n] if request.logprobs else None)
+        yield transcript.finish(prompt, reason, request.logprobs)
 
     def _batch(
         self,
@@ -257,9 +264,11 @@ class Llama:
         at_start: bool,
         max_tokens: int | None = None,
         stop: Iterable[str] | None = None,
+        top_logprobs: int | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        sampler, limits, stop = Sampler(**sampling), self._limits(max_tokens), StopTexts(stop).stop
+        sampler, stop = Sampler(**sampling), StopTexts(stop).stop
+        limits = self._limits(max_tokens, top_logprobs)
         encoded, sequences = [], []
         for i, prompt in enumerate(prompts):
             with naming(i):
@@ -276,7 +285,7 @@ class Llama:
             if transcripts[i].stopped:
                 sequences[i].stop()
         ended = zip(transcripts, encoded, sequences, strict=True)
-        return [cast(Completion, t.finish(prompt, s.reason).completion) for t, prompt, s in ended]
+        return [cast(Completion, t.finish(prompt, s.reason, s.logprobs).completion) for t, prompt, s in ended]
 
     def _check_memory(self, rooms: Sequence[int]) -> None:
         """ResourceLimitError unless there is memory for KV caches of these sizes in positions."""

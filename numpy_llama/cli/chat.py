@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     llama = load_model(args)
     messages.append({"role": "user", "content": question})
     with common.prefill_bar() as on_prefill:
-        common.run_stream(llama.stream_chat(messages, on_prefill=on_prefill, **options), args.json)
+        stream = llama.stream_chat(messages, on_prefill=on_prefill, **options)
+        common.run_stream(stream, args.json, llama.tokenizer)
 
 
 def load_model(args: argparse.Namespace) -> Llama:

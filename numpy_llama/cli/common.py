@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from ..checkpoint.download import DEFAULT_MODEL, locate, on_the_hub
 from ..checkpoint.hub import PREFIX
 from ..errors import NumpyLlamaError, ParameterError, TextError, escape, printable, visible
-from ..generation.sampling import Sampler
+from ..generation.sampling import Logprobs, Sampler
 from ..generation.transcript import Completion, Piece
 from ..llama import Llama, finish, load
 from ..text.tokenizer import PADDING, Tokenizer
@@ -157,6 +157,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | No
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text (may be repeated)"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    group.add_argument(
+        "--top-logprobs",
+        type=whole_number(0),
+        metavar="N",
+        help="with --json: the log probability of each new token, and those of the N likeliest tokens",
+    )
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -206,7 +212,10 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
         note(f"--{option} has no effect at temperature 0, which takes the likeliest token")
     if "" in args.stop:
         raise ParameterError("--stop is an empty text")
-    return {**sampling, "max_tokens": args.max_tokens, "stop": args.stop}
+    if args.top_logprobs is not None and not args.json:
+        raise ParameterError("--top-logprobs is for JSON: add --json")
+    names = "max_tokens", "stop", "top_logprobs"
+    return sampling | {name: getattr(args, name) for name in names}
 
 
 class _Remarks(logging.Handler):
@@ -393,10 +402,10 @@ def collect(stream: Iterable[Piece], into: list[str]) -> Iterator[Piece]:
         yield piece
 
 
-def run_stream(stream: Iterable[Piece], as_json: bool) -> None:
+def run_stream(stream: Iterable[Piece], as_json: bool, tokenizer: Tokenizer) -> None:
     """Print one generation, as text or as JSON."""
     if as_json:
-        print(completion_json(finish(stream)))
+        print(completion_json(finish(stream), tokenizer))
     else:
         show(stream)
 
@@ -414,13 +423,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def completion_json(completion: Completion) -> str:
+def completion_json(completion: Completion, tokenizer: Tokenizer) -> str:
+    found = completion.logprobs
+    logprobs = {} if found is None else {"logprobs": logprobs_json(completion.tokens, found, tokenizer)}
     shown = json.dumps(
         {
             "text": completion.text,
             "tokens": completion.tokens,
             "prompt_tokens": completion.prompt_tokens,
             "finish_reason": completion.finish_reason,
+            **logprobs,
             "timings": {
                 "prefill_seconds": round(completion.prefill_seconds, 6),
                 "decode_seconds": round(completion.decode_seconds, 6),
@@ -433,6 +445,21 @@ def completion_json(completion: Completion) -> str:
         ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8"),
     )
     return visible(shown, "\\u{:04x}") if sys.stdout.isatty() else shown
+
+
+def logprobs_json(
+    tokens: Iterable[int], logprobs: Iterable[Logprobs], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The log probabilities of the new tokens in the form of OpenAI's API, with the ids too."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        piece, data = tokenizer.piece(token), [*tokenizer.token_bytes(token)]
+        return {"id": token, "token": piece, "bytes": data, "logprob": round(logprob, 6)}
+
+    return [
+        entry(token, chosen) | {"top_logprobs": [entry(*one) for one in top]}
+        for token, (chosen, top) in zip(tokens, logprobs, strict=True)
+    ]
 
 
 class _Bar:

@@ -46,4 +46,5 @@ def run(args: argparse.Namespace) -> None:
         common.note_names(llama.tokenizer, prompt, args.special)
         options["special"] = args.special
     with common.prefill_bar() as on_prefill:
-        common.run_stream(llama.stream(prompt, on_prefill=on_prefill, **options), args.json)
+        stream = llama.stream(prompt, on_prefill=on_prefill, **options)
+        common.run_stream(stream, args.json, llama.tokenizer)

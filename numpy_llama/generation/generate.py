@@ -11,7 +11,7 @@ from ..config import Array
 from ..errors import ContextOverflowError, NumericsError, ParameterError
 from ..model import Function, Transformer, TransformerBlock
 from ..window import PREFILL_CHUNK
-from .sampling import Sampler
+from .sampling import Logprobs, Sampler, logprobs
 from .session import Session
 
 
@@ -66,7 +66,8 @@ class Request:
 
     `reason` is "stop" after an id in `stop_ids`, which is not returned. It is "length" after `max_tokens`
     ids, or at the end of the context. Ids from `vocab_size` on are never chosen: they have no token, and
-    their rows only pad the embedding.
+    their rows only pad the embedding. With `top_logprobs`, `logprobs` has an entry for each new id, from the
+    logits of the model as they were before sampling.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Request:
         max_tokens: int | None = None,
         stop_ids: Collection[int] = (),
         vocab_size: int | None = None,
+        top_logprobs: int | None = None,
     ):
         if not prompt:
             raise ParameterError("the prompt is empty: there is nothing to continue")
@@ -90,6 +92,8 @@ class Request:
             self.left = min(self.left, max_tokens)  # ids that may still follow
         self.sampler, self.rng = sampler, sampler.new_rng()
         self.stop_ids, self.vocab_size, self.reason = stop_ids, vocab_size, "length"
+        self.top_logprobs = top_logprobs or 0
+        self.logprobs: list[Logprobs] | None = None if top_logprobs is None else []
         with session.alone():
             session.user, self._session = self, session
 
@@ -113,6 +117,8 @@ class Request:
         if token in self.stop_ids:
             self.stop()
             return None
+        if self.logprobs is not None:
+            self.logprobs.append(logprobs(logits[: self.vocab_size], token, self.top_logprobs))
         self.ids.append(token)
         self.left -= 1
         return token
@@ -149,7 +155,15 @@ def generate(
 
     `on_prefill(done, total)` is called before each chunk of the prompt and at its end, with counts of tokens.
     """
-    request = Request(prompt, session, sampler, **options)
+    return (yield from generate_request(model, Request(prompt, session, sampler, **options), on_prefill))
+
+
+def generate_request(
+    model: Transformer,
+    request: Request,
+    on_prefill: Callable[[int, int], None] = lambda done, total: None,
+) -> Generator[int, None, str]:
+    """`generate` for a request that the caller keeps."""
     logits = prefill(model, request, on_prefill)
     while (token := request.choose(logits)) is not None:
         yield token

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def top_p(logits: Array, p: float) -> Array:
     probs = softmax(logits.astype(np.float64))
     # All ids below (1 - p) / V together have less than 1 - p. The sum p comes before them: they need no sort.
     falling = -np.sort(-probs[probs >= (1 - p) / len(probs)])
-    return top_k(logits, np.count_nonzero(np.cumsum(falling) - falling <= p))
+    return top_k(logits, int(np.count_nonzero(np.cumsum(falling) - falling <= p)))
 
 
 def min_p(logits: Array, p: float) -> Array:
@@ -77,6 +77,28 @@ def sample(logits: Array, rng: np.random.Generator) -> int:
     left = np.flatnonzero(logits > -np.inf)
     cdf = np.cumsum(softmax(logits[left].astype(np.float64)))
     return int(left[np.searchsorted(cdf, rng.random() * cdf[-1], side="right")])
+
+
+def log_softmax(logits: Array) -> Array:
+    """x_i - log sum_j exp(x_j), in float64."""
+    x = logits.astype(np.float64) - logits.max()
+    out: Array = x - np.log(np.exp(x).sum())
+    return out
+
+
+class Logprobs(NamedTuple):
+    """The log probability of a chosen id, and the likeliest ids with theirs, in falling order."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+def logprobs(logits: Array, chosen: int, n: int) -> Logprobs:
+    """`log_softmax` of the chosen id and of the n likeliest; among equals the lowest ids."""
+    logp = log_softmax(logits)
+    likeliest = np.flatnonzero(top_k(logits, n) > -np.inf) if n else np.empty(0, np.int64)
+    order = likeliest[np.argsort(-logits[likeliest], kind="stable")]
+    return Logprobs(float(logp[chosen]), list(zip(order.tolist(), logp[order].tolist(), strict=True)))
 
 
 def _require_finite(logits: Array) -> None:

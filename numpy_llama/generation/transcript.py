@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import ParameterError, check_iterable, escape
 from ..text.tokenizer import StreamDecoder, Tokenizer
+from .sampling import Logprobs
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Completion:
     finish_reason: str
     prefill_seconds: float  # until the first new token
     decode_seconds: float  # for all tokens after the first
+    logprobs: list[Logprobs] | None = None  # of each new token, if `top_logprobs` was given
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -31,6 +33,7 @@ class Piece:
     text: str
     token: int | None = None
     completion: Completion | None = None
+    logprobs: Logprobs | None = None  # of this token, if `top_logprobs` was given
 
 
 class StopTexts:
@@ -84,7 +87,7 @@ class Transcript:
         self.texts.append(self.stop_texts.push(self.decoder.push(token)))
         return self.texts[-1]
 
-    def finish(self, prompt: list[int], reason: str) -> Piece:
+    def finish(self, prompt: list[int], reason: str, logprobs: list[Logprobs] | None = None) -> Piece:
         """The text held back so far, with the completion. `reason`: why the ids ended."""
         text = ""
         if not self.stopped:
@@ -94,6 +97,6 @@ class Transcript:
             self.first = self.last = time.perf_counter()
         seconds = self.first - self.began, self.last - self.first
         reason = "stop" if self.stopped else reason
-        return Piece(
-            text, None, Completion("".join(self.texts) + text, self.tokens, prompt, reason, *seconds)
-        )
+        logprobs = None if logprobs is None else logprobs[: len(self.tokens)]
+        shown = "".join(self.texts) + text, self.tokens, prompt, reason, *seconds
+        return Piece(text, None, Completion(*shown, logprobs))

@@ -42,7 +42,10 @@ OPERATIONS = {
         *("precompute_freqs_cis", "freqs_cis_at", "apply_rotary_emb"),
         *("causal_mask", "repeat_kv"),
     ),
-    sampling: ("greedy", "repetition_penalty", "apply_temperature", "top_k", "top_p", "min_p", "sample"),
+    sampling: (
+        *("greedy", "repetition_penalty", "apply_temperature", "top_k", "top_p", "min_p", "sample"),
+        "log_softmax",
+    ),
     formats: (
         *(f"dequantize_{name}" for name in STORED),
         *(f"quantize_{f.name.lower()}" for f in formats.FORMATS.values() if f.quantize),
@@ -67,9 +70,9 @@ OPERATIONS = {
 # `windowed_attention` is `attention` with its window.
 NAMES = [*(name for names in OPERATIONS.values() for name in names), "windowed_attention"]
 # Operations whose results are this number of arrays, in the precision of the arguments.
-ARRAYS = dict.fromkeys(
-    {*OPERATIONS[functional], "windowed_attention", *OPERATIONS[sampling]} - {"greedy", "sample"}, 1
-)
+ARRAYS = dict.fromkeys({*OPERATIONS[functional], "windowed_attention", *OPERATIONS[sampling]}, 1)
+for name in ("greedy", "sample", "log_softmax"):  # ids, and always float64
+    del ARRAYS[name]
 ARRAYS |= dict.fromkeys(("quantize_activations", *OPERATIONS[backward][:5], "log_probs"), 1)
 ARRAYS |= dict.fromkeys(("linear_by_rows", "linear_by_columns"), 1)
 ARRAYS |= {"cross_entropy_backward": 1, "attention_backward": 3, "dpo": 2}

@@ -328,6 +328,27 @@ def test_seen_ids_outside_the_vocabulary_are_refused(ops, bad):
     assert_refused(lambda: ops.repetition_penalty(np.zeros(3, np.float32), [0, bad], 1.1), f"id {bad} of 3")
 
 
+# --- log probabilities ------------------------------------------------------------------------------------
+
+
+@law("log_softmax", all_logits())
+def test_log_softmax_as_pytorch(ops, logits):
+    """x_i - log sum_j exp(x_j), as torch.log_softmax of doubles."""
+    expected = torch.log_softmax(torch.from_numpy(logits.astype(np.float64)), -1).numpy()
+    found = ops.log_softmax(logits)
+    assert_same(found == -np.inf, logits == -np.inf)
+    left = kept(logits)
+    assert_within(found[left], expected[left], 64 * EXACT_64)
+
+
+@law("log_softmax", all_logits(), st.floats(-9, 9))
+def test_log_softmax_of_shifted_logits(ops, logits, shift):
+    """A number added to all logits changes nothing but rounding."""
+    left = kept(logits)
+    found, shifted = ops.log_softmax(logits), ops.log_softmax(logits + np.float32(shift))
+    assert_within(shifted[left], found[left], PROBABILITY * 10)
+
+
 # --- sample --------------------------------------------------------------------------------------------
 
 

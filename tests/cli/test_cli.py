@@ -48,7 +48,8 @@ def test_generate_is_the_python_face_and_json_has_everything(smollm2_path):
     ids = ",".join(map(str, expected.prompt_tokens))
     assert run(*arguments, "--prompt-ids", ids).stdout.decode() == expected.text + "\n"
 
-    lines = run(*arguments, "--json", "Once upon a time").stdout.decode().splitlines()
+    asked = run(*arguments, "--json", "--top-logprobs", "2", "Once upon a time")
+    lines = asked.stdout.decode().splitlines()
     assert len(lines) == 1
     result = json.loads(lines[0])
     assert result["text"] == expected.text
@@ -56,6 +57,16 @@ def test_generate_is_the_python_face_and_json_has_everything(smollm2_path):
     assert result["prompt_tokens"] == expected.prompt_tokens
     assert result["finish_reason"] == "length"
     assert all(value > 0 for value in result["timings"].values())
+    assert [one["id"] for one in result["logprobs"]] == expected.tokens
+    for one in result["logprobs"]:
+        first, second = one["top_logprobs"]  # the likeliest was chosen
+        assert first == {key: one[key] for key in ("id", "token", "bytes", "logprob")}
+        assert bytes(one["bytes"]).decode() == one["token"] and second["logprob"] < one["logprob"] < 0
+
+
+def test_json_has_logprobs_only_if_asked(smollm2_path):
+    done = run("generate", "-m", str(smollm2_path), "-n", "1", "--json", "hi")
+    assert "logprobs" not in json.loads(done.stdout)
 
 
 def test_results_in_json_have_no_nan():
@@ -189,6 +200,7 @@ def test_half_a_download_is_refused(size, tmp_path, smollm2_path):
         (["--top-p", "1.5"], ["top_p is 1.5"]),
         (["--seed", "-3"], ["seed is -3"]),
         (["--stop", ""], ["--stop"]),
+        (["--top-logprobs", "2"], ["--top-logprobs", "add --json"]),
         (["--backend", "cuda"], ["--backend", "cuda"]),
         (["--prompt-ids", "1,x"], ["--prompt-ids", "1,x"]),
         (["--prompt-ids", "1,2"], ["not both"]),

@@ -238,10 +238,10 @@ TEXTS = ["Once upon a time", "The capital of France is", "def fibonacci(n):\n", 
 
 def gist(completion):
     c = completion
-    return c.text, c.tokens, c.prompt_tokens, c.finish_reason
+    return c.text, c.tokens, c.prompt_tokens, c.finish_reason, c.logprobs
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.95, "seed": 7}])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.95, "seed": 8, "top_logprobs": 2}])
 def test_texts_are_those_of_each_alone(llama, sampling):
     options = {"max_tokens": 24, "stop": [" little", "\n\n", "\n    if"], **sampling}
     expected = [gist(llama.generate(text, **options)) for text in TEXTS]

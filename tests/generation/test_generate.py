@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from helpers.tiny_models import float_weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -318,6 +319,38 @@ def test_a_stream_is_the_completion_in_pieces(llama):
     assert [piece.token for piece in pieces] == [*expected.tokens, None]
     assert all(piece.completion is None for piece in pieces[:-1])
     assert expected.text == llama.tokenizer.decode(expected.tokens)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 2.0, "repetition_penalty": 3.0, "seed": 1}])
+def test_logprobs_are_those_of_the_model_before_any_step(llama, sampling):
+    """Against torch.log_softmax of the logits of the same passes, whatever the sampler does."""
+    options = {"max_tokens": 8, **sampling}
+    done = llama.generate("Once upon a time", top_logprobs=3, **options)
+    assert done.tokens == llama.generate("Once upon a time", **options).tokens
+    session, last = llama.new_session(32), done.prompt_tokens
+    for token, one in zip(done.tokens, done.logprobs, strict=True):
+        logits = forward(llama.model, last, session)
+        last = [token]
+        expected = torch.log_softmax(torch.from_numpy(logits[: llama.tokenizer.n_used]).double(), -1)
+        values, ids = expected.topk(3)
+        assert one.chosen == pytest.approx(expected[token].item(), rel=1e-12)
+        assert [i for i, _ in one.top] == ids.tolist()
+        assert [value for _, value in one.top] == pytest.approx(values.tolist(), rel=1e-12)
+
+
+def test_each_piece_has_the_logprobs_of_its_token(llama):
+    options = {"max_tokens": 20, "stop": ["she"]}
+    *pieces, last = llama.stream("Once upon a time, there was", top_logprobs=0, **options)
+    assert [piece.logprobs for piece in pieces] == last.completion.logprobs
+    assert len(last.completion.tokens) == len(pieces) and all(not piece.logprobs.top for piece in pieces)
+    *pieces, last = llama.stream("Once upon a time, there was", **options)
+    assert last.completion.logprobs is None and {piece.logprobs for piece in pieces} == {None}
+
+
+@pytest.mark.parametrize("n", [-1, 1.5, True, "3", 10**9])
+def test_top_logprobs_is_checked(llama, n):
+    with pytest.raises(ParameterError, match="top_logprobs is"):
+        llama.stream("a", top_logprobs=n)
 
 
 def test_a_stop_text_ends_the_stream(llama):

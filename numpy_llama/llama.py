@@ -38,6 +38,7 @@ from .errors import (
 from .generation.batch import generate_batch, naming
 from .generation.generate import Request, generate_request
 from .generation.sampling import Sampler
+from .generation.scoring import Score, Scorer
 from .generation.session import Session
 from .generation.transcript import Completion, Piece, StopTexts, Transcript
 from .model import Transformer
@@ -159,6 +160,33 @@ class Llama:
         """The assistant's next message in each of several conversations. See `generate_batch`."""
         check_iterable("conversations", conversations, "a list of lists of messages")
         return self._batch(conversations, self.encode_chat, at_start=True, **options)
+
+    def log_likelihoods(
+        self, context: str | Sequence[int], continuations: Sequence[str | Sequence[int]]
+    ) -> list[Score]:
+        """log p of each continuation after the context, and whether it is what temperature 0 would choose.
+
+        A continuation in text has the ids that context and continuation have together, without as many as
+        the context has alone: so lm-evaluation-harness cuts them. The context is computed once.
+        """
+        check_iterable("continuations", continuations, "a list of texts or of lists of ids")
+        if isinstance(continuations, str | bytes):
+            raise ParameterError("the continuations are one text, they must be a list of texts or of ids")
+        ids = self._encode(context)
+        requests = [(ids, self._encode_after(context, ids, one)) for one in continuations]
+        room = max([1, *(len(ids) + len(one) for _, one in requests)])
+        self.check_unchanged()
+        return Scorer(self.model, self.new_session(min(room, self.max_context))).score(requests)
+
+    def _encode_after(
+        self, context: str | Sequence[int], ids: list[int], continuation: str | Sequence[int]
+    ) -> list[int]:
+        """The ids of a continuation of a context that has those ids."""
+        if not isinstance(continuation, str):
+            return self._encode(continuation)
+        if not isinstance(context, str):
+            return self.tokenizer.encode(continuation)
+        return self._encode(context + continuation)[len(ids) :]
 
     def encode_chat(
         self,

@@ -5,5 +5,6 @@ session.py      the KV cache of a conversation, and the ids that it holds
 branch.py       a second cache that shares the positions of a first one
 generate.py     from ids to ids: request, prefill, decode
 batch.py        several sequences in one forward pass
+scoring.py      how likely given continuations are
 transcript.py   from ids to the text of one generation
 """

@@ -65,6 +65,10 @@ def load(
     """
     order = Order(opened.path, args, numbers(ranks, shares), *options)
     plan = Plan.of(args, order.shares)  # an error here is one of the arguments
+    if order.backend == "c":
+        from ..backend.kernels import Kernels  # imported here: NumPy's path runs without a compiler
+
+        Kernels(order.threads, order.exact, order.activation_bits)
     number = ranks.new_number()
     with ranks.together("load", number, order, passing=NumpyLlamaError):
         part, room = load_part(ranks, order, opened, progress)
@@ -117,7 +121,8 @@ def load_part(
     files = ranks.everywhere(lambda: open_checkpoint(order.path) if opened is None else opened)
     adapters = ranks.everywhere(lambda: [open_adapter(path) for path, _ in order.adapters])
     check_alike(ranks, ranks.everywhere(lambda: facts(files, order.backend, adapters)))
-    hints = ranks.exchange([f"{ranks.where}: {hint}" for hint in slow(ranks.local, order.threads)])
+    threads = order.threads if order.backend == "c" else None
+    hints = ranks.exchange([f"{ranks.where}: {hint}" for hint in slow(ranks.local, threads)])
     for hint in [*chain(*hints)][:1] if ranks.rank == 0 else []:
         logging.getLogger("numpy_llama").warning(hint)
 
@@ -136,10 +141,10 @@ def load_part(
 
     def make() -> Transformer:
         files.watch()
-        threads = ranks.threads() if order.threads is None else order.threads
         how = order.exact, order.activation_bits, order.cache_dtype, updates
         local, part = plan.local_args(ranks.rank), partial(part_of, plan=plan, ranks=ranks)
-        return build(local, weights, order.dtype, order.backend, threads, progress, *how, part_of=part)
+        n = threads or ranks.threads()
+        return build(local, weights, order.dtype, order.backend, n, progress, *how, part_of=part)
 
     weights, updates, room = ranks.everywhere(fit)
     return ranks.everywhere(make), min(ranks.exchange(room))

@@ -20,7 +20,7 @@ from ..config import Array
 from ..errors import MismatchError, NumpyLlamaError, UnsupportedError
 from ..generation.batch import one_by_one
 from ..generation.branch import branch
-from ..model import Function, Linear, Transformer, TransformerBlock
+from ..model import Function, Transformer, TransformerBlock
 from .cut import Plan, widths
 from .ranks import Ranks, delayed_signals
 
@@ -64,17 +64,6 @@ def one_or_more(attention: Function) -> Function:
         return (attention if isinstance(keys, np.ndarray) else each)(q, keys, values)
 
     return attend
-
-
-class CutOutput(Linear):
-    """The output matrix, of which this rank has some rows. Rank 0 gets all logits."""
-
-    def __init__(self, output: Linear, plan: Plan, ranks: Ranks):
-        super().__init__(output.weight, output.linear)
-        self.part, self.ranks, self.widths = output, ranks, widths(plan.vocab)
-
-    def __call__(self, x: Array) -> Array:
-        return self.ranks.gather_on_first(self.part(x), self.widths)
 
 
 class SharedCache(KVCache):
@@ -163,7 +152,7 @@ def part_of(model: Transformer, kernels: Any, plan: Plan, ranks: Ranks) -> Trans
     kernels: those of its backend; with them C computes the blocks from one gather to the next, where it can.
     """
     blocks = {f"layers.{i}": CutBlock(block, plan, ranks) for i, block in enumerate(model.layers)}
-    part = model.with_parts({**blocks, "output": CutOutput(model.output, plan, ranks)})
+    part = model.with_parts(blocks)
     if kernels is not None:
         from .fused import fused  # imported here, because the NumPy backend runs without the C extension
 

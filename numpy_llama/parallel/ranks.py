@@ -237,7 +237,7 @@ class Ranks:
         if not self.inside():
             raise UnsupportedError(
                 "a part of a model on several ranks cannot be called by itself; call the model: "
-                "model(tokens), model.hidden(tokens) or model.logits(h)"
+                "model(tokens) or model.hidden(tokens)"
             )
 
     def _gather(self, part: Array, widths: Sequence[int], collect: Callable[..., None]) -> Array:

@@ -117,9 +117,6 @@ class Commands:
         with suppress(Stopped):
             run(tokens, start_pos, as_one([self.caches[number] for number in caches], start_pos))
 
-    def logits(self, model: int, h: Array) -> None:
-        self.models[model].model.logits(h)
-
     def linear(self, model: int, name: str, x: Array) -> None:
         self.models[model].linear(name, x)
 

@@ -2,10 +2,10 @@
 
 A part that nobody has exchanged is a command to all ranks:
 
-    hidden, logits   the model as it was loaded: all layers are one command
-    block            one layer, if another one was exchanged
-    linear           one matrix, in a layer of which a part was exchanged; rank 0 gets all rows of the result
-    update           keys and values: each rank stores those of its heads, and rank 0 gets those of all heads
+    hidden    all layers of the model as it was loaded
+    block     one layer, if another one was exchanged
+    linear    the output matrix, or one in a layer of which a part was exchanged; rank 0 gets all rows
+    update    keys and values: each rank stores those of its heads, and rank 0 gets those of all heads
 
 All else runs on rank 0 alone, in the lines of model.py. So functions of a user run there once, on whole
 activations. The bits are those of one process, where a block with an exchanged part runs these lines too.
@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from operator import is_
+from operator import index, is_
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from ..lora import LoRALinear
 from ..model import Attention, FeedForward, Linear, RMSNorm, Transformer, TransformerBlock
 from ..parts import with_parts
 from .cut import Plan
-from .model import CutOutput, SharedCache, remembered
+from .model import SharedCache, remembered
 from .ranks import Ranks
 
 
@@ -53,11 +53,11 @@ class Part(InPlace):
         return self.ranks.gather_on_first(y[..., : widths[self.ranks.rank]], widths)
 
     def find(self, name: str) -> Any:
-        """The part of that name. Of the output matrix without the gather of its results."""
+        """The part of that name."""
         part: Any = self.model
         for step in name.split("."):
             part = part[int(step)] if isinstance(part, list) else getattr(part, step)
-        return part.part if isinstance(part, CutOutput) else part
+        return part
 
     def block(
         self, i: int, layer: int, x: Array, start_pos: Any, freqs_cis: Array, caches: Sequence[SharedCache]
@@ -134,13 +134,15 @@ class WholeBlock(TransformerBlock):
         return self.unchanged() and are_shared(cache, self.shared.ranks)
 
     def __call__(self, x: Array, start_pos: int, freqs_cis: Array, cache: KVCache) -> Array:
-        args = self.shared.plan.args
-        ours = x.ndim == 3 and x.shape[-1] == args.dim and x.dtype.kind == "f"
-        fits = ours and freqs_cis.shape[-2:] == (x.shape[1], args.head_dim // 2)
+        shared, args, (B, T, D) = self.shared, self.shared.plan.args, x.shape
+        angles = T, args.head_dim // 2
+        fits = args.dim == D and freqs_cis.shape in (angles, (B, *angles))
         if not (fits and x.size and self.fuses(cache)):
             return super().__call__(x, start_pos, freqs_cis, cache)
-        layer, shared, (B, T, _) = self.attention.layer, self.shared, x.shape
-        caches = checked_caches(cache, start_pos, B, T, range(layer, layer + 1), shared.plan)
+        layer = self.attention.layer
+        caches, start_pos = checked_caches(cache, start_pos, B, T, range(layer, layer + 1), shared.plan)
+        x = np.asarray(x, shared.model.norm.weight.dtype)
+        freqs_cis = np.asarray(freqs_cis, shared.model.freqs_cis.dtype)
         about = self.i, layer, x, start_pos, freqs_cis
         with shared.ranks.together("block", shared.number, *about, [one.number for one in caches]):
             return shared.block(*about, caches)
@@ -156,7 +158,7 @@ class ParallelTransformer(InPlace, Transformer):
         self.layers = [WholeBlock(i, args, shared) for i in range(args.n_layers)]
         self.output = WholeLinear("output", shared)
         self._no_numbers = np.empty((args.vocab_size, 0))
-        self._own = self._before_the_end(), self._end()
+        self._own = self._before_the_end()
 
     def __copy__(self) -> "ParallelTransformer":
         other = object.__new__(type(self))
@@ -178,32 +180,18 @@ class ParallelTransformer(InPlace, Transformer):
             raise ParameterError("there is no token to compute")
         F.freqs_cis_at(self.freqs_cis, start_pos, T)
         cache = cache or self.new_cache(B, T)
-        if not (alike(self._before_the_end(), self._own[0]) and are_shared(cache, shared.ranks)):
+        if not (alike(self._before_the_end(), self._own) and are_shared(cache, shared.ranks)):
             return super().hidden(tokens, start_pos, cache)
-        caches = checked_caches(cache, start_pos, B, T, range(len(self.layers)), shared.plan)
+        caches, start_pos = checked_caches(cache, start_pos, B, T, range(len(self.layers)), shared.plan)
         numbers = [one.number for one in caches]
         with shared.ranks.together("hidden", shared.number, tokens, start_pos, numbers):
             return shared.model.hidden(tokens, start_pos, cache)
         return self.hidden(tokens, start_pos, cache)  # a signal's handler has returned
 
-    def logits(self, h: Array) -> Array:
-        if not alike(self._end(), self._own[1]):
-            return super().logits(h)
-        if h.shape[-1:] != (self.args.dim,):
-            raise ParameterError(
-                f"h has the shape {h.shape}, its last axis must have {self.args.dim} numbers"
-            )
-        with self.shared.ranks.together("logits", self.shared.number, h):
-            return self.shared.model.logits(h)
-
     def _before_the_end(self) -> list[Any]:
         """Everything that `hidden` computes with."""
         places = [getattr(getattr(layer, "attention", None), "layer", None) for layer in self.layers]
         return [self.tok_embeddings, self.freqs_cis, *contents(*self.layers), *places]
-
-    def _end(self) -> list[Any]:
-        """Everything that `logits` computes with."""
-        return contents(self.norm, self.output)
 
 
 PARTS = TransformerBlock, Attention, FeedForward, Linear, RMSNorm
@@ -238,9 +226,12 @@ def are_shared(cache: Any, ranks: Ranks) -> bool:
 
 def checked_caches(
     cache: Any, start_pos: Any, B: int, T: int, layers: range, plan: Plan
-) -> Sequence[SharedCache]:
-    """Caches that all ranks have; an error if one is of another model, or has no place for T tokens."""
-    caches, starts = getattr(cache, "caches", [cache]), np.atleast_1d(start_pos).tolist()
+) -> tuple[Sequence[SharedCache], Any]:
+    """Caches that all ranks have, and start_pos as they take it: a number, or an array for a BatchCache.
+
+    An error if a cache is of another model, or has no place for T tokens.
+    """
+    caches, starts = getattr(cache, "caches", [cache]), [*map(index, np.atleast_1d(start_pos).tolist())]
     if isinstance(cache, BatchCache) and not len(caches) == len(starts) == B:
         raise ParameterError(f"{B} sequences, {len(caches)} caches and {len(starts)} starts")
     for one, start in zip(caches, starts, strict=True):
@@ -256,4 +247,4 @@ def checked_caches(
         # The layer with the fewest positions is the strictest, and the one that has dropped the most.
         for layer in min(layers, key=one.filled.__getitem__), max(layers, key=one.dropped.__getitem__):
             one.check(layer, start, 1 if isinstance(cache, BatchCache) else B, T)
-    return caches
+    return caches, np.array(starts) if isinstance(cache, BatchCache) else starts[0]

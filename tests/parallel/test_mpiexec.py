@@ -21,7 +21,7 @@ from numpy_llama.backend.limits import available_cpus
 from numpy_llama.checkpoint.adapters import write_peft
 
 HERE = Path(__file__).parent
-FAULTS, REFUSALS = str(HERE / "with_a_fault.py"), str(HERE / "refusals.py")
+FAULTS, REFUSALS, ARGUMENTS = (str(HERE / f"{name}.py") for name in ("with_a_fault", "refusals", "arguments"))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,15 @@ def test_no_run_ends_as_if_it_were_killed():
 def test_what_is_refused_and_what_runs_on(ranks, path):
     done = on_ranks(ranks, sys.executable, REFUSALS, str(path))
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), done.stderr.decode()
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_a_wrong_argument_is_an_error_as_in_one_process(backend, path):
+    """And what has a result alone has it on ranks. The run goes on."""
+    program = sys.executable, ARGUMENTS, str(path), backend
+    wanted, done = alone(*program), on_ranks(2, *program)
+    assert (done.returncode, done.stdout) == (0, wanted.stdout), done.stderr.decode()
+    assert wanted.returncode == 0 and b"an error" in wanted.stdout
 
 
 @pytest.mark.parametrize("ranks, options, code, words", [

@@ -145,12 +145,13 @@ class Ranks:
         `passing` is an error that all ranks raise; loading has it, and there a signal ends the run at once.
         """
         signals: AbstractContextManager[list[int]] = nullcontext([]) if passing else delayed_signals()
+        command = pickle.dumps((name, *arguments))  # an error here is one of the caller
         with self._lock, signals as self._signals:
-            while self.forgotten:
-                self._send(*self.forgotten.popleft())
-            self._send(name, *arguments)
-            self._owner = threading.get_ident()
             try:
+                while self.forgotten:
+                    self._send(pickle.dumps(self.forgotten.popleft()))
+                self._send(command)
+                self._owner = threading.get_ident()
                 yield
             except Stopped:
                 pass
@@ -168,10 +169,9 @@ class Ranks:
         if came[0]:
             raise Stopped
 
-    def _send(self, *message: Any) -> None:
-        data = pickle.dumps(message)
+    def _send(self, command: bytes) -> None:
         for rank in range(1, self.size):
-            self.comm.Send([data, self.mpi.BYTE], rank, COMMAND)
+            self.comm.Send([command, self.mpi.BYTE], rank, COMMAND)
 
     def end(self, code: int | None) -> None:
         """On rank 0, when it ends with that status: the others end too. None: the status is not known.
@@ -182,7 +182,7 @@ class Ranks:
             self._abort(code)
         self._lock.acquire()  # a thread may run a command, and none begins another
         self.watch.end()
-        self._send("end", code)
+        self._send(pickle.dumps(("end", code)))
 
     def commands(self) -> Iterator[tuple[Any, ...]]:
         """On the other ranks: the commands of rank 0."""

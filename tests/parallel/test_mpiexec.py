@@ -188,6 +188,12 @@ def test_ctrl_c_is_for_rank_0(path):
     assert (done.returncode, done.stdout, done.stderr) == (0, wanted, b"")
 
 
+def test_ctrl_c_while_a_command_is_sent_ends_all(path):
+    """Other ranks may have it already, and would wait in it."""
+    done = on_ranks(2, sys.executable, FAULTS, str(path), "0", "interrupted while sending")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("fault", ["killed", "without mpiexec"])
 def test_a_rank_that_is_killed_ends_all(rank, fault, path):

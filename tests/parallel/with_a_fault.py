@@ -47,7 +47,18 @@ def fail():
 
 
 Ranks.gather, Ranks.gather_in_place = map(with_fault, (Ranks.gather, Ranks.gather_in_place))
-llama = nl.load(path, threads=1)
+if fault == "interrupted while sending":
+    send = Ranks._send
+
+    def interrupted(self, *command):
+        send(self, *command)
+        signal.raise_signal(signal.SIGINT)
+
+    Ranks._send = interrupted
+try:
+    llama = nl.load(path, threads=1)
+except KeyboardInterrupt:
+    sys.exit("the program goes on")
 if fault == "script":
     raise KeyError("of the script")
 print(llama.generate("hi", max_tokens=3).text)

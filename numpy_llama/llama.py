@@ -22,11 +22,13 @@ from .backend import Progress, build, check_options
 from .checkpoint.adapters import locate_adapters, read_adapters
 from .checkpoint.download import DEFAULT_MODEL, checked_progress, locate
 from .checkpoint.memory import available_memory, gib, memory_plan
+from .checkpoint.session_file import load_session, save_session
 from .config import LIMITS, ModelArgs
 from .errors import (
     ParameterError,
     ResourceLimitError,
     TemplateError,
+    UnsupportedError,
     check_callable,
     check_has,
     check_iterable,
@@ -107,6 +109,30 @@ class Llama:
                 f"a context of {max_seq_len} tokens was asked for, memory has room for {self.max_context}"
             )
         return Session(self.model, self.max_context if max_seq_len is None else max_seq_len)
+
+    def save_session(self, session: Session, path: str | os.PathLike[str]) -> None:
+        """Write a session to a file, which is replaced when the new one is whole. See `load_session`."""
+        check_kind("session", session, Session, "a Session")
+        self._session_file(save_session, path, session)
+
+    def load_session(self, path: str | os.PathLike[str], max_seq_len: int | None = None) -> Session:
+        """The session in a file of `save_session`, with the same bits. `max_seq_len` as in `new_session`.
+
+        MismatchError unless the weights, the tokenizer and the cache are those with which it was saved.
+        """
+        session = self.new_session(max_seq_len)
+        self._session_file(load_session, path, session)
+        return session
+
+    def _session_file(self, run: Callable[..., None], path: str | os.PathLike[str], session: Session) -> None:
+        check_kind("path", path, (str, os.PathLike), "a path")
+        if parallel.launched() > 1:
+            raise UnsupportedError(
+                "a session on several ranks has no file, because each rank has a part of its cache: "
+                "start without mpiexec"
+            )
+        self.check_unchanged()
+        run(Path(path), session, self.model, self.tokenizer)
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Completion:
         """Continue a text, or ids. The options are those of `stream`."""

@@ -7,8 +7,11 @@ The names of control tokens in a text are plain text, unless --special is given.
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..errors import ParameterError
+from ..generation.session import Session
+from ..llama import Llama
 from . import common
 
 
@@ -18,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-ids", type=ids, metavar="1,403,407", help="the ids to continue, instead of a text"
     )
     common.add_special_argument(parser)
+    parser.add_argument(
+        "--session",
+        type=common.path,
+        metavar="FILE",
+        help="begin with the keys and values in FILE, as far as the texts are alike, and write it at the end",
+    )
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=128)
 
@@ -45,6 +54,19 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(prompt, str):
         common.note_names(llama.tokenizer, prompt, args.special)
         options["special"] = args.special
+    if args.session is not None:
+        options["session"] = saved_session(llama, args.session)
     with common.prefill_bar() as on_prefill:
         stream = llama.stream(prompt, on_prefill=on_prefill, **options)
         common.run_stream(stream, args.json, llama.tokenizer)
+    if args.session is not None:
+        llama.save_session(options["session"], args.session)
+
+
+def saved_session(llama: Llama, path: Path) -> Session:
+    """The session in a file, or a new one. Then it is saved at once, because a bad path is an error now."""
+    if path.exists():
+        return llama.load_session(path)
+    session = llama.new_session()
+    llama.save_session(session, path)
+    return session

@@ -79,13 +79,6 @@ def sample(logits: Array, rng: np.random.Generator) -> int:
     return int(left[np.searchsorted(cdf, rng.random() * cdf[-1], side="right")])
 
 
-def log_softmax(logits: Array) -> Array:
-    """x_i - log sum_j exp(x_j), in float64."""
-    x = logits.astype(np.float64) - logits.max()
-    out: Array = x - np.log(np.exp(x).sum())
-    return out
-
-
 class Logprobs(NamedTuple):
     """The log probability of a chosen id, and the likeliest ids with theirs, in falling order."""
 

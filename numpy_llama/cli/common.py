@@ -100,7 +100,11 @@ def add_text_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_special_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--special", action="store_true", help="read the name of a control token in the text as that token"
+        "--parse-special",
+        "--special",
+        dest="special",
+        action="store_true",
+        help="read the name of a control token in the text as that token",
     )
 
 
@@ -325,11 +329,11 @@ def without_mark(text: str, source: str) -> str:
 def note_names(tokenizer: Tokenizer, text: str, special: bool | None = None) -> None:
     """Print a note if `text` has the name of a control token, which is read as plain text.
 
-    `special` is the option of that name; None if the command does not have it.
+    `special` is the option --parse-special; None if the command does not have it.
     """
     found = None if special else tokenizer.control_names.search(text)
     if found:
-        way = "; --special reads it as the token" if special is False else ""
+        way = "; --parse-special reads it as the token" if special is False else ""
         note(
             f"the text has {escape(found[0])}, a control token's name, and it is read as plain text{way}; "
             "`chat` writes the model's own format"

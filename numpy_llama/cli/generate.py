@@ -1,7 +1,7 @@
 """Continue a text.
 
 The text is the argument TEXT, or else standard input. The command prints the text that the model adds.
-The names of control tokens in a text are plain text, unless --special is given. To ask a question, use
+The names of control tokens in a text are plain text, unless --parse-special is given. To ask a question, use
 `chat`, which writes the model's own format.
 """
 

@@ -62,7 +62,7 @@ def test_a_name_in_a_text_is_remarked_on(verb, path, capsys, main):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "'<|user|>', a control token's name" in message and "`chat`" in message
-    assert ("--special" in message) == (verb in ("generate -n 1", "tokenize"))
+    assert ("--parse-special" in message) == (verb in ("generate -n 1", "tokenize"))
 
 
 @pytest.mark.parametrize("text", ["a<user>b", "<|nobody|>", "<| user |>", ""])
@@ -71,12 +71,13 @@ def test_other_texts_are_not_remarked_on(text, path, capsys, main):
     assert capsys.readouterr().err == ""
 
 
-def test_special_on_the_command_line(path, capsys, main):
-    assert main(["tokenize", "--special", "-m", str(path), "<|user|>b"]) == 0
+@pytest.mark.parametrize("option", ["--parse-special", "--special"])
+def test_special_on_the_command_line(option, path, capsys, main):
+    assert main(["tokenize", option, "-m", str(path), "<|user|>b"]) == 0
     out, err = capsys.readouterr()
     assert [int(line.split()[0]) for line in out.splitlines()] == [256, 257, 98]
     assert err == ""
-    arguments = ["generate", "-m", str(path), "--special", "-n", "1", "--json", "<|user|>b"]
+    arguments = ["generate", "-m", str(path), option, "-n", "1", "--json", "<|user|>b"]
     assert main(arguments) == 0
     assert '"prompt_tokens": [256, 257, 98]' in capsys.readouterr().out
 
@@ -85,7 +86,9 @@ def test_help_says_how_names_are_read(capsys, main):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "The names of control tokens in a text are plain text, unless --special is given" in help_text
+    assert (
+        "The names of control tokens in a text are plain text, unless --parse-special is given" in help_text
+    )
 
 
 @pytest.fixture

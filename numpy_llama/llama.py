@@ -65,7 +65,11 @@ def _nothing() -> None:
 
 
 class Llama:
-    """A model with its tokenizer and chat format. Use never changes it: a `Session` holds a conversation."""
+    """A model with its tokenizer and chat format. Use never changes it: a `Session` holds a conversation.
+
+    `sampling_defaults` are the options of `Sampler` that the model's files recommend. Only a conversation on
+    the command line uses them by itself; `llama.chat(messages, **llama.sampling_defaults)` does too.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class Llama:
         chat_format: ChatFormat | None = None,
         max_context: int | None = None,
         check_unchanged: Callable[[], None] = _nothing,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ):
         """`max_context`: the positions that memory has room for, if the model allows more.
 
@@ -84,7 +89,9 @@ class Llama:
         check_callable("check_unchanged", check_unchanged)
         if max_context is not None:
             check_whole("max_context", max_context, 0, sys.maxsize)
-        self.check_unchanged = check_unchanged
+        kinds = Mapping, type(None)
+        check_kind("sampling_defaults", sampling_defaults, kinds, "a mapping, or be left out")
+        self.check_unchanged, self.sampling_defaults = check_unchanged, dict(sampling_defaults or {})
         self.tokenizer, self.chat_format, self._room_in_memory = tokenizer, chat_format, max_context
         self.model = model
 
@@ -395,6 +402,7 @@ def load(
         raise ParameterError("shares are for a model on several ranks: start with mpiexec")
     opened = checkpoint.open_checkpoint(locate(model, progress))
     args, weights = opened.args, opened.weights()
+    about = opened.check_unchanged, opened.sampling_defaults()
     if max_seq_len is not None:
         args = with_context(args, max_seq_len, opened.path)
     if ranks is not None:
@@ -402,7 +410,7 @@ def load(
         located = locate_adapters(adapter, progress)
         how = dtype, backend, threads, exact, activation_bits, cache_dtype, located
         transformer, room = parallel.load(ranks, opened, args, shares, how, progress)
-        return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
+        return Llama(transformer, tokenizer, opened.chat_format(), room, *about)
     adapters = read_adapters(adapter, args, weights, progress)
     plan = memory_plan(args, weights, backend, dtype, exact, cache_dtype).beside(adapters)
     available = available_memory(plan.mapped)
@@ -412,7 +420,7 @@ def load(
     options = exact, activation_bits, cache_dtype, adapters
     transformer = build(args, weights, dtype, backend, threads, progress, *options)
     room = plan.context_within(available)
-    return Llama(transformer, tokenizer, opened.chat_format(), room, opened.check_unchanged)
+    return Llama(transformer, tokenizer, opened.chat_format(), room, *about)
 
 
 def with_context(args: ModelArgs, max_seq_len: int, source: Path) -> ModelArgs:

@@ -77,6 +77,10 @@ class Checkpoint(InPlace, ABC):
             else ChatTemplate(source, self.chat_template("tool_use"))
         )
 
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The options of `Sampler` that the model's authors recommend. A value of no use is left out."""
+        return {}
+
     def beside(self) -> list[Path]:
         """Further files of the model: all files of its folder, or the tokenizer of a single file."""
         if self.path.is_dir():

@@ -37,6 +37,7 @@ from .quantized import FileTensor, QuantizedWeight, method_of
 from .quantized.base import of_safetensors
 from .rope_scalings import hf_rope
 from .safetensors_file import SafetensorsFile
+from .sampling_defaults import of_generation_config
 from .tokenizers import MAX_BYTES, tokenizer_of_folder, tokenizer_path
 
 # The files that may hold the weights, or an index of such files. The first that exists is used.
@@ -191,6 +192,10 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def chat_template(self, name: str = "default") -> str | None:
         return chat_template(self.path, name)
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        path = self.path / "generation_config.json"
+        return of_generation_config(JsonFile(path)) if path.is_file() else {}
 
 
 def _open(path: Path) -> SafetensorsFile | TorchFile:

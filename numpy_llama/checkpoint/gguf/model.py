@@ -19,6 +19,7 @@ from ..base import Checkpoint, size, weight_in, within
 from ..names import PHI3, matched_names
 from ..other_models import other_architecture
 from ..rope_scalings import TENSORS, gguf_scaling
+from ..sampling_defaults import of_gguf
 from .file import GGUFFile, open_gguf
 
 TEMPLATE = "tokenizer.chat_template"  # and behind it the name of another one: .tool_use
@@ -64,6 +65,9 @@ class GGUFCheckpoint(Checkpoint):
         """The format of the template, or the one that `convert` noted. Without both, there is no chat."""
         known = self.file.get("numpy_llama.chat_format", str)
         return super().chat_format() if self.chat_template() is not None else CHAT_FORMATS.get(known)
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        return of_gguf(self.file)
 
 
 def model_args(file: GGUFFile) -> ModelArgs:

@@ -1,22 +1,22 @@
 """Talk with a model.
 
-Without QUESTION, a conversation begins on the terminal: Ctrl-C stops an answer, and Ctrl-D ends the
-conversation. With QUESTION, or with a question on standard input, the command prints one answer. Under
-mpiexec each line of standard input is a question of one conversation.
+Without QUESTION, a conversation begins on the terminal: Ctrl-C stops an answer, Ctrl-D ends the conversation,
+and /help lists its commands. It samples as the model's own files recommend, or else with temperature 0.8,
+top-k 40, top-p 0.95 and min-p 0.05. With QUESTION, or with a question on standard input, the command prints
+one answer, and takes the likeliest token each time. Under mpiexec each line of standard input belongs to one
+conversation.
 """
 
 import argparse
-import contextlib
 import sys
-from typing import Any
 
 from .. import parallel
 from ..checkpoint.huggingface import template_file
-from ..errors import ContextOverflowError, ParameterError, TextError
+from ..errors import ParameterError
 from ..llama import Llama
 from ..text.chat import CHAT_FORMATS, ChatFormat, ChatTemplate
-from ..text.tokenizer import check_text
 from . import common
+from .conversation import Conversation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "[the model's template]",
     )
     common.add_model_arguments(parser)
-    common.add_sampling_arguments(parser, max_tokens=None)
+    common.add_sampling_arguments(parser, max_tokens=None, temperature="0; in a conversation as above")
 
 
 def chat_format(text: str) -> ChatFormat:
@@ -47,7 +47,6 @@ def chat_format(text: str) -> ChatFormat:
 
 def run(args: argparse.Namespace) -> None:
     options = common.generation_options(args)
-    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     question = None if args.question is None else common.without_mark(args.question, "the question")
     # mpiexec gives rank 0 a pipe even on a terminal, so there a pipe may have somebody at its other end.
     talks = sys.stdin.isatty() or (parallel.ranks() is not None and not args.json)
@@ -56,11 +55,13 @@ def run(args: argparse.Namespace) -> None:
     if question is None:
         if args.json:
             raise ParameterError("--json prints one answer: give a question")
-        converse(load_model(args), messages, options)
+        Conversation(load_model(args), args.system, options).run()
         return
     if not question.strip():
         raise ParameterError("the question is empty")
+    common.note_filters(options)
     llama = load_model(args)
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages.append({"role": "user", "content": question})
     with common.prefill_bar() as on_prefill:
         stream = llama.stream_chat(messages, on_prefill=on_prefill, **options)
@@ -72,52 +73,3 @@ def load_model(args: argparse.Namespace) -> Llama:
     llama = common.load_model(args)
     llama.chat_format = llama.chat_format if chosen is None else chosen
     return llama
-
-
-def converse(llama: Llama, messages: list[dict[str, str]], options: dict[str, Any]) -> None:
-    """Question and answer in turn. The session keeps the KV cache, so a turn computes only its new tokens."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() then has line editing and a history
-    session = llama.new_session()
-    print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
-    while True:
-        try:
-            question = check_text(ask())
-        except EOFError:
-            print(file=sys.stdout if sys.stdout.isatty() else sys.stderr)
-            return
-        except (TextError, UnicodeDecodeError):
-            common.note("that is not UTF-8 text; try again")
-            continue
-        if not question.strip():
-            continue
-        messages.append({"role": "user", "content": question})
-        answer: list[str] = []
-        try:
-            with common.prefill_bar() as on_prefill:
-                stream = llama.stream_chat(messages, session=session, on_prefill=on_prefill, **options)
-                common.show(common.collect(stream, answer))
-        except KeyboardInterrupt:
-            common.await_ctrl_c()  # the answer so far stays in the conversation, which continues
-        except TextError as error:
-            common.note(str(error))
-            del messages[-1]
-            continue
-        except ContextOverflowError as error:
-            raise ContextOverflowError(f"{error}; begin a new conversation") from None
-        messages.append({"role": "assistant", "content": "".join(answer)})
-
-
-def ask() -> str:
-    """The next line of standard input, without its end, after a mark that is not part of the answers."""
-    typed = sys.stdin.isatty()
-    if typed and sys.stdout.isatty():
-        return input("> ")
-    if not typed:
-        parallel.await_reader(1)  # mpiexec could show the mark before the end of the answer
-    print("> ", end="", file=sys.stderr, flush=True)
-    if typed:
-        return input()
-    if not (line := sys.stdin.buffer.readline()):  # sys.stdin would decode more than a line at once
-        raise EOFError
-    return line.decode().removesuffix("\n").removesuffix("\r")

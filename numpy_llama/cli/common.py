@@ -9,8 +9,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -116,7 +117,10 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, max_tokens: int | None, temperature: str = "0"
+) -> None:
+    """The options of `generation_options`; `temperature` describes its default. None: it was not given."""
     shown = "until the context is full" if max_tokens is None else str(max_tokens)
     group = parser.add_argument_group("generation")
     group.add_argument(
@@ -130,9 +134,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | No
     group.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
         metavar="T",
-        help="0 takes the likeliest token; a higher T makes the choice more random [0]",
+        help=f"0 takes the likeliest token; a higher T makes the choice more random [{temperature}]",
     )
     group.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     group.add_argument(
@@ -150,7 +153,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | No
     group.add_argument(
         "--repetition-penalty",
         type=float,
-        default=1.0,
         metavar="R",
         help="make tokens of the text so far less likely [1: off]",
     )
@@ -204,22 +206,24 @@ def shares(text: str) -> list[float] | str:
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `Llama.stream`, checked before any model is loaded."""
-    sampling = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    }
+    """The options of `Llama.stream` that were given, checked before any model is loaded."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(Sampler)}
+    sampling = {name: value for name, value in given.items() if value is not None}
     Sampler(**sampling)
-    filters = [name for name in ("top_k", "top_p", "min_p") if sampling[name] is not None]
-    if filters and args.temperature == 0:
-        option = filters[0].replace("_", "-")
-        note(f"--{option} has no effect at temperature 0, which takes the likeliest token")
     if "" in args.stop:
         raise ParameterError("--stop is an empty text")
     if args.top_logprobs is not None and not args.json:
         raise ParameterError("--top-logprobs is for JSON: add --json")
     names = "max_tokens", "stop", "top_logprobs"
     return sampling | {name: getattr(args, name) for name in names}
+
+
+def note_filters(options: dict[str, Any]) -> None:
+    """Print a note if a filter was given without a temperature."""
+    filters = [name for name in ("top_k", "top_p", "min_p") if name in options]
+    if filters and not options.get("temperature"):
+        option = filters[0].replace("_", "-")
+        note(f"--{option} has no effect at temperature 0, which takes the likeliest token")
 
 
 class _Remarks(logging.Handler):
@@ -371,7 +375,7 @@ def note(text: str) -> None:
         print(f"numpy-llama: {printable(text)}", file=sys.stderr, flush=True)
 
 
-def written(stream: Iterable[Piece]) -> Iterator[Piece]:
+def written(stream: Iterable[Piece]) -> Generator[Piece, None, None]:
     """Print the text of a stream as it arrives, and yield its pieces. The last line always gets its end."""
     last = "\n"
     try:
@@ -391,12 +395,16 @@ def show(stream: Iterable[Piece]) -> None:
     """Print a generation as it arrives. If stderr is a terminal, its speed is printed there."""
     completion = finish(written(stream))
     if sys.stderr.isatty():
-        print(
-            f"[prompt: {len(completion.prompt_tokens)} tokens in {completion.prefill_seconds:.2f} s; "
-            f"answer: {len(completion.tokens)} tokens, {completion.decode_tokens_per_second:.1f} a second; "
-            f"ended by {completion.finish_reason}]",
-            file=sys.stderr,
-        )
+        print_speed(completion)
+
+
+def print_speed(completion: Completion) -> None:
+    print(
+        f"[prompt: {len(completion.prompt_tokens)} tokens in {completion.prefill_seconds:.2f} s; "
+        f"answer: {len(completion.tokens)} tokens, {completion.decode_tokens_per_second:.1f} a second; "
+        f"ended by {completion.finish_reason}]",
+        file=sys.stderr,
+    )
 
 
 def collect(stream: Iterable[Piece], into: list[str]) -> Iterator[Piece]:

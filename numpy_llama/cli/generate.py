@@ -40,6 +40,7 @@ def ids(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     options = common.generation_options(args)
+    common.note_filters(options)
     prompt = args.prompt_ids if args.prompt_ids is not None else args.prompt
     if args.prompt_ids is not None and args.prompt is not None:
         raise ParameterError("give a text or --prompt-ids, not both")

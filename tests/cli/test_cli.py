@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import pty
-import select
 import signal
 import subprocess
 import time
@@ -12,6 +10,7 @@ import time
 import pytest
 from helpers import generations
 from helpers.command_line import PROGRAM, assert_refused, run, written
+from helpers.terminal import Terminal
 
 import numpy_llama as nl
 from numpy_llama.cli import common
@@ -313,46 +312,9 @@ def test_ctrl_c_while_it_writes_keeps_what_was_written(smollm2_path):
     assert len(first) == 20 and out.endswith(b"\n")
 
 
-class Terminal:
-    """The program on a terminal of its own, typed to and read from."""
-
-    def __init__(self, *arguments: str):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [PROGRAM, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-        )
-        os.close(slave)
-        self.seen = b""
-
-    def wait_for(self, text: bytes, after: int = 0, seconds: float = 60) -> int:
-        """Read until `text` is seen behind `after`; -> where it ends."""
-        deadline = time.monotonic() + seconds
-        while (at := self.seen.find(text, after)) < 0:
-            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"waited for {text!r}, saw {self.seen!r}"
-            try:
-                data = os.read(self.master, 4096)
-            except OSError:  # Linux's way to say that the other side is closed
-                data = b""
-            assert data, f"waited for {text!r}, it ended with {self.seen!r}"
-            self.seen += data
-        return at + len(text)
-
-    def type(self, text: bytes) -> None:
-        os.write(self.master, text)
-
-    def end(self) -> int:
-        return self.process.wait(timeout=20)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
 @pytest.fixture
 def terminal(smollm2_path):
-    terminal = Terminal("chat", "-m", str(smollm2_path), "-n", "200")
+    terminal = Terminal("chat", "-m", str(smollm2_path), "-n", "200", "--temperature", "0")
     yield terminal
     terminal.close()
 

@@ -6,7 +6,6 @@ import pty
 import subprocess
 import threading
 import unicodedata
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.command_line import PROGRAM, run
 from helpers.gguf_writer import gguf_bytes, llama_metadata, llama_tensors
+from helpers.terminal import Terminal
 from helpers.tiny_models import float_weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,20 +97,14 @@ def test_what_a_model_says_is_shown_and_not_obeyed(verb, model):
 
 def test_what_is_typed_in_a_conversation_is_answered_so(model):
     """On a terminal of its own, to the end of the answer."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen([PROGRAM, "chat", "-m", str(model)], stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    os.write(master, b"a\n")
-    seen, answer_end = b"", "\U0001f999".encode()
-    while b"> " not in seen.partition(answer_end)[2]:
-        seen += os.read(master, 4096)
-    os.write(master, b"\x04")  # at the next prompt: what comes before it is lost
-    with suppress(OSError):  # the other end is closed
-        while more := os.read(master, 4096):
-            seen += more
-    assert process.wait() == 0
-    os.close(master)
-    text = seen.decode().replace("\r\n", "\n")
+    terminal = Terminal("chat", "-m", str(model), "--temperature", "0")
+    terminal.type(b"a\n")
+    answer_end = terminal.wait_for("\U0001f999".encode())
+    terminal.wait_for(b"> ", answer_end)
+    terminal.type(b"\x04")
+    assert terminal.end() == 0
+    text = terminal.seen.decode().replace("\r\n", "\n")
+    terminal.close()
     assert SHOWN in text
     assert not any(command in text for command in COMMANDS if command != "\x07")  # readline may ring
 

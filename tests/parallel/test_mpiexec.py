@@ -50,7 +50,7 @@ def test_each_line_of_a_pipe_is_a_turn_of_a_conversation(smollm2_path):
         messages.append({"role": "assistant", "content": llama.chat(messages, max_tokens=20).text})
         answers += messages[-1]["content"].encode() + b"\n"
     typed = b"Name the capital of France.\nAnd of Italy?\r\n\xff\n\nAnd of Spain?"
-    command = PROGRAM, "chat", "-m", str(smollm2_path), "-t", "1", "-n", "20"
+    command = PROGRAM, "chat", "-m", str(smollm2_path), "-t", "1", "-n", "20", "--temperature", "0"
     done = on_ranks(2, *command, input=typed)
     assert (done.returncode, done.stdout) == (0, answers)
     assert done.stderr.count(b"> ") == 6 and b"that is not UTF-8 text; try again\n" in done.stderr

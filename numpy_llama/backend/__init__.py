@@ -7,6 +7,7 @@ quantized_cache.py a KV cache of 8 bits
 interruptible.py   NumPy's `linear` and `attention` in short calls, for Ctrl-C
 formats.py         the weight formats, read and written in NumPy
 limits.py          the CPUs and threads that this process may use
+signals.py         places where Ctrl-C and other signals wait
 """
 
 from collections.abc import Callable, Mapping, Sequence

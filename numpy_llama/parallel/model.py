@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .. import functional as F
+from ..backend.signals import delayed_signals
 from ..cache import KVCache
 from ..config import Array
 from ..errors import MismatchError, NumpyLlamaError, UnsupportedError
@@ -22,7 +23,7 @@ from ..generation.batch import one_by_one
 from ..generation.branch import branch
 from ..model import Function, Transformer, TransformerBlock
 from .cut import Plan, widths
-from .ranks import Ranks, delayed_signals
+from .ranks import Ranks
 
 
 class CutBlock(TransformerBlock):

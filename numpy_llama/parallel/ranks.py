@@ -9,7 +9,6 @@ import faulthandler
 import math
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from ..backend.limits import affinity, available_cpus, cpu_quota
+from ..backend.signals import delayed_signals
 from ..config import Array
 from ..errors import NumpyLlamaError, ParallelError, UnsupportedError, printable
 from .watch import Watch, starting
@@ -39,7 +39,6 @@ AWAKE, SHORTEST_NAP, LONGEST_NAP = 0.01, 0.0005, 0.02
 GATHER_NAP = 0.00005  # at 10 Gbit/s 60 KB arrive meanwhile, which the system keeps
 LAST_NAP, LONGEST_WAIT = 0.5, 2.0
 LONGEST_END = 600  # seconds that rank 0 has for the end of its program
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def launched() -> int:
@@ -354,23 +353,3 @@ def await_reader(fd: int) -> None:
 
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-@contextmanager
-def delayed_signals() -> Iterator[list[int]]:
-    """Signals that come in this block act at its end. Only the main thread receives signals."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    handled = {number: handler for number, handler in handlers.items() if handler is not None}
-    for number in handled:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield came
-    finally:
-        for number, handler in handled.items():
-            signal.signal(number, handler)
-        for one in came:  # the first may be one that is ignored
-            signal.raise_signal(one)

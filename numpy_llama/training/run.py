@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel
+from ..backend.signals import delayed_signals
 from ..checkpoint.files import remove_left
 from ..errors import FormatError, NumericsError, ParameterError
 from ..generation.generate import generate
@@ -26,7 +27,7 @@ from .examples import Example, Row
 from .log import Log, curve, picture
 from .optimizer import norm
 from .state import State, save_state
-from .trainer import Step, Trainer, undisturbed
+from .trainer import Step, Trainer
 
 STATE, LOG, PICTURE = "state.safetensors", "log.csv", "loss.png"
 FREE = ("iters", "warmup_iters")  # options that may differ when a run is resumed
@@ -200,7 +201,7 @@ class Run:
         """Write the row of a step to the log."""
         rows = [self.trainer.rows[i] for i in self.trainer.order(step.number - 1)]
         report = Report(step, valid_loss, self.operations(rows))
-        with undisturbed():
+        with delayed_signals():
             self.log.add(report.values())
         return report
 

@@ -10,17 +10,13 @@ the numbers, a signal such as Ctrl-C waits: so they are whole whenever a run is 
 """
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
 
 import numpy as np
 
+from ..backend.signals import delayed_signals
 from ..backward import Gradients
 from ..config import Array
 from ..errors import NumericsError
@@ -32,7 +28,6 @@ from .optimizer import AdamW, clip, learning_rate, squares
 from .order import Order
 
 Computed = tuple[list[Row], float, Numbers]  # a micro-batch, its share of the loss and of further numbers
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ class Trainer:
         norm = clip(gradients, h.max_norm, self.squares)
         self._check_finite(norm, "the length of the gradients", rows)
         lr = learning_rate(at, s.steps, h.lr, s.warmup)
-        with undisturbed():
+        with delayed_signals():
             self.optimizer.step(gradients, lr)
             seconds = time.perf_counter() - began
             made = Step(at + 1, loss, lr, norm, inputs(rows), targets(rows), seconds, numbers)
@@ -147,27 +142,3 @@ class Trainer:
                 f"step {self.optimizer.t + 1}: {what} is {x}, on {shown}; "
                 "look at these examples, or begin again with a lower --lr"
             )
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Signals that would end the program wait until the end of this block."""
-    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
-        yield
-        return
-    waiting: list[tuple[int, FrameType | None]] = []
-
-    def wait(number: int, frame: FrameType | None) -> None:
-        waiting.append((number, frame))
-
-    before: dict[int, Any] = {}
-    try:
-        for one in SIGNALS:
-            if callable(signal.getsignal(one)):  # neither the system's own nor ignored
-                before[one] = signal.signal(one, wait)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number, frame in waiting[:1]:
-        before[number](number, frame)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from numpy_llama.backend import limits
+from numpy_llama.backend.signals import delayed_signals
 from numpy_llama.parallel.fused import overlapped
 from numpy_llama.parallel.load import slow
-from numpy_llama.parallel.ranks import Ranks, delayed_signals, share_of_cpus
+from numpy_llama.parallel.ranks import Ranks, share_of_cpus
 
 BOUND = "bound to 1 of its {} CPUs: start with --bind-to none (Open MPI) or I_MPI_PIN=0 (Intel MPI)"
 THREADS = "{} threads, but {} ranks on this machine have {} CPUs each: give -t {}"
@@ -37,6 +38,37 @@ def test_what_makes_a_rank_slow(own, parent, quota, local, share, threads, hints
     this = object.__new__(Ranks)
     this.local = local
     assert this.threads() == min(share, own)
+
+
+def test_a_signal_acts_at_the_end():
+    seen = []
+    usual = signal.signal(signal.SIGINT, lambda number, frame: seen.append("signal"))
+    try:
+        with delayed_signals():
+            signal.raise_signal(signal.SIGINT)
+            seen.append("changed")
+        assert seen == ["changed", "signal"]
+        signal.raise_signal(signal.SIGINT)
+        assert seen == ["changed", "signal", "signal"]
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def test_a_signal_at_the_beginning_leaves_the_usual_handlers(monkeypatch):
+    """It comes when some signals are delayed already."""
+    handler_of = signal.getsignal
+    usual = handler_of(signal.SIGINT)
+
+    def interrupted(number):
+        if number == signal.SIGHUP:
+            raise SystemExit
+        return handler_of(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", interrupted)
+        with pytest.raises(SystemExit), delayed_signals():
+            pass
+    assert handler_of(signal.SIGINT) is usual
 
 
 def test_a_signal_acts_behind_one_that_is_ignored():

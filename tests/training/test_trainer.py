@@ -1,7 +1,6 @@
 """Steps of training: sums over micro-batches, masks, packed rows, preferences, and what ends a run."""
 
 import math
-import signal
 import tracemalloc
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ from numpy_llama.training.lora import with_lora
 from numpy_llama.training.objectives import DPO, NextToken
 from numpy_llama.training.optimizer import AdamW, Hyperparameters
 from numpy_llama.training.order import Order
-from numpy_llama.training.trainer import Schedule, Trainer, undisturbed
+from numpy_llama.training.trainer import Schedule, Trainer
 
 SEEDS = st.integers(0, 2**32 - 1)
 # The same sums in another order, in float64.
@@ -291,20 +290,6 @@ def test_a_number_that_is_not_finite_stops_with_step_and_examples(spoilt, what, 
     assert trainer.optimizer.t == 1
     for name, p in trainer.optimizer.parameters.items():
         np.testing.assert_array_equal(p, before[name])
-
-
-def test_a_signal_waits_while_the_numbers_change():
-    seen = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append("signal"))
-    try:
-        with undisturbed():
-            signal.raise_signal(signal.SIGINT)
-            seen.append("changed")
-        assert seen == ["changed", "signal"]
-        signal.raise_signal(signal.SIGINT)
-        assert seen == ["changed", "signal", "signal"]
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_steps_go_on_to_the_end_of_the_schedule():

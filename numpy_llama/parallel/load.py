@@ -87,7 +87,7 @@ def numbers(ranks: Ranks, shares: Sequence[float] | str | None) -> list[float]:
 
 def measure(ranks: Ranks) -> None:
     """On all ranks at the same time, because those of one machine share its memory."""
-    ranks.bandwidths = ranks.exchange(measured_bandwidth(ranks.threads()))
+    ranks.bandwidths = ranks.exchange(measured_bandwidth(ranks.threads(), ranks.local))
 
 
 def in_eighths(bandwidths: Sequence[float]) -> list[float]:

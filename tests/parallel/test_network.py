@@ -11,6 +11,7 @@ from numpy_llama.backend import kernels
 from numpy_llama.backend.formats import FORMATS
 from numpy_llama.checkpoint.presets import PRESETS
 from numpy_llama.cli.info import numbered
+from numpy_llama.parallel import network
 from numpy_llama.parallel.cut import Plan
 from numpy_llama.parallel.load import in_eighths
 from numpy_llama.parallel.network import (
@@ -28,13 +29,13 @@ from numpy_llama.proof.tiny import TINY_BLOCKS
 MODELS = {"70B": "llama-3-70b", "405B": "llama-3.1-405b"}
 
 
-def speed(model, format, N, network) -> float:
+def speed(model, format, N, over) -> float:
     """Tokens a second on N machines of 60 GB/s, as chapter 21 counts."""
     preset, of = PRESETS[MODELS[model]], FORMATS[format]
     n = preset.n_parameters - preset.args.vocab_size * preset.args.dim
     plan = Plan.of(preset.args, [1] * N)
     read = [n * of.block_bytes / of.block / N] * N
-    return 1 / decode_seconds(plan, read, 60e9, network, ROUNDED)
+    return 1 / decode_seconds(plan, read, 60e9, over, ROUNDED)
 
 
 @pytest.mark.parametrize("format, alone, speeds", [
@@ -43,8 +44,8 @@ def speed(model, format, N, network) -> float:
 ])  # fmt: skip
 def test_a_70b_on_several_machines(format, alone, speeds):
     assert round(speed("70B", format, 1, NETWORKS[0]), 2) == alone
-    for network, wanted in zip(NETWORKS, speeds, strict=True):
-        assert [round(speed("70B", format, N, network), 1) for N in (2, 4, 8)] == wanted, network
+    for over, wanted in zip(NETWORKS, speeds, strict=True):
+        assert [round(speed("70B", format, N, over), 1) for N in (2, 4, 8)] == wanted, over
 
 
 def test_a_405b_on_several_machines():
@@ -85,6 +86,17 @@ def test_the_slowest_rank_sets_the_pace():
 
 def test_this_machine_reads_from_its_memory():
     assert 1e8 < measured_bandwidth(1) < 1e13
+
+
+@pytest.mark.parametrize("available, ranks, wanted", [
+    (8 << 30, 1, 1 << 29), (1 << 30, 1, 1 << 28), (1 << 30, 4, 1 << 26), (0, 2, 1 << 20),
+])  # fmt: skip
+def test_a_measurement_leaves_memory_to_others(available, ranks, wanted, monkeypatch):
+    taken = []
+    monkeypatch.setattr(network, "available_memory", lambda: available)
+    monkeypatch.setattr(kernels, "read_probe", lambda pieces, threads: taken.append(pieces[0].nbytes))
+    measured_bandwidth(1, ranks)
+    assert set(taken) == {wanted}
 
 
 @pytest.mark.parametrize("bandwidths, shares", [

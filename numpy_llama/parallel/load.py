@@ -36,7 +36,7 @@ HEAD = 1 << 20
 
 
 @dataclass(frozen=True)
-class Order:
+class LoadOrder:
     """What rank 0 asks the others to load: its file, under the same path, and the options of nl.load."""
 
     path: Path
@@ -61,9 +61,9 @@ def load(
 ) -> tuple[Transformer, int]:
     """On rank 0: the model of an opened checkpoint on all ranks, and the positions that memory has room for.
 
-    `options` are the last fields of an Order.
+    `options` are the last fields of a LoadOrder.
     """
-    order = Order(opened.path, args, numbers(ranks, shares), *options)
+    order = LoadOrder(opened.path, args, numbers(ranks, shares), *options)
     plan = Plan.of(args, order.shares)  # an error here is one of the arguments
     if order.backend == "c":
         from ..backend.kernels import Kernels  # imported here: NumPy's path runs without a compiler
@@ -109,7 +109,7 @@ def own_memory(
 
 def load_part(
     ranks: Ranks,
-    order: Order,
+    order: LoadOrder,
     opened: Checkpoint | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Transformer, int]:

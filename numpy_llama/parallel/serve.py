@@ -17,7 +17,7 @@ from ..errors import NumpyLlamaError, ParallelError
 from ..generation.branch import branch
 from ..model import Function
 from .cut import Plan
-from .load import Order, load_part
+from .load import LoadOrder, load_part
 from .model import SharedCache
 from .ranks import Ranks, Stopped, flush, is_first, launched
 from .whole import Part, as_one
@@ -90,7 +90,7 @@ class Commands:
         self.models: dict[int, Part] = {}
         self.caches: dict[int, SharedCache] = {}
 
-    def load(self, number: int, order: Order) -> None:
+    def load(self, number: int, order: LoadOrder) -> None:
         with suppress(NumpyLlamaError):  # it is raised on rank 0 too
             model, _ = load_part(self.ranks, order)
             self.models[number] = Part(model, Plan.of(order.args, order.shares), self.ranks)

@@ -90,7 +90,7 @@ class Request:
         self.ids, self.left = list(prompt), room - len(prompt)
         if max_tokens is not None:
             self.left = min(self.left, max_tokens)  # ids that may still follow
-        self.sampler, self.rng = sampler, sampler.new_rng()
+        self.sampler, self.state = sampler, sampler.new_state()
         self.stop_ids, self.vocab_size, self.reason = stop_ids, vocab_size, "length"
         self.top_logprobs = top_logprobs or 0
         self.logprobs: list[Logprobs] | None = None if top_logprobs is None else []
@@ -110,7 +110,7 @@ class Request:
         if not self.left:
             return None
         try:
-            token = self.sampler(logits[: self.vocab_size], self.ids, self.rng)
+            token = self.sampler(logits[: self.vocab_size], self.ids, self.state)
         except NumericsError as error:
             where = f"position {len(self.ids) - 1}, token {self.ids[-1]}"
             raise NumericsError(f"{where}: every layer's output is finite, but {error}") from None

@@ -36,16 +36,21 @@ class Piece:
     logprobs: Logprobs | None = None  # of this token, if `top_logprobs` was given
 
 
+def checked_texts(name: str, value: Iterable[str]) -> list[str]:
+    """The argument `name` as a list. ParameterError unless it consists of texts that are not empty."""
+    wanted = "a list of texts, none of them empty"
+    check_iterable(name, value, wanted)
+    texts = list(value)
+    if isinstance(value, str) or not all(isinstance(s, str) and s for s in texts):
+        raise ParameterError(f"{name} is {escape(value)}, it must be {wanted}")
+    return texts
+
+
 class StopTexts:
     """Cuts a stream of text at the stop text that is complete first; it may straddle any number of pieces."""
 
     def __init__(self, stop: Iterable[str] | None):
-        wanted = "a list of texts, none of them empty"
-        check_iterable("stop", stop := () if stop is None else stop, wanted)
-        texts = list(stop)
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in texts):
-            raise ParameterError(f"stop is {escape(stop)}, it must be {wanted}")
-        self.stop, self.held, self.found = texts, "", False
+        self.stop, self.held, self.found = checked_texts("stop", () if stop is None else stop), "", False
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop text; sets `found` at the first one."""

@@ -44,7 +44,8 @@ OPERATIONS = {
     ),
     sampling: (
         *("greedy", "repetition_penalty", "apply_temperature", "top_k", "top_p", "min_p", "sample"),
-        "log_softmax",
+        *("logit_bias", "presence_penalty", "frequency_penalty", "dry"),
+        *("top_n_sigma", "typical_p", "xtc", "mirostat", "surprise", "log_softmax"),
     ),
     formats: (
         *(f"dequantize_{name}" for name in STORED),

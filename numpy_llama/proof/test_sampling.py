@@ -2,6 +2,7 @@
 becomes -inf."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -62,7 +63,8 @@ def test_greedy_does_not_care_for_the_scale(ops, logits, k):
 # --- what every filter does -------------------------------------------------------------------------------
 
 FILTERS = [("top_k", 1), ("top_k", 3), ("top_k", 1000), ("top_p", 0.0), ("top_p", 0.6), ("top_p", 1.0)]
-FILTERS += [("min_p", 0.0), ("min_p", 0.1), ("min_p", 1.0)]
+FILTERS += [("min_p", 0.0), ("min_p", 0.1), ("min_p", 1.0), ("top_n_sigma", 0.0), ("top_n_sigma", 1.0)]
+FILTERS += [("mirostat", -1.0), ("mirostat", 0.5), ("mirostat", 3.0)]
 
 
 def each_filter(test):
@@ -70,7 +72,12 @@ def each_filter(test):
     return pytest.mark.parametrize("name, setting", FILTERS)(test)
 
 
-@each_filter
+def each_filter_and_typical_p(test):
+    """Typical-p may drop the likeliest."""
+    return pytest.mark.parametrize("name, setting", [*FILTERS, ("typical_p", 0.0), ("typical_p", 0.6)])(test)
+
+
+@each_filter_and_typical_p
 @law("{name}", all_logits())
 def test_a_filter_keeps_or_drops(ops, name, setting, logits):
     """Each logit is as it was or -inf; shape and precision stay."""
@@ -96,7 +103,7 @@ def test_a_filter_drops_from_below(ops, name, setting, logits):
     assert_that(dropped.max(initial=-np.inf) <= logits[kept(out)].min(), f"of {logits} it made {out}")
 
 
-@each_filter
+@each_filter_and_typical_p
 @law("{name}", all_logits())
 def test_a_filter_leaves_its_argument_alone(ops, name, setting, logits):
     """The logits are what they were."""
@@ -229,6 +236,100 @@ def test_min_p_of_0_is_no_filter(ops, logits):
     assert_same(ops.min_p(logits, 0), logits)
 
 
+# --- top-n-sigma ------------------------------------------------------------------------------------------
+
+
+@law("top_n_sigma", all_logits(), st.floats(0, 4))
+def test_top_n_sigma_measures_from_the_largest(ops, logits, n):
+    """An id stays if x_i >= max x - n sigma, the standard deviation of the logits (Tang et al. 2024)."""
+    x = [float(v) for v in logits if v > -np.inf]
+    mean = math.fsum(x) / len(x)
+    limit = max(x) - n * math.sqrt(math.fsum((v - mean) ** 2 for v in x) / len(x))
+    clear = np.abs(logits - limit) > 1e-4
+    stays = ops.top_n_sigma(logits, n) > -np.inf
+    assert_same(stays[clear], (logits > limit)[clear])
+
+
+@law("top_n_sigma", all_logits(), st.floats(0, 4), st.integers(-9, 9))
+def test_top_n_sigma_does_not_care_for_the_temperature(ops, logits, n, k):
+    """Logits times a power of two keep the same ids: a hot sampler meets no more of them."""
+    assert_same(kept(ops.top_n_sigma(logits * np.float32(2.0**k), n)), kept(ops.top_n_sigma(logits, n)))
+
+
+# --- typical-p --------------------------------------------------------------------------------------------
+
+
+@law("typical_p", all_logits(), fractions)
+def test_typical_p_keeps_the_most_typical(ops, logits, p):
+    """In rising order of |-log p_i - H|, an id stays while the mass before it does not exceed p (Meister et
+    al. 2022)."""
+    probs = {i: q for i, q in enumerate(probabilities(logits)) if q > 0}
+    entropy = -math.fsum(q * math.log(q) for q in probs.values())
+    distance = {i: abs(-math.log(q) - entropy) for i, q in probs.items()}
+    order, mass, expected = sorted(probs, key=lambda i: (distance[i], i)), 0.0, []
+    edge = any(abs(distance[i] - distance[j]) < 1e-9 and logits[i] != logits[j] for i, j in pairwise(order))
+    for i in order:
+        edge |= abs(mass - p) < EDGE and mass > 0
+        if mass <= p:
+            expected.append(i)
+        mass += probs[i]
+    if not edge:
+        assert_same(kept(ops.typical_p(logits, p)), np.sort(expected))
+
+
+@law("typical_p")
+def test_typical_p_may_drop_the_likeliest(ops):
+    """Of one id with p = 0.4 and twelve with 0.05, the twelve are nearer to the entropy."""
+    logits = np.log(np.array([0.4, *[0.05] * 12], np.float32))
+    assert_same(kept(ops.typical_p(logits, 0.5)), np.arange(1, 12))
+
+
+@law("typical_p", all_logits(), fractions, fractions)
+def test_a_larger_typical_p_keeps_no_less(ops, logits, p, q):
+    """The sets of two p lie one within the other."""
+    small, large = (set(kept(ops.typical_p(logits, x))) for x in sorted([p, q]))
+    assert_that(small <= large, f"p = {min(p, q)} keeps {small}, p = {max(p, q)} keeps {large}")
+
+
+# --- XTC --------------------------------------------------------------------------------------------------
+
+
+@law("xtc", all_logits(), fractions, st.floats(0.01, 0.6), st.floats(0, 1, exclude_max=True))
+def test_xtc_keeps_the_least_likely_of_the_top(ops, logits, probability, threshold, u):
+    """If u < probability, of the ids with p_i >= threshold only the least likely stays (llama.cpp)."""
+    rng, probs = Fixed(u), probabilities(logits)
+    out = ops.xtc(logits, probability, threshold, rng)
+    assert_that(not rng.values, "it took no random number")
+    top = [i for i in by_rank(logits) if probs[i] >= threshold]
+    if u < probability and top:
+        least = min(i for i in top if logits[i] == logits[top[-1]])
+        dropped = np.isin(np.arange(len(logits)), [i for i in top if i != least])
+    else:
+        dropped = np.zeros(len(logits), bool)
+    if np.abs(probs - threshold).min() > EDGE:
+        assert_same(out, np.where(dropped, -np.inf, logits).astype(np.float32))
+
+
+# --- mirostat ---------------------------------------------------------------------------------------------
+
+
+@law("surprise", all_logits())
+def test_surprise_is_in_bits(ops, logits):
+    """-log2 of softmax; -inf has an infinite surprise."""
+    bits = ops.surprise(logits)
+    assert_within(np.exp2(-bits.astype(np.float64)), probabilities(logits), 4 * PROBABILITY)
+
+
+@law("mirostat", all_logits(), st.floats(-2, 20))
+def test_mirostat_keeps_what_surprises_no_more_than_mu(ops, logits, mu):
+    """An id stays if -log2 p_i <= mu; the likeliest always does (Basu et al. 2021)."""
+    bits = [-math.log2(q) if q > 0 else math.inf for q in probabilities(logits)]
+    clear = np.abs(np.array(bits) - mu) > 1e-4
+    stays = ops.mirostat(logits, mu) > -np.inf
+    limit = max(mu, min(bits)) + 1e-9
+    assert_same(stays[clear], (np.array(bits) <= limit)[clear] | (logits == logits.max())[clear])
+
+
 # --- temperature ------------------------------------------------------------------------------------------
 
 
@@ -326,6 +427,88 @@ def test_both_sides_of_0(ops):
 def test_seen_ids_outside_the_vocabulary_are_refused(ops, bad):
     """They are no ids, and do not count from the end."""
     assert_refused(lambda: ops.repetition_penalty(np.zeros(3, np.float32), [0, bad], 1.1), f"id {bad} of 3")
+
+
+# --- the other penalties ----------------------------------------------------------------------------------
+
+few = st.lists(st.integers(0, 5), max_size=40)  # of six ids, so that sequences repeat
+six = all_logits().filter(lambda x: len(x) >= 6)
+
+
+@law("logit_bias", six, st.dictionaries(st.integers(0, 5), st.floats(-100, 100) | st.just(-math.inf)))
+def test_a_bias_is_added(ops, logits, bias):
+    """x_i + bias[i], and -inf bans the id."""
+    expected = logits.astype(np.float64)
+    for i, value in bias.items():
+        expected[i] += value
+    with np.errstate(invalid="ignore"):
+        allowed = np.where(np.isfinite(expected), ONE_ROUNDING * np.abs(expected) + 1e-40, 0)
+    before = logits.copy()
+    assert_within(ops.logit_bias(logits, bias), expected, allowed)
+    assert_same(logits, before)
+
+
+@law("presence_penalty frequency_penalty", six, few, st.floats(-3, 3))
+def test_penalties_count(ops, logits, seen, penalty):
+    """x - penalty for an id seen, and x - n penalty for one seen n times."""
+    once, each = logits.astype(np.float64), logits.astype(np.float64)
+    for i in range(6):
+        once[i] -= penalty * (i in seen)
+        each[i] -= penalty * seen.count(i)
+    for name, expected in (("presence_penalty", once), ("frequency_penalty", each)):
+        with np.errstate(invalid="ignore"):
+            allowed = np.where(np.isfinite(expected), ONE_ROUNDING * (np.abs(expected) + 1), 0)
+        assert_within(getattr(ops, name)(logits, seen, penalty), expected, allowed)
+
+
+def repeats(seen, i, breakers):
+    """The most ids before an earlier `i` that are also the last ids seen, none of them a breaker."""
+    longest = 0
+    for at in (at for at, one in enumerate(seen) if one == i and i not in breakers):
+        n = 0
+        while n < at and seen[at - 1 - n] == seen[-1 - n] and seen[-1 - n] not in breakers:
+            n += 1
+        longest = max(longest, n)
+    return longest
+
+
+@law("dry", six, few, st.integers(1, 4), st.floats(1, 2), st.sets(st.integers(0, 5), max_size=2))
+def test_dry_counts_what_an_id_would_repeat(ops, logits, seen, allowed_length, base, breakers):
+    """x - multiplier base^(n - allowed_length) where the id would repeat n >= allowed_length ids."""
+    expected = logits.astype(np.float64)
+    for i in range(6):
+        n = repeats(seen, i, breakers)
+        expected[i] -= 0.8 * base ** (n - allowed_length) if n >= allowed_length else 0
+    with np.errstate(invalid="ignore"):
+        allowed = np.where(np.isfinite(expected), ONE_ROUNDING * (np.abs(expected) + 1), 0)
+    assert_within(ops.dry(logits, seen, 0.8, base, allowed_length, breakers), expected, allowed)
+
+
+@law("dry")
+def test_dry_by_example(ops):
+    """After 1 2 3 4 1 2 3 the id 4 would repeat three ids; a breaker at 2 leaves only one."""
+    logits, seen = np.zeros(6, np.float32), [1, 2, 3, 4, 1, 2, 3]
+    assert_same(ops.dry(logits, seen, 1.0, 2.0, 2, ()), np.array([0, 0, 0, 0, -2, 0], np.float32))
+    assert_same(ops.dry(logits, seen, 1.0, 2.0, 2, {2}), logits)
+    assert_same(ops.dry(logits, seen, 1.0, 2.0, 1, {2}), np.array([0, 0, 0, 0, -1, 0], np.float32))
+
+
+@law("dry")
+def test_a_long_repeat_stays_finite(ops):
+    """The penalty of a text of one id does not overflow a float32."""
+    out = ops.dry(np.zeros(2, np.float32), [1] * 3000, 0.8, 1.75, 2, ())
+    assert_that(np.isfinite(out) & (out[::-1] != out), f"it made {out}")
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+@law("logit_bias presence_penalty frequency_penalty dry")
+def test_other_penalties_refuse_ids_outside_the_vocabulary(ops, bad):
+    """They are no ids, and do not count from the end."""
+    x = np.zeros(3, np.float32)
+    assert_refused(lambda: ops.logit_bias(x, {bad: 1.0}), f"id {bad} of 3")
+    assert_refused(lambda: ops.presence_penalty(x, [0, bad], 1.0), f"id {bad} of 3")
+    assert_refused(lambda: ops.frequency_penalty(x, [0, bad], 1.0), f"id {bad} of 3")
+    assert_refused(lambda: ops.dry(x, [0, bad], 1.0, 2.0, 2, ()), f"id {bad} of 3")
 
 
 # --- log probabilities ------------------------------------------------------------------------------------

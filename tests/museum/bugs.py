@@ -34,34 +34,24 @@ TRAINER = "tests/training/test_trainer.py"
 CUT, CUTTING = "numpy_llama/parallel/cut.py", f"{LAWS}test_cutting.py"
 OURS = "a fault put in by hand, which no test noticed then"
 
-# The steps of Sampler.__call__, to be put into another order.
+# The filters of Sampler.__call__, to be put into another order.
 STEPS = {
-    1: """        if self.repetition_penalty != 1:
-            logits = repetition_penalty(logits, seen_ids, self.repetition_penalty)
-        _require_finite(logits)
-""",
-    2: """        if self.temperature == 0:
-            return greedy(logits)
-""",
-    3: """        if self.top_k is not None:
-            logits = top_k(logits, self.top_k)
-""",
-    4: """        if self.top_p is not None:
-            logits = top_p(logits, self.top_p)
-""",
-    5: """        if self.min_p is not None:
-            logits = min_p(logits, self.min_p)
-""",
-    6: """        logits = apply_temperature(logits, self.temperature)
-""",
+    name: f"""        if self.{name} is not None:
+            logits = {name}(logits, self.{name})
+"""
+    for name in ("typical_p", "top_p", "min_p")
 }
+CHAIN = "".join(STEPS.values())
+TEMPERATURE = "        logits = apply_temperature(logits, self.temperature)\n"
+TOP_K = """        if self.top_k is not None:
+            logits = top_k(logits, self.top_k)
+"""
+PENALTY = "        if self.repetition_penalty != 1:\n"
+TESTED, SHOWN = (
+    f"tests/generation/test_sampling.py::test_{name}"
+    for name in ("the_sampler_is_the_chain", "what_is_left_where_the_order_shows")
+)
 
-
-def chain(*order: int) -> str:
-    return "".join(map(STEPS.__getitem__, order))
-
-
-CHAIN = chain(1, 2, 3, 4, 5, 6)
 
 BUGS = [
     # --- the operations
@@ -450,56 +440,65 @@ BUGS = [
         "keep[logits == kth] = True",
         f"{CHANCE}::test_top_k_keeps_exactly_k",
     ),
-    Bug(
-        "min-p of raw logits",
-        OURS,
-        SAMPLING,
-        CHAIN,
-        "        raw = logits\n"
-        + CHAIN.replace(
-            "= min_p(logits, self.min_p)", "= np.where(min_p(raw, self.min_p) > -np.inf, logits, -np.inf)"
-        ),
-        "tests/generation/test_sampling.py::test_what_is_left_where_the_order_shows",
-    ),
-    Bug(
-        "min-p after the temperature",
-        OURS,
-        SAMPLING,
-        CHAIN,
-        chain(1, 2, 3, 4, 6, 5),
-        "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
-    ),
+    Bug("min-p of raw logits", OURS, SAMPLING, PENALTY, STEPS["min_p"] + PENALTY, SHOWN),
     Bug(
         "the temperature before the penalty",
         OURS,
         SAMPLING,
-        CHAIN,
-        chain(2, 6, 1, 3, 4, 5),
-        "tests/generation/test_sampling.py",
+        PENALTY,
+        TEMPERATURE.replace("self.temperature", "self.temperature or 1") + PENALTY,
+        SHOWN,
     ),
-    Bug(
-        "top-k after the temperature",
-        OURS,
-        SAMPLING,
-        CHAIN,
-        chain(1, 2, 6, 3, 4, 5),
-        "tests/generation/test_sampling.py::test_the_sampler_is_the_chain",
-    ),
+    Bug("top-k after the temperature", OURS, SAMPLING, TOP_K, TEMPERATURE + TOP_K, SHOWN),
+    Bug("min-p after the temperature", OURS, SAMPLING, STEPS["min_p"], TEMPERATURE + STEPS["min_p"], SHOWN),
+    Bug("min-p before top-p", OURS, SAMPLING, CHAIN, "".join([*STEPS.values()][::-1]), SHOWN),
     Bug(
         "top-p before top-k",
         OURS,
         SAMPLING,
-        CHAIN,
-        chain(1, 2, 4, 3, 5, 6),
-        "tests/generation/test_sampling.py::test_the_steps_are_those_of_transformers",
+        TOP_K,
+        STEPS["top_p"] + TOP_K,
+        SHOWN,
     ),
     Bug(
-        "min-p before top-p",
+        "the frequency penalty counts once",
         OURS,
         SAMPLING,
-        CHAIN,
-        chain(1, 2, 3, 5, 4, 6),
-        "tests/generation/test_sampling.py::test_what_is_left_where_the_order_shows",
+        "logits[ids] - n * np.float64(penalty)",
+        "logits[ids] - (n > 0) * np.float64(penalty)",
+        f"{CHANCE}::test_penalties_count",
+    ),
+    Bug(
+        "DRY counts beyond a breaker",
+        OURS,
+        SAMPLING,
+        "while n < most and seen[n:].size and seen[-1 - n] not in breakers:",
+        "while n < most and seen[n:].size:",
+        f"{CHANCE}::test_dry_by_example",
+    ),
+    Bug(
+        "typical-p sorts only likely ids",
+        OURS,
+        SAMPLING,
+        "min(np.exp(-2 * entropy), (1 - p) / len(probs))",
+        "(1 - p) / len(probs)",
+        f"{CHANCE}::test_typical_p_keeps_the_most_typical",
+    ),
+    Bug(
+        "top-n-sigma of filtered ids",
+        OURS,
+        SAMPLING,
+        "sigma = logits[logits > -np.inf].std(dtype=np.float64)",
+        "sigma = np.where(logits > -np.inf, logits, -99).std(dtype=np.float64)",
+        f"{CHANCE}::test_top_n_sigma_measures_from_the_largest",
+    ),
+    Bug(
+        "mirostat measures the surprise after its cut",
+        OURS,
+        SAMPLING,
+        "bits, logits = surprise(logits), mirostat(logits, state.mu)",
+        "bits = surprise(logits := mirostat(logits, state.mu))",
+        "tests/generation/test_sampling.py::test_mirostat_holds_the_surprise_of_the_text",
     ),
     # --- stored weights
     Bug(

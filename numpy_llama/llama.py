@@ -42,7 +42,7 @@ from .generation.generate import Request, generate_request
 from .generation.sampling import Sampler
 from .generation.scoring import Score, Scorer
 from .generation.session import Session
-from .generation.transcript import Completion, Piece, StopTexts, Transcript
+from .generation.transcript import Completion, Piece, StopTexts, Transcript, checked_texts
 from .model import Transformer
 from .rope import DynamicScaling
 from .text.chat import ChatFormat, Extras
@@ -50,6 +50,7 @@ from .text.tokenizer import Tokenizer
 from .window import positions_stored
 
 Message = Mapping[str, Any]
+DRY_BREAKERS = "\n", ":", '"', "*"  # llama.cpp's
 
 # This thread's replacements of models, with the hooks of inspect/tracing.py: the model -> the hooked one.
 STAND_INS: ContextVar[Mapping[Transformer, Transformer]]
@@ -159,7 +160,11 @@ class Llama:
         session: a `Session` to continue. on_prefill(done, total): called as the prompt is computed.
         top_logprobs: give `logprobs` to pieces and completion: the log probability of each new token, and the
         N likeliest ids with theirs. They are the model's own, before any step of sampling.
-        The options of `Sampler` too: temperature, top_k, top_p, min_p, repetition_penalty, seed.
+        The options of `Sampler` too: temperature, top_k, top_p, min_p, repetition_penalty, seed, typical_p,
+        top_n_sigma, xtc_probability, xtc_threshold, mirostat_tau, mirostat_eta, presence_penalty,
+        frequency_penalty, penalty_window, dry_multiplier, dry_base, dry_allowed_length. logit_bias: a mapping
+        from ids, or from texts that are one token, to numbers that are added to their logits; -inf bans one.
+        dry_breakers: texts; DRY's repeats never contain a token with one of them in it.
         """
         return self._stream(self._encode(prompt, special), at_start=False, **options)
 
@@ -264,6 +269,31 @@ class Llama:
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
         return min(self.max_context, len(prompt) + max(max_tokens, 1))
 
+    def _sampler(
+        self, logit_bias: Any = None, dry_breakers: Iterable[str] = DRY_BREAKERS, **sampling: Any
+    ) -> Sampler:
+        """The sampler for this vocabulary: texts of tokens become ids."""
+        if isinstance(logit_bias, Mapping):
+            logit_bias = {self._one_token(key): value for key, value in logit_bias.items()}
+        breakers = [text.encode() for text in checked_texts("dry_breakers", dry_breakers)]
+        ids = frozenset[int]()
+        if sampling.get("dry_multiplier"):
+            tokens = enumerate(self.tokenizer.meanings[: self.tokenizer.n_used])
+            ids = frozenset(i for i, data in tokens if any(text in data for text in breakers))
+        return Sampler(logit_bias=logit_bias, dry_breakers=ids, **sampling)
+
+    def _one_token(self, key: object) -> object:
+        """The id of a key of `logit_bias`: an id, or a text that is one token."""
+        if isinstance(key, str):
+            ids = self.tokenizer.encode(key)
+            if len(ids) != 1:
+                found = f"{escape(key, 60)} is {len(ids)} tokens: {', '.join(map(str, ids[:9]))}"
+                raise ParameterError(f"logit_bias: {found}; a text must be one token, or give ids")
+            return ids[0]
+        if is_whole(key) and key >= self.tokenizer.n_used:
+            raise ParameterError(f"logit_bias has id {key}, the last one is {self.tokenizer.n_used - 1}")
+        return key
+
     def _limits(self, max_tokens: int | None, top_logprobs: int | None) -> dict[str, Any]:
         """The options of `Request`."""
         ends, n_used = self.tokenizer.eos_ids, self.tokenizer.n_used
@@ -289,7 +319,7 @@ class Llama:
         check_kind("session", session, (Session, type(None)), "a Session, or be left out")
         room = self._room(prompt, max_tokens)
         session = self.new_session(room) if session is None else session
-        sampler, stop_texts = Sampler(**sampling), StopTexts(stop)
+        sampler, stop_texts = self._sampler(**sampling), StopTexts(stop)
         limits = self._limits(max_tokens, top_logprobs)
         return self._pieces(prompt, session, sampler, stop_texts, at_start, limits, on_prefill)
 
@@ -328,7 +358,7 @@ class Llama:
         top_logprobs: int | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        sampler, stop = Sampler(**sampling), StopTexts(stop).stop
+        sampler, stop = self._sampler(**sampling), StopTexts(stop).stop
         limits = self._limits(max_tokens, top_logprobs)
         encoded, sequences = [], []
         for i, prompt in enumerate(prompts):

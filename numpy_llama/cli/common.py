@@ -28,6 +28,7 @@ from ..llama import Llama, finish, load
 from ..text.tokenizer import PADDING, Tokenizer
 from ..window import PREFILL_CHUNK
 
+FILTERS = "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc_probability", "mirostat_tau"
 MOST_TOKENS = 512  # of a text whose intermediates are recorded: the scores of a layer take 4 * H * T^2 bytes
 
 
@@ -150,11 +151,43 @@ def add_sampling_arguments(
         metavar="P",
         help="sample from tokens at least P times as likely as the likeliest",
     )
+    for option, metavar, meaning in [
+        (
+            "--typical-p",
+            "P",
+            "sample from the tokens of the most typical surprise whose probabilities sum to P",
+        ),
+        ("--top-n-sigma", "N", "sample from tokens within N standard deviations of the largest logit"),
+        ("--xtc-probability", "P", "with probability P, drop all likely tokens but the least likely of them"),
+        ("--xtc-threshold", "P", "XTC's likely tokens have a probability of P or more [0.1]"),
+        ("--mirostat-tau", "BITS", "hold the surprise of the text near BITS a token (mirostat 2)"),
+        ("--mirostat-eta", "RATE", "how fast mirostat corrects itself [0.1]"),
+        ("--repetition-penalty", "R", "make tokens of the text so far less likely [1: off]"),
+        ("--presence-penalty", "R", "subtract R from the logits of tokens of the text so far [0: off]"),
+        (
+            "--frequency-penalty",
+            "R",
+            "subtract R for each time that a token occurs in the text so far [0: off]",
+        ),
+        ("--dry-multiplier", "R", "DRY: penalize tokens that would repeat a sequence, by R or more [0: off]"),
+        ("--dry-base", "R", "DRY's penalty grows by this factor for each repeated token [1.75]"),
+    ]:
+        group.add_argument(option, type=float, metavar=metavar, help=meaning)
     group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        metavar="R",
-        help="make tokens of the text so far less likely [1: off]",
+        "--dry-allowed-length", type=int, metavar="N", help="DRY lets repeats below N tokens pass [2]"
+    )
+    group.add_argument(
+        "--penalty-window",
+        type=int,
+        metavar="N",
+        help="the three penalties count the last N tokens of prompt and text [all]",
+    )
+    group.add_argument(
+        "--logit-bias",
+        type=bias,
+        action="append",
+        metavar="TOKEN=X",
+        help="add X to the logit of a token: an id, or a text that is one; -inf bans it (may be repeated)",
     )
     group.add_argument(
         "--seed", type=int, metavar="N", help="the seed: the same N gives the same text [a new seed]"
@@ -169,6 +202,18 @@ def add_sampling_arguments(
         metavar="N",
         help="with --json: the log probability of each new token, and those of the N likeliest tokens",
     )
+
+
+def bias(text: str) -> tuple[int | str, float]:
+    """An argument type: TOKEN=X, with an id or a text before the last equals sign."""
+    token, _, number = text.rpartition("=")
+    try:
+        x = float(number)
+    except ValueError:
+        x = math.nan
+    if not token or not -math.inf <= x < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=X, with a number or -inf behind the sign")
+    return int(token) if token.isdecimal() else token, x
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -209,7 +254,10 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `Llama.stream` that were given, checked before any model is loaded."""
     given = {field.name: getattr(args, field.name, None) for field in fields(Sampler)}
     sampling = {name: value for name, value in given.items() if value is not None}
+    biases = dict(sampling.pop("logit_bias", ()))
     Sampler(**sampling)
+    if biases:
+        sampling["logit_bias"] = biases  # its texts become ids when the model is there
     if "" in args.stop:
         raise ParameterError("--stop is an empty text")
     if args.top_logprobs is not None and not args.json:
@@ -220,7 +268,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def note_filters(options: dict[str, Any]) -> None:
     """Print a note if a filter was given without a temperature."""
-    filters = [name for name in ("top_k", "top_p", "min_p") if name in options]
+    filters = [name for name in FILTERS if name in options]
     if filters and not options.get("temperature"):
         option = filters[0].replace("_", "-")
         note(f"--{option} has no effect at temperature 0, which takes the likeliest token")

@@ -347,6 +347,33 @@ def test_each_piece_has_the_logprobs_of_its_token(llama):
     assert last.completion.logprobs is None and {piece.logprobs for piece in pieces} == {None}
 
 
+def test_a_bias_is_for_ids_or_for_texts_of_one_token(llama):
+    first, *_ = llama.generate("Once upon a time", max_tokens=1).tokens
+    (other,) = llama.tokenizer.encode(" and")
+    banned = llama.generate("Once upon a time", max_tokens=4, logit_bias={first: -np.inf})
+    assert first not in banned.tokens
+    assert llama.generate("Once upon a time", max_tokens=2, logit_bias={" and": 99.0}).tokens == [other] * 2
+    for bias, message in [
+        ({" and so on": 1.0}, r"' and so on' is 3 tokens: \d+, \d+, \d+; a text must be one token"),
+        ({llama.tokenizer.n_used: 1.0}, "has id 49152, the last one is 49151"),
+        ({1.5: 1.0}, "logit_bias is .* it must be a mapping"),
+        ([1], "logit_bias is .* it must be a mapping"),
+    ]:
+        with pytest.raises(ParameterError, match=message):
+            llama.stream("a", logit_bias=bias)
+
+
+def test_dry_ends_a_repetition_and_breakers_are_texts(llama):
+    prompt = "one two three four, one two three four, one two three"
+    options = {"max_tokens": 1, "dry_multiplier": 50.0}
+    assert llama.generate(prompt, max_tokens=1).text == " four"
+    assert llama.generate(prompt, **options).text != " four"
+    assert llama.generate(prompt, **options, dry_breakers=["two", "three"]).text == " four"
+    for breakers in ("x", [""], [1], 5):
+        with pytest.raises(ParameterError, match="dry_breakers is"):
+            llama.stream("a", dry_breakers=breakers)
+
+
 @pytest.mark.parametrize("n", [-1, 1.5, True, "3", 10**9])
 def test_top_logprobs_is_checked(llama, n):
     with pytest.raises(ParameterError, match="top_logprobs is"):

@@ -72,7 +72,7 @@ CALLS = {
     nl.Llama: "model tokenizer max_context check_unchanged",
     nl.Llama.new_session: "max_seq_len",
     nl.Llama.generate: "prompt max_tokens stop session on_prefill special temperature top_k top_p min_p "
-    "repetition_penalty seed",
+    "repetition_penalty seed top_logprobs logit_bias dry_breakers",
     nl.Llama.chat: "messages stop session",
     nl.Llama.encode_chat: "messages add_generation_prompt",
     nl.Llama.generate_batch: "prompts max_tokens stop seed",
@@ -81,7 +81,7 @@ CALLS = {
     nl.Tokenizer.decode: "ids start_of_text",
     nl.Tokenizer.token_bytes: "token_id",
     nl.Tokenizer.piece: "token_id",
-    nl.Sampler: "temperature top_k top_p min_p repetition_penalty seed",
+    nl.Sampler: " ".join(nl.Sampler.__dataclass_fields__),
     nl.KVCache: "args batch max_seq_len",
     nl.Session: "model max_seq_len",
     nl.Transformer.new_cache: "batch max_seq_len",

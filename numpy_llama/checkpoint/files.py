@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,6 +93,14 @@ class MappedFile:
             rows = zip(names, self.identity, found, strict=True)
             changes = [f"{name} was {was}, is {now}" for name, was, now in rows if was != now]
             raise FileChangedError(f"{self.path} was changed while in use: {'; '.join(changes)}")
+
+
+def mapped(path: Path, wanted: str) -> mmap.mmap | BytesIO:
+    """The bytes of a text file. An empty file cannot be mapped, and is an empty text."""
+    try:
+        return MappedFile(path, wanted).map
+    except TruncatedError:
+        return BytesIO()
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:

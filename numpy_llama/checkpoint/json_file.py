@@ -4,14 +4,17 @@ Duplicate keys, NaN and Infinity, very deep nesting, numbers of thousands of dig
 encodings than UTF-8: each is a FormatError.
 """
 
+import codecs
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import ConfigError, FormatError, escape
-from .files import MappedFile
+from .files import MappedFile, mapped
 
 MAX_BYTES = 1 << 20  # of a configuration file; real ones have a few thousand
+MAX_LINE = 64 << 20  # bytes of a line of JSON
 
 
 def parse_json(data: bytes, source: object, nonfinite: bool = False) -> Any:
@@ -38,6 +41,19 @@ def parse_json(data: bytes, source: object, nonfinite: bool = False) -> Any:
         refuse("it is nested too deeply")
     except ValueError as error:  # not UTF-8, not JSON, or a number too long
         refuse(str(error))
+
+
+def json_lines(path: Path, wanted: str) -> Iterator[tuple[Any, str]]:
+    """The value on each line of a file, and the name of the line for messages. Empty lines are left out."""
+    content = mapped(path, wanted)
+    for number, line in enumerate(iter(content.readline, b""), 1):
+        where = f"{path}, line {number}"
+        if len(line) > MAX_LINE:
+            raise FormatError(f"{where} has {len(line)} bytes, at most {MAX_LINE} are read")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield parse_json(line, where, nonfinite=True), where
 
 
 class JsonFile:

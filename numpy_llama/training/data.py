@@ -15,17 +15,14 @@ The keys of a line decide the kind of its example, and further keys are ignored:
 A prompt and an answer are texts, or lists of messages. A message has a role and a content.
 """
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import MappedFile
-from ..checkpoint.json_file import parse_json
-from ..errors import FormatError, TextError, TruncatedError, escape
+from ..checkpoint.files import mapped
+from ..checkpoint.json_file import json_lines
+from ..errors import FormatError, TextError, escape
 
 KINDS = {
     "preferences": ("prompt", "chosen", "rejected"),
@@ -36,7 +33,6 @@ KINDS = {
 TYPES: dict[str, type] = {"a text": str, "a list of messages": list}
 HELD_OUT = 20  # one of so many examples is for validation
 END_OF_TEXT = "<|endoftext|>"  # as in the files of TinyStories; it need not be a line of its own
-MAX_LINE = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -82,15 +78,7 @@ def read_data(path: Path) -> Data:
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """The records of a file with a JSON object on each line. Empty lines are left out."""
-    content = _content(path, "a file of examples")
-    for number, line in enumerate(iter(content.readline, b""), 1):
-        where = f"{path}, line {number}"
-        if len(line) > MAX_LINE:
-            raise FormatError(f"{where} has {len(line)} bytes, at most {MAX_LINE} are read")
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            yield record_of(parse_json(line, where, nonfinite=True), where)
+    return (record_of(values, where) for values, where in json_lines(path, "a file of examples"))
 
 
 def record_of(values: Any, where: str) -> Record:
@@ -111,7 +99,7 @@ def record_of(values: Any, where: str) -> Record:
 def read_texts(path: Path) -> list[Record]:
     """The texts of a plain file. `where` names the line on which each begins."""
     try:
-        whole = str(_content(path, "a text").read(), "utf-8").removeprefix("\ufeff")
+        whole = str(mapped(path, "a text").read(), "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise TextError(f"{path} is not UTF-8: {byte}") from None
@@ -123,14 +111,6 @@ def read_texts(path: Path) -> list[Record]:
             records.append(Record("texts", {"text": stripped}, f"{path}, line {begin}"))
         line += text.count("\n")
     return records
-
-
-def _content(path: Path, wanted: str) -> mmap | BytesIO:
-    """The bytes of a file. An empty file cannot be mapped, and is one without examples."""
-    try:
-        return MappedFile(path, wanted).map
-    except TruncatedError:
-        return BytesIO()
 
 
 def split_records(records: list[Record]) -> list[list[Record]]:

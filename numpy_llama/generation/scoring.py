@@ -8,7 +8,7 @@ Requests run in the order of their ids, so each shares the most with the one bef
 share is computed once, and its residual stream is kept for those whose continuation begins within it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,17 +40,17 @@ class Scorer:
         self._h: list[Array] = []  # the residual stream (D,) of each position that the session holds
         session.ids.clear()
 
-    def score(
-        self, requests: Sequence[Scored], on_progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> list[Score]:
-        """The score of each request. `on_progress(done, total)` is called after each, with their counts."""
+    def score(self, requests: Sequence[Scored]) -> list[Score]:
+        """The score of each request."""
+        scores = dict(self.each(requests))
+        return [scores[i] for i in range(len(requests))]
+
+    def each(self, requests: Sequence[Scored]) -> Iterator[tuple[int, Score]]:
+        """Yield (i, the score of request i) when it is computed, in the order of their ids."""
         all_ids = [[*context, *continuation] for context, continuation in requests]
         self._check(requests, all_ids)
-        scores = dict[int, Score]()
         for i in sorted(range(len(requests)), key=all_ids.__getitem__):
-            scores[i] = self._score(all_ids[i], len(requests[i][0]))
-            on_progress(len(scores), len(requests))
-        return [scores[i] for i in range(len(requests))]
+            yield i, self._score(all_ids[i], len(requests[i][0]))
 
     def _check(self, requests: Sequence[Scored], all_ids: Sequence[list[int]]) -> None:
         """An error that names the first request that cannot be computed."""

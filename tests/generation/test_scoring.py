@@ -59,12 +59,12 @@ def assert_near(found, wanted, near):
 
 @given(requests=REQUESTS)
 def test_scores_are_pytorchs_and_each_prefix_is_computed_once(model, requests):
-    scorer, seen = Scorer(model, Session(model, 16)), []
-    found = scorer.score(requests, lambda done, total: seen.append((done, total)))
+    scorer = Scorer(model, Session(model, 16))
+    found = scorer.score(requests)
     assert_near(found, [by_torch(model, *one) for one in requests], EXACT)
     scored = [(*context, *continuation)[:-1] for context, continuation in requests if continuation]
     assert scorer.computed == len({ids[:n] for ids in scored for n in range(1, len(ids) + 1)})
-    assert seen == [(i + 1, len(requests)) for i in range(len(requests))]
+    assert dict(Scorer(model, Session(model, 16)).each(requests)) == dict(enumerate(found))
 
 
 @settings(max_examples=20)

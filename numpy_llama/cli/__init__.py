@@ -22,6 +22,7 @@ from . import (
     common,
     convert,
     doctor,
+    eval,
     finetune,
     generate,
     info,
@@ -37,7 +38,7 @@ from . import (
 )
 
 VERBS = (
-    *(generate, chat, info, tokenize, convert, merge, pull, bench, perplexity, verify, doctor),
+    *(generate, chat, info, tokenize, convert, merge, pull, bench, perplexity, eval, verify, doctor),
     *(train, finetune, ops, trace, attention, lens),
 )
 

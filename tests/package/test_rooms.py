@@ -16,7 +16,7 @@ PACKAGE = Path(numpy_llama.__file__).parent
 FLOORS = [
     {"__init__", "__main__"},
     {"cli"},
-    {"verify", "proof", "inspect", "training"},
+    {"verify", "proof", "inspect", "evaluation", "training"},
     {"llama"},
     {"parallel"},
     {"checkpoint"},

@@ -24,6 +24,7 @@ _HOME = {
     "Piece": "generation.transcript",
     "RopeScaling": "config",
     "Sampler": "generation.sampling",
+    "Score": "generation.scoring",
     "Session": "generation.session",
     "Tokenizer": "text.tokenizer",
     "Transformer": "model",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .config import RopeScaling as RopeScaling
     from .errors import NumpyLlamaError as NumpyLlamaError
     from .generation.sampling import Sampler as Sampler
+    from .generation.scoring import Score as Score
     from .generation.session import Session as Session
     from .generation.transcript import Completion as Completion
     from .generation.transcript import Piece as Piece

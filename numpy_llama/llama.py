@@ -133,7 +133,8 @@ class Llama:
         return session
 
     def _session_file(self, run: Callable[..., None], path: str | os.PathLike[str], session: Session) -> None:
-        check_kind("path", path, (str, os.PathLike), "a path")
+        if not (isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str) and Path(path).name):
+            raise ParameterError(f"path is {escape(path, 60)}, it must be the path of a file")
         if parallel.launched() > 1:
             raise UnsupportedError(
                 "a session on several ranks has no file, because each rank has a part of its cache: "

@@ -273,7 +273,7 @@ def test_no_other_file_is_a_session(llama, path, folder):
     for other, words in [(path, "header"), (folder, "is a folder"), (folder / "none", "is not there")]:
         with pytest.raises(nl.NumpyLlamaError, match=f"{other}.*{words}"):
             llama.load_session(other)
-    with pytest.raises(ParameterError, match="path is 5, it must be a path"):
+    with pytest.raises(ParameterError, match="path is 5, it must be the path of a file"):
         llama.load_session(5)
 
 

@@ -128,12 +128,14 @@ unharmed()
 # Sessions: copied, not pickled, and forgotten.
 session = llama.new_session(32)
 first = llama.generate("hi", max_tokens=4, session=session)
-other = copy.deepcopy(session)
+other, branched = copy.deepcopy(session), session.branch()
 with refused(UnsupportedError, "cannot be pickled"):
     pickle.dumps(session)
-longer = [llama.generate("hi you", max_tokens=4, session=one).tokens for one in (session, other)]
-assert longer[0] == longer[1]
-del session, other
+with refused(UnsupportedError, "a session on several ranks has no file"):
+    llama.save_session(session, "no.session")
+longer = [llama.generate("hi you", max_tokens=4, session=one).tokens for one in (session, other, branched)]
+assert longer[0] == longer[1] == longer[2]
+del session, other, branched
 unharmed()
 batch = llama.generate_batch(["hi", "hello", "hi"], max_tokens=4)
 assert batch[0].tokens == batch[2].tokens == first.tokens

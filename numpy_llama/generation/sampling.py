@@ -5,7 +5,7 @@ All chance comes from the `rng` of the caller. NaN and infinity raise an error: 
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ def dry(
     multiplier: float,
     base: float = 1.75,
     allowed_length: int = 2,
-    breakers: Collection[int] = (),
+    breakers: Set[int] = frozenset(),
 ) -> Array:
     """x - multiplier * base^(n - allowed_length) for an id that would repeat n >= allowed_length ids seen.
 
@@ -229,7 +229,7 @@ _RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "dry_multiplier": _NOT_NEGATIVE,
     "dry_base": (Real, lambda x: 1 <= x < math.inf, "a finite number, 1 or above"),
     "dry_allowed_length": _COUNT,
-    "dry_breakers": (Collection, lambda x: all(map(_is_id, x)), "a collection of ids"),
+    "dry_breakers": (Set, lambda x: all(map(_is_id, x)), "a set of ids"),
     "top_n_sigma": _NOT_NEGATIVE,
     "typical_p": _FRACTION,
     "xtc_probability": _FRACTION,
@@ -279,7 +279,7 @@ class Sampler:
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2
-    dry_breakers: Collection[int] = field(default=(), hash=False)
+    dry_breakers: Set[int] = field(default=frozenset(), hash=False)
     top_n_sigma: float | None = None
     typical_p: float | None = None
     xtc_probability: float = 0.0

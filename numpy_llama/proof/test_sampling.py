@@ -488,7 +488,7 @@ def test_dry_counts_what_an_id_would_repeat(ops, logits, seen, allowed_length, b
 def test_dry_by_example(ops):
     """After 1 2 3 4 1 2 3 the id 4 would repeat three ids; a breaker at 2 leaves only one."""
     logits, seen = np.zeros(6, np.float32), [1, 2, 3, 4, 1, 2, 3]
-    assert_same(ops.dry(logits, seen, 1.0, 2.0, 2, ()), np.array([0, 0, 0, 0, -2, 0], np.float32))
+    assert_same(ops.dry(logits, seen, 1.0, 2.0, 2, set()), np.array([0, 0, 0, 0, -2, 0], np.float32))
     assert_same(ops.dry(logits, seen, 1.0, 2.0, 2, {2}), logits)
     assert_same(ops.dry(logits, seen, 1.0, 2.0, 1, {2}), np.array([0, 0, 0, 0, -1, 0], np.float32))
 
@@ -496,7 +496,7 @@ def test_dry_by_example(ops):
 @law("dry")
 def test_a_long_repeat_stays_finite(ops):
     """The penalty of a text of one id does not overflow a float32."""
-    out = ops.dry(np.zeros(2, np.float32), [1] * 3000, 0.8, 1.75, 2, ())
+    out = ops.dry(np.zeros(2, np.float32), [1] * 3000, 0.8, 1.75, 2, set())
     assert_that(np.isfinite(out) & (out[::-1] != out), f"it made {out}")
 
 
@@ -508,7 +508,7 @@ def test_other_penalties_refuse_ids_outside_the_vocabulary(ops, bad):
     assert_refused(lambda: ops.logit_bias(x, {bad: 1.0}), f"id {bad} of 3")
     assert_refused(lambda: ops.presence_penalty(x, [0, bad], 1.0), f"id {bad} of 3")
     assert_refused(lambda: ops.frequency_penalty(x, [0, bad], 1.0), f"id {bad} of 3")
-    assert_refused(lambda: ops.dry(x, [0, bad], 1.0, 2.0, 2, ()), f"id {bad} of 3")
+    assert_refused(lambda: ops.dry(x, [0, bad], 1.0, 2.0, 2, set()), f"id {bad} of 3")
 
 
 # --- log probabilities ------------------------------------------------------------------------------------

@@ -200,6 +200,13 @@ def logprobs(logits: Array, chosen: int, n: int) -> Logprobs:
     return Logprobs(float(logp[chosen]), list(zip(order.tolist(), logp[order].tolist(), strict=True)))
 
 
+def log_softmax(logits: Array) -> Array:
+    """x_i - log sum_j exp(x_j), in float64."""
+    x = logits.astype(np.float64) - logits.max()
+    out: Array = x - np.log(np.exp(x).sum())
+    return out
+
+
 def _require_finite(logits: Array) -> None:
     # The maximum is NaN or +inf if any logit is, and -inf if all are. Some logits may be -inf.
     highest = logits.max()

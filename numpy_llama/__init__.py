@@ -19,6 +19,7 @@ _HOME = {
     "Completion": "generation.transcript",
     "KVCache": "cache",
     "Llama": "llama",
+    "Lookup": "generation.speculative",
     "ModelArgs": "config",
     "NumpyLlamaError": "errors",
     "Piece": "generation.transcript",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from .generation.sampling import Sampler as Sampler
     from .generation.scoring import Score as Score
     from .generation.session import Session as Session
+    from .generation.speculative import Lookup as Lookup
     from .generation.transcript import Completion as Completion
     from .generation.transcript import Piece as Piece
     from .inspect.tracing import edit as edit

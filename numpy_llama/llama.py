@@ -38,10 +38,17 @@ from .errors import (
     is_whole,
 )
 from .generation.batch import generate_batch, naming
-from .generation.generate import Request, generate_request
+from .generation.generate import Request, decode, generate_request
 from .generation.sampling import Sampler
 from .generation.scoring import Score, Scorer
 from .generation.session import Session
+from .generation.speculative import (
+    Drafter,
+    DraftModel,
+    Speculation,
+    check_same_vocabulary,
+    relative_cost,
+)
 from .generation.transcript import Completion, Piece, StopTexts, Transcript, checked_texts
 from .model import Transformer
 from .rope import DynamicScaling
@@ -118,6 +125,19 @@ class Llama:
             )
         return Session(self.model, self.max_context if max_seq_len is None else max_seq_len)
 
+    def new_drafter(self, llama: "Llama") -> DraftModel:
+        """A drafter for the option `draft` of this model: a smaller one with the same vocabulary.
+
+        It keeps a session of its own, for one conversation. A MismatchError names the first id that differs.
+        """
+        check_kind("llama", llama, Llama, "a Llama")
+        llama.check_unchanged()
+        ids = check_same_vocabulary(llama.tokenizer, self.tokenizer)
+        limits = {"stop_ids": self.tokenizer.eos_ids, "vocab_size": ids}
+        return DraftModel(
+            llama.model, llama.new_session(), relative_cost(llama.model.args, self.model.args), **limits
+        )
+
     def save_session(self, session: Session, path: str | os.PathLike[str]) -> None:
         """Write a session to a file, which is replaced when the new one is whole. See `load_session`."""
         check_kind("session", session, Session, "a Session")
@@ -159,6 +179,7 @@ class Llama:
         special: names of control tokens in the prompt become those tokens, as in `Tokenizer.encode`.
         max_tokens: default None, until an end token or the end of the context. stop: texts to end before.
         session: a `Session` to continue. on_prefill(done, total): called as the prompt is computed.
+        draft: `Lookup()`, or `new_drafter(...)`: the same text in fewer passes, if drafted ids are accepted.
         top_logprobs: give `logprobs` to pieces and completion: the log probability of each new token, and the
         N likeliest ids with theirs. They are the model's own, before any step of sampling.
         The options of `Sampler` too: temperature, top_k, top_p, min_p, repetition_penalty, seed, typical_p,
@@ -184,11 +205,11 @@ class Llama:
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
         """Continue several texts, or lists of ids, at once: faster than one after another.
 
-        The options are those of `stream`, without `session` and `on_prefill`. Each prompt is continued as if
-        it were alone, with its own random numbers from the same seed. So equal prompts get equal texts. The
-        kernels give each prompt the same bits as alone, but not with F16, BF16 and FP8 weights: more than
-        eight tokens at once round them. That changes the logits a little, and a text may differ where two
-        tokens are nearly as likely.
+        The options are those of `stream`, without `session`, `on_prefill` and `draft`. Each prompt is
+        continued as if it were alone, with its own random numbers from the same seed. So equal prompts get
+        equal texts. The kernels give each prompt the same bits as alone, but not with F16, BF16 and FP8
+        weights: more than eight tokens at once round them. That changes the logits a little, and a text may
+        differ where two tokens are nearly as likely.
         """
         check_iterable("prompts", prompts, "a list of texts or of lists of ids")
         if isinstance(prompts, str | bytes):
@@ -313,16 +334,18 @@ class Llama:
         session: Session | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         top_logprobs: int | None = None,
+        draft: Drafter | None = None,
         **sampling: Any,
     ) -> Iterator[Piece]:
         on_prefill = _silent if on_prefill is None else on_prefill
         check_callable("on_prefill", on_prefill)
         check_kind("session", session, (Session, type(None)), "a Session, or be left out")
+        check_kind("draft", draft, (Drafter, type(None)), "Lookup() or what new_drafter() makes")
         room = self._room(prompt, max_tokens)
         session = self.new_session(room) if session is None else session
         sampler, stop_texts = self._sampler(**sampling), StopTexts(stop)
         limits = self._limits(max_tokens, top_logprobs)
-        return self._pieces(prompt, session, sampler, stop_texts, at_start, limits, on_prefill)
+        return self._pieces(prompt, session, sampler, stop_texts, at_start, limits, on_prefill, draft)
 
     def _pieces(
         self,
@@ -333,11 +356,14 @@ class Llama:
         at_start: bool,
         limits: dict[str, Any],
         on_prefill: Callable[[int, int], None],
+        draft: Drafter | None,
     ) -> Iterator[Piece]:
         self.check_unchanged()
         transcript = Transcript(self.tokenizer, stop_texts, at_start)
         request = Request(prompt, session, sampler, **limits)
-        ids, reason = generate_request(self.model, request, on_prefill), "stop"
+        speculation = None if draft is None else Speculation(draft)
+        ids = generate_request(self.model, request, on_prefill, speculation or decode)
+        reason = "stop"
         while not transcript.stopped:
             try:
                 token = next(ids)
@@ -346,7 +372,8 @@ class Llama:
                 break
             n, text = len(transcript.tokens), transcript.push(token)
             yield Piece(text, token, None, request.logprobs[n] if request.logprobs else None)
-        yield transcript.finish(prompt, reason, request.logprobs)
+        drafts = None if speculation is None else speculation.drafts
+        yield transcript.finish(prompt, reason, request.logprobs, drafts)
 
     def _batch(
         self,
@@ -357,8 +384,11 @@ class Llama:
         max_tokens: int | None = None,
         stop: Iterable[str] | None = None,
         top_logprobs: int | None = None,
+        draft: None = None,
         **sampling: Any,
     ) -> list[Completion]:
+        if draft is not None:
+            raise ParameterError("a batch takes no `draft`: give each prompt to `generate` by itself")
         sampler, stop = self._sampler(**sampling), StopTexts(stop).stop
         limits = self._limits(max_tokens, top_logprobs)
         encoded, sequences = [], []

@@ -55,12 +55,15 @@ def run(args: argparse.Namespace) -> None:
     if question is None:
         if args.json:
             raise ParameterError("--json prints one answer: give a question")
-        Conversation(load_model(args), args.system, options).run()
+        llama = load_model(args)
+        options["draft"] = common.drafter(args, llama)
+        Conversation(llama, args.system, options).run()
         return
     if not question.strip():
         raise ParameterError("the question is empty")
     common.note_filters(options)
     llama = load_model(args)
+    options["draft"] = common.drafter(args, llama)
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages.append({"role": "user", "content": question})
     with common.prefill_bar() as on_prefill:

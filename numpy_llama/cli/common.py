@@ -23,6 +23,7 @@ from ..checkpoint.download import DEFAULT_MODEL, locate, on_the_hub
 from ..checkpoint.hub import PREFIX
 from ..errors import NumpyLlamaError, ParameterError, TextError, escape, printable, visible
 from ..generation.sampling import Logprobs, Sampler
+from ..generation.speculative import Drafter, Lookup
 from ..generation.transcript import Completion, Piece
 from ..llama import Llama, finish, load
 from ..text.tokenizer import PADDING, Tokenizer
@@ -202,6 +203,18 @@ def add_sampling_arguments(
         metavar="N",
         help="with --json: the log probability of each new token, and those of the N likeliest tokens",
     )
+    drafts = group.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--lookup",
+        action="store_true",
+        help="the same text in fewer passes, if it repeats parts of itself or of the prompt: what followed "
+        "the last tokens before is computed at once",
+    )
+    drafts.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="the same text in fewer passes: a smaller model with the same vocabulary proposes tokens",
+    )
 
 
 def bias(text: str) -> tuple[int | str, float]:
@@ -272,6 +285,18 @@ def note_filters(options: dict[str, Any]) -> None:
     if filters and not options.get("temperature"):
         option = filters[0].replace("_", "-")
         note(f"--{option} has no effect at temperature 0, which takes the likeliest token")
+
+
+def drafter(args: argparse.Namespace, llama: Llama) -> Drafter | None:
+    """What --lookup or --draft asks for."""
+    if args.lookup:
+        return Lookup()
+    if args.draft is None:
+        return None
+    with transfer_bar() as progress:
+        options = {name: getattr(args, name) for name in ("backend", "threads", "exact", "shares")}
+        draft = load(located(args.draft, progress), progress=progress, **options)
+    return llama.new_drafter(draft)
 
 
 class _Remarks(logging.Handler):
@@ -447,10 +472,12 @@ def show(stream: Iterable[Piece]) -> None:
 
 
 def print_speed(completion: Completion) -> None:
+    drafts = completion.drafts
     print(
         f"[prompt: {len(completion.prompt_tokens)} tokens in {completion.prefill_seconds:.2f} s; "
         f"answer: {len(completion.tokens)} tokens, {completion.decode_tokens_per_second:.1f} a second; "
-        f"ended by {completion.finish_reason}]",
+        + (f"{drafts.accepted} of {drafts.drafted} drafted tokens accepted; " if drafts else "")
+        + f"ended by {completion.finish_reason}]",
         file=sys.stderr,
     )
 
@@ -501,6 +528,7 @@ def completion_json(completion: Completion, tokenizer: Tokenizer) -> str:
                 ),
                 "decode_tokens_per_second": round(completion.decode_tokens_per_second, 3),
             },
+            **({} if completion.drafts is None else {"drafts": vars(completion.drafts)}),
         },
         ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8"),
     )

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         options["special"] = args.special
     if args.session is not None:
         options["session"] = saved_session(llama, args.session)
+    options["draft"] = common.drafter(args, llama)
     with common.prefill_bar() as on_prefill:
         stream = llama.stream(prompt, on_prefill=on_prefill, **options)
         common.run_stream(stream, args.json, llama.tokenizer)

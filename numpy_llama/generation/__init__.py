@@ -6,5 +6,6 @@ branch.py       a second cache that shares the positions of a first one
 generate.py     from ids to ids: request, prefill, decode
 batch.py        several sequences in one forward pass
 scoring.py      how likely given continuations are
+speculative.py  the same ids in fewer passes, by drafts
 transcript.py   from ids to the text of one generation
 """

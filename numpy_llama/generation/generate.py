@@ -142,6 +142,15 @@ def prefill(
     return logits
 
 
+def decode(model: Transformer, request: Request) -> np.ndarray:
+    """Compute the last id of a request; -> logits (V,) of the next token."""
+    with request.step() as session:
+        return forward(model, request.ids[-1:], session)
+
+
+Decode = Callable[[Transformer, Request], np.ndarray]
+
+
 def generate(
     model: Transformer,
     prompt: Sequence[int],
@@ -149,25 +158,28 @@ def generate(
     sampler: Sampler,
     *,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    decode: Decode = decode,
     **options: Any,
 ) -> Generator[int, None, str]:
     """Yield the new ids, and return the reason of the end. The options are those of `Request`.
 
     `on_prefill(done, total)` is called before each chunk of the prompt and at its end, with counts of tokens.
+    `decode`: another way to the same logits, such as a `Speculation`.
     """
-    return (yield from generate_request(model, Request(prompt, session, sampler, **options), on_prefill))
+    request = Request(prompt, session, sampler, **options)
+    return (yield from generate_request(model, request, on_prefill, decode))
 
 
 def generate_request(
     model: Transformer,
     request: Request,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    decode: Decode = decode,
 ) -> Generator[int, None, str]:
     """`generate` for a request that the caller keeps."""
     logits = prefill(model, request, on_prefill)
     while (token := request.choose(logits)) is not None:
         yield token
         if request.left:
-            with request.step() as session:
-                logits = forward(model, [token], session)
+            logits = decode(model, request)
     return request.reason

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import ParameterError, check_iterable, escape
 from ..text.tokenizer import StreamDecoder, Tokenizer
 from .sampling import Logprobs
+from .speculative import Drafts
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Completion:
     prefill_seconds: float  # until the first new token
     decode_seconds: float  # for all tokens after the first
     logprobs: list[Logprobs] | None = None  # of each new token, if `top_logprobs` was given
+    drafts: Drafts | None = None  # counts of a generation with the option `draft`
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -92,7 +94,13 @@ class Transcript:
         self.texts.append(self.stop_texts.push(self.decoder.push(token)))
         return self.texts[-1]
 
-    def finish(self, prompt: list[int], reason: str, logprobs: list[Logprobs] | None = None) -> Piece:
+    def finish(
+        self,
+        prompt: list[int],
+        reason: str,
+        logprobs: list[Logprobs] | None = None,
+        drafts: Drafts | None = None,
+    ) -> Piece:
         """The text held back so far, with the completion. `reason`: why the ids ended."""
         text = ""
         if not self.stopped:
@@ -104,4 +112,4 @@ class Transcript:
         reason = "stop" if self.stopped else reason
         logprobs = None if logprobs is None else logprobs[: len(self.tokens)]
         shown = "".join(self.texts) + text, self.tokens, prompt, reason, *seconds
-        return Piece(text, None, Completion(*shown, logprobs))
+        return Piece(text, None, Completion(*shown, logprobs, drafts))

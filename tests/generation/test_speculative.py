@@ -311,7 +311,21 @@ def test_the_length_follows_what_is_accepted():
     assert max(k for at, k in ks.items() if at > 1200) == MOST_TOKENS - 1
 
 
-def test_a_draft_that_overflows_is_left_out(monkeypatch):
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 9, 30])
+def test_a_draft_ends_where_the_text_may_end(n):
+    """The logits after the last id that fits are never used, so no draft reaches that id."""
+    model, prompt, ends = nl.Transformer(ARGS, float_weights(ARGS)), [1, 2, 3], []
+
+    class Watching(Drafter):
+        def propose(self, ids, k):
+            ends.append(len(ids) + k)
+            return [0] * k
+
+    run(model, prompt, Session(model), Sampler(1.5, seed=0), max_tokens=n, decode=Eager(Watching()))
+    assert max(ends, default=0) == (len(prompt) + n - 1 if n > 2 else 0)
+
+
+def test_a_draft_that_overflows_is_left_out():
     """An id that the model cannot compute, but does not choose, is no error."""
     weights = random_weights(np.random.default_rng(0), ARGS, np.float32)
     weights["tok_embeddings.weight"][V - 1] = np.inf

@@ -71,11 +71,12 @@ CALLS = {
     nl.pull: "name progress",
     nl.Llama: "model tokenizer max_context check_unchanged",
     nl.Llama.new_session: "max_seq_len",
-    nl.Llama.generate: "prompt max_tokens stop session on_prefill special temperature top_k top_p min_p "
-    "repetition_penalty seed top_logprobs logit_bias dry_breakers",
-    nl.Llama.chat: "messages stop session",
+    nl.Llama.new_drafter: "llama",
+    nl.Llama.generate: "prompt max_tokens stop session on_prefill draft special temperature top_k top_p "
+    "min_p repetition_penalty seed top_logprobs logit_bias dry_breakers",
+    nl.Llama.chat: "messages stop session draft",
     nl.Llama.encode_chat: "messages add_generation_prompt",
-    nl.Llama.generate_batch: "prompts max_tokens stop seed",
+    nl.Llama.generate_batch: "prompts max_tokens stop draft seed",
     nl.Llama.chat_batch: "conversations",
     nl.Llama.log_likelihoods: "context continuations",
     nl.Llama.save_session: "session path",
@@ -162,18 +163,19 @@ def test_an_argument_works_or_is_refused_in_our_words(function, name, call):
 def test_every_public_name_is_tried():
     classes = {
         nl.Completion,
+        nl.Lookup,
         nl.RopeScaling,
         nl.Piece,
         nl.Score,
         nl.NumpyLlamaError,
         nl.Tokenizer,
         nl.Transformer,
-    }  # made by others
+    }  # made by others, or without arguments
     tried = {function.__qualname__.partition(".")[0] for function in CALLS}
     assert {getattr(nl, name).__name__ for name in nl.__all__} == tried | {c.__name__ for c in classes}
 
 
-@pytest.mark.parametrize("name", ["stop", "session", "on_prefill", "max_tokens", "top_k", "seed"])
+@pytest.mark.parametrize("name", ["stop", "session", "on_prefill", "draft", "max_tokens", "top_k", "seed"])
 def test_none_is_as_if_it_were_left_out(name, llama):
     plain = llama.generate("hi", max_tokens=5)
     if name == "max_tokens":

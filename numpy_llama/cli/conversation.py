@@ -62,7 +62,11 @@ class Conversation:
     def __init__(self, llama: Llama, system: str | None, options: dict[str, Any]):
         self.llama, self.session, self.lines = llama, llama.new_session(), Lines()
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        off = {field.name: field.default for field in fields(Sampler)} | {"max_tokens": None}
+        self.parser = _Parser(add_help=False, allow_abbrev=False)
+        common.add_sampling_arguments(self.parser, max_tokens=None)
+        known = vars(self.parser.parse_args([]))
+        off = {field.name: field.default for field in fields(Sampler) if field.name in known}
+        off["max_tokens"] = None
         self.names = list(off)
         given = {name: value for name, value in options.items() if value is not None}
         self.options = ChainMap(given, llama.sampling_defaults, DEFAULTS, off)
@@ -190,7 +194,7 @@ class Conversation:
         if name and name not in self.names:
             raise ParameterError(f"{escape(name)} is no option: {', '.join(self.names)}")
         if value:
-            self.options[name] = self.parsed(name, value.strip())
+            self.options[name] = self.parsed(name, value)
         for one in [name] if name else self.names:
             origin = next(i for i, options in enumerate(self.options.maps) if one in options)
             words = ("given", "the model's", "default", "")[origin]
@@ -199,11 +203,9 @@ class Conversation:
 
     def parsed(self, name: str, value: str) -> Any:
         """The value of an option as the command line reads it."""
-        if value == "off":
+        if value.strip() == "off":
             return self.options.maps[-1][name]
-        parser = _Parser(add_help=False, allow_abbrev=False)
-        common.add_sampling_arguments(parser, max_tokens=None)
-        args = parser.parse_args([f"--{name.replace('_', '-')}={value}"])
+        args = self.parser.parse_args([f"--{name.replace('_', '-')}={value}"])
         return common.generation_options(args)[name]
 
     def do_regen(self, text: str) -> None:

@@ -2,7 +2,8 @@
 
 context     If less than a quarter of it is free for the answer, the oldest questions are dropped with their
             answers, until half of it is free. The system message and the last question stay.
-loop        An answer that only repeats itself is ended, by the rule of generation/loops.py.
+loop        An answer that only repeats itself is ended, by the rule of generation/loops.py. The conversation
+            keeps the repeated text once.
 sampling    An option comes from the command line or /set, else from the model's files, else from DEFAULTS.
 """
 
@@ -26,7 +27,7 @@ from ..errors import (
     escape,
     visible,
 )
-from ..generation.loops import loop_period
+from ..generation.loops import repeated_ids
 from ..generation.sampling import Sampler
 from ..generation.transcript import Piece
 from ..llama import Llama
@@ -126,21 +127,22 @@ class Conversation:
                 stream = self.llama.stream_chat(
                     messages, session=self.session, on_prefill=on_prefill, **options
                 )
-                self.show(common.collect(stream, said), options["max_tokens"])
+                self.show(stream, said, options["max_tokens"])
         except KeyboardInterrupt:
             common.await_ctrl_c()  # the answer so far stays in the conversation, which continues
         self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
-    def show(self, stream: Iterator[Piece], max_tokens: int | None) -> None:
-        """Print an answer as it arrives, and a remark if it has no proper end."""
-        ids, loops = list[int](), False
-        with closing(common.written(stream)) as pieces:
+    def show(self, stream: Iterator[Piece], said: list[str], max_tokens: int | None) -> None:
+        """Print an answer as it arrives, and a remark if it has no proper end. `said` gets its texts."""
+        ids, repeated = list[int](), 0
+        with closing(common.written(common.collect(stream, said))) as pieces:
             for piece in pieces:
                 ids += [] if piece.token is None else [piece.token]
-                if loops := bool(loop_period(ids)):
+                if repeated := repeated_ids(ids):
                     break
-        if loops:
-            common.note("the answer repeats itself, so it was ended; /regen tries again")
+        if repeated:
+            del said[-repeated:]  # with them the model repeats itself in its next answer too
+            common.note("the answer repeats itself, so it was ended; the repetitions are dropped")
         elif (done := piece.completion) is not None:
             if done.finish_reason == "length" and len(ids) != max_tokens:
                 common.note("the context is full, so the answer ends here")

@@ -304,14 +304,16 @@ def test_a_loaded_file_does_not_command_the_terminal(typed, talk, llama, tmp_pat
 # ---------------------------------------------------------------- loops and a full context
 
 
-def test_a_loop_is_ended_with_a_remark(talk, typed, monkeypatch):
-    typed("/set max_tokens 100")
-    whole = typed("hi")[0]
-    monkeypatch.setattr(conversation, "loop_period", lambda ids: int(len(ids) == 20))
-    out, err = typed("/undo", "hi", "more")
-    assert err.count("the answer repeats itself, so it was ended") == 2
-    assert whole.startswith(talk.messages[1]["content"]) and len(talk.messages) == 4
-    assert out.endswith("\n")
+def test_a_loop_is_ended_with_a_remark(talk, typed, llama, monkeypatch):
+    """The conversation keeps the repeated text once: 5 tokens, if 20 are shown and 15 only repeat them."""
+    options = {"max_tokens": 100, "seed": 1, **DEFAULTS}
+    texts = [piece.text for piece in llama.stream_chat([user("hi")], **options)]
+    monkeypatch.setattr(conversation, "repeated_ids", lambda ids: 15 * (len(ids) == 20))
+    out, err = typed("/set max_tokens 100", "hi")
+    assert out == "".join(texts[:20]).removesuffix("\n") + "\n"
+    assert "the answer repeats itself, so it was ended" in err
+    assert talk.messages == [user("hi"), assistant("".join(texts[:5]))]
+    assert "repeats itself" in typed("more")[1] and len(talk.messages) == 4
 
 
 @given(st.lists(st.integers(0, 90), min_size=1, max_size=12), st.booleans())

@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numpy_llama.generation.loops import LEAST_IDS, LEAST_TIMES, LONGEST_PERIOD, loop_period
+from numpy_llama.generation.loops import LEAST_IDS, LEAST_TIMES, LONGEST_PERIOD, repeated_ids
 
 IDS = st.integers(0, 3)  # few, so that much is repeated by chance
 
@@ -16,14 +16,14 @@ def by_definition(ids: list[int]) -> int:
         n = max(LEAST_IDS, LEAST_TIMES * p)
         piece = ids[-p:]
         if len(ids) >= n and (piece * (n // p + 1))[-n:] == ids[-n:]:
-            return p
+            return n - p
     return 0
 
 
 @given(st.lists(IDS), st.lists(IDS, min_size=1, max_size=12), st.integers(0, 300), st.lists(IDS, max_size=2))
 def test_the_rule(before, piece, times, after):
     ids = before + piece * times + after
-    assert loop_period(ids) == by_definition(ids)
+    assert repeated_ids(ids) == by_definition(ids)
 
 
 @given(st.lists(st.integers(0, 10**5), max_size=50), st.integers(1, LONGEST_PERIOD), st.data())
@@ -31,15 +31,15 @@ def test_a_loop_is_seen_when_it_is_long_enough_and_not_before(before, length, da
     piece = [10**6 + i for i in range(length)]  # no id twice, and none of those before
     n = max(LEAST_IDS, LEAST_TIMES * length)
     loop = (piece * (n // length + 1))[:n]
-    assert loop_period(before + loop) == length
-    assert loop_period(before + loop[:-1]) == 0
+    assert repeated_ids(before + loop) == n - length
+    assert repeated_ids(before + loop[:-1]) == 0
     loop[data.draw(st.integers(0, n - 1))] = -1
-    assert loop_period(before + loop) == 0
+    assert repeated_ids(before + loop) == 0
 
 
 @given(st.integers(LONGEST_PERIOD + 1, 400))
 def test_a_longer_piece_is_no_loop(length):
-    assert loop_period([*range(length)] * 20) == 0
+    assert repeated_ids([*range(length)] * 20) == 0
 
 
 def words(text: str) -> list[int]:
@@ -62,4 +62,4 @@ REPEATING = {
 def test_tables_code_lists_and_laughter_are_no_loops():
     for name, text in REPEATING.items():
         ids = words(text)
-        assert not any(loop_period(ids[:n]) for n in range(len(ids) + 1)), name
+        assert not any(repeated_ids(ids[:n]) for n in range(len(ids) + 1)), name

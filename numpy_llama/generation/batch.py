@@ -23,6 +23,7 @@ from ..config import Array
 from ..errors import NumpyLlamaError
 from ..model import Attention, Function, Transformer, TransformerBlock
 from .generate import Request, check_finite, prefill
+from .session import Session
 
 
 class BatchCache:
@@ -80,6 +81,13 @@ def hidden_states(model: Transformer, tokens: Array, start_pos: Array, cache: Ba
     return np.concatenate([model.hidden(*row) for row in rows])
 
 
+def advance(model: Transformer, sessions: Sequence[Session], tokens: Sequence[int]) -> np.ndarray:
+    """Compute one new id of each session; -> the residual stream (B, D). The ids of a session stay."""
+    start_pos = np.array([len(session.ids) for session in sessions])
+    cache = BatchCache([session.cache for session in sessions])
+    return hidden_states(model, np.array(tokens)[:, None], start_pos, cache)[:, -1]
+
+
 def forward_batch(model: Transformer, running: Mapping[int, Request]) -> np.ndarray:
     """Compute the last id of each request; -> logits (B, V) of the next tokens."""
     with (
@@ -87,14 +95,12 @@ def forward_batch(model: Transformer, running: Mapping[int, Request]) -> np.ndar
         np.errstate(over="ignore", invalid="ignore"),  # checked here, and again when sampling
     ):
         sessions = [steps.enter_context(request.step()) for request in running.values()]
-        tokens = np.array([request.ids[-1:] for request in running.values()])  # (B, 1)
-        start_pos = np.array([len(session.ids) for session in sessions])
-        cache = BatchCache([session.cache for session in sessions])
-        h = hidden_states(model, tokens, start_pos, cache)[:, -1]
-        for i, session, token, row in zip(running, sessions, tokens.tolist(), h, strict=True):
+        tokens = [request.ids[-1] for request in running.values()]
+        h = advance(model, sessions, tokens)
+        for i, session, token, row in zip(running, sessions, tokens, h, strict=True):
             with naming(i):
-                check_finite(row, model, token, len(session.ids), session.cache)
-            session.ids.extend(token)
+                check_finite(row, model, [token], len(session.ids), session.cache)
+            session.ids.append(token)
         return model.logits(h)
 
 

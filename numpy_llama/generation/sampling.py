@@ -308,7 +308,8 @@ class Sampler:
         mu = math.inf if self.mirostat_tau is None else 2 * float(self.mirostat_tau)
         return SamplerState(np.random.default_rng(self.seed), mu)
 
-    def __call__(self, logits: Array, seen_ids: Sequence[int], state: SamplerState) -> int:
+    def penalized(self, logits: Array, seen_ids: Sequence[int]) -> Array:
+        """The logits after the steps that temperature 0 has too."""
         if self.logit_bias:
             logits = logit_bias(logits, self.logit_bias)
         recent = seen_ids if self.penalty_window is None else seen_ids[-int(self.penalty_window) :]
@@ -322,6 +323,10 @@ class Sampler:
             how = self.dry_multiplier, self.dry_base, self.dry_allowed_length, self.dry_breakers
             logits = dry(logits, seen_ids, *how)
         _require_finite(logits)
+        return logits
+
+    def __call__(self, logits: Array, seen_ids: Sequence[int], state: SamplerState) -> int:
+        logits = self.penalized(logits, seen_ids)
         if self.temperature == 0:
             return greedy(logits)
         if self.top_n_sigma is not None:

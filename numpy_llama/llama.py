@@ -7,6 +7,7 @@ llama.chat([{"role": "user", "content": "Why is the sky blue?"}]).text
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -38,7 +39,8 @@ from .errors import (
     is_whole,
 )
 from .generation.batch import generate_batch, naming
-from .generation.generate import Request, decode, generate_request
+from .generation.beam import Beam, BeamSearch, check_no_chance
+from .generation.generate import Request, decode, generate_request, prefill
 from .generation.sampling import Sampler
 from .generation.scoring import Score, Scorer
 from .generation.session import Session
@@ -220,6 +222,55 @@ class Llama:
         """The assistant's next message in each of several conversations. See `generate_batch`."""
         check_iterable("conversations", conversations, "a list of lists of messages")
         return self._batch(conversations, self.encode_chat, at_start=True, **options)
+
+    def beam_search(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        special: bool = False,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        num_return_sequences: int = 1,
+        max_tokens: int | None = None,
+        stop: Iterable[str] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """The likeliest continuations of a text, or of ids, as whole texts. The best is the first.
+
+        Completion.score is sum log p / n^length_penalty; n counts the end token. The ids and scores are those
+        of transformers' `generate(num_beams=beams)`. early_stopping: True, False or "never", as in
+        `BeamSearch`. A beam that completes a text of `stop` is finished; its score counts the tokens of that
+        text. A repetition penalty changes log p. temperature and seed are refused: nothing is random. Each
+        completion has the seconds of the whole search.
+        """
+        search = BeamSearch(beams, length_penalty, early_stopping, num_return_sequences)
+        sampler, stop = self._sampler(**sampling), StopTexts(stop).stop
+        check_no_chance(sampler.temperature, sampler.seed)
+        on_prefill = _silent if on_prefill is None else on_prefill
+        check_callable("on_prefill", on_prefill)
+        ids = self._encode(prompt, special)
+        room = self._room(ids, max_tokens)
+        self._check_memory([room, *[room - len(ids)] * (beams - 1)])  # the prompt is stored once
+        request = Request(ids, self.new_session(room), sampler, **self._limits(max_tokens, None))
+
+        def transcript(new: list[int]) -> Transcript:
+            return Transcript(self.tokenizer, StopTexts(stop), at_start=False).read(new)
+
+        def completion(beam: Beam) -> Completion:
+            tokens = [token for token in beam.ids if token not in request.stop_ids]
+            last = transcript(tokens).finish(ids, "length" if tokens == beam.ids else "stop")
+            one = cast(Completion, last.completion)
+            return replace(one, score=beam.score, prefill_seconds=first - began, decode_seconds=end - first)
+
+        self.check_unchanged()
+        began = time.perf_counter()
+        logits = prefill(self.model, request, on_prefill)
+        first = time.perf_counter()
+        found = search(self.model, request, logits, lambda new: bool(stop) and transcript(new).stopped)
+        end = time.perf_counter()
+        return [completion(beam) for beam in found]
 
     def log_likelihoods(
         self, context: str | Sequence[int], continuations: Sequence[str | Sequence[int]]

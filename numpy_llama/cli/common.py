@@ -489,10 +489,12 @@ def collect(stream: Iterable[Piece], into: list[str]) -> Iterator[Piece]:
         yield piece
 
 
-def run_stream(stream: Iterable[Piece], as_json: bool, tokenizer: Tokenizer) -> None:
-    """Print one generation, as text or as JSON."""
+def run_stream(
+    stream: Iterable[Piece], as_json: bool, tokenizer: Tokenizer, beams: Iterable[Completion] = ()
+) -> None:
+    """Print one generation, as text or as JSON. `beams`: all those that a beam search has found."""
     if as_json:
-        print(completion_json(finish(stream), tokenizer))
+        print(completion_json(finish(stream), tokenizer, beams))
     else:
         show(stream)
 
@@ -510,9 +512,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def completion_json(completion: Completion, tokenizer: Tokenizer) -> str:
+def completion_json(completion: Completion, tokenizer: Tokenizer, beams: Iterable[Completion] = ()) -> str:
+    """One completion, and all those of a beam search."""
     found = completion.logprobs
     logprobs = {} if found is None else {"logprobs": logprobs_json(completion.tokens, found, tokenizer)}
+    shown_of_each = "score", "text", "tokens", "finish_reason"
+    all_beams = [{name: getattr(beam, name) for name in shown_of_each} for beam in beams]
     shown = json.dumps(
         {
             "text": completion.text,
@@ -520,6 +525,7 @@ def completion_json(completion: Completion, tokenizer: Tokenizer) -> str:
             "prompt_tokens": completion.prompt_tokens,
             "finish_reason": completion.finish_reason,
             **logprobs,
+            **({"beams": all_beams} if all_beams else {}),
             "timings": {
                 "prefill_seconds": round(completion.prefill_seconds, 6),
                 "decode_seconds": round(completion.decode_seconds, 6),

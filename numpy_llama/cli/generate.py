@@ -8,9 +8,12 @@ The names of control tokens in a text are plain text, unless --parse-special is 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..errors import ParameterError
+from ..generation.beam import BeamSearch, check_no_chance
 from ..generation.session import Session
+from ..generation.transcript import Piece
 from ..llama import Llama
 from . import common
 
@@ -29,6 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_model_arguments(parser)
     common.add_sampling_arguments(parser, max_tokens=128)
+    group = parser.add_argument_group("beam search")
+    group.add_argument(
+        "--beams",
+        type=common.whole_number(1),
+        metavar="B",
+        help="search for the likeliest text with B beams; --json prints all B with their scores",
+    )
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="P",
+        help="divide the score of a text of n tokens by n^P: a higher P favors longer texts [1]",
+    )
 
 
 def ids(text: str) -> list[int]:
@@ -36,6 +52,23 @@ def ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers with commas") from None
+
+
+def beam_options(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The options of a beam search, checked before any model is loaded; None if there is none."""
+    if args.beams is None:
+        if args.length_penalty is not None:
+            raise ParameterError("--length-penalty is for a beam search: add --beams 4")
+        return None
+    for name in ("session", "top_logprobs", "lookup", "draft"):
+        if getattr(args, name) not in (None, False):
+            option = name.replace("_", "-")
+            raise ParameterError(f"--{option} has no place in a beam search: leave out one of the two")
+    check_no_chance(options.get("temperature", 0), options.get("seed"))
+    penalty = 1.0 if args.length_penalty is None else args.length_penalty
+    BeamSearch(args.beams, penalty)
+    shown = args.beams if args.json else 1
+    return {"beams": args.beams, "length_penalty": penalty, "num_return_sequences": shown}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,12 +84,19 @@ def run(args: argparse.Namespace) -> None:
             raise ParameterError("nothing to continue: the prompt is empty")
     elif isinstance(prompt, str):
         prompt = common.without_mark(prompt, "the text")
+    search = beam_options(args, options)
     llama = common.load_model(args)
     if isinstance(prompt, str):
         common.note_names(llama.tokenizer, prompt, args.special)
         options["special"] = args.special
     if args.session is not None:
         options["session"] = saved_session(llama, args.session)
+    if search is not None:
+        del options["top_logprobs"]
+        with common.prefill_bar() as on_prefill:
+            found = llama.beam_search(prompt, on_prefill=on_prefill, **search, **options)
+        common.run_stream([Piece(found[0].text, None, found[0])], args.json, llama.tokenizer, found)
+        return
     options["draft"] = common.drafter(args, llama)
     with common.prefill_bar() as on_prefill:
         stream = llama.stream(prompt, on_prefill=on_prefill, **options)

@@ -22,6 +22,7 @@ class Completion:
     decode_seconds: float  # for all tokens after the first
     logprobs: list[Logprobs] | None = None  # of each new token, if `top_logprobs` was given
     drafts: Drafts | None = None  # counts of a generation with the option `draft`
+    score: float | None = None  # of a beam search: sum log p / n^length_penalty
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -93,6 +94,12 @@ class Transcript:
         self.tokens.append(token)
         self.texts.append(self.stop_texts.push(self.decoder.push(token)))
         return self.texts[-1]
+
+    def read(self, tokens: Iterable[int]) -> "Transcript":
+        """Push each of these ids."""
+        for token in tokens:
+            self.push(token)
+        return self
 
     def finish(
         self,

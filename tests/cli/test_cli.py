@@ -68,6 +68,20 @@ def test_json_has_logprobs_only_if_asked(smollm2_path):
     assert "logprobs" not in json.loads(done.stdout)
 
 
+def test_beams_print_the_best_text_and_json_has_all(smollm2_path):
+    expected = nl.load(smollm2_path).beam_search(
+        "Once upon a time", beams=3, length_penalty=0.5, num_return_sequences=3, max_tokens=8
+    )
+    arguments = ["generate", "-m", str(smollm2_path), "-n", "8", "--beams", "3", "--length-penalty", "0.5"]
+    assert run(*arguments, "Once upon a time").stdout.decode() == expected[0].text + "\n"
+    result = json.loads(run(*arguments, "--json", "Once upon a time").stdout)
+    assert (result["text"], result["tokens"]) == (expected[0].text, expected[0].tokens)
+    assert [(one["score"], one["text"], one["tokens"]) for one in result["beams"]] == [
+        (one.score, one.text, one.tokens) for one in expected
+    ]
+    assert {one["finish_reason"] for one in result["beams"]} == {"length"}
+
+
 def test_results_in_json_have_no_nan():
     results = {
         "a": [1.5, math.nan, (math.inf, -math.inf)],
@@ -208,6 +222,14 @@ def test_half_a_download_is_refused(size, tmp_path, smollm2_path):
         (["--prompt-ids", "1,x"], ["--prompt-ids", "1,x"]),
         (["--prompt-ids", "1,2"], ["not both"]),
         (["--colour"], ["--colour"]),
+        (["--beams", "0"], ["--beams", "'0' is not a whole number, 1 or above"]),
+        (["--beams", "4", "--length-penalty", "11"], ["length_penalty is 11.0", "from -10 to 10"]),
+        (["--beams", "4", "--temperature", "1"], ["temperature is 1.0, a beam search wants 0"]),
+        (["--beams", "4", "--seed", "0"], ["seed is 0", "leave seed out"]),
+        (["--beams", "4", "--session", "x"], ["--session has no place in a beam search"]),
+        (["--beams", "4", "--top-logprobs", "0", "--json"], ["--top-logprobs has no place"]),
+        (["--beams", "4", "--lookup"], ["--lookup has no place"]),
+        (["--length-penalty", "2"], ["--length-penalty is for a beam search: add --beams 4"]),
     ],
 )
 def test_wrong_arguments_are_refused_before_a_model_is_loaded(arguments, words):

@@ -34,6 +34,7 @@ def test_the_text_is_that_of_one_process(ranks, smollm2_path):
     for command in (
         ["generate", "-n", "30", "Once upon a time"],
         ["generate", "-n", "12", "--temperature", "1", "--seed", "7", "Once upon a time"],
+        ["generate", "-n", "12", "--beams", "4", "Once upon a time"],
         ["chat", "Name the capital of France."],
         ["generate", "-n", "12", "--lookup", "One, two, three, one, two, three, one,"],
         ["generate", "-n", "6", "--draft", str(smollm2_path), "Once upon a time"],

@@ -67,6 +67,10 @@ class ParameterError(NumpyLlamaError, ValueError):
     """An argument of a call is out of its range."""
 
 
+class GrammarError(ParameterError):
+    """A JSON schema, a regular expression or a grammar is broken, too large or not supported."""
+
+
 class ContextOverflowError(NumpyLlamaError):
     """The context has no room for all the tokens."""
 

@@ -51,6 +51,7 @@ from .generation.speculative import (
     check_same_vocabulary,
     relative_cost,
 )
+from .generation.structured import Constraint, Grammar
 from .generation.transcript import Completion, Piece, StopTexts, Transcript, checked_texts
 from .model import Transformer
 from .rope import DynamicScaling
@@ -182,6 +183,8 @@ class Llama:
         max_tokens: default None, until an end token or the end of the context. stop: texts to end before.
         session: a `Session` to continue. on_prefill(done, total): called as the prompt is computed.
         draft: `Lookup()`, or `new_drafter(...)`: the same text in fewer passes, if drafted ids are accepted.
+        One of json_schema, regex, grammar: the text follows it, but max_tokens may cut it. They are a JSON
+        schema as a dict, a regular expression for the whole text, a grammar in llguidance's form of Lark.
         top_logprobs: give `logprobs` to pieces and completion: the log probability of each new token, and the
         N likeliest ids with theirs. They are the model's own, before any step of sampling.
         The options of `Sampler` too: temperature, top_k, top_p, min_p, repetition_penalty, seed, typical_p,
@@ -367,13 +370,16 @@ class Llama:
             raise ParameterError(f"logit_bias has id {key}, the last one is {self.tokenizer.n_used - 1}")
         return key
 
-    def _limits(self, max_tokens: int | None, top_logprobs: int | None) -> dict[str, Any]:
-        """The options of `Request`."""
+    def _limits(self, max_tokens: int | None, top_logprobs: int | None, **rules: Any) -> dict[str, Any]:
+        """The options of `Request`. `rules` are the arguments of `Grammar`; all may be None."""
         ends, n_used = self.tokenizer.eos_ids, self.tokenizer.n_used
         if top_logprobs is not None:
             check_whole("top_logprobs", top_logprobs, 0, n_used)
         limits = {"max_tokens": max_tokens, "stop_ids": ends, "vocab_size": n_used}
-        return limits | {"top_logprobs": top_logprobs}
+        constraint = None
+        if any(rule is not None for rule in rules.values()):
+            constraint = Constraint(Grammar(**rules), self.tokenizer)
+        return limits | {"top_logprobs": top_logprobs, "constraint": constraint}
 
     def _stream(
         self,
@@ -386,6 +392,9 @@ class Llama:
         on_prefill: Callable[[int, int], None] | None = None,
         top_logprobs: int | None = None,
         draft: Drafter | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **sampling: Any,
     ) -> Iterator[Piece]:
         on_prefill = _silent if on_prefill is None else on_prefill
@@ -395,7 +404,8 @@ class Llama:
         room = self._room(prompt, max_tokens)
         session = self.new_session(room) if session is None else session
         sampler, stop_texts = self._sampler(**sampling), StopTexts(stop)
-        limits = self._limits(max_tokens, top_logprobs)
+        rules = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+        limits = self._limits(max_tokens, top_logprobs, **rules)
         return self._pieces(prompt, session, sampler, stop_texts, at_start, limits, on_prefill, draft)
 
     def _pieces(
@@ -410,7 +420,7 @@ class Llama:
         draft: Drafter | None,
     ) -> Iterator[Piece]:
         self.check_unchanged()
-        transcript = Transcript(self.tokenizer, stop_texts, at_start)
+        transcript = self._transcript(stop_texts, at_start, limits)
         request = Request(prompt, session, sampler, **limits)
         speculation = None if draft is None else Speculation(draft)
         ids = generate_request(self.model, request, on_prefill, speculation or decode)
@@ -436,12 +446,16 @@ class Llama:
         stop: Iterable[str] | None = None,
         top_logprobs: int | None = None,
         draft: None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         if draft is not None:
             raise ParameterError("a batch takes no `draft`: give each prompt to `generate` by itself")
         sampler, stop = self._sampler(**sampling), StopTexts(stop).stop
-        limits = self._limits(max_tokens, top_logprobs)
+        rules = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+        limits = self._limits(max_tokens, top_logprobs, **rules)
         encoded, sequences = [], []
         for i, prompt in enumerate(prompts):
             with naming(i):
@@ -452,13 +466,17 @@ class Llama:
             with naming(i):
                 sequences.append(Request(prompt, self.new_session(room), sampler, **limits))
         self.check_unchanged()
-        transcripts = [Transcript(self.tokenizer, StopTexts(stop), at_start) for _ in encoded]
+        transcripts = [self._transcript(StopTexts(stop), at_start, limits) for _ in encoded]
         for i, token in generate_batch(self.model, sequences):
             transcripts[i].push(token)
             if transcripts[i].stopped:
                 sequences[i].stop()
         ended = zip(transcripts, encoded, sequences, strict=True)
         return [cast(Completion, t.finish(prompt, s.reason, s.logprobs).completion) for t, prompt, s in ended]
+
+    def _transcript(self, stop_texts: StopTexts, at_start: bool, limits: Mapping[str, Any]) -> Transcript:
+        """With a constraint the text has every byte of its tokens: SentencePiece's first space stays too."""
+        return Transcript(self.tokenizer, stop_texts, at_start and limits["constraint"] is None)
 
     def _check_memory(self, rooms: Sequence[int]) -> None:
         """ResourceLimitError unless there is memory for KV caches of these sizes in positions."""

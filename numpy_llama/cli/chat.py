@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     messages.append({"role": "user", "content": question})
     with common.prefill_bar() as on_prefill:
         stream = llama.stream_chat(messages, on_prefill=on_prefill, **options)
-        common.run_stream(stream, args.json, llama.tokenizer)
+        completion = common.run_stream(stream, args.json, llama.tokenizer)
+    common.note_cut(completion, options)
 
 
 def load_model(args: argparse.Namespace) -> Llama:

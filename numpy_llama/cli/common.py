@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -20,10 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn
 
 from ..checkpoint.download import DEFAULT_MODEL, locate, on_the_hub
+from ..checkpoint.files import MappedFile
 from ..checkpoint.hub import PREFIX
+from ..checkpoint.json_file import JsonFile
 from ..errors import NumpyLlamaError, ParameterError, TextError, escape, printable, visible
 from ..generation.sampling import Logprobs, Sampler
 from ..generation.speculative import Drafter, Lookup
+from ..generation.structured import Grammar
 from ..generation.transcript import Completion, Piece
 from ..llama import Llama, finish, load
 from ..text.tokenizer import PADDING, Tokenizer
@@ -215,6 +218,17 @@ def add_sampling_arguments(
         metavar="MODEL",
         help="the same text in fewer passes: a smaller model with the same vocabulary proposes tokens",
     )
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema", type=path, metavar="FILE", help="the text is JSON that this JSON schema describes"
+    )
+    form.add_argument("--regex", metavar="TEXT", help="the text matches this regular expression as a whole")
+    form.add_argument(
+        "--grammar",
+        type=path,
+        metavar="FILE",
+        help="the text follows this grammar, in llguidance's form of Lark",
+    )
 
 
 def bias(text: str) -> tuple[int | str, float]:
@@ -276,7 +290,21 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.top_logprobs is not None and not args.json:
         raise ParameterError("--top-logprobs is for JSON: add --json")
     names = "max_tokens", "stop", "top_logprobs"
-    return sampling | {name: getattr(args, name) for name in names}
+    return sampling | form_options(args) | {name: getattr(args, name) for name in names}
+
+
+def form_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The option that gives the text a form, if there is one: its file is read, and it is compiled."""
+    options: dict[str, Any] = {}
+    if args.json_schema is not None:
+        options["json_schema"] = JsonFile(args.json_schema).values
+    if args.regex is not None:
+        options["regex"] = args.regex
+    if args.grammar is not None:
+        options["grammar"] = as_text(MappedFile(args.grammar, "a grammar").map[:], str(args.grammar))
+    if options:
+        Grammar(**options)
+    return options
 
 
 def note_filters(options: dict[str, Any]) -> None:
@@ -464,11 +492,12 @@ def written(stream: Iterable[Piece]) -> Generator[Piece, None, None]:
             sys.stdout.flush()
 
 
-def show(stream: Iterable[Piece]) -> None:
+def show(stream: Iterable[Piece]) -> Completion:
     """Print a generation as it arrives. If stderr is a terminal, its speed is printed there."""
     completion = finish(written(stream))
     if sys.stderr.isatty():
         print_speed(completion)
+    return completion
 
 
 def print_speed(completion: Completion) -> None:
@@ -491,12 +520,22 @@ def collect(stream: Iterable[Piece], into: list[str]) -> Iterator[Piece]:
 
 def run_stream(
     stream: Iterable[Piece], as_json: bool, tokenizer: Tokenizer, beams: Iterable[Completion] = ()
-) -> None:
+) -> Completion:
     """Print one generation, as text or as JSON. `beams`: all those that a beam search has found."""
-    if as_json:
-        print(completion_json(finish(stream), tokenizer, beams))
-    else:
-        show(stream)
+    if not as_json:
+        return show(stream)
+    completion = finish(stream)
+    print(completion_json(completion, tokenizer, beams))
+    return completion
+
+
+def note_cut(completion: Completion, options: Mapping[str, Any]) -> None:
+    """Print a note if a text that follows a grammar was cut."""
+    if completion.finish_reason == "length" and {"json_schema", "regex", "grammar"} & {*options}:
+        n = len(completion.tokens)
+        note(
+            f"the text was cut after {n} tokens, it may be incomplete: a larger --max-tokens leaves more room"
+        )
 
 
 def results_json(results: Any) -> str:

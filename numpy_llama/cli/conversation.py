@@ -146,6 +146,8 @@ class Conversation:
         elif (done := piece.completion) is not None:
             if done.finish_reason == "length" and len(ids) != max_tokens:
                 common.note("the context is full, so the answer ends here")
+            else:
+                common.note_cut(done, self.options)
             if self.speed:
                 common.print_speed(done)
 

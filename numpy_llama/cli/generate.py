@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
     options["draft"] = common.drafter(args, llama)
     with common.prefill_bar() as on_prefill:
         stream = llama.stream(prompt, on_prefill=on_prefill, **options)
-        common.run_stream(stream, args.json, llama.tokenizer)
+        completion = common.run_stream(stream, args.json, llama.tokenizer)
+    common.note_cut(completion, options)
     if args.session is not None:
         llama.save_session(options["session"], args.session)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..model import Function, Transformer, TransformerBlock
 from ..window import PREFILL_CHUNK
 from .sampling import Logprobs, Sampler, logprobs
 from .session import Session
+from .structured import Constraint
 
 
 def forward(model: Transformer, ids: Sequence[int], session: Session) -> np.ndarray:
@@ -66,7 +68,8 @@ class Request:
 
     `reason` is "stop" after an id in `stop_ids`, which is not returned. It is "length" after `max_tokens`
     ids, or at the end of the context. Ids from `vocab_size` on are never chosen: they have no token, and
-    their rows only pad the embedding. With `top_logprobs`, `logprobs` has an entry for each new id, from the
+    their rows only pad the embedding. With a `constraint` only ids that it allows are chosen, and a text that
+    is complete ends with "stop". With `top_logprobs`, `logprobs` has an entry for each new id, from the
     logits of the model as they were before sampling.
     """
 
@@ -79,6 +82,7 @@ class Request:
         stop_ids: Collection[int] = (),
         vocab_size: int | None = None,
         top_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ):
         if not prompt:
             raise ParameterError("the prompt is empty: there is nothing to continue")
@@ -94,6 +98,7 @@ class Request:
         self.stop_ids, self.vocab_size, self.reason = stop_ids, vocab_size, "length"
         self.top_logprobs = top_logprobs or 0
         self.logprobs: list[Logprobs] | None = None if top_logprobs is None else []
+        self.constraint = copy(constraint)  # its state is that of this request
         with session.alone():
             session.user, self._session = self, session
 
@@ -109,8 +114,10 @@ class Request:
         """The next id; None at the end."""
         if not self.left:
             return None
+        logits = logits[: self.vocab_size]
+        allowed = logits if self.constraint is None else self.constraint(logits)
         try:
-            token = self.sampler(logits[: self.vocab_size], self.ids, self.state)
+            token = self.sampler(allowed, self.ids, self.state)
         except NumericsError as error:
             where = f"position {len(self.ids) - 1}, token {self.ids[-1]}"
             raise NumericsError(f"{where}: every layer's output is finite, but {error}") from None
@@ -118,9 +125,11 @@ class Request:
             self.stop()
             return None
         if self.logprobs is not None:
-            self.logprobs.append(logprobs(logits[: self.vocab_size], token, self.top_logprobs))
+            self.logprobs.append(logprobs(logits, token, self.top_logprobs))
         self.ids.append(token)
         self.left -= 1
+        if self.constraint is not None and self.constraint.take(token):
+            self.stop()
         return token
 
     def stop(self) -> None:

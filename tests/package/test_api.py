@@ -102,6 +102,7 @@ def call(llama, path, tmp_path, monkeypatch):
     """A function that calls any of these with what it needs, but for what is given."""
     (tmp_path / f"{download.DEFAULT_MODEL}.gguf").touch()  # it is there, and is not fetched
     monkeypatch.setenv("NUMPY_LLAMA_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # a path that works is a file here
     usual = {
         nl.load: {"model": path},
         nl.load_tokenizer: {"path": path},

@@ -69,6 +69,18 @@ class Scripted(Drafter):
         return [i if self.rng.random() < self.right else int(self.rng.integers(0, V)) for i in rest[:n]]
 
 
+class AlmostRight(Drafter):
+    """Every other draft ends with a wrong id."""
+
+    def __init__(self, text):
+        self.text, self.times = text, 0
+
+    def propose(self, ids, k):
+        self.times += 1
+        draft = self.text[len(ids) : len(ids) + k]
+        return [*draft[:-1], 0] if self.times % 2 else draft
+
+
 class Eager(Speculation):
     """Drafts as many ids as fit, whatever was accepted."""
 
@@ -382,6 +394,29 @@ def test_a_stream_is_the_same(llama, small_path, draft):
         )
         assert done.drafts.accepted <= done.drafts.drafted
         assert pickle.loads(pickle.dumps(done)) == done
+
+
+def test_a_text_with_a_rule_is_the_same(llama):
+    """The rule sees each chosen id once, and no drafted id that is not chosen."""
+    options = {"regex": "(ab|ac){6}d", "temperature": 1.0, "seed": 4}
+    plain = llama.generate("abacabacabac", **options)
+    drafted = llama.generate("abacabacabac", draft=nl.Lookup(), **options)
+    assert (drafted.text, drafted.finish_reason) == (plain.text, plain.finish_reason) == (plain.text, "stop")
+    assert 0 < drafted.drafts.accepted < drafted.drafts.drafted
+
+
+def test_what_comes_from_a_session_after_drafts_is_the_same(llama, tmp_path):
+    """A file and a branch have the chosen ids only."""
+    plain, session = llama.new_session(), llama.new_session()
+    made = llama.generate("abab", max_tokens=20, session=plain).tokens
+    prompt = [256, *b"abab"]
+    found = llama.generate("abab", max_tokens=20, session=session, draft=AlmostRight([*prompt, *made])).tokens
+    assert found == made and session.ids == plain.ids
+    llama.save_session(session, tmp_path / "one")
+    again = [*prompt, *made, 7]
+    wanted = llama.generate(again, max_tokens=9).tokens
+    for one in (session.branch(), llama.load_session(tmp_path / "one"), session):
+        assert llama.generate(again, max_tokens=9, session=one).tokens == wanted
 
 
 def test_a_conversation_keeps_what_the_draft_model_has_computed(llama, small_path):

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # before the libraries are imported: their bars are many
+    os.environ.update(TQDM_DISABLE="1")  # before the libraries with their many bars are imported
     from ..evaluation.harness import HarnessModel
     from ..evaluation.run import evaluate, quiet
     from ..evaluation.store import Store

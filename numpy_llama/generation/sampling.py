@@ -159,8 +159,9 @@ def xtc(logits: Array, probability: float, threshold: float, rng: np.random.Gene
     if rng.random() >= probability:
         return logits
     probs = softmax(logits)
-    out = np.where(probs < threshold, logits, -np.inf)
-    least = np.where(probs < threshold, np.inf, probs).argmin()
+    top = (probs >= threshold) & (logits > -np.inf)  # at threshold 0 not the ids that are filtered already
+    out = np.where(top, -np.inf, logits)
+    least = np.where(top, probs, np.inf).argmin()
     out[least] = logits[least]
     return out
 

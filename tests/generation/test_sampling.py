@@ -183,6 +183,11 @@ def test_sampler_takes_what_makes_sense():
 # --- the sampler ------------------------------------------------------------------------------------------
 
 
+def test_xtc_at_threshold_0_keeps_no_id_that_a_filter_has_dropped():
+    logits = np.array([1, 3, -np.inf, 1], np.float32)
+    assert sampling.xtc(logits, 1.0, 0.0, Fixed(0.0)).tolist() == [1, -np.inf, -np.inf, -np.inf]
+
+
 @given(all_logits(), st.data())
 def test_temperature_0_is_greedy_after_the_penalties(logits, data):
     seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=9))

@@ -60,7 +60,7 @@ def beam_options(args: argparse.Namespace, options: dict[str, Any]) -> dict[str,
         if args.length_penalty is not None:
             raise ParameterError("--length-penalty is for a beam search: add --beams 4")
         return None
-    for name in ("session", "top_logprobs", "lookup", "draft"):
+    for name in ("session", "top_logprobs", "lookup", "draft", "json_schema", "regex", "grammar"):
         if getattr(args, name) not in (None, False):
             option = name.replace("_", "-")
             raise ParameterError(f"--{option} has no place in a beam search: leave out one of the two")

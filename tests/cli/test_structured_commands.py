@@ -76,6 +76,11 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(options, code, words,
         assert_refused(run(verb, "-m", "no-such-model", "x", *options, cwd=tmp_path), code, *words)
 
 
+def test_a_beam_search_takes_no_form():
+    done = run("generate", "x", "--beams", "2", "--regex", "a")
+    assert_refused(done, 2, "--regex has no place in a beam search")
+
+
 def test_without_the_extra_one_line_names_it(tmp_path):
     (tmp_path / "llguidance.py").write_text("raise ImportError")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

@@ -5,7 +5,8 @@ At each step the ids that the grammar forbids get the logit -inf, and the sample
 of all tokens. An end id is allowed where the text may end, and nowhere else.
 
     the text so far     {"age":4
-    allowed             2   }   05   }<end of the JSON>
+    allowed             2   20   }        any token that continues it to a valid JSON
+    -inf                "   ,   .   Oslo
 
 llguidance raises no errors, so its state is looked at after each step.
 """

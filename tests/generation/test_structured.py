@@ -33,6 +33,7 @@ from numpy_llama.errors import GrammarError, ParameterError, UnsupportedError
 from numpy_llama.generation import structured
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.generation.session import Session
+from numpy_llama.generation.speculative import Drafter
 from numpy_llama.generation.structured import Constraint, Grammar, Vocabulary, fault_of
 from numpy_llama.text.tokenizer import UNUSED, Tokenizer, tokenizer_from_gguf
 
@@ -448,6 +449,23 @@ def test_a_batch_has_the_texts_of_single_generations(llama):
     batch = llama.generate_batch(prompts, **options)
     assert [done.text for done in batch] == [done.text for done in alone]
     assert all(done.finish_reason == "stop" and json.loads(done.text) for done in batch)
+
+
+@pytest.mark.parametrize("temperature", [0, 2])
+def test_drafts_change_nothing(llama, temperature):
+    """Each draft is right, or wrong in its second id: the constraint takes only what was chosen."""
+    options = {"json_schema": PERSON, "temperature": temperature, "seed": 3}
+    plain = llama.generate("x", **options)
+
+    class Known(Drafter):
+        def propose(self, ids, k):
+            begin = len(ids) - len(plain.prompt_tokens)
+            draft = plain.tokens[begin : begin + k]
+            return draft[:1] + [5] * (len(draft) - 1) if begin % 3 == 2 else draft
+
+    drafted = llama.generate("x", draft=Known(), **options)
+    assert (drafted.text, drafted.tokens, drafted.finish_reason) == (plain.text, plain.tokens, "stop")
+    assert drafted.drafts.accepted > 0
 
 
 def test_a_stop_text_still_ends_it(llama):

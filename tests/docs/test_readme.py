@@ -117,6 +117,7 @@ def test_the_commands_run(line, smollm2_path, tmp_path):
     shutil.copy(ROOT / "docs" / "course" / "wikitext.txt", tmp_path / "corpus.txt")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who wrote Faust?", "completion": "Goethe."}')
+    (tmp_path / "person.json").write_text(blocks(ROOT / "docs" / "guide" / "use.md", "json")[0])
     (tmp_path / "questions.jsonl").write_text('{"query": "Ice is", "choices": ["cold", "blue"], "gold": 0}')
     if "-m run1" in line:
         (tmp_path / "run1").symlink_to(smollm2_path)

@@ -68,8 +68,8 @@ class DraftModel(Drafter):
         self.model, self.session, self.cost, self.limits = model, session, cost, limits
 
     def propose(self, ids: Sequence[int], k: int) -> Sequence[int]:
-        if len(ids) >= self.session.cache.max_seq_len:
-            return []
+        if len(ids) >= self.session.cache.max_seq_len or max(ids) >= self.model.args.vocab_size:
+            return []  # an id may be new in the larger of two vocabularies
         try:
             return [*generate(self.model, ids, self.session, Sampler(), max_tokens=k, **self.limits)]
         except NumericsError as error:

@@ -229,6 +229,7 @@ def test_half_a_download_is_refused(size, tmp_path, smollm2_path):
         (["--beams", "4", "--session", "x"], ["--session has no place in a beam search"]),
         (["--beams", "4", "--top-logprobs", "0", "--json"], ["--top-logprobs has no place"]),
         (["--beams", "4", "--lookup"], ["--lookup has no place"]),
+        (["--beams", "4", "--regex", "a+"], ["--regex has no place in a beam search"]),
         (["--length-penalty", "2"], ["--length-penalty is for a beam search: add --beams 4"]),
     ],
 )

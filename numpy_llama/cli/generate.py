@@ -61,7 +61,8 @@ def beam_options(args: argparse.Namespace, options: dict[str, Any]) -> dict[str,
             raise ParameterError("--length-penalty is for a beam search: add --beams 4")
         return None
     for name in ("session", "top_logprobs", "lookup", "draft", "json_schema", "regex", "grammar"):
-        if getattr(args, name) not in (None, False):
+        given = getattr(args, name)
+        if given is not None and given is not False:  # --top-logprobs 0 is given
             option = name.replace("_", "-")
             raise ParameterError(f"--{option} has no place in a beam search: leave out one of the two")
     check_no_chance(options.get("temperature", 0), options.get("seed"))

@@ -203,7 +203,7 @@ class Conversation:
             origin = next(i for i, options in enumerate(self.options.maps) if one in options)
             words = ("given", "the model's", "default", "")[origin]
             shown = "off" if self.options[one] is None else self.options[one]
-            print(f"{one:<20}{shown!s:<8}{words}".rstrip(), file=sys.stderr)
+            print(f"{one:<20}{shown!s:<7} {words}".rstrip(), file=sys.stderr)
 
     def parsed(self, name: str, value: str) -> Any:
         """The value of an option as the command line reads it."""

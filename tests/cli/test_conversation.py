@@ -151,7 +151,8 @@ def test_set_changes_the_next_answer(talk, typed, llama):
 
 def test_an_option_without_a_number_is_set_too(talk, typed, llama):
     """A space before the text of a token is part of it."""
-    typed("/set logit_bias  =2.5", "/set dry_multiplier 0.8", "hi")
+    _, err = typed("/set logit_bias  =2.5", "/set dry_multiplier 0.8", "hi")
+    assert err.splitlines()[0].endswith("{' ': 2.5} given")
     way = DEFAULTS | {"logit_bias": {" ": 2.5}, "dry_multiplier": 0.8}
     assert talk.messages[-1] == assistant(llama.chat([user("hi")], max_tokens=8, seed=1, **way).text)
 

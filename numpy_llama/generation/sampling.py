@@ -63,6 +63,7 @@ def dry(
     of `breakers`, and no breaker gets a penalty. DRY, "don't repeat yourself", by p-e-w, as in llama.cpp.
     """
     seen, repeats = _as_ids(seen_ids, len(logits)), np.zeros(len(logits), np.int64)
+    allowed_length = min(allowed_length, len(seen) + 1)  # no repeat has more ids, and an int64 holds it
     # A longer repeat would give a penalty above the largest float32.
     most = allowed_length + (int(np.log(np.finfo(np.float32).max) / np.log(base)) if base > 1 else 0)
     n, at = 0, np.arange(1, len(seen))  # the places of the ids behind the last n ids
@@ -103,7 +104,8 @@ def apply_temperature(logits: Array, temperature: float) -> Array:
 def top_n_sigma(logits: Array, n: float) -> Array:
     """Keep x_i >= max x - n sigma, the standard deviation of the logits (Tang et al. 2024)."""
     sigma = logits[logits > -np.inf].std(dtype=np.float64)
-    return np.where(logits >= logits.max() - n * sigma, logits, -np.inf)
+    with np.errstate(over="ignore"):  # a very large n keeps all
+        return np.where(logits >= logits.max() - n * sigma, logits, -np.inf)
 
 
 def top_k(logits: Array, k: int) -> Array:
@@ -169,7 +171,8 @@ def xtc(logits: Array, probability: float, threshold: float, rng: np.random.Gene
 def mirostat(logits: Array, mu: float) -> Array:
     """Keep -log2 p_i <= mu, and always the likeliest (mirostat 2 of Basu et al. 2021)."""
     bits = surprise(logits)
-    return np.where(bits <= max(mu, bits.min()), logits, -np.inf)
+    with np.errstate(over="ignore"):  # a very large mu keeps all
+        return np.where(bits <= max(mu, bits.min()), logits, -np.inf)
 
 
 def surprise(logits: Array) -> Array:

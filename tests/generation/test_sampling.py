@@ -171,6 +171,22 @@ def test_sampler_refuses_what_makes_no_sense(bad):
     assert repr(value) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"top_n_sigma": 1e308},
+        {"mirostat_tau": 1e300},
+        {"mirostat_tau": 3.0, "mirostat_eta": 1e300},
+        {"dry_multiplier": 1.0, "dry_allowed_length": 10**20},
+    ],
+)
+def test_a_very_large_setting_is_no_error_and_no_warning(setting, rng):
+    sampler = Sampler(1.0, seed=1, **setting)
+    state, seen = sampler.new_state(), [1, 2, 1, 2]
+    for logits in rng.normal(size=(20, 9)).astype(np.float32) * 5:
+        seen.append(sampler(logits, seen, state))
+
+
 def test_sampler_takes_what_makes_sense():
     Sampler(np.float32(0.5), np.int64(4), 1, 0, np.float64(1.1), np.uint32(7))
     Sampler(0, 10**9, 0.0, 1.0, 0.5, 2**70)

@@ -149,7 +149,10 @@ def test_properties_that_must_be_there_may_be_counted():
 # ---------------------------------------------------------------- regular expressions
 
 
-ATOMS = st.sampled_from([*'ab é/"#', r"\d", r"\w", "[a-f]", "[^ab]", ".", r"\.", "🦙", r"\n", r"\\", "the "])
+# Without \d and \w: in llguidance the latter has combining marks too, and its Unicode is newer than Python's.
+ATOMS = st.sampled_from(
+    [*'ab é/"#', "[0-9]", "[a-zé]", "[a-f]", "[^ab]", ".", r"\.", "🦙", r"\n", r"\\", "the "]
+)
 REGEXES = st.recursive(
     ATOMS,
     lambda inner: (

@@ -326,3 +326,24 @@ def linear_by_rows(x, w, cuts, linear):
 def linear_by_columns(x, w, cuts, linear):
     """(..., IN), (OUT, IN), slices of IN, a function -> (..., OUT)."""
     raise NotImplementedError
+
+
+# Chapter 22: of all beams with one more id, the k highest scores[b] + log_p[b, id]. Highest first; of equal
+# ones the lowest beam, then the lowest id.
+def best_continuations(scores, log_p, k):
+    """(B,), (B, V), k -> list of (beam, id, score)."""
+    raise NotImplementedError
+
+
+# Chapter 22: at most k ids that followed the last three ids at their newest earlier place. Without such a
+# place look for the last two. Without that, the draft is empty.
+def lookup(ids, k):
+    """list of ids, k -> list of ids."""
+    raise NotImplementedError
+
+
+# Chapter 23: the sum of log softmax(logits_i)[id_i], and whether each id is the likeliest of its row. It must
+# also work where a logit is 10000.
+def log_likelihood(logits, ids):
+    """(n, V), n ids -> (float, bool)."""
+    raise NotImplementedError

@@ -31,6 +31,17 @@ class Score(NamedTuple):
     is_greedy: bool
 
 
+def log_likelihood(logits: Array, ids: Sequence[int]) -> Score:
+    """sum_i log softmax(logits_i)[id_i] in float64, and whether each id is the likeliest; (n, V), n ids."""
+    highest = logits.max(axis=-1, initial=-np.inf)  # (n,)
+    if not np.isfinite(highest).all():
+        i = int(np.isfinite(highest).argmin())
+        raise NumericsError(f"before id {ids[i]}: the largest logit is {highest[i]}, not finite")
+    rows = zip(ids, map(log_softmax, logits), strict=True)
+    likeliest = logits.argmax(axis=-1).tolist() if len(logits) else []
+    return Score(float(sum(row[token] for token, row in rows)), likeliest == [*ids])
+
+
 class Scorer:
     """Scores of continuations by a model. `computed` counts the ids that a forward pass computed."""
 
@@ -77,11 +88,8 @@ class Scorer:
             for begin in range(first, len(ids), PREFILL_CHUNK):
                 chosen = ids[begin : begin + PREFILL_CHUNK]
                 rows = np.array(self._h[begin - 1 : begin - 1 + len(chosen)])
-                for token, logits in zip(chosen, self.model.logits(rows), strict=True):
-                    if not np.isfinite(highest := logits.max()):
-                        raise NumericsError(f"before id {token}: the largest logit is {highest}, not finite")
-                    total += float(log_softmax(logits)[token])
-                    is_greedy &= int(logits.argmax()) == token
+                found = log_likelihood(self.model.logits(rows), chosen)
+                total, is_greedy = total + found.log_likelihood, is_greedy and found.is_greedy
         return Score(total, is_greedy)
 
     def _compute(self, ids: list[int]) -> None:

@@ -21,11 +21,11 @@ from .. import backward, cache, functional, learner, model, window
 from ..backend import formats
 from ..config import Array, ModelArgs
 from ..errors import BuildError
-from ..generation import sampling
+from ..generation import sampling, scoring
 from ..parallel import cut
 from ..text import bpe
 from ..training import lora, objectives, optimizer
-from . import cutting
+from . import continuations, cutting
 
 if TYPE_CHECKING:
     from ..backend.kernels import Kernels
@@ -67,6 +67,8 @@ OPERATIONS = {
     objectives: ("dpo",),
     cut: ("cut",),
     cutting: ("cut_heads", "linear_by_rows", "linear_by_columns"),
+    scoring: ("log_likelihood",),
+    continuations: ("best_continuations", "lookup"),
 }
 # `windowed_attention` is `attention` with its window.
 NAMES = [*(name for names in OPERATIONS.values() for name in names), "windowed_attention"]

@@ -807,6 +807,31 @@ BUGS = [
         "LowRank(part.lora_a, part.lora_b, 1.0)",
         "tests/training/test_finetune.py::test_the_adapter_that_is_saved_is_the_one_that_was_trained",
     ),
+    # --- several continuations
+    Bug(
+        "the length of a beam counts the prompt",
+        "huggingface/transformers#27351",
+        "numpy_llama/generation/beam.py",
+        "score=beam.score / n**self.length_penalty",
+        "score=beam.score / (n + len(request.ids)) ** self.length_penalty",
+        "tests/generation/test_beam.py",
+    ),
+    Bug(
+        "a rejected draft stays in the session",
+        "ml-explore/mlx-lm#1109",
+        "numpy_llama/generation/speculative.py",
+        "session.ids.append(ids[0])",
+        "session.ids.extend(ids)",
+        "tests/generation/test_speculative.py",
+    ),
+    Bug(
+        "a choice is scored one position too early",
+        "facebookresearch/lingua#28",
+        "numpy_llama/generation/scoring.py",
+        "rows = np.array(self._h[begin - 1 : begin - 1 + len(chosen)])",
+        "rows = np.array(self._h[begin - 2 : begin - 2 + len(chosen)])",
+        "tests/generation/test_scoring.py",
+    ),
     # --- several ranks
     Bug(
         "query heads are cut from their key head",

@@ -538,3 +538,83 @@ def networks(curves):
     axes.set(xlabel="machines", ylabel="tokens a second", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+def tree_of_beams(prompt, beams=3, steps=5, shown=5):
+    """The beams of a search, step by step, and the path of greedy decoding."""
+    llama = model()
+    start = llama.tokenizer.encode(prompt)
+
+    def log_p(ids):
+        logits = llama.model(np.array([[*start, *ids]]))[0, -1].astype(np.float64)
+        return np.log(F.softmax(logits))
+
+    columns, running, greedy = [], [(0.0, ())], ()
+    for _ in range(steps):
+        grown = []
+        for total, ids in running:
+            row = log_p(ids)
+            grown += [(total + row[i], (*ids, int(i))) for i in np.argsort(-row)[:shown]]
+        grown.sort(reverse=True)
+        following = (*greedy, int(log_p(greedy).argmax()))
+        column = grown[:shown]
+        if following not in [ids for _, ids in column]:
+            column[-1] = (sum(log_p(following[:n])[following[n]] for n in range(len(following))), following)
+        columns.append(column)
+        running, greedy = grown[:beams], following
+
+    best = {ids[:n] for _, ids in running for n in range(steps + 1)}
+    _, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    places = {(): (0.0, (shown - 1) / 2)}
+    axes.text(0, (shown - 1) / 2, "prompt", ha="center", va="center", color="grey")
+    for step, column in enumerate(columns, 1):
+        for rank, (total, ids) in enumerate(column):
+            places[ids] = step, shown - 1 - rank
+            colour = ACCENT if ids == greedy[:step] else INK if ids in best else PALE
+            x, y = places[ids[:-1]]
+            axes.plot([x + 0.32, step - 0.32], [y, shown - 1 - rank], color=colour, lw=1.3, zorder=0)
+            axes.text(
+                step,
+                shown - 1 - rank,
+                repr(llama.tokenizer.decode([ids[-1]])),
+                ha="center",
+                va="bottom",
+                fontsize=10,
+                color="black" if colour == PALE else colour,
+            )
+            axes.text(step, shown - 1 - rank, f"{total:.1f}", ha="center", va="top", fontsize=8, color="grey")
+    axes.set(xlim=(-0.5, steps + 0.5), ylim=(-0.6, shown - 0.3))
+    axes.axis("off")
+
+
+def gains_of_drafts(cost, of_a_draft, lengths=(1, 3, 7)):
+    """Tokens in the time of one, by the acceptance, for drafts that cost little and much."""
+    a = np.linspace(0, 1, 101)
+    _, all_axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axes, draft in zip(all_axes, of_a_draft, strict=True):
+        for k, colour in zip(lengths, (PALE, INK, ACCENT), strict=True):
+            tokens = (a[:, None] ** np.arange(k + 1)).sum(axis=1)
+            axes.plot(a, tokens / (1 + k * (cost + draft)), color=colour, label=f"k = {k}")
+        axes.axhline(1, color="grey", lw=0.8, ls="--")
+        axes.set(xlabel="acceptance", title=f"a drafted token costs {draft} passes")
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set(ylabel="gain", ylim=(0, None))
+    all_axes[0].legend(frameon=False)
+
+
+def two_scores(context, choices, gold):
+    """The log-likelihood of each choice, as a sum and for each character."""
+    scores = np.array(
+        [s.log_likelihood for s in model().log_likelihoods(context, [f" {c}" for c in choices])]
+    )
+    values = {"log-likelihood": scores, "log-likelihood a character": scores / [len(c) for c in choices]}
+    _, all_axes = plt.subplots(1, 2, figsize=(9, 2.4), sharey=True, layout="constrained")
+    for axes, (name, found) in zip(all_axes, values.items(), strict=True):
+        axes.barh(choices, found, color=[ACCENT if i == gold else PALE for i in range(len(choices))])
+        for i, value in enumerate(found):
+            best = {"fontweight": "bold"} if value == found.max() else {}
+            axes.text(value, i, f" {value:.1f} ", ha="right", va="center", fontsize=9, **best)
+        axes.set(xlabel=name, xlim=(1.25 * found.min(), 0))
+        axes.spines[["top", "left"]].set_visible(False)
+        axes.yaxis.set_inverted(True)
+        axes.tick_params(axis="y", length=0)

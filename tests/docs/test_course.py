@@ -17,8 +17,8 @@ CELLS = re.compile(r"^```\{code-cell\} ipython3\n(.*?)^```$", re.DOTALL | re.MUL
 PARTS = ["A picture", "What pins it down", "Your turn", "Would you have caught it?"]
 
 
-def test_there_are_twenty_two():
-    assert [path.name[:2] for path in CHAPTERS] == [f"{n:02}" for n in range(22)]
+def test_there_are_twenty_four():
+    assert [path.name[:2] for path in CHAPTERS] == [f"{n:02}" for n in range(24)]
 
 
 def test_each_word_is_explained_once_in_its_place():

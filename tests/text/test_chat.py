@@ -5,6 +5,7 @@ import tracemalloc
 from copy import copy
 from datetime import datetime
 from functools import cache
+from types import SimpleNamespace
 from unittest import mock
 
 import jinja2
@@ -27,6 +28,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import numpy_llama as nl
 from numpy_llama.checkpoint.gguf.file import GGUFFile
 from numpy_llama.cli import chat as chat_command
+from numpy_llama.cli.conversation import Conversation
 from numpy_llama.errors import MismatchError, ParameterError, TemplateError, TextError
 from numpy_llama.text.chat import CHAT_FORMATS, ChatTemplate, Llama2Chat, Llama3Chat, format_for
 from numpy_llama.text.tokenizer import tokenizer_from_gguf
@@ -297,18 +299,22 @@ def test_what_cannot_be_said_does_not_end_a_conversation(monkeypatch, capsys):
     heard = []
 
     class Speaker:
+        chat_format, sampling_defaults = Llama2Chat(), {}
+
         def new_session(self):
-            return None
+            return SimpleNamespace(cache=SimpleNamespace(max_seq_len=1000))
+
+        def encode_chat(self, messages):
+            heard.append([message["content"] for message in messages])
+            return self.chat_format.encode(SENTENCE_PIECE, messages)
 
         def stream_chat(self, messages, **options):
-            heard.append([message["content"] for message in messages])
-            Llama2Chat().encode(SENTENCE_PIECE, messages)
             yield nl.Piece("yes", 1)
             yield nl.Piece("", None, nl.Completion("yes", [1], [1], "stop", 1.0, 1.0))
 
     typed = io.BytesIO(b"say [INST]\nhello\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed))
-    chat_command.converse(Speaker(), [], {})
+    Conversation(Speaker(), None, {}).run()
     assert heard == [["say [INST]"], ["hello"]]
     output = capsys.readouterr()
     assert "has the tag [INST]" in output.err and output.out.startswith("yes\n")

@@ -29,7 +29,10 @@ def load_tasks(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Any:
     """The harness's tasks with these names. `num_fewshot`: None is the task's own, most often 0."""
-    files = [Path(name).expanduser() for name in names if name.endswith(SUFFIX)]
+    try:
+        files = [Path(name).expanduser() for name in names if name.endswith(SUFFIX)]
+    except RuntimeError as error:  # such as ~nobody/
+        raise ParameterError(f"{', '.join(map(escape, names))}: {error}") from None
     known = [name for name in names if not name.endswith(SUFFIX)]
     wanted = [*known, *(path.stem for path in files)]
     if twice := next((name for name in wanted if wanted.count(name) > 1), None):

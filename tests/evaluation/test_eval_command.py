@@ -121,6 +121,7 @@ def test_wrong_usage_is_refused(files, refused):
     refused(2, "--tasks", "-m", model)
     refused(2, "--limit", "-m", model, "--tasks", tasks, "--limit", "0")
     refused(2, "two tasks have the name 'sums'", "-m", model, "--tasks", f"{tasks},{tasks}")
+    refused(2, "~no-such-user/x.jsonl", "-m", model, "--tasks", "~no-such-user/x.jsonl")
     refused(1, "/no/such/folder/r", "-m", model, "--tasks", tasks, "--out", "/no/such/folder/r")
 
 

@@ -40,7 +40,11 @@ def chat_format(text: str) -> ChatFormat:
     """A format by its name, or a template in a file."""
     if text in CHAT_FORMATS:
         return CHAT_FORMATS[text]
-    if not (path := common.path(text)).is_file():
+    try:
+        path = common.path(text)
+    except argparse.ArgumentTypeError as error:
+        raise ParameterError(f"--chat-format {error}") from None
+    if not path.is_file():
         raise ParameterError(f"--chat-format {text}: no file, and not one of {', '.join(CHAT_FORMATS)}")
     return ChatTemplate(template_file(path))
 

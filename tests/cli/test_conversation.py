@@ -138,6 +138,11 @@ def test_an_option_comes_from_the_command_line_the_model_or_the_default(path, ll
     assert shown.keys() == options - {"dry_breakers"}  # which the command line does not have
 
 
+def test_a_template_in_the_home_of_nobody_is_refused(main, capsys):
+    assert main(["chat", "--chat-format", "~no-such-user/x", "-m", "none", "hi"]) == 2
+    assert "--chat-format '~no-such-user/x'" in capsys.readouterr().err
+
+
 def test_set_changes_the_next_answer(talk, typed, llama):
     err = typed("/set temperature 0", "/set top-k 3", "/set min_p off", "/set max_tokens 5", "hi")[1]
     assert [" ".join(line.split()) for line in err.splitlines()] == [

@@ -6,7 +6,8 @@ import numpy as np
 
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.download import pull
-from numpy_llama.parallel.load import Order, load_part
+from numpy_llama.parallel.cut import Plan, widths
+from numpy_llama.parallel.load import LoadOrder, load_part
 
 
 class Rank:
@@ -52,11 +53,21 @@ class Rank:
 
 
 def load(name, shares):
-    """The model of each rank, in the default mode of the C backend."""
+    """The model of each rank, in the default mode of the C backend. Each has all logits."""
     path = pull(name)
+    args = open_checkpoint(path).args
     parts, meeting = [None] * len(shares), threading.Barrier(len(shares), timeout=60)
-    order = Order(path, open_checkpoint(path).args, shares, None, "c", 1, False, 8, None)
-    return [load_part(Rank(rank, parts, meeting), order)[0] for rank in range(len(shares))]
+    order = LoadOrder(path, args, shares, None, "c", 1, False, 8, None)
+    vocab = widths(Plan.of(args, shares).vocab)
+
+    def part(rank):
+        model = load_part(rank, order)[0]
+        own = model.output
+        return model.with_parts(
+            {"output": lambda x: rank.gather_on_first(own(x)[..., : vocab[rank.rank]], vocab)}
+        )
+
+    return [part(Rank(rank, parts, meeting)) for rank in range(len(shares))]
 
 
 def on_all(models, step):

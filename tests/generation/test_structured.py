@@ -219,7 +219,7 @@ def test_a_grammar_may_name_control_tokens():
 
 @pytest.mark.parametrize("grammar", ['start: "a" <|im_end|> "b"', 'start: a "b"\na[stop=""]: /a+/'])
 def test_no_end_id_before_the_end(grammar):
-    """It would end the generation there. Of the first grammar nothing is left."""
+    """An end id would end the generation too early. The first grammar allows no other id, and is an error."""
     tokenizer = byte_level()
     rule = follow(constraint(tokenizer, grammar=grammar), tokenizer, "a")
     if "stop" not in grammar:

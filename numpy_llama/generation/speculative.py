@@ -14,6 +14,7 @@ The kernels give a token the same bits alone and among up to MOST_TOKENS. NumPy'
 text may differ where two ids are nearly as likely.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +37,14 @@ NGRAMS = 3, 2  # ids that a lookup compares
 PADDED = 128  # ids by which two sizes of the same vocabulary may differ
 
 
-class Drafter:
+class Drafter(ABC):
     """A source of drafts. A bad draft costs time, and never changes the text."""
 
     cost = 0.0  # the time of one drafted id, in passes of the model
 
+    @abstractmethod
     def propose(self, ids: Sequence[int], k: int) -> Sequence[int]:
         """At most k ids that may follow `ids`."""
-        raise NotImplementedError
 
 
 class Lookup(Drafter):

@@ -88,6 +88,8 @@ def follow(constraint: Constraint, tokenizer: Tokenizer, text: str) -> Constrain
 
 # ---------------------------------------------------------------- JSON schemas
 
+STRING = re.compile(r'"(?:\\.|[^"\\])*"')
+
 
 @given(name=ANY_TOKENIZER, schema=SUPPORTED, seed=SEEDS)
 def test_every_text_is_valid(name, schema, seed):
@@ -101,7 +103,7 @@ def test_every_text_is_valid(name, schema, seed):
     text, reason = random_text(rule, tokenizer, seed)
     if reason == "stop":
         Draft202012Validator(schema).validate(json.loads(text))
-        assert text == json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")) or "\\" in text
+        assert not re.search(r"\s", STRING.sub("", text)), text  # a name may occur twice, a number be 6e0
 
 
 @given(schema=schemas(st.sampled_from(UNSUPPORTED)))

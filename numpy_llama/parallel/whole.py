@@ -141,8 +141,9 @@ class WholeBlock(TransformerBlock):
             return super().__call__(x, start_pos, freqs_cis, cache)
         layer = self.attention.layer
         caches, start_pos = checked_caches(cache, start_pos, B, T, range(layer, layer + 1), shared.plan)
-        if x.dtype.kind != "f":  # a float keeps its precision, as in one process
-            x = np.asarray(x, shared.model.norm.weight.dtype)
+        dtype = shared.model.norm.weight.dtype
+        if x.dtype.kind != "f" or x.dtype.itemsize > dtype.itemsize:  # as in one process, a lower one stays
+            x = np.asarray(x, dtype)
         freqs_cis = np.asarray(freqs_cis, shared.model.freqs_cis.dtype)
         about = self.i, layer, x, start_pos, freqs_cis
         with shared.ranks.together("block", shared.number, *about, [one.number for one in caches]):

@@ -611,6 +611,7 @@ VEC_TARGET void VEC(attention)(const nl_attention_args *a, int64_t index, int64_
     const int decode = a->format != F32 && a->T <= NL_GEMV_TOKENS && a->Dh % TILE_COLS == 0;
     const int64_t step = decode ? DECODE_KV_BLOCK : KV_BLOCK, seen_from = first_visible(a, &b.qb, 0);
     if (seen_from > b.j) b.j += (seen_from - b.j) / step * step;
+    if (a->dropped > b.j) b.j = a->dropped;
     for (; b.j < span_end; b.j += step) {
         b.n = span_end - b.j < step ? span_end - b.j : step;
         switch (a->format) {

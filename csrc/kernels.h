@@ -108,7 +108,8 @@ typedef struct {
     int64_t begin, end;                 /* the queries of T to compute */
     float *lse;      /* (B, H, T) log(sum(exp(scores))) of each softmax; NULL: not stored */
     int64_t window;  /* a query sees the last `window` positions, its own included; 0: all */
-    int64_t dropped; /* positions that no query sees, and that k and v begin behind: whole KV blocks */
+    int64_t dropped; /* positions that no query sees, and that k and v begin behind. The bits are those of 0
+                      * where they are whole KV blocks */
 } nl_attention_args;
 
 /* out[:, begin:end] = (softmax(q @ k.T / sqrt(Dh) + causal_mask(T, S, window)) @ v)[:, begin:end]

@@ -579,6 +579,22 @@ def test_dropped_positions_change_no_bit(isa, T, n_rep, window, blocks, beside, 
             np.testing.assert_array_equal(bits(some[:, -1]), bits(whole[:, t]))
 
 
+@for_each
+@given(
+    T=st.one_of(st.integers(1, 8), st.sampled_from([20, 130])),
+    window=st.sampled_from([1, 100, 900]),
+    dropped=st.integers(0, 1500),
+    dtype=st.sampled_from(CACHED),
+    seed=seeds,
+)
+def test_positions_that_were_dropped_are_never_read(isa, T, window, dropped, dtype, seed):
+    """Nor are they where the first stored position does not begin a block."""
+    q, k, v = draw_attention(np.random.default_rng(seed), 1, T, dropped + window - 1 + T, 1, 2, 32, dtype)
+    whole, guarded = c_attention(1, q, k, v, window), Guarded()
+    kept = [guarded.copy(x[:, dropped:], at_end=False) for x in (k, v)]
+    np.testing.assert_allclose(c_attention(1, q, *kept, window, dropped), whole, rtol=0, atol=1e-5)
+
+
 def test_a_window_gives_the_same_bits_in_short_calls(isa, rng, monkeypatch):
     q, k, v = draw_attention(rng, B=2, T=23, S=70, K=2, n_rep=3, Dh=16)
     whole = Kernels(2).attention(q, k, v, 9)

@@ -48,7 +48,7 @@ class MappedFile:
                 self.identity = _identity(os.fstat(file.fileno()))
                 self.size = os.fstat(file.fileno()).st_size
                 if not self.size:
-                    raise TruncatedError(f"{path}: 0 bytes, need {least}; incomplete download?")
+                    raise TruncatedError(f"{path}: 0 bytes, need {least}; incomplete copy or download?")
                 self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
         except OSError as error:
             if error.errno == errno.ENOMEM:
@@ -61,7 +61,7 @@ class MappedFile:
         if start + nbytes > self.size:
             raise TruncatedError(
                 f"{self.path}: {field} at byte {start} needs {start + nbytes} bytes, "
-                f"the file has {self.size}; incomplete download?"
+                f"the file has {self.size}; incomplete copy or download?"
             )
         return start + nbytes
 

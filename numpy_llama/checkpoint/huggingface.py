@@ -116,7 +116,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         missing = [name for name in sorted(wanted) if not (self.path / name).is_file()]
         if missing:
             what = f"{len(missing)} of {len(wanted)} files are missing: {escape(', '.join(missing))}"
-            raise TruncatedError(f"{index.path}: {what}; incomplete download?")
+            raise TruncatedError(f"{index.path}: {what}; incomplete copy or download?")
         holders: dict[str, SafetensorsFile | TorchFile] = {}
         for name in sorted(wanted):
             file = _open(self.path / name)

@@ -159,7 +159,7 @@ def shard_paths(folder: Path) -> list[Path]:
     wanted = [f"consolidated.{i:02}.pth" for i in range(max(n, 1))]
     if missing := [name for name in wanted if name not in found]:
         what = f"{len(found)} files consolidated.NN.pth; {missing[0]} is missing"
-        raise TruncatedError(f"{folder} has {what}; incomplete download?")
+        raise TruncatedError(f"{folder} has {what}; incomplete copy or download?")
     if n not in N_SHARDS:
         raise UnsupportedError(f"{folder} has {n} shards; Meta's models have 1, 2, 4 or 8")
     return [folder / name for name in wanted]

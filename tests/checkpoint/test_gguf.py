@@ -363,7 +363,12 @@ HOSTILE = [
         tensors([tensor_info(n, [32], F32, 0) for n in "xy"], bytes(999)),
     ),
     *(
-        ("G23", "TruncatedError", "the file has .* incomplete download", one_tensor([2048], data=bytes(n)))
+        (
+            "G23",
+            "TruncatedError",
+            "the file has .* incomplete copy or download",
+            one_tensor([2048], data=bytes(n)),
+        )
         for n in (8191, 4096, 0)
     ),
     (

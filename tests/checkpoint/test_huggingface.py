@@ -622,9 +622,7 @@ def test_shards_that_are_missing_are_named(sharded):
     shards = sorted(sharded.glob("*.safetensors"))
     shards[1].unlink()
     shards[2].unlink()
-    pattern = (
-        f"2 of {len(shards)} files are missing: '{shards[1].name}, {shards[2].name}'; incomplete download"
-    )
+    pattern = f"2 of {len(shards)} files are missing: '{shards[1].name}, {shards[2].name}'; incomplete copy"
     refused(sharded, re.escape(pattern), errors.TruncatedError)
 
 

@@ -167,7 +167,7 @@ def test_numbers_that_the_size_denies(version, field):
 def test_the_size_is_exact(version):
     data = FILES[version]
     for wrong in (data[:-1], data[:300]):
-        with pytest.raises(errors.TruncatedError, match="incomplete download"):
+        with pytest.raises(errors.TruncatedError, match="incomplete copy or download"):
             opened(wrong)
         assert looks_like_llama2c(wrong[:256], len(wrong)) == bool(version)
     with pytest.raises(errors.FormatError, match=rf"the weights end at byte {len(data)}, the file has"):

@@ -162,8 +162,8 @@ Q8_0 = 8
         ([40, 3], 16 << 16 | Q8_0, 16, FormatError, "row not a multiple of block: 40, Q8_0 packed 32"),
         ([32], 16 << 16 | Q8_0, 16, FormatError, "is Q8_0 packed and has 1 axes, wanted 2"),
         ([32, 2, 3], 16 << 16 | Q8_0, 16, FormatError, "is Q8_0 packed and has 3 axes, wanted 2"),
-        ([32, 3], 16 << 16 | Q8_0, 15, TruncatedError, "incomplete download"),
-        ([32, 17], 16 << 16 | Q8_0, 31, TruncatedError, "incomplete download"),
+        ([32, 3], 16 << 16 | Q8_0, 15, TruncatedError, "incomplete copy or download"),
+        ([32, 17], 16 << 16 | Q8_0, 31, TruncatedError, "incomplete copy or download"),
     ],
 )
 def test_what_cannot_be_read_is_refused(dims, type, rows, error, message, tmp_path):

@@ -172,7 +172,7 @@ HOSTILE = [
         file_of({"x": entry()}, bytes(4) + b"extra_bogus_data_for_polyglot_file"),
     ),
     ("S09", "FormatError", "file not fully covered", file_of(b"{}", b"\0")),
-    ("S10", "TruncatedError", "incomplete download", file_of({"x": entry(offsets=(0, 4))}, bytes(2))),
+    ("S10", "TruncatedError", "incomplete copy or download", file_of({"x": entry(offsets=(0, 4))}, bytes(2))),
     *(
         ("S11", "ResourceLimitError", "is larger than", one(dtype="I32", shape=(2, n)))
         for n in (2**64 - 2, 2**63 - 1, 2**46)

@@ -110,7 +110,7 @@ class Unpickler:
         start, self.at = self.at, self.at + n
         if self.at > self.end:
             if self.end == self.file.size:
-                self.fail("the file ends within a pickle; incomplete download?", TruncatedError)
+                self.fail("the file ends within a pickle; incomplete copy or download?", TruncatedError)
             self.fail(f"the pickle goes beyond byte {self.end}")
         return self.map[start : self.at]
 

@@ -123,7 +123,7 @@ class _ZipReader:
         """-> the number of entries, and the start and the end of the directory."""
         at = self.file.size - END.size
         if self.map[max(at, 0) :][:4] != b"PK\5\6":
-            problem = "the zip does not end with its directory; incomplete download?"
+            problem = "the zip does not end with its directory; incomplete copy or download?"
             raise TruncatedError(f"{self.file.path}: {problem}")
         *disks, here, count, nbytes, start, comment = self.unpack(END, at, b"PK\5\6")
         if self.map[max(at - LOCATOR64.size, 0) :][:4] == b"PK\6\7":

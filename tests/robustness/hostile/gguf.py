@@ -273,7 +273,13 @@ def tensor_offset(folder: Path) -> Iterator[Variant]:
 def cut_short(folder: Path) -> Iterator[Variant]:
     whole = llama_bytes()
     for name, missing in [("by a byte", 1), ("by a page", 4096)]:
-        says = ("needs", "file has", "incomplete download?", str(len(whole)), str(len(whole) - missing))
+        says = (
+            "needs",
+            "file has",
+            "incomplete copy or download?",
+            str(len(whole)),
+            str(len(whole) - missing),
+        )
         yield file(folder, name, whole[:-missing], "TruncatedError", says=says)
 
 

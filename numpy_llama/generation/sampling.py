@@ -184,9 +184,10 @@ def surprise(logits: Array) -> Array:
 def sample(logits: Array, rng: np.random.Generator) -> int:
     """One id with probability softmax(logits): the first with a cumulated probability above u ~ U[0, 1)."""
     _require_finite(logits)
-    left = np.flatnonzero(logits > -np.inf)
-    cdf = np.cumsum(softmax(logits[left].astype(np.float64)))
-    return int(left[np.searchsorted(cdf, rng.random() * cdf[-1], side="right")])
+    x = logits.astype(np.float64)
+    x -= x.max()  # in place: new arrays of this size cost more than the arithmetic
+    cdf = np.cumsum(np.exp(x, out=x), out=x)  # times the sum, which softmax would divide by
+    return int(np.searchsorted(cdf, rng.random() * cdf[-1], side="right"))
 
 
 class Logprobs(NamedTuple):
@@ -312,20 +313,29 @@ class Sampler:
         mu = math.inf if self.mirostat_tau is None else 2 * float(self.mirostat_tau)
         return SamplerState(np.random.default_rng(self.seed), mu)
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether the ids so far change the logits."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.dry_multiplier
+        return self.repetition_penalty != 1 or any(penalties)
+
     def penalized(self, logits: Array, seen_ids: Sequence[int]) -> Array:
         """The logits after the steps that temperature 0 has too."""
         if self.logit_bias:
             logits = logit_bias(logits, self.logit_bias)
-        recent = seen_ids if self.penalty_window is None else seen_ids[-int(self.penalty_window) :]
-        if self.repetition_penalty != 1:
-            logits = repetition_penalty(logits, recent, self.repetition_penalty)
-        if self.presence_penalty:
-            logits = presence_penalty(logits, recent, self.presence_penalty)
-        if self.frequency_penalty:
-            logits = frequency_penalty(logits, recent, self.frequency_penalty)
-        if self.dry_multiplier:
-            how = self.dry_multiplier, self.dry_base, self.dry_allowed_length, self.dry_breakers
-            logits = dry(logits, seen_ids, *how)
+        if self.penalizes:
+            seen = np.asarray(seen_ids, np.int64)
+            seen = seen[seen < len(logits)]  # a prompt may have an id that only pads the embedding
+            recent = seen if self.penalty_window is None else seen[-int(self.penalty_window) :]
+            if self.repetition_penalty != 1:
+                logits = repetition_penalty(logits, recent, self.repetition_penalty)
+            if self.presence_penalty:
+                logits = presence_penalty(logits, recent, self.presence_penalty)
+            if self.frequency_penalty:
+                logits = frequency_penalty(logits, recent, self.frequency_penalty)
+            if self.dry_multiplier:
+                how = self.dry_multiplier, self.dry_base, self.dry_allowed_length, self.dry_breakers
+                logits = dry(logits, seen, *how)
         _require_finite(logits)
         return logits
 

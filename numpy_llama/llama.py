@@ -61,6 +61,8 @@ from .window import positions_stored
 
 Message = Mapping[str, Any]
 DRY_BREAKERS = "\n", ":", '"', "*"  # llama.cpp's
+NOT_IN_A_BATCH = "session", "on_prefill", "draft"  # options of `stream`
+NOT_WITH_BEAMS = "session", "draft", "top_logprobs", "json_schema", "regex", "grammar"
 
 # This thread's replacements of models, with the hooks of inspect/tracing.py: the model -> the hooked one.
 STAND_INS: ContextVar[Mapping[Transformer, Transformer]]
@@ -249,14 +251,17 @@ class Llama:
         completion has the seconds of the whole search.
         """
         search = BeamSearch(beams, length_penalty, early_stopping, num_return_sequences)
-        sampler, stop = self._sampler(**sampling), StopTexts(stop).stop
-        check_no_chance(sampler.temperature, sampler.seed)
+        sampling = without(
+            NOT_WITH_BEAMS, sampling, "a beam search", "leave it out, or generate without beams"
+        )
+        options, stop = self._request_options(max_tokens, **sampling), StopTexts(stop).stop
+        check_no_chance(options["sampler"].temperature, options["sampler"].seed)
         on_prefill = _silent if on_prefill is None else on_prefill
         check_callable("on_prefill", on_prefill)
         ids = self._encode(prompt, special)
         room = self._room(ids, max_tokens)
         self._check_memory([room, *[room - len(ids)] * (beams - 1)])  # the prompt is stored once
-        request = Request(ids, self.new_session(room), sampler, **self._limits(max_tokens, None))
+        request = Request(ids, self.new_session(room), **options)
 
         def transcript(new: list[int]) -> Transcript:
             return Transcript(self.tokenizer, StopTexts(stop), at_start=False).read(new)
@@ -345,10 +350,10 @@ class Llama:
             raise ParameterError(f"max_tokens is {max_tokens!r}, it must be 0 or above")
         return min(self.max_context, len(prompt) + max(max_tokens, 1))
 
-    def _sampler(
+    def new_sampler(
         self, logit_bias: Any = None, dry_breakers: Iterable[str] = DRY_BREAKERS, **sampling: Any
     ) -> Sampler:
-        """The sampler for this vocabulary: texts of tokens become ids."""
+        """The `Sampler` of these options of `stream`: texts of tokens become ids of this vocabulary."""
         if isinstance(logit_bias, Mapping):
             logit_bias = {self._one_token(key): value for key, value in logit_bias.items()}
         breakers = [text.encode() for text in checked_texts("dry_breakers", dry_breakers)]
@@ -370,58 +375,58 @@ class Llama:
             raise ParameterError(f"logit_bias has id {key}, the last one is {self.tokenizer.n_used - 1}")
         return key
 
-    def _limits(self, max_tokens: int | None, top_logprobs: int | None, **rules: Any) -> dict[str, Any]:
-        """The options of `Request`. `rules` are the arguments of `Grammar`; all may be None."""
+    def _request_options(
+        self,
+        max_tokens: int | None = None,
+        top_logprobs: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any]:
+        """The options of `Request` for those of `stream`."""
         ends, n_used = self.tokenizer.eos_ids, self.tokenizer.n_used
+        options = {"sampler": self.new_sampler(**sampling), "max_tokens": max_tokens, "stop_ids": ends}
         if top_logprobs is not None:
             check_whole("top_logprobs", top_logprobs, 0, n_used)
-        limits = {"max_tokens": max_tokens, "stop_ids": ends, "vocab_size": n_used}
         constraint = None
-        if any(rule is not None for rule in rules.values()):
-            constraint = Constraint(Grammar(**rules), self.tokenizer)
-        return limits | {"top_logprobs": top_logprobs, "constraint": constraint}
+        if any(rule is not None for rule in (json_schema, regex, grammar)):
+            constraint = Constraint(Grammar(json_schema, regex, grammar), self.tokenizer)
+        return options | {"vocab_size": n_used, "top_logprobs": top_logprobs, "constraint": constraint}
 
     def _stream(
         self,
         prompt: list[int],
         *,
         at_start: bool,
-        max_tokens: int | None = None,
         stop: Iterable[str] | None = None,
         session: Session | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
-        top_logprobs: int | None = None,
         draft: Drafter | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Iterator[Piece]:
         on_prefill = _silent if on_prefill is None else on_prefill
         check_callable("on_prefill", on_prefill)
         check_kind("session", session, (Session, type(None)), "a Session, or be left out")
         check_kind("draft", draft, (Drafter, type(None)), "Lookup() or what new_drafter() makes")
-        room = self._room(prompt, max_tokens)
+        stop_texts, options = StopTexts(stop), self._request_options(**options)
+        room = self._room(prompt, options["max_tokens"])
         session = self.new_session(room) if session is None else session
-        sampler, stop_texts = self._sampler(**sampling), StopTexts(stop)
-        rules = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
-        limits = self._limits(max_tokens, top_logprobs, **rules)
-        return self._pieces(prompt, session, sampler, stop_texts, at_start, limits, on_prefill, draft)
+        return self._pieces(prompt, session, stop_texts, at_start, options, on_prefill, draft)
 
     def _pieces(
         self,
         prompt: list[int],
         session: Session,
-        sampler: Sampler,
         stop_texts: StopTexts,
         at_start: bool,
-        limits: dict[str, Any],
+        options: dict[str, Any],
         on_prefill: Callable[[int, int], None],
         draft: Drafter | None,
     ) -> Iterator[Piece]:
         self.check_unchanged()
-        transcript = self._transcript(stop_texts, at_start, limits)
-        request = Request(prompt, session, sampler, **limits)
+        transcript = self._transcript(stop_texts, at_start, options)
+        request = Request(prompt, session, **options)
         speculation = None if draft is None else Speculation(draft)
         ids = generate_request(self.model, request, on_prefill, speculation or decode)
         reason = "stop"
@@ -442,31 +447,22 @@ class Llama:
         encode: Callable[..., list[int]],
         *,
         at_start: bool,
-        max_tokens: int | None = None,
         stop: Iterable[str] | None = None,
-        top_logprobs: int | None = None,
-        draft: None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> list[Completion]:
-        if draft is not None:
-            raise ParameterError("a batch takes no `draft`: give each prompt to `generate` by itself")
-        sampler, stop = self._sampler(**sampling), StopTexts(stop).stop
-        rules = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
-        limits = self._limits(max_tokens, top_logprobs, **rules)
+        options = without(NOT_IN_A_BATCH, options, "a batch", "give each prompt to `generate` by itself")
+        stop, options = StopTexts(stop).stop, self._request_options(**options)
         encoded, sequences = [], []
         for i, prompt in enumerate(prompts):
             with naming(i):
                 encoded.append(encode(prompt))
-        rooms = [self._room(prompt, max_tokens) for prompt in encoded]
+        rooms = [self._room(prompt, options["max_tokens"]) for prompt in encoded]
         self._check_memory(rooms)
         for i, (prompt, room) in enumerate(zip(encoded, rooms, strict=True)):
             with naming(i):
-                sequences.append(Request(prompt, self.new_session(room), sampler, **limits))
+                sequences.append(Request(prompt, self.new_session(room), **options))
         self.check_unchanged()
-        transcripts = [self._transcript(StopTexts(stop), at_start, limits) for _ in encoded]
+        transcripts = [self._transcript(StopTexts(stop), at_start, options) for _ in encoded]
         for i, token in generate_batch(self.model, sequences):
             transcripts[i].push(token)
             if transcripts[i].stopped:
@@ -474,9 +470,9 @@ class Llama:
         ended = zip(transcripts, encoded, sequences, strict=True)
         return [cast(Completion, t.finish(prompt, s.reason, s.logprobs).completion) for t, prompt, s in ended]
 
-    def _transcript(self, stop_texts: StopTexts, at_start: bool, limits: Mapping[str, Any]) -> Transcript:
+    def _transcript(self, stop_texts: StopTexts, at_start: bool, options: Mapping[str, Any]) -> Transcript:
         """With a constraint the text has every byte of its tokens: SentencePiece's first space stays too."""
-        return Transcript(self.tokenizer, stop_texts, at_start and limits["constraint"] is None)
+        return Transcript(self.tokenizer, stop_texts, at_start and options["constraint"] is None)
 
     def _check_memory(self, rooms: Sequence[int]) -> None:
         """ResourceLimitError unless there is memory for KV caches of these sizes in positions."""
@@ -488,6 +484,13 @@ class Llama:
                 f"{len(rooms)} sequences of up to {max(rooms)} tokens need {gib(nbytes)} of KV cache, "
                 f"{gib(available)} are available; set a lower max_tokens, or take fewer at once"
             )
+
+
+def without(names: Iterable[str], options: dict[str, Any], what: str, way_out: str) -> dict[str, Any]:
+    """The options but those with these names, which must be None."""
+    if found := next((name for name in names if options.pop(name, None) is not None), None):
+        raise ParameterError(f"{what} takes no `{found}`: {way_out}")
+    return options
 
 
 def finish(stream: Iterable[Piece]) -> Completion:

@@ -22,7 +22,7 @@ import numpy as np
 from ..backend.formats import FORMATS, Format
 from ..cache import KVCache
 from ..config import Array
-from ..errors import ContextOverflowError, FormatError, MismatchError, escape
+from ..errors import ContextOverflowError, FormatError, MismatchError, NumpyLlamaError, escape
 from ..generation.session import Session
 from ..model import Transformer
 from ..text.tokenizer import Tokenizer
@@ -43,6 +43,8 @@ STORED = {  # the numbers of a cache
 def save_session(path: Path, session: Session, model: Transformer, tokenizer: Tokenizer) -> None:
     """Write the positions from which `model` can continue. `path` is replaced when the new file is whole."""
     with session.alone():
+        if not session.is_of(model):
+            raise MismatchError("the session is another model's: save it with the model that computed it")
         n, cache = session.keep_prefix_of([*session.ids, 0], model), session.cache
         dropped = min(max(cache.dropped), n)
         about = {"ids": [*map(int, session.ids)], "dropped": dropped, **digests(model, tokenizer)}
@@ -93,7 +95,10 @@ def part_weights(model: Transformer, name: str) -> list[Any]:
 
 def load_session(path: Path, session: Session, model: Transformer, tokenizer: Tokenizer) -> None:
     """Read a file of `save_session` into a new session of the same model."""
-    file, cache = SafetensorsFile(path), session.cache
+    try:
+        file, cache = SafetensorsFile(path), session.cache
+    except NumpyLlamaError as error:
+        raise type(error)(f"{error} (it is read as a session, which is a safetensors file)") from None
     ids, dropped = read_about(file, model, tokenizer)
     if len(ids) > cache.max_seq_len:
         raise ContextOverflowError(f"{path} has {len(ids)} ids, the session has room for {cache.max_seq_len}")

@@ -116,6 +116,8 @@ def add_special_argument(parser: argparse.ArgumentParser) -> None:
 
 def path(text: str) -> Path:
     """An argument type: a path. A `~` that no shell has expanded is the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text is no path")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

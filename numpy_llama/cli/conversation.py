@@ -165,6 +165,8 @@ class Conversation:
 
         if free(0) >= 1 / 4 or len(turns) < 2:
             return messages
+        if free(len(turns) - 1) <= 0:
+            return kept(len(turns) - 1)  # the question alone is too long: an error, and nothing is dropped
         dropped = bisect_left(range(len(turns) - 1), True, key=lambda n: free(n) >= 1 / 2)
         what = "oldest question is" if dropped == 1 else f"{dropped} oldest questions are"
         common.note(f"the context of {context} tokens is nearly full: the {what} dropped, with the answer")
@@ -210,7 +212,10 @@ class Conversation:
         if value.strip() == "off":
             return self.options.maps[-1][name]
         args = self.parser.parse_args([f"--{name.replace('_', '-')}={value}"])
-        return common.generation_options(args)[name]
+        parsed = common.generation_options(args)[name]
+        if name == "logit_bias":
+            self.llama.new_sampler(logit_bias=parsed)  # the texts in it must be tokens
+        return parsed
 
     def do_regen(self, text: str) -> None:
         turn = self.last_turn()

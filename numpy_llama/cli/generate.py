@@ -7,6 +7,8 @@ The names of control tokens in a text are plain text, unless --parse-special is 
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,6 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(prompt, str):
         common.note_names(llama.tokenizer, prompt, args.special)
         options["special"] = args.special
-    if args.session is not None:
-        options["session"] = saved_session(llama, args.session)
     if search is not None:
         del options["top_logprobs"]
         with common.prefill_bar() as on_prefill:
@@ -99,18 +99,26 @@ def run(args: argparse.Namespace) -> None:
         common.run_stream([Piece(found[0].text, None, found[0])], args.json, llama.tokenizer, found)
         return
     options["draft"] = common.drafter(args, llama)
-    with common.prefill_bar() as on_prefill:
-        stream = llama.stream(prompt, on_prefill=on_prefill, **options)
+    with saved_session(llama, args.session) as session, common.prefill_bar() as on_prefill:
+        stream = llama.stream(prompt, session=session, on_prefill=on_prefill, **options)
         completion = common.run_stream(stream, args.json, llama.tokenizer)
     common.note_cut(completion, options)
-    if args.session is not None:
-        llama.save_session(options["session"], args.session)
 
 
-def saved_session(llama: Llama, path: Path) -> Session:
-    """The session in a file, or a new one. Then it is saved at once, because a bad path is an error now."""
-    if path.exists():
-        return llama.load_session(path)
-    session = llama.new_session()
+@contextmanager
+def saved_session(llama: Llama, path: Path | None) -> Iterator[Session | None]:
+    """The session in a file, or a new one, which is written at the end. None without a path."""
+    if path is None:
+        yield None
+        return
+    is_new = not path.exists()
+    session = llama.new_session() if is_new else llama.load_session(path)
+    if is_new:
+        llama.save_session(session, path)  # because a path that cannot be written is an error now
+    try:
+        yield session
+    except BaseException:
+        if is_new:
+            path.unlink(missing_ok=True)
+        raise
     llama.save_session(session, path)
-    return session

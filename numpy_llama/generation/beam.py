@@ -61,6 +61,7 @@ class BeamSearch:
         if isinstance(p, bool) or not isinstance(p, Real) or not -MAX_PENALTY <= p <= MAX_PENALTY:
             wanted = f"a number from {-MAX_PENALTY} to {MAX_PENALTY}"
             raise ParameterError(f"length_penalty is {escape(p, 60)}, it must be {wanted}")
+        object.__setattr__(self, "length_penalty", float(p))
         if not isinstance(early, bool) and not (isinstance(early, str) and early == "never"):
             raise ParameterError(f'early_stopping is {escape(early, 60)}, it must be True, False or "never"')
 

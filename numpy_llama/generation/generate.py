@@ -1,7 +1,7 @@
 """From ids to ids: compute the prompt, then choose one token at a time. No text occurs here."""
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from typing import Any
 
@@ -99,16 +99,11 @@ class Request:
         self.top_logprobs = top_logprobs or 0
         self.logprobs: list[Logprobs] | None = None if top_logprobs is None else []
         self.constraint = copy(constraint)  # its state is that of this request
-        with session.alone():
-            session.user, self._session = self, session
+        self._session, self._user = session, session.claim()
 
-    @contextmanager
-    def step(self) -> Iterator[Session]:
+    def step(self) -> AbstractContextManager[Session]:
         """Hold the session during one step of this request."""
-        with self._session.alone():
-            if self._session.user is not self:
-                raise ParameterError("the session is in use by a later generation: give each its own session")
-            yield self._session
+        return self._session.step(self._user)
 
     def choose(self, logits: np.ndarray) -> int | None:
         """The next id; None at the end."""
@@ -120,7 +115,10 @@ class Request:
             token = self.sampler(allowed, self.ids, self.state)
         except NumericsError as error:
             where = f"position {len(self.ids) - 1}, token {self.ids[-1]}"
-            raise NumericsError(f"{where}: every layer's output is finite, but {error}") from None
+            what = "every layer's output is finite, but"
+            if np.isfinite(logits.max()):  # the model's own
+                what = "the model's logits are finite, but after the constraint, logit_bias and the penalties"
+            raise NumericsError(f"{where}: {what} {error}") from None
         if token in self.stop_ids:
             self.stop()
             return None

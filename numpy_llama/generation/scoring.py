@@ -46,7 +46,7 @@ class Scorer:
     """Scores of continuations by a model. `computed` counts the ids that a forward pass computed."""
 
     def __init__(self, model: Transformer, session: Session):
-        self.model, self.session = model, session
+        self.model, self.session, self._user = model, session, session.claim()
         self.computed = 0
         self._h: list[Array] = []  # the residual stream (D,) of each position that the session holds
         session.ids.clear()
@@ -83,7 +83,7 @@ class Scorer:
         total, is_greedy = 0.0, True
         if first == len(ids):
             return Score(total, is_greedy)
-        with self.session.alone(), np.errstate(over="ignore", invalid="ignore"):  # checked below
+        with self.session.step(self._user), np.errstate(over="ignore", invalid="ignore"):  # checked below
             self._compute(ids)
             for begin in range(first, len(ids), PREFILL_CHUNK):
                 chosen = ids[begin : begin + PREFILL_CHUNK]

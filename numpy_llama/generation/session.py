@@ -24,7 +24,7 @@ class Session:
         self.cache = model.new_cache(batch=1, max_seq_len=max_seq_len)
         self._model: ref[Transformer] | None = ref(model)  # whose keys these are; None after a pickle
         self.ids: list[int] = []
-        self.user: object = None  # the request that uses it now
+        self.user: object = None  # made by `claim` for who uses it now
         self._lock = RLock()  # held during a step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
@@ -46,7 +46,7 @@ class Session:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy or a pickle: the conversation, without the request that uses it now."""
+        """The state of a copy or a pickle: the conversation, without who uses it now."""
         return {"cache": self.cache, "ids": self.ids}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -62,12 +62,30 @@ class Session:
         finally:
             self._lock.release()
 
+    def claim(self) -> object:
+        """Use the session from now on, by `step` with what is returned. Earlier users get an error there."""
+        with self.alone():
+            self.user = object()
+            return self.user
+
+    @contextmanager
+    def step(self, user: object) -> Iterator["Session"]:
+        """Hold the session during one step of a user that has claimed it."""
+        with self.alone():
+            if self.user is not user:
+                raise ParameterError("the session is in use by a later generation: give each its own session")
+            yield self
+
+    def is_of(self, model: Transformer) -> bool:
+        """Whether this model may have computed its keys and values. After a pickle no model is known."""
+        return self._model is None or self._model() is model
+
     def keep_prefix_of(self, prompt: Sequence[int], model: Transformer) -> int:
         """Keep the ids that `prompt` begins with, if this model computed them. Return their number.
 
         The last id of `prompt` is never kept, because the next pass computes its logits.
         """
-        if self._model is None or self._model() is not model:
+        if self._model is None or not self.is_of(model):
             args, (layers, _, heads, *_) = model.args, self.cache.k.shape
             heads = getattr(self.cache, "n_kv_heads", heads)  # on several ranks k has a part of them
             found, wanted = (
@@ -77,7 +95,7 @@ class Session:
             if found != wanted:
                 sizes = f"has (n_layers, n_kv_heads, head_dim) = {found}, the model has {wanted}"
                 raise ParameterError(f"the session {sizes}: begin one with `new_session`")
-        if self._model is not None and self._model() is not model:
+        if not self.is_of(model):
             self.ids.clear()
         self._model = ref(model)
         same = 0

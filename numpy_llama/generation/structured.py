@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..config import Array
-from ..errors import GrammarError, ParameterError, UnsupportedError, check_kind, is_whole
+from ..errors import GrammarError, ParameterError, ResourceLimitError, UnsupportedError, check_kind, is_whole
 from ..text.tokenizer import UNUSED, Tokenizer, check_text
 
 TRY_GRAMMAR = Path(__file__).with_name("try_grammar.py")
@@ -187,6 +187,7 @@ def schema_source(schema: Mapping[str, Any]) -> str:
 
 
 NO_TOKEN = "NoExtensionBias"  # llguidance's name for it
+KILLED = -9  # by the system: the limits of the process send other signals
 TOO_LARGE = "it is too large, or nested too deeply, to be compiled"
 
 
@@ -196,6 +197,8 @@ def fault_of(source: str, special: Names = (), size: int = 0) -> str:
     library()
     asked = json.dumps([source, special, size])
     tried = subprocess.run([sys.executable, TRY_GRAMMAR], input=asked, capture_output=True, encoding="utf-8")
+    if tried.returncode == KILLED:
+        raise ResourceLimitError("the process that compiles the grammar was killed: has the system memory?")
     if tried.returncode > 0:
         return f"it was not compiled: {tried.stderr}"
     return TOO_LARGE if tried.returncode else tried.stdout

@@ -98,15 +98,16 @@ def test_a_window_keeps_what_it_has_not_dropped(kind, n, folder, monkeypatch):
 
 
 def test_what_is_saved_is_what_the_model_can_go_on_from(llama, folder):
-    """After a return to the beginning, a branch, a pickle's model, and another model's ids."""
+    """After a return to the beginning, and a branch. The session of another model is refused, and kept."""
     saved, session = folder / "part.session", held(llama, 30)
     session.keep_prefix_of([*session.ids[:9], 300], llama.model)
     llama.save_session(session.branch(), saved)
     loaded = llama.load_session(saved, max_seq_len=9)
     assert loaded.ids == session.ids and len(loaded.ids) == 9 and loaded.cache.max_seq_len == 9
     other = nl.Llama(llama.model.with_parts({"layers.0.feed_forward": np.zeros_like}), llama.tokenizer)
-    other.save_session(session, saved)
-    assert other.load_session(saved).ids == []
+    with pytest.raises(MismatchError, match="the session is another model's"):
+        other.save_session(session, saved)
+    assert llama.load_session(saved).ids == session.ids
 
 
 def test_a_file_is_replaced_when_the_new_one_is_whole(llama, tmp_path, monkeypatch):
@@ -316,5 +317,19 @@ def test_a_bad_session_is_one_line_before_the_text(path, tmp_path):
     saved.write_bytes(b"no session at all")
     done = run("generate", "-m", str(path), "hi", "--session", str(saved))
     assert_refused(done, 1, f"{saved}: header > 100,000,000 bytes")
+    assert b"read as a session" in done.stderr
     done = run("generate", "-m", str(path), "hi", "--session", str(tmp_path / "no" / "folder"))
     assert_refused(done, 1, "folder cannot be written: No such file or directory")
+
+
+def test_a_command_that_fails_leaves_no_new_session(path, tmp_path):
+    """Nor does it change one that was there."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    assert run("generate", "-m", str(path), "-n", "2", "hi", "--session", str(old)).returncode == 0
+    before = old.read_bytes()
+    for saved in (new, old):
+        for bad in (["hi", "--draft", str(tmp_path / "none.gguf")], ["x" * 100_000]):
+            done = run("generate", "-m", str(path), *bad, "--session", str(saved))
+            assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert not new.exists() and old.read_bytes() == before
+    assert_refused(run("generate", "-m", str(path), "hi", "--session", ""), 2, "an empty text is no path")

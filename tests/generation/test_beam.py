@@ -305,11 +305,18 @@ def test_no_token_at_all(llama):
         ({"stop": "x"}, "stop is 'x', it must be a list of texts"),
         ({"on_prefill": 3}, "on_prefill is 3"),
         ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"regex": "a+"}, "a beam search takes no `regex`: leave it out, or generate without beams"),
+        ({"draft": nl.Lookup()}, "a beam search takes no `draft`"),
     ],
 )
 def test_bad_options_are_refused(llama, options, message):
     with pytest.raises(ParameterError, match=message):
         llama.beam_search(PROMPT, **options)
+
+
+def test_a_score_is_a_number_of_python(model):
+    [(_, score)] = search(model, [1, 2], max_tokens=3, beams=2, length_penalty=np.float32(2))
+    assert type(score) is float
 
 
 def test_a_prompt_that_does_not_fit_is_refused(llama, monkeypatch):

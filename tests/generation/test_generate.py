@@ -1,9 +1,11 @@
 """Generation: the loop over ids, streams of text, stop texts, sessions."""
 
+import gc
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from numpy_llama.errors import (
     ParameterError,
     TemplateError,
 )
-from numpy_llama.generation.generate import forward, generate
+from numpy_llama.generation.generate import Request, forward, generate
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.generation.session import Session
 from numpy_llama.generation.transcript import StopTexts
@@ -207,6 +209,42 @@ def test_logits_that_are_no_numbers_stop_it(model, monkeypatch):
         NumericsError, match=r"position 1, token 7: every layer.* but the largest logit is nan"
     ):
         run(model, [1, 7])
+
+
+def test_sampling_that_leaves_no_id_is_not_called_a_fault_of_the_model(model):
+    with pytest.raises(
+        NumericsError, match=r"the model.s logits are finite, but after .* logit_bias .* is -inf"
+    ):
+        run(model, [1, 7], sampler=Sampler(logit_bias=dict.fromkeys(range(V), -np.inf)))
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"dry_multiplier": 1.0},
+    ],
+    ids=str,
+)
+def test_ids_that_only_pad_the_embedding_have_no_penalty(model, penalty):
+    options = {"sampler": Sampler(**penalty), "max_tokens": 5, "vocab_size": V - 2}
+    assert len(run(model, [1, V - 1, 7, V - 2], **options)[0]) == 5
+
+
+def test_a_request_that_ended_frees_its_session(model):
+    """Without the garbage collector, because a cache may be most of the memory."""
+    request = Request([1, 2], Session(model), Sampler())
+    with request.step() as session:
+        cache = ref(session.cache)
+    del session
+    gc.disable()
+    try:
+        del request
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_the_seed_decides(model):

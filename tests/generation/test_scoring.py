@@ -125,6 +125,14 @@ def test_what_cannot_be_scored_is_named(llama):
         Scorer(llama.model, llama.new_session()).score([([1], [2]), ([1], [-1])])
 
 
+def test_a_session_that_another_uses_is_refused(model):
+    scorer = Scorer(model, Session(model))
+    scorer.score([([1, 2], [3])])
+    Scorer(model, scorer.session).score([([1, 5], [4])])
+    with pytest.raises(ParameterError, match="in use by a later"):
+        scorer.score([([1, 5], [3])])
+
+
 def test_logits_that_are_no_numbers_are_an_error(model, monkeypatch):
     session = Session(model)
     forward(model, [1, 2], session)

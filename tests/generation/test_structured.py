@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 import numpy_llama as nl
-from numpy_llama.errors import GrammarError, ParameterError, UnsupportedError
+from numpy_llama.errors import GrammarError, ParameterError, ResourceLimitError, UnsupportedError
 from numpy_llama.generation import structured
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.generation.session import Session
@@ -353,6 +353,16 @@ def test_a_failure_of_the_other_process_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(structured, "TRY_GRAMMAR", broken)
     with pytest.raises(GrammarError, match="it was not compiled: no memory"):
         Grammar(regex="a test of the other process")
+
+
+def test_a_process_that_the_system_kills_is_no_fault_of_the_grammar(tmp_path, monkeypatch):
+    killed = tmp_path / "try.py"
+    killed.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with monkeypatch.context() as patched:
+        patched.setattr(structured, "TRY_GRAMMAR", killed)
+        with pytest.raises(ResourceLimitError, match="was killed"):
+            Grammar(regex="a test of a process that is killed")
+    Grammar(regex="a test of a process that is killed")
 
 
 @pytest.mark.parametrize(

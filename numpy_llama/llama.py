@@ -38,9 +38,9 @@ from .errors import (
     escape,
     is_whole,
 )
-from .generation.batch import generate_batch, naming
+from .generation.batch import generate_batch, naming, sessions_for, shared_prefix
 from .generation.beam import Beam, BeamSearch, check_no_chance
-from .generation.generate import Request, decode, generate_request, prefill
+from .generation.generate import Request, check_room, decode, generate_request, prefill
 from .generation.sampling import Sampler
 from .generation.scoring import Score, Scorer
 from .generation.session import Session
@@ -212,11 +212,12 @@ class Llama:
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
         """Continue several texts, or lists of ids, at once: faster than one after another.
 
-        The options are those of `stream`, without `session`, `on_prefill` and `draft`. Each prompt is
-        continued as if it were alone, with its own random numbers from the same seed. So equal prompts get
-        equal texts. The kernels give each prompt the same bits as alone, but not with F16, BF16 and FP8
-        weights: more than eight tokens at once round them. That changes the logits a little, and a text may
-        differ where two tokens are nearly as likely.
+        The options are those of `stream`, without `session`, `on_prefill` and `draft`. What all prompts begin
+        with, such as a system message, is computed and stored once. Each prompt is continued as if it were
+        alone, with its own random numbers from the same seed. So equal prompts get equal texts. The kernels
+        give each prompt the same bits as alone, but not with F16, BF16 and FP8 weights: more than eight
+        tokens at once round them. That changes the logits a little, and a text may differ where two tokens
+        are nearly as likely.
         """
         check_iterable("prompts", prompts, "a list of texts or of lists of ids")
         if isinstance(prompts, str | bytes):
@@ -452,16 +453,17 @@ class Llama:
     ) -> list[Completion]:
         options = without(NOT_IN_A_BATCH, options, "a batch", "give each prompt to `generate` by itself")
         stop, options = StopTexts(stop).stop, self._request_options(**options)
-        encoded, sequences = [], []
+        encoded, rooms = [], []
         for i, prompt in enumerate(prompts):
             with naming(i):
                 encoded.append(encode(prompt))
-        rooms = [self._room(prompt, options["max_tokens"]) for prompt in encoded]
-        self._check_memory(rooms)
-        for i, (prompt, room) in enumerate(zip(encoded, rooms, strict=True)):
-            with naming(i):
-                sequences.append(Request(prompt, self.new_session(room), **options))
+                rooms.append(self._room(encoded[i], options["max_tokens"]))
+                check_room(encoded[i], rooms[i])
+        n = shared_prefix(encoded)
+        self._check_memory([*rooms[:1], *(room - n for room in rooms[1:])])
         self.check_unchanged()
+        sessions = sessions_for(self.model, encoded, rooms)
+        sequences = [Request(*one, **options) for one in zip(encoded, sessions, strict=True)]
         transcripts = [self._transcript(StopTexts(stop), at_start, options) for _ in encoded]
         for i, token in generate_batch(self.model, sequences):
             transcripts[i].push(token)

@@ -31,6 +31,7 @@ from ..errors import (
     UnsupportedError,
     escape,
 )
+from ..generation.batch import shared_prefix
 from ..generation.scoring import Scorer
 from ..llama import Llama
 from .store import Store, key_of
@@ -155,7 +156,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no anno
         return get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Continue each context. Those with the same options run side by side, the shortest first."""
+        """Continue each context. Those with the same options and the same beginning run side by side."""
         texts: list[str] = [""] * len(requests)
         prompts, keys, waiting = [], [], dict[str, list[int]]()
         for i, request in enumerate(requests):
@@ -171,7 +172,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no anno
         self.requests += len(requests)
         for shown, group in waiting.items():
             options = json.loads(shown)
-            group.sort(key=lambda i: len(prompts[i]))
+            group.sort(key=prompts.__getitem__)
             for begin in range(0, len(group), SIDE_BY_SIDE):
                 chunk = group[begin : begin + SIDE_BY_SIDE]
                 self.progress("generations", done, len(requests))
@@ -221,5 +222,5 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no anno
             half = len(prompts) // 2
             return self._continued(prompts[:half], options) + self._continued(prompts[half:], options)
         self.tokens += (n := sum(len(one.prompt_tokens) + len(one.tokens) for one in made))
-        self.computed += n
+        self.computed += n - (len(prompts) - 1) * shared_prefix(prompts)
         return [one.text for one in made]

@@ -2,7 +2,7 @@
 
 Decoding one sequence reads every weight for one token, so it waits for the memory. With B sequences a step
 reads the same bytes and makes B tokens. Prompts are computed one after another, because a prompt uses each
-weight for many tokens already.
+weight for many tokens already. What all of them begin with is computed and stored once.
 
     tokens      (B, 1)                     one new id of each sequence
     start_pos   (B,)                       the position of each
@@ -15,6 +15,7 @@ The model is unchanged. It gets another cache and, through `with_parts`, another
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 
 import numpy as np
 
@@ -22,8 +23,12 @@ from ..cache import KVCache
 from ..config import Array
 from ..errors import NumpyLlamaError
 from ..model import Attention, Function, Transformer, TransformerBlock
-from .generate import Request, check_finite, prefill
+from ..window import PREFILL_CHUNK
+from .generate import Request, check_finite, forward, prefill
 from .session import Session
+
+LEAST_SHARED = 32  # ids: a pass for a few takes as long as it saves
+OWN = 9  # ids at the end of a prompt: fewer in one pass would have other bits
 
 
 class BatchCache:
@@ -102,6 +107,26 @@ def forward_batch(model: Transformer, running: Mapping[int, Request]) -> np.ndar
                 check_finite(row, model, [token], len(session.ids), session.cache)
             session.ids.append(token)
         return model.logits(h)
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """The number of ids that all prompts begin with, but OWN of each; 0 where they are too few to share."""
+    if len(prompts) < 2:
+        return 0
+    alike = takewhile(lambda ids: len({*ids}) == 1, zip(*prompts, strict=False))
+    n = min(sum(1 for _ in alike), min(map(len, prompts)) - OWN)
+    return n if n >= LEAST_SHARED else 0
+
+
+def sessions_for(model: Transformer, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> list[Session]:
+    """A session for each prompt. Each holds what all begin with, which is computed and stored once."""
+    n = shared_prefix(prompts)
+    if not n:
+        return [Session(model, room) for room in rooms]
+    first = Session(model, max(rooms))
+    for begin in range(0, n, PREFILL_CHUNK):
+        forward(model, prompts[0][begin : min(begin + PREFILL_CHUNK, n)], first)
+    return [first, *(first.branch() for _ in prompts[1:])]
 
 
 def generate_batch(model: Transformer, sequences: Sequence[Request]) -> Iterator[tuple[int, int]]:

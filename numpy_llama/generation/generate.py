@@ -63,6 +63,16 @@ def check_finite(
     )
 
 
+def check_room(prompt: Sequence[int], room: int) -> None:
+    """An error unless there is a prompt, and room for an answer."""
+    if not prompt:
+        raise ParameterError("the prompt is empty: there is nothing to continue")
+    if len(prompt) >= room:
+        raise ContextOverflowError(
+            f"the prompt has {len(prompt)} tokens, the context {room}: no room for an answer"
+        )
+
+
 class Request:
     """A prompt and its continuation. `choose` takes logits and returns the next id.
 
@@ -84,13 +94,8 @@ class Request:
         top_logprobs: int | None = None,
         constraint: Constraint | None = None,
     ):
-        if not prompt:
-            raise ParameterError("the prompt is empty: there is nothing to continue")
         room = session.cache.max_seq_len
-        if len(prompt) >= room:
-            raise ContextOverflowError(
-                f"the prompt has {len(prompt)} tokens, the context {room}: no room for an answer"
-            )
+        check_room(prompt, room)
         self.ids, self.left = list(prompt), room - len(prompt)
         if max_tokens is not None:
             self.left = min(self.left, max_tokens)  # ids that may still follow

@@ -1,6 +1,8 @@
 """Several sequences side by side: each gets what it gets alone."""
 
 from dataclasses import replace
+from functools import lru_cache
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,8 +20,17 @@ from numpy_llama.errors import (
     ResourceLimitError,
     TemplateError,
 )
-from numpy_llama.generation.batch import BatchCache, generate_batch, hidden_states, side_by_side
-from numpy_llama.generation.generate import Request, generate
+from numpy_llama.generation.batch import (
+    LEAST_SHARED,
+    OWN,
+    BatchCache,
+    generate_batch,
+    hidden_states,
+    sessions_for,
+    shared_prefix,
+    side_by_side,
+)
+from numpy_llama.generation.generate import Request, generate, prefill
 from numpy_llama.generation.sampling import Sampler
 from numpy_llama.generation.session import Session
 from numpy_llama.proof.bounds import CHUNKS_32
@@ -36,6 +47,13 @@ STEPS_8 = 5e-2
 
 def build_tiny(format="Q8_0", **options):
     return build(ARGS, stored(float_weights(ARGS), format), **options)
+
+
+@lru_cache
+def wide(**options):
+    """With heads of 32 numbers, which a cache in q8 needs."""
+    args = replace(ARGS, head_dim=32, n_heads=2, n_kv_heads=1)
+    return build(args, stored(float_weights(args), "Q8_0"), **options)
 
 
 @pytest.fixture(scope="module", params=["numpy", "c"])
@@ -249,6 +267,48 @@ def test_texts_are_those_of_each_alone(llama, sampling):
     assert [gist(one) for one in completions] == expected
     assert {one.finish_reason for one in completions} == {"stop", "length"}
     assert all(one.prefill_seconds > 0 and one.decode_seconds >= 0 for one in completions)
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "numpy"}, {"exact": True}, {}, {"cache_dtype": "q8"}], ids=str
+)
+@given(
+    same=st.integers(0, 3 * LEAST_SHARED),
+    own=st.lists(st.integers(0, 2 * OWN), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_what_all_prompts_begin_with_is_computed_once(options, same, own, seed):
+    """The kernels give the logits of each alone, bit for bit."""
+    model, rng = wide(**options), np.random.default_rng(seed)
+    begin = rng.integers(0, V, same).tolist()
+    prompts = [[*begin, i, *rng.integers(0, V, n).tolist()] for i, n in enumerate(own)]
+    with patch.object(model, "hidden", wraps=model.hidden) as hidden:
+        sessions = sessions_for(model, prompts, [len(prompt) + 3 for prompt in prompts])
+    n = len(sessions[0].ids)
+    assert sum(call.args[0].size for call in hidden.call_args_list) == n == shared_prefix(prompts)
+    assert n == 0 or LEAST_SHARED <= n <= same
+    if len(own) > 1 and same >= LEAST_SHARED and min(own) >= OWN:
+        assert n == same
+    for prompt, session in zip(prompts, sessions, strict=True):
+        request = Request(prompt, session, Sampler())
+        found, wanted = prefill(model, request), forward_alone(model, prompt)
+        if options.get("backend") == "numpy":
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(found, wanted)
+
+
+def forward_alone(model, prompt):
+    return prefill(model, Request(prompt, Session(model), Sampler()))
+
+
+def test_texts_with_one_beginning_are_those_of_each_alone(llama):
+    begin = "The capital of France is Paris. " * 9
+    prompts = [
+        begin + end for end in ("The capital of Spain is the city of", "Long ago there lived an old king who")
+    ]
+    for one, prompt in zip(llama.generate_batch(prompts, max_tokens=12), prompts, strict=True):
+        assert one.text == llama.generate(prompt, max_tokens=12).text
 
 
 def test_texts_and_ids_may_be_mixed(llama):

@@ -158,7 +158,7 @@ class Llama:
         return session
 
     def _session_file(self, run: Callable[..., None], path: str | os.PathLike[str], session: Session) -> None:
-        if not (isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str) and Path(path).name):
+        if not is_file_name(path):
             raise ParameterError(f"path is {escape(path, 60)}, it must be the path of a file")
         if parallel.launched() > 1:
             raise UnsupportedError(
@@ -493,6 +493,14 @@ def without(names: Iterable[str], options: dict[str, Any], what: str, way_out: s
     if found := next((name for name in names if options.pop(name, None) is not None), None):
         raise ParameterError(f"{what} takes no `{found}`: {way_out}")
     return options
+
+
+def is_file_name(path: Any) -> bool:
+    """Whether a file can have this path."""
+    try:
+        return b"\0" not in os.fsencode(path) and Path(path).name != ""
+    except (TypeError, UnicodeEncodeError):
+        return False
 
 
 def finish(stream: Iterable[Piece]) -> Completion:

@@ -270,6 +270,13 @@ def test_a_scale_in_q8_that_is_not_finite_is_refused(path, tmp_path):
         llama.load_session(tmp_path / "a.session")
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", "\ud800", "a/\ud800", "..\0/a", b"a", None])
+def test_what_no_file_can_have_as_its_name_is_refused(llama, name):
+    for use in (llama.load_session, lambda path: llama.save_session(held(llama, 3), path)):
+        with pytest.raises(ParameterError, match="it must be the path of a file"):
+            use(name)
+
+
 def test_no_other_file_is_a_session(llama, path, folder):
     for other, words in [(path, "header"), (folder, "is a folder"), (folder / "none", "is not there")]:
         with pytest.raises(nl.NumpyLlamaError, match=f"{other}.*{words}"):

@@ -39,7 +39,9 @@
 #include <stdlib.h>
 
 #include "dispatch.h"
+#include "exp_log.h"
 #include "formats.h"
+#include "memory.h"
 #include "vec.h"
 
 /* Rows of q, o, m and l are padded to PAD floats: whole registers of every instruction set. The last rows are
@@ -140,7 +142,7 @@ static void merge_states(const nl_attention_args *a, const query_block *qb, floa
             continue;
         }
         const float m = span.m[row] > all.m[row] ? span.m[row] : all.m[row];
-        const float before = expf(all.m[row] - m), here = expf(span.m[row] - m);
+        const float before = exp_float(all.m[row] - m), here = exp_float(span.m[row] - m);
         float *o = all.o + row * padded(a->Dh), *span_o = span.o + row * padded(a->Dh);
         for (int64_t d = 0; d < a->Dh; d++) o[d] = o[d] * before + span_o[d] * here;
         all.l[row] = all.l[row] * before + span.l[row] * here;
@@ -154,17 +156,12 @@ static void write_output(const nl_attention_args *a, const query_block *qb, floa
     for (int64_t row = 0; row < qb->rows; row++) {
         const float *o = all.o + row * padded(a->Dh), inverse_l = 1 / all.l[row];
         for (int64_t d = 0; d < a->Dh; d++) a->out[row_offset(a, qb, row) + d] = o[d] * inverse_l;
-        if (a->lse) *lse_at(a, qb, row) = all.m[row] + logf(all.l[row]);
+        if (a->lse) *lse_at(a, qb, row) = all.m[row] + (float)log_float64(all.l[row]);
     }
 }
 
-/* Memory for n floats, or NULL. It is whole pairs of cache lines, so no two threads write to the same line.
- * aligned_alloc takes only sizes that are multiples of the alignment. */
-static float *allocate_floats(int64_t n) {
-    enum { ALIGNMENT = 128 };
-    _Static_assert(PAD * sizeof(float) % ALIGNMENT == 0, "PAD floats are whole units of the alignment");
-    return aligned_alloc(ALIGNMENT, padded(n) * sizeof(float));
-}
+/* Memory for n floats, or NULL. */
+static float *allocate_floats(int64_t n) { return allocate_aligned(padded(n) * (int64_t)sizeof(float)); }
 
 int nl_attention(const nl_attention_args *a, int threads) {
     if (!is_cached(a->format)) return NL_UNKNOWN_FORMAT;
@@ -213,9 +210,9 @@ int nl_attention(const nl_attention_args *a, int threads) {
                 merge_states(a, &qb, all, all + i * state_floats, (first_span + i) * KV_SPAN);
             write_output(a, &qb, all);
         }
-        free(memory);
+        free_aligned(memory);
     }
-    free(states);
+    free_aligned(states);
     return status;
 }
 
@@ -243,7 +240,7 @@ void attention_scalar(const nl_attention_args *a, int64_t index, int64_t span_be
             for (int64_t d = 0; d < a->Dh; d++) score += q[d] * k[d];
             score *= scale;
             const float higher = score > m ? score : m;
-            const float before = expf(m - higher), here = expf(score - higher);
+            const float before = exp_float(m - higher), here = exp_float(score - higher);
             for (int64_t d = 0; d < a->Dh; d++) o[d] = o[d] * before + here * v[d];
             l = l * before + here;
             m = higher;
@@ -253,7 +250,7 @@ void attention_scalar(const nl_attention_args *a, int64_t index, int64_t span_be
 }
 
 void exp_scalar(float *y, const float *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] = x[i] < -87.0f ? 0 : expf(x[i]);
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] < -87.0f ? 0 : exp_float(x[i]);
 }
 
 #else

@@ -22,7 +22,9 @@
 #include <stdlib.h>
 
 #include "dispatch.h"
+#include "exp_log.h"
 #include "formats.h"
+#include "memory.h"
 #include "vec.h"
 
 /* NL_KEYS is a multiple of QUERIES, so the first query block of a key block begins where that does. */
@@ -60,8 +62,7 @@ int nl_attention_backward(const nl_attention_backward_args *a, int threads) {
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const size_t bytes = (size_t)backward_scratch_floats(a) * sizeof(float);
-        float *scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        float *scratch = allocate_aligned(backward_scratch_floats(a) * (int64_t)sizeof(float));
         if (!scratch) {
 #pragma omp atomic write
             status = NL_NO_MEMORY;
@@ -80,7 +81,7 @@ int nl_attention_backward(const nl_attention_backward_args *a, int threads) {
                 a->dk[to + d] = dk, a->dv[to + d] = dv;
             }
         }
-        free(scratch);
+        free_aligned(scratch);
     }
     free(parts);
     return status;
@@ -111,7 +112,7 @@ void attention_backward_scalar(const nl_attention_backward_args *a, int64_t b, i
         for (int64_t t = j; t < T; t++) {
             const int64_t at = first + t * q_row(a);
             const float *q = a->q + at, *dout = a->dout + at;
-            const float p = expf(dot(q, k, Dh) * scale - lse[t]);
+            const float p = exp_float(dot(q, k, Dh) * scale - lse[t]);
             const float ds = p * (dot(dout, v, Dh) - delta[t - a->begin]) * scale;
             for (int64_t d = 0; d < Dh; d++) {
                 a->dq[at + d] += ds * k[d];

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = ["avx512.c", "avx2.c", "avx_vnni.c", "dispatch.c"]  # first what takes longest to compile
 SOURCES += ["pack.c", "linear.c", "linear_backward.c", "quantized_activations.c", "attention.c"]
 SOURCES += ["attention_backward.c", "layer.c", "lora.c", "training.c", "probe.c", "formats.c", "quantize.c"]
-SOURCES += ["watch.c", "team.c"]
+SOURCES += ["watch.c", "team.c", "cpu.c"]
 
 COMPILE = [
     "-std=c11",
@@ -52,6 +52,7 @@ def openmp_flags() -> list[str]:
 def make_ffi(module: str = "numpy_llama.backend._kernels", openmp: list[str] | None = None) -> FFI:
     """The builder; tests call it to build without OpenMP under another name."""
     openmp = openmp_flags() if openmp is None else openmp
+    without = [] if openmp else ["-Wno-unknown-pragmas"]
     ffi = FFI()
     ffi.cdef((HERE / "kernels.h").read_text().replace("#pragma once", ""))  # cffi reads no directives
     # abi3: one compiled module serves every Python from 3.10 on; the free-threaded build has no such ABI.
@@ -62,7 +63,7 @@ def make_ffi(module: str = "numpy_llama.backend._kernels", openmp: list[str] | N
         sources=[os.path.relpath(HERE / name) for name in SOURCES],
         depends=[os.path.relpath(path) for path in HERE.glob("*.[ch]")],
         include_dirs=[str(HERE)],
-        extra_compile_args=[*COMPILE, *openmp],
+        extra_compile_args=[*COMPILE, *openmp, *without],
         extra_link_args=openmp,
         py_limited_api=limited,
     )

@@ -4,9 +4,8 @@
 
 #include <stddef.h>
 #include <string.h>
-#ifdef X86
-#include <cpuid.h>
-#endif
+
+#include "cpu.h"
 
 /* ISA has the functions for quantized activations, OTHER all else. */
 #define TABLE(ISA, OTHER)                                                                                    \
@@ -45,28 +44,17 @@ TABLE(avx512, avx512)
 #endif
 #ifdef HAS_AVX_VNNI
 TABLE(avx_vnni, avx2)
-
-/* clang 14 has no name to ask for it. `has_avx2` includes whether the system saves the registers. */
-static int cpu_has_avx_vnni(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
-}
 #endif
 
 /* The index-th table that can run here, fastest first. */
 static const kernels *available(int index) {
 #ifdef X86
-    __builtin_cpu_init(); /* the answers below include whether the system saves these registers */
-    /* Every CPU with AVX2 has F16C, which is older; clang 14 has no name to ask for it. */
-    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    if (has_avx512 && index-- == 0) return &avx512;
+    const cpu_features cpu = cpu_has();
+    if (cpu.avx512 && index-- == 0) return &avx512;
 #ifdef HAS_AVX_VNNI
-    if (has_avx2 && cpu_has_avx_vnni() && index-- == 0) return &avx_vnni;
+    if (cpu.avx_vnni && index-- == 0) return &avx_vnni;
 #endif
-    if (has_avx2 && index-- == 0) return &avx2;
+    if (cpu.avx2 && index-- == 0) return &avx2;
 #endif
     return index == 0 ? &scalar : NULL;
 }

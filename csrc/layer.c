@@ -40,6 +40,7 @@
  * more for each instruction set: the part under VECTOR_FORMS (README.md). tests/kernels/test_layer.py
  * compares every form with the layer of model.py. */
 #include "dispatch.h"
+#include "exp_log.h"
 #include "formats.h"
 #include "vec.h"
 
@@ -519,7 +520,7 @@ void norm_scalar(float *y, const float *x, const float *weight, float eps, int64
 
 /* gate = gate / (1 + exp(-gate)) * up. In float64, because exp(89) is beyond float32. */
 void swiglu_scalar(float *gate, const float *up, int64_t n) {
-    for (int64_t i = 0; i < n; i++) gate[i] = (float)(gate[i] / (1 + exp(-(double)gate[i]))) * up[i];
+    for (int64_t i = 0; i < n; i++) gate[i] = (float)(gate[i] / (1 + exp_float64(-(double)gate[i]))) * up[i];
 }
 
 /* Each pair (a, b) is a complex number a + bi. It is multiplied by its c + di, unless freqs_cis is NULL, and

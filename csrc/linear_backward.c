@@ -33,6 +33,7 @@
 
 #include "dispatch.h"
 #include "formats.h"
+#include "memory.h"
 #include "vec.h"
 
 /* What is packed at once: PART rows and KS columns of a, KS rows and NC columns of b. More would leave the
@@ -90,7 +91,7 @@ static int multiply(const float_product *p, int threads) {
     if (!p->M || !p->N) return 0;
     const int64_t parts = (p->M + PART - 1) / PART; /* as equal as can be */
     const int64_t a_floats = (range_of(p->M, ROW_GROUP, 0, parts).end + ROW_GROUP) * KS;
-    uint8_t *memory = aligned_alloc(64, (size_t)(a_floats * 4 + (int64_t)threads * PANELS));
+    uint8_t *memory = allocate_aligned(a_floats * 4 + (int64_t)threads * PANELS);
     if (!memory) return NL_NO_MEMORY;
     float *packed_a = (float *)memory;
     int64_t taken = 0;
@@ -118,7 +119,7 @@ static int multiply(const float_product *p, int threads) {
             }
         }
     }
-    free(memory);
+    free_aligned(memory);
     return 0;
 }
 

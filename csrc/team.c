@@ -11,7 +11,7 @@
 
 #include "kernels.h"
 
-#ifdef _OPENMP
+#if defined(_OPENMP) && !defined(_WIN32)
 #include <omp.h>
 #include <pthread.h>
 #include <stdlib.h>

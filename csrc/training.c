@@ -17,6 +17,7 @@
 #include <stdlib.h>
 
 #include "dispatch.h"
+#include "exp_log.h"
 #include "formats.h"
 #include "vec.h"
 
@@ -136,7 +137,7 @@ void norm_backward_scalar(float *dx, float *dweight, const float *dy, const floa
 void swiglu_backward_scalar(float *dgate, float *dup, const float *ds, const float *gate, const float *up,
                             int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        const float g = gate[i] < -87 ? -87 : gate[i], e = expf(-g), sig = 1 / (1 + e);
+        const float g = gate[i] < -87 ? -87 : gate[i], e = exp_float(-g), sig = 1 / (1 + e);
         dgate[i] = ds[i] * up[i] * (sig * (1 + g * (e * sig)));
         dup[i] = ds[i] * (g * sig);
     }
@@ -147,10 +148,10 @@ float cross_entropy_scalar(float *z, int64_t target, float weight, int64_t V) {
     float largest = z[0], sum = 0;
     for (int64_t i = 0; i < V; i++) largest = z[i] > largest ? z[i] : largest;
     const float chosen = z[target] - largest;
-    for (int64_t i = 0; i < V; i++) sum += z[i] = expf(z[i] - largest);
+    for (int64_t i = 0; i < V; i++) sum += z[i] = exp_float(z[i] - largest);
     for (int64_t i = 0; i < V; i++) z[i] *= weight / sum;
     z[target] -= weight;
-    return logf(sum) - chosen;
+    return (float)log_float64(sum) - chosen;
 }
 
 void adamw_scalar(float *p, const float *g, float *m, float *v, const nl_adamw_step *s, int64_t n) {
@@ -216,13 +217,13 @@ VEC_TARGET float VEC(cross_entropy)(float *z, int64_t target, float weight, int6
         vec_store(z + i, e);
         sums = vec_add(sums, e);
     }
-    for (int64_t i = whole; i < V; i++) sum += z[i] = expf(z[i] - largest);
+    for (int64_t i = whole; i < V; i++) sum += z[i] = exp_float(z[i] - largest);
     sum += vec_sum(sums);
     const float share = weight / sum;
     for (int64_t i = 0; i < whole; i += LANES) vec_store(z + i, vec_mul(vec_load(z + i), vec_all(share)));
     for (int64_t i = whole; i < V; i++) z[i] *= share;
     z[target] -= weight;
-    return logf(sum) - chosen;
+    return (float)log_float64(sum) - chosen;
 }
 
 /* Without an FMA, so the bits are those of the scalar form, and of NumPy. */

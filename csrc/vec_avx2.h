@@ -24,8 +24,12 @@
 #endif
 
 /* Each function names its instruction set. A compiler flag would also change the rest of the module. */
+#ifdef AVX_VNNI
+#define VEC_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#else
 #define VEC_TARGET __attribute__((target("avx2,fma,f16c")))
-#define VEC_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+#endif
+#define VEC_INLINE static inline __attribute__((always_inline)) VEC_TARGET
 
 typedef __m256 vec;
 
@@ -169,25 +173,37 @@ VEC_INLINE ints ints_or_and(ints a, ints b, ints mask) { return ints_or(a, ints_
  * Sums of products of bytes: `some` begins as byte_dots_begin(sum), takes BYTE_RUN products, and
  * byte_dots_end gives sum + those.
  *
- * In assembly, because gcc would multiply first and add later, and spill the products. With intrinsics of
- * AVX_VNNI it would copy sums. */
+ * In assembly for gcc, which would multiply first and add later, and spill the products. With intrinsics of
+ * AVX_VNNI it would copy sums. clang loses half of its speed by this assembly, and has intrinsics. */
 #ifdef AVX_VNNI /* {vex}: not the form of AVX-512 */
 VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
+#ifdef __clang__
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
     __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
     return sum;
+#endif
 }
 VEC_INLINE ints byte_dots_begin(ints sum) { return sum; }
 VEC_INLINE ints byte_dots_end(ints some, ints sum) { return (void)sum, some; }
 VEC_INLINE ints byte_dot_lanes(const int is_signed, ints sum, ints a, ints b) {
     (void)is_signed;
+#ifdef __clang__
+    return _mm256_dpbusd_avx_epi32(sum, a, b);
+#else
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
     return sum;
+#endif
 }
 #else
 VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
+#ifdef __clang__
+    return ints_add(sum, _mm256_madd_epi16(a, b));
+#else
     ints products;
     __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "xm"(b));
     return sum;
+#endif
 }
 
 /* vpmaddubsw multiplies bytes without a sign by bytes with one, and adds two products in 16 bits; vpmaddwd
@@ -203,11 +219,15 @@ VEC_INLINE ints byte_dots_end(ints some, ints sum) {
     return ints_add(sum, _mm256_madd_epi16(some, shorts_all(1)));
 }
 VEC_INLINE ints byte_dot_lanes(const int is_signed, ints some, ints a, ints b) {
-    ints products;
     if (is_signed) /* BYTE_RUN is 1, so `some` is 0 */
         return _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+#ifdef __clang__
+    return _mm256_add_epi16(some, _mm256_maddubs_epi16(a, b));
+#else
+    ints products;
     __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(some), "=&x"(products) : "x"(a), "xm"(b));
     return some;
+#endif
 }
 #endif
 

@@ -125,10 +125,14 @@ VEC_INLINE int32_t ints_largest(ints a) { return _mm512_reduce_max_epi32(a); }
 VEC_INLINE int32_t ints_sum(ints a) { return _mm512_reduce_add_epi32(a); }
 VEC_INLINE vec vec_from_low_f16(ints a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 
-/* In assembly, because gcc 12 copies every sum of a loop back and forth around the intrinsic. */
+/* In assembly for gcc 12, which copies every sum of a loop back and forth around the intrinsic. */
 VEC_INLINE ints dot_pairs(ints sum, ints a, ints b) {
+#ifdef __clang__
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
     return sum;
+#endif
 }
 VEC_INLINE void shorts_store_ints(int16_t *p, ints a) {
     _mm256_storeu_si256((void *)p, _mm512_cvtsepi32_epi16(a));
@@ -144,13 +148,21 @@ VEC_INLINE ints byte_dots_begin(ints sum) { return sum; }
 VEC_INLINE ints byte_dots_end(ints some, ints sum) { return (void)sum, some; }
 VEC_INLINE ints byte_dot(const int is_signed, ints sum, ints a, const int32_t *b) {
     (void)is_signed;
+#ifdef __clang__
+    return _mm512_dpbusd_epi32(sum, a, ints_all(*b));
+#else
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
     return sum;
+#endif
 }
 VEC_INLINE ints byte_dot_lanes(const int is_signed, ints sum, ints a, ints b) {
     (void)is_signed;
+#ifdef __clang__
+    return _mm512_dpbusd_epi32(sum, a, b);
+#else
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
+#endif
 }
 
 VEC_INLINE vec vec_from_table(const float table[16], ints codes) {

@@ -6,17 +6,26 @@
  * SIGBUS goes to the handler that was installed before.
  *
  * A signal handler may only call async-signal-safe functions. This one reads a fixed table of finished lines
- * and calls write(2), pause(2), _exit(2), sigaction(2) and raise(3). */
+ * and calls write(2), pause(2), _exit(2), sigaction(2) and raise(3).
+ *
+ * Windows lets nobody cut a file that is mapped, so there is nothing to watch. */
 #define _XOPEN_SOURCE 700 /* SA_SIGINFO */
+#include <stdint.h>
 
+#include "kernels.h"
+
+#ifdef _WIN32
+int nl_watch(const void *begin, int64_t nbytes, const char *name) {
+    (void)begin, (void)nbytes, (void)name;
+    return 0;
+}
+void nl_unwatch(const void *begin) { (void)begin; }
+#else
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <unistd.h>
-
-#include "kernels.h"
 
 enum { RANGES = 256, LINE = 1024 };
 enum { FREE = 0, BUSY = 1 }; /* values of `begin`: no range begins at these addresses */
@@ -81,3 +90,4 @@ void nl_unwatch(const void *begin) {
         if (atomic_compare_exchange_strong(&table[i].begin, &expected, FREE)) return;
     }
 }
+#endif

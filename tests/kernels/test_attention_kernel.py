@@ -403,7 +403,7 @@ def test_scores_of_minus_infinity_count_nothing(isa):
 
 
 def test_exp(isa, rng):
-    """Within 1.1 ulp, 0 below -87, exactly 1 at 0, NaN for NaN."""
+    """Within 1.1 ulp (scalar: half of one), 0 below -87, exactly 1 at 0, NaN for NaN."""
     x = np.concatenate(
         [-(2.0 ** rng.uniform(-30, np.log2(87), 1 << 20)), np.linspace(-87, 0, 1 << 20), [0.0, -0.0, -87.0]]
     )
@@ -411,7 +411,9 @@ def test_exp(isa, rng):
     y = np.empty_like(x)
     lib.nl_exp(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", x), len(x))
     exact = np.exp(x.astype(np.float64))
-    assert np.max(np.abs(y - exact) / np.spacing(exact.astype(np.float32))) <= 1.1
+    assert np.max(np.abs(y - exact) / np.spacing(exact.astype(np.float32))) <= (
+        0.5001 if isa == "scalar" else 1.1
+    )
     assert (y[x == 0] == 1).all()
     special = np.array([np.nan, -np.inf, -87.1, -1e30], np.float32)
     y = np.empty_like(special)

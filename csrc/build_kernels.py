@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["avx512.c", "avx2.c", "avx_vnni.c", "dispatch.c"]  # first what takes longest to compile
+SOURCES = ["avx512.c", "avx2.c", "avx_vnni.c", "neon.c", "dispatch.c"]  # first what takes longest to compile
 SOURCES += ["pack.c", "linear.c", "linear_backward.c", "quantized_activations.c", "attention.c"]
 SOURCES += ["attention_backward.c", "layer.c", "lora.c", "training.c", "probe.c", "formats.c", "quantize.c"]
 SOURCES += ["watch.c", "team.c", "cpu.c"]

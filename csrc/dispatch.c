@@ -42,6 +42,9 @@ TABLE(scalar, scalar)
 TABLE(avx2, avx2)
 TABLE(avx512, avx512)
 #endif
+#ifdef ARM64
+TABLE(neon, neon)
+#endif
 #ifdef HAS_AVX_VNNI
 TABLE(avx_vnni, avx2)
 #endif
@@ -55,6 +58,9 @@ static const kernels *available(int index) {
     if (cpu.avx_vnni && index-- == 0) return &avx_vnni;
 #endif
     if (cpu.avx2 && index-- == 0) return &avx2;
+#endif
+#ifdef ARM64
+    if (index-- == 0) return &neon;
 #endif
     return index == 0 ? &scalar : NULL;
 }

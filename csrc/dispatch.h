@@ -10,6 +10,9 @@
 #if (defined(__x86_64__) || defined(__i386__)) && !defined(SCALAR_ONLY)
 #define X86 1
 #endif
+#if defined(__aarch64__) && !defined(SCALAR_ONLY)
+#define ARM64 1
+#endif
 
 /* gcc 11 and clang 12 have AVX_VNNI, and this header. An older compiler leaves these kernels out. */
 #if defined(X86) && defined(__has_include)
@@ -162,6 +165,7 @@ const kernels *chosen_kernels(void);
 DECLARE(scalar)
 DECLARE(avx2)
 DECLARE(avx512)
+DECLARE(neon)
 #undef DECLARE
 linear_rows linear_quantized_avx_vnni; /* the others are those of avx2 */
 quantize_group quantize_activations_avx_vnni;

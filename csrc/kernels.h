@@ -316,7 +316,7 @@ void nl_unwatch(const void *begin);
 int nl_form_team(int threads, int have, int64_t stack, int64_t room[2]);
 
 /* The instruction sets that are compiled in and can run here, fastest first: "avx512", "avx_vnni", "avx2",
- * "scalar". NULL past the last one.      dispatch.c */
+ * "neon", "scalar". NULL past the last one.      dispatch.c */
 const char *nl_isa_name(int index);
 
 /* Use this one from now on. Returns 0, or -1 if it is unknown or cannot run here. Not while a kernel runs. */

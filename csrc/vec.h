@@ -1,6 +1,6 @@
 /* The vector functions of the instruction set that is being compiled, and all that the kernels assume of it.
  *
- * avx2.c, avx_vnni.c and avx512.c define VECTOR_FORMS as the name of their header. A header defines
+ * avx2.c, avx_vnni.c, avx512.c and neon.c define VECTOR_FORMS as the name of their header. A header defines
  *
  *     LANES, MR, TILE_ROWS              constants, explained in vec_avx2.h
  *     BYTE_RUN, SIGNED_BYTES            how it multiplies bytes, explained there too

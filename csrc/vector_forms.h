@@ -1,5 +1,5 @@
-/* The vector forms of all kernels. avx2.c and avx512.c include this, so each of these files is compiled once
- * for each instruction set, with VECTOR_FORMS defined (README.md, "What is compiled when"). */
+/* The vector forms of all kernels. avx2.c, avx512.c and neon.c include this, so each of these files is
+ * compiled once for each instruction set, with VECTOR_FORMS defined (README.md, "What is compiled when"). */
 #include "vec.h"
 
 #include "quantized_activations.c"

@@ -101,7 +101,7 @@ def dequantize_f32(rows: Array) -> Array:
 
 
 def dequantize_f16(rows: Array) -> Array:
-    return rows.view("<f2").astype(np.float32)
+    return _float16(rows)
 
 
 def dequantize_bf16(rows: Array) -> Array:
@@ -215,7 +215,8 @@ def _scaled(blocks: Array, q: Array) -> Array:
 
 
 def _float16(pair: Array) -> Array:
-    return pair.view("<f2").astype(np.float32)
+    with np.errstate(invalid="ignore"):  # ARM reports that a signaling NaN becomes a quiet one
+        return pair.view("<f2").astype(np.float32)
 
 
 def _float32(four: Array) -> Array:
@@ -237,7 +238,8 @@ def quantize_f32(x: Array) -> Array:
 
 
 def quantize_f16(x: Array) -> Array:
-    with np.errstate(over="ignore"):  # beyond 65504 a float16 is infinite, as in every converter
+    # Beyond 65504 a float16 is infinite, as in every converter. NaN: as in _float16.
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.ascontiguousarray(x.astype("<f2")).view(np.uint8)
 
 

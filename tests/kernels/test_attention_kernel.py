@@ -478,7 +478,9 @@ def test_every_half_is_read_rightly(isa, T):
     v = np.repeat(np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, 1, 256, 256), T, axis=1)
     k = np.zeros_like(v)
     got = Kernels(2).attention(k.astype(np.float32), k, v)
-    np.testing.assert_array_equal(got[0, 0], v[0, 0].astype(np.float32))
+    with np.errstate(invalid="ignore"):  # ARM reports that a signaling NaN becomes a quiet one
+        wanted = v[0, 0].astype(np.float32)
+    np.testing.assert_array_equal(got[0, 0], wanted)
 
 
 def test_a_cache_of_float16_holds_what_was_rounded(rng):

@@ -86,7 +86,7 @@ def make_kernels() -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_ext", *folders]
     subprocess.run(command, check=True, cwd=REPOSITORY, env=environment)
     (built,) = HOME.glob("lib/numpy_llama/backend/_kernels.*")
-    shutil.copy2(built, KERNELS)
+    os.replace(built, KERNELS)  # a running Python keeps the file that it has mapped
 
 
 def main() -> int:

@@ -443,7 +443,7 @@ def test_the_kernels_are_those_that_the_cpu_has(tmp_path):
     command = [os.environ.get("CC", "cc"), "-no-pie", f"-I{csrc}", "cpu_test.c", "-o", "cpu"]
     # The kernels themselves are not linked: only their names are wanted.
     subprocess.run([*command, "-Wl,--unresolved-symbols=ignore-all"], cwd=tmp_path, check=True)
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    x86, arm = (platform.machine() in names for names in (("x86_64", "AMD64"), ("aarch64", "arm64")))
     lacks = {f"{CASCADE_LAKE} -{name}": "avx2 scalar" for name in ["f", "dq", "bw", "vl", "vnni", "zmm"]}
     lacks |= {f"{CASCADE_LAKE} avxvnni -{name}": "scalar" for name in HASWELL.split()}
     for features, wanted in {
@@ -457,7 +457,8 @@ def test_the_kernels_are_those_that_the_cpu_has(tmp_path):
         has = {name for name in features.split() if f"-{name}" not in features}
         registers = [f"{sum(bits[name] for name in bits.keys() & has):x}" for bits in REGISTERS]
         found = subprocess.run([tmp_path / "cpu", *registers], capture_output=True, text=True, check=True)
-        assert found.stdout == f"{wanted if x86 else 'scalar'} ", features
+        wanted = wanted if x86 else "neon scalar" if arm else "scalar"
+        assert found.stdout == f"{wanted} ", features
 
 
 # ---------------------------------------------------------------- threads and processes

@@ -1,5 +1,7 @@
 """The bits of each kernel are the same with every compiler, system and CPU that has its instruction set.
 
+NEON has the bits of AVX2: its vectors have as many lanes, and its sums the same order.
+
 golden.c prints a hash of each kernel's results, golden.txt has them. `python tests/platforms/test_golden.py`
 writes golden.txt anew: after a change that is meant to change bits.
 """
@@ -77,6 +79,9 @@ def built(folder: Path, build: tuple[list[str], list[str]]) -> dict[str, str]:
 
 def assert_golden(found: dict[str, str]) -> None:
     golden = lines_of(GOLDEN.read_text())
+    golden |= {
+        name.replace("avx2", "neon"): value for name, value in golden.items() if name.startswith("avx2 ")
+    }
     assert any(name.startswith("scalar ") for name in found)
     assert {name: value for name, value in found.items() if golden.get(name, value) != value} == {}
     for isa in {name.split()[0] for name in golden.keys() & found.keys()}:  # none is missing

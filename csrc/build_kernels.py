@@ -35,24 +35,50 @@ COMPILE = [
 # is loaded.
 
 
-def openmp_flags() -> list[str]:
-    """The flags for OpenMP if this compiler has it, else none: then the kernels run on one thread."""
+POOL = ["-DNL_POOL", f"-I{HERE / 'pool'}"]
+
+
+def links(*arguments: str) -> bool:
+    """Whether this compiler makes a program with a parallel region."""
     compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "test.c")
-        source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
-        command = [*compiler, str(source), "-fopenmp", "-o", str(Path(folder, "test"))]
+        region = "#pragma omp parallel num_threads(n)\n    n = omp_get_num_threads();\n    return n;"
+        source.write_text(f"#include <omp.h>\nint main(int n, char **v) {{\n{region}\n}}\n")
+        command = [*compiler, str(source), *arguments, "-o", str(Path(folder, "test"))]
         try:
-            found = subprocess.run(command, capture_output=True).returncode == 0
+            return subprocess.run(command, capture_output=True).returncode == 0
         except OSError:
-            found = False  # no compiler at all: the build itself prints the error
-    return ["-fopenmp"] if found else []
+            return False  # no compiler at all: the build itself prints the error
 
 
-def make_ffi(module: str = "numpy_llama.backend._kernels", openmp: list[str] | None = None) -> FFI:
-    """The builder; tests call it to build without OpenMP under another name."""
-    openmp = openmp_flags() if openmp is None else openmp
-    without = [] if openmp else ["-Wno-unknown-pragmas"]
+def openmp_flags() -> list[str]:
+    """The flags for OpenMP if this compiler has its library, else none."""
+    return ["-fopenmp"] if links("-fopenmp") else []
+
+
+def pool_flags() -> list[str]:
+    """The flags for pool.c if the compiler knows OpenMP without its library, as Apple's clang and zig do."""
+    for flags in (["-fopenmp"], ["-Xclang", "-fopenmp"]):
+        if links(*flags, *POOL, f"-I{HERE}", str(HERE / "pool" / "pool.c"), "-pthread"):
+            return [*flags, *POOL]
+    return []
+
+
+def make_ffi(
+    module: str = "numpy_llama.backend._kernels",
+    openmp: list[str] | None = None,
+    pool: list[str] | None = None,
+) -> FFI:
+    """The builder. Threads come from OpenMP, else from pool.c; with neither, the kernels run on one thread.
+
+    Tests choose by giving the flags of one of them, and build under another name.
+    """
+    if openmp is None and pool is None:
+        openmp, pool = openmp_flags(), []
+        pool = [] if openmp else pool_flags()
+    compile_with = [*(openmp or []), *(pool or [])] or ["-Wno-unknown-pragmas"]
+    link_with = ["-pthread"] if pool else openmp or []
     ffi = FFI()
     ffi.cdef((HERE / "kernels.h").read_text().replace("#pragma once", ""))  # cffi reads no directives
     # abi3: one compiled module serves every Python from 3.10 on; the free-threaded build has no such ABI.
@@ -60,11 +86,11 @@ def make_ffi(module: str = "numpy_llama.backend._kernels", openmp: list[str] | N
     ffi.set_source(
         module,
         '#include <stdint.h>\n#include "kernels.h"',
-        sources=[os.path.relpath(HERE / name) for name in SOURCES],
-        depends=[os.path.relpath(path) for path in HERE.glob("*.[ch]")],
+        sources=[os.path.relpath(HERE / name) for name in [*SOURCES, *(["pool/pool.c"] if pool else [])]],
+        depends=[os.path.relpath(path) for path in HERE.rglob("*.[ch]")],
         include_dirs=[str(HERE)],
-        extra_compile_args=[*COMPILE, *openmp, *without],
-        extra_link_args=openmp,
+        extra_compile_args=[*COMPILE, *compile_with],
+        extra_link_args=link_with,
         py_limited_api=limited,
     )
     return ffi

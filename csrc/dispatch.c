@@ -90,7 +90,9 @@ int nl_use_isa(const char *name) {
 const char *nl_isa(void) { return chosen_kernels()->name; }
 
 int nl_openmp(void) {
-#ifdef _OPENMP
+#ifdef NL_POOL
+    return 1;
+#elif defined(_OPENMP)
     return _OPENMP;
 #else
     return 0;

@@ -322,7 +322,7 @@ const char *nl_isa_name(int index);
 /* Use this one from now on. Returns 0, or -1 if it is unknown or cannot run here. Not while a kernel runs. */
 int nl_use_isa(const char *name);
 
-/* The one in use; the OpenMP version (0: built without); the compiler. */
+/* The one in use; the OpenMP version (1: pool.c in its place, 0: neither); the compiler. */
 const char *nl_isa(void);
 int nl_openmp(void);
 const char *nl_compiler(void);

@@ -11,7 +11,8 @@
 
 #include "kernels.h"
 
-#if defined(_OPENMP) && !defined(_WIN32)
+#ifdef NL_POOL /* pool.c has the team */
+#elif defined(_OPENMP) && !defined(_WIN32)
 #include <omp.h>
 #include <pthread.h>
 #include <stdlib.h>

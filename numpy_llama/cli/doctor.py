@@ -30,7 +30,11 @@ def run(args: argparse.Namespace) -> None:
     else:
         openmp = kernels.openmp_version()
         _line("C kernels", f"built by compiler {kernels.compiler()}")
-        _line("OpenMP", f"version {openmp}" if openmp else "NOT BUILT IN: the kernels run on one thread")
+        others = {
+            0: "NOT BUILT IN: the kernels run on one thread",
+            1: "no library; csrc/pool makes the threads",
+        }
+        _line("OpenMP", others.get(openmp, f"version {openmp}"))
         _line("instructions", f"{kernels.isa()}, of {', '.join(kernels.available_isas())}")
         _line("threads", f"{limits.available_cpus()}{_quota()} (choose with -t)")
     _line("compiler", compiler or "none on the PATH (needed only to build)")

@@ -173,6 +173,14 @@ def test_arrays_are_decoded_at_first_access_only():
         file.metadata["flags"]
 
 
+@pytest.mark.parametrize("name", ["u1", "i1", "u2", "i2", "u4", "i4", "f4", "u8", "i8", "f8"])
+def test_the_numbers_of_an_array_have_numpys_type_of_their_size(name):
+    """NumPy has two types of one size. The type of C's int is np.intc, and on Windows np.int32 is another."""
+    wanted = np.dtype(name)
+    found = opened(gguf_bytes({"numbers": np.ones(3, wanted)}, {})).metadata["numbers"]
+    assert found.dtype.type is wanted.type and found.tolist() == [1, 1, 1]
+
+
 def test_the_real_model_opens_at_once(smollm2_path):
     seconds = []
     for _ in range(3):  # the best of three: a busy machine is not what is tested

@@ -367,7 +367,8 @@ class _Reader:
         if array.code == "?":
             flags = np.frombuffer(self.map, np.uint8, array.count, array.start)
             self.check((flags <= 1).all(), f"{field} holds a BOOL that is neither 0 nor 1")
-        return np.frombuffer(self.map, f"<{array.code}", array.count, array.start)
+        type = np.dtype(f"<{array.code}").str  # by size: on Windows the C type int is not NumPy's int32
+        return np.frombuffer(self.map, type, array.count, array.start)
 
     def tensors(self, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
         # GGUF's description forbids an alignment below 8, and numbers would not be aligned in memory.

@@ -28,6 +28,12 @@ def test_the_version_stands_in_one_place():
     assert [path for path in others if nl.__version__ in (ROOT / path).read_text()] == []
 
 
+def test_a_wheel_has_every_room():
+    listed = re.findall(r'^    "(numpy_llama[\w.]*)",$', PYPROJECT, re.MULTILINE)
+    rooms = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "numpy_llama").rglob("__init__.py")}
+    assert {name.replace(".", "/") for name in listed} >= rooms
+
+
 def test_the_changelog_begins_with_this_version():
     headings = re.findall(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings and headings[0] in (nl.__version__, "Unreleased")

@@ -52,6 +52,7 @@ MAX_BESIDE = 32 << 20  # bytes of each: the largest is a tokenizer.json
 META = re.compile(r"params\.json|tokenizer\.model|consolidated\.\d\d\.pth")
 PART_OF = re.compile(r"-\d{5}-of-\d{5}")
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)\d)(\..*)?", re.IGNORECASE)  # on Windows, in every folder
 NO_MODEL = re.compile(r"mmproj|imatrix")  # GGUF files beside a model
 # The choice without a quantization: the first of these that is there. All run as they are stored.
 PREFERRED = (
@@ -86,8 +87,10 @@ def parse(text: str) -> Name:
 
 
 def is_plain(name: str) -> bool:
-    """Whether the name of a file in a repository stays inside a folder: no .., no absolute path."""
-    return all(SHARD.fullmatch(part) and part.strip(".") for part in name.split("/"))
+    """Whether a name in a repository is that of a file in a folder: no .., no absolute path, no device."""
+    return all(
+        SHARD.fullmatch(part) and part[-1] != "." and not DEVICE.fullmatch(part) for part in name.split("/")
+    )
 
 
 class File(NamedTuple):

@@ -799,7 +799,11 @@ def test_names_that_are_none(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../x.gguf", "/etc/x.gguf", "a/../b.gguf", "a\\b.gguf", "a\nb.gguf", "./x.gguf"]
+    "name",
+    [
+        *("../../x.gguf", "/etc/x.gguf", "a/../b.gguf", "a\\b.gguf", "a\nb.gguf", "./x.gguf"),
+        *("c:x.gguf", "nul.gguf", "AUX.Q8_0.gguf", "com1/x.gguf", "a./x.gguf"),  # special on Windows
+    ],
 )
 def test_file_names_that_leave_the_cache(hub, cache, name):
     hub.repositories["o/m"] = {name: b"x"}

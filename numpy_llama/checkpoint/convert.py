@@ -155,8 +155,9 @@ def check_replaceable(source: Checkpoint, out: Path) -> None:
         raise ParameterError(f"{out} is a folder; wanted the name of a file")
     if not out.is_file():
         raise ParameterError(f"{out} is no regular file; wanted the name of one")
-    used = [os.path.realpath(path) for path in [*(file.path for file in source.files), *source.beside()]]
-    if str(out) in used:
+    used = [*(file.path for file in source.files), *source.beside()]
+    # One file has several names, such as MODEL.gguf where the file system takes it for model.gguf.
+    if any(os.path.exists(path) and os.path.samefile(path, out) for path in used):
         raise ParameterError(f"{out} is part of what is to be converted: give another name for the result")
 
 

@@ -266,7 +266,9 @@ def test_refusals(source, tmp_path):
         convert.convert(opened, tmp_path, "q8")
     link = tmp_path / "link"
     link.symlink_to(opened.files[0].path)
-    for same in (opened.files[0].path, link):
+    second = tmp_path / "MODEL"  # a file system may take it for the same name
+    second.hardlink_to(opened.files[0].path)
+    for same in (opened.files[0].path, link, second):
         with pytest.raises(ParameterError, match="part of what is to be converted"):
             convert.convert(opened, same, "q8")
     assert_refused(run("convert", str(source), str(tmp_path / "no" / "o"), "--dtype", "q8"), 1, "cannot be")

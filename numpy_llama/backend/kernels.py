@@ -48,20 +48,24 @@ from .limits import stack_bytes, too_many_threads, too_small_stack
 # machine takes the CPU from a spinning thread first, and the next step waits for that thread. Beside two busy
 # programs decoding was 7 times slower than with 3,000 turns (0.1 ms). There 20,000 turns cost no more than
 # 3,000. They cover the wait for the slower of two threads: on an idle machine decoding is 7% faster than with
-# 3,000. OpenMP reads the number when it is loaded; child processes do not inherit it.
+# 3,000. OpenMP reads the number when it is loaded; child processes do not inherit it. LLVM's OpenMP counts
+# milliseconds, by default 200. Beside two busy programs decoding was 3 times slower with 200 than with 1.
 STACK = stack_bytes(os.environ)  # of OpenMP's threads: also read when the library is loaded
-_spin_count_is_ours = "GOMP_SPINCOUNT" not in os.environ
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+_WAITS = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
+_ours = {name: value for name, value in _WAITS.items() if name not in os.environ}
+os.environ.update(_ours)
 try:
     from ._kernels import ffi, lib
+
+    lib.nl_form_team(1, 1, 0, ffi.new("int64_t[2]"))  # LLVM's OpenMP reads its settings at its first use
 except ImportError as error:
     raise BuildError(
         f"the C kernels are not built ({error}). Run `pip install .` in the project's folder, "
         "or choose the readable path: backend='numpy', on the command line --backend numpy"
     ) from None
 finally:
-    if _spin_count_is_ours:
-        del os.environ["GOMP_SPINCOUNT"]
+    for _name in _ours:
+        del os.environ[_name]
 
 # A signal waits until a C call returns, so every call is short. This number of multiply-adds a thread takes
 # a few milliseconds in vector code and about 100 in scalar code.

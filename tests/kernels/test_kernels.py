@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,25 @@ def test_the_instruction_set_can_be_chosen_from_outside():
     assert run(code).stdout == f"{kernels.available_isas()[0]}\n"
     failed = run(code, NUMPY_LLAMA_ISA="avx9")
     assert "instruction set 'avx9' is not available; there are" in failed.stderr
+
+
+WAITS = "from numpy_llama.backend import kernels\n"
+WAITS += "print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME')))"
+
+
+def test_how_long_threads_wait_is_not_told_to_child_processes():
+    unset = "import os; [os.environ.pop(name, 0) for name in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME')]\n"
+    assert run(unset + WAITS).stdout == "None None\n"
+    assert run(f"import os\n{WAITS}", GOMP_SPINCOUNT="7", KMP_BLOCKTIME="9").stdout == "7 9\n"
+
+
+@pytest.mark.skipif(not (LLVM := find_library("omp")), reason="LLVM's OpenMP is not installed")
+@pytest.mark.parametrize("asked, found", [({}, "1"), ({"KMP_BLOCKTIME": "9"}, "9")])
+def test_threads_of_llvms_openmp_wait_for_a_millisecond(asked, found):
+    """It takes the place of GNU OpenMP here, and prints its settings when it has read them."""
+    code = "from numpy_llama.backend import kernels; kernels.team(2)"
+    done = run(code, LD_PRELOAD=LLVM, KMP_SETTINGS="1", **asked)
+    assert f"KMP_BLOCKTIME={found}\n" in done.stderr and "KMP_BLOCKTIME=200" not in done.stderr
 
 
 def test_the_scalar_kernels_are_always_there():

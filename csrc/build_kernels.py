@@ -44,7 +44,7 @@ def links(*arguments: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "test.c")
         region = "#pragma omp parallel num_threads(n)\n    n = omp_get_num_threads();\n    return n;"
-        source.write_text(f"#include <omp.h>\nint main(int n, char **v) {{\n{region}\n}}\n")
+        source.write_text(f"#include <omp.h>\nint main(int n, char **v) {{\n{region}\n}}\n", encoding="utf-8")
         command = [*compiler, str(source), *arguments, "-o", str(Path(folder, "test"))]
         try:
             return subprocess.run(command, capture_output=True).returncode == 0
@@ -80,7 +80,8 @@ def make_ffi(
     compile_with = [*(openmp or []), *(pool or [])] or ["-Wno-unknown-pragmas"]
     link_with = ["-pthread"] if pool else openmp or []
     ffi = FFI()
-    ffi.cdef((HERE / "kernels.h").read_text().replace("#pragma once", ""))  # cffi reads no directives
+    declarations = (HERE / "kernels.h").read_text(encoding="utf-8")
+    ffi.cdef(declarations.replace("#pragma once", ""))  # cffi reads no directives
     # abi3: one compiled module serves every Python from 3.10 on; the free-threaded build has no such ABI.
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
     ffi.set_source(

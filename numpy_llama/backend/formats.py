@@ -59,6 +59,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .. import system
 from ..config import Array
 from ..errors import MismatchError, ParameterError, UnsupportedError
 
@@ -491,8 +492,8 @@ def forget_pages(file_map: mmap.mmap, start: int, nbytes: int) -> None:
     """Release pages of a mapped file, so that they no longer count as memory of this process."""
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (start + nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-        file_map.madvise(mmap.MADV_DONTNEED, first, length)
+    if length > 0:
+        system.forget_pages(file_map, first, length)
 
 
 class StoredTensor(InPlace):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import system
 from ..config import Array
 from ..errors import (
     BuildError,
@@ -97,7 +98,7 @@ def _after_fork() -> None:
     _forked = True
 
 
-os.register_at_fork(after_in_child=_after_fork)
+system.in_forked_child(_after_fork)
 
 
 class _Team(threading.local):

@@ -4,13 +4,14 @@ A container is a control group (cgroups(7)). Each group has its own limits, and 
 Version 2 has one tree for all controllers; version 1 has a tree for each of them.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
+from .. import system
 from ..errors import ResourceLimitError
+from ..system import affinity as affinity
+from ..system.proc import lines
 
 PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
@@ -19,7 +20,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def groups(controller: str) -> Iterator[Path]:
     """The folders of this process's group and its parents, in version 2 and in version 1's `controller`."""
     paths = {1: "/", 2: "/"}  # version -> the process's group in that tree
-    for line in _lines(PROC / "cgroup"):
+    for line in lines(PROC / "cgroup"):
         match line.split(":", 2):
             case [_, "", path]:
                 paths[2] = path
@@ -34,7 +35,7 @@ def _trees(controller: str) -> Iterator[tuple[Path, str, int]]:
     """(folder, the group at its root, version) of each tree: the usual folders, and the mounted ones."""
     yield CGROUP, "/", 2
     yield CGROUP / controller, "/", 1
-    for line in _lines(PROC / "mountinfo"):
+    for line in lines(PROC / "mountinfo"):
         mount, _, kind = line.partition(" - ")
         match mount.split(" "), kind.split(" "):
             case [_, _, _, root, folder, *_], ["cgroup2", *_]:
@@ -49,19 +50,14 @@ def available_cpus() -> int:
     return cpus if (quota := cpu_quota()) is None else max(1, min(cpus, int(quota)))
 
 
-def affinity(pid: int = 0) -> int:
-    """The CPUs on which a process may run, by default this one."""
-    return len(os.sched_getaffinity(pid)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def cpu_quota() -> float | None:
     """The CPUs that the control groups grant: the least quota / period of all; None without a quota."""
     return min((quota for group in groups("cpu") if (quota := _quota_of(group))), default=None)
 
 
 def _quota_of(group: Path) -> float | None:
-    version_1 = [line for name in ("quota", "period") for line in _lines(group / f"cpu.cfs_{name}_us")]
-    for pair in (" ".join(_lines(group / "cpu.max")).split(), version_1):
+    version_1 = [line for name in ("quota", "period") for line in lines(group / f"cpu.cfs_{name}_us")]
+    for pair in (" ".join(lines(group / "cpu.max")).split(), version_1):
         if len(pair) == 2 and all(n.isdecimal() for n in pair) and int(pair[1]):  # not "max", not -1
             return int(pair[0]) / int(pair[1])
     return None
@@ -82,13 +78,10 @@ def stack_bytes(environment: Mapping[str, str]) -> int:
 def too_many_threads(threads: int, made: int, stack: int) -> ResourceLimitError:
     """The error for a team that the system does not make, with the limits in force."""
     limits = [f"each takes a stack of {stack} bytes (OMP_STACKSIZE)"] if stack else []
-    with suppress(ImportError):
-        import resource
-
-        for option, number in (("-u", resource.RLIMIT_NPROC), ("-v", resource.RLIMIT_AS)):
-            if (limit := resource.getrlimit(number)[0]) != resource.RLIM_INFINITY:
-                limits.append(f"`ulimit {option}` is {limit if option == '-u' else limit >> 10}")
-    pids = [int(line) for group in groups("pids") for line in _lines(group / "pids.max") if line.isdecimal()]
+    for option, unit in (("u", 1), ("v", 1 << 10)):
+        if (limit := system.ulimit(option)) is not None:
+            limits.append(f"`ulimit -{option}` is {limit // unit}")
+    pids = [int(line) for group in groups("pids") for line in lines(group / "pids.max") if line.isdecimal()]
     if pids:
         limits.append(f"the control group allows {min(pids)} processes (pids.max)")
     known = f" ({', '.join(limits)})" if limits else ""
@@ -104,17 +97,3 @@ def too_small_stack(whose: str, room: int, wanted: int) -> ResourceLimitError:
         f"the stack of {whose} has room for {max(room, 0)} bytes, the C kernels need {wanted}; "
         "OMP_STACKSIZE=1M gives more, or `ulimit -s 1024`, or threading.stack_size in Python"
     )
-
-
-def numbers(path: str | Path) -> dict[str, int]:
-    """The lines "name number ..." of a file such as /proc/meminfo."""
-    lines = [line.split() for line in _lines(Path(path))]
-    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a file in /proc or /sys; none if it cannot be read."""
-    try:
-        return path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []

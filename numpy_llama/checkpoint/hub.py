@@ -249,7 +249,7 @@ class Repository:
             if not self.ref.is_file() or _commit_in(self.ref) != self.commit:
                 self.ref.parent.mkdir(parents=True, exist_ok=True)
                 part = self.ref.with_name(f"{self.ref.name}.{os.getpid()}.part")
-                part.write_text(self.commit)
+                part.write_text(self.commit, encoding="utf-8")
                 part.replace(self.ref)
 
     def _is_there(self, file: File) -> bool:
@@ -339,7 +339,7 @@ def _announced(name: Name, root: Path, info: Any) -> Repository:
 
 
 def _commit_in(ref: Path) -> str:
-    return ref.read_text(errors="replace").strip()
+    return ref.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _cached(name: Name, root: Path, problem: str) -> Repository | None:

@@ -10,7 +10,6 @@ process during loading.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +17,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .. import system
 from ..backend import cache_of
 from ..backend.formats import QK, PackedTensor, StoredTensor
-from ..backend.limits import groups, numbers
+from ..backend.limits import groups
 from ..config import ModelArgs
 from ..errors import ResourceLimitError
 from ..lora import LowRank
+from ..system import peak_memory as peak_memory
+from ..system.proc import numbers
 from ..window import PREFILL_CHUNK, positions_stored
 from .convert import target_format
 
@@ -140,21 +142,8 @@ def available_memory(mapped: int = 0) -> int:
     `mapped` bytes are mapped already. They count as used in the own limit, so they are added again.
     """
     own = _own_limit()
-    limits = [_machine(), _container(), None if own is None else own + mapped]
+    limits = [system.free_memory(), _container(), None if own is None else own + mapped]
     return max(0, min(limit for limit in limits if limit is not None))
-
-
-def peak_memory() -> int | None:
-    """The most bytes that this process ever had in memory, including pages of mapped files."""
-    kib = numbers("/proc/self/status").get("VmHWM:")
-    return None if kib is None else kib * 1024
-
-
-def _machine() -> int:
-    meminfo = numbers("/proc/meminfo")
-    if "MemAvailable:" in meminfo:
-        return meminfo["MemAvailable:"] * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _container() -> int | None:
@@ -169,7 +158,7 @@ def _container() -> int | None:
 def _left_in(group: Path) -> int | None:
     for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
-            limit, used = ((group / name).read_text().strip() for name in names)
+            limit, used = ((group / name).read_text(encoding="utf-8").strip() for name in names)
         except OSError:
             continue
         if limit.isdigit() and used.isdigit():  # not "max"
@@ -179,13 +168,8 @@ def _left_in(group: Path) -> int | None:
 
 def _own_limit() -> int | None:
     """The address space that `ulimit -v` leaves. A mapped file takes its whole size there."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = numbers("/proc/self/status").get("VmSize:")
-    return None if limit == resource.RLIM_INFINITY or used is None else limit - used * 1024
+    limit, used = system.ulimit("v"), numbers("/proc/self/status").get("VmSize:")
+    return None if limit is None or used is None else limit - used * 1024
 
 
 def gib(nbytes: int) -> str:

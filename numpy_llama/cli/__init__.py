@@ -13,7 +13,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from .. import __version__, parallel
+from .. import __version__, parallel, system
 from ..errors import NumpyLlamaError, ParameterError, TextError, printable
 from . import (
     attention,
@@ -76,17 +76,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  a parent may close it
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115  a parent may close it
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks
-        if sys.stdout.isatty():
-            sys.stdout = common.Terminal(sys.stdout)
+        sys.stdout = common.Terminal(sys.stdout) if sys.stdout.isatty() else system.piped(sys.stdout)
+    sys.stderr = sys.stderr if sys.stderr.isatty() else system.piped(sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if a parent ignores it
         common.await_ctrl_c()
     logging.getLogger("numpy_llama").addHandler(common.REMARKS)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up and end, as for Ctrl-C
+    for number in system.ENDING:  # clean up and end, as for Ctrl-C
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         parallel.ranks()  # under mpiexec all processes but rank 0 do not return

@@ -1,10 +1,10 @@
 """Talk with a model.
 
-Without QUESTION, a conversation begins on the terminal: Ctrl-C stops an answer, Ctrl-D ends the conversation,
-and /help lists its commands. It samples as the model's own files recommend, or else with temperature 0.8,
-top-k 40, top-p 0.95 and min-p 0.05. With QUESTION, or with a question on standard input, the command prints
-one answer, and takes the likeliest token each time. Under mpiexec each line of standard input belongs to one
-conversation.
+Without QUESTION, a conversation begins on the terminal: Ctrl-C stops an answer, Ctrl-D (on Windows Ctrl-Z and
+Enter) ends the conversation, and /help lists its commands. It samples as the model's own files recommend, or
+else with temperature 0.8, top-k 40, top-p 0.95 and min-p 0.05. With QUESTION, or with a question on standard
+input, the command prints one answer, and takes the likeliest token each time. Under mpiexec each line of
+standard input belongs to one conversation.
 """
 
 import argparse

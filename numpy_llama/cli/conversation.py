@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .. import system
 from ..errors import (
     ContextOverflowError,
     FormatError,
@@ -51,7 +52,7 @@ COMMANDS = {
     "save": ("FILE.jsonl", "add the conversation to a file that `finetune` reads"),
     "load": ("FILE.jsonl", "continue the last conversation in a file"),
     "speed": ("on|off", "print the tokens a second after each answer, or do not"),
-    "quit": ("", "end the conversation, as Ctrl-D does"),
+    "quit": ("", f"end the conversation, as {system.END_OF_INPUT} does"),
 }
 HELP = f"""All other text is a question. If it begins with a slash, type a second one: //etc is a folder.
 A question of several lines stands between {QUOTES} and {QUOTES}. Pasted lines are one question."""
@@ -75,7 +76,8 @@ class Conversation:
 
     def run(self) -> None:
         print(
-            "Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists the commands.", file=sys.stderr
+            f"Ctrl-C stops an answer, {system.END_OF_INPUT} ends the conversation, /help lists the commands.",
+            file=sys.stderr,
         )
         while not self.ended:
             try:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from .. import __version__
+from .. import __version__, system
 from ..backend import limits
 from ..checkpoint.download import DEFAULT_MODEL, cache_folder, model_path
 from ..errors import NumpyLlamaError
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     _line("numpy_llama", __version__)
     _line("Python", f"{platform.python_version()}, {sys.executable}")
-    _line("machine", f"{platform.machine()}, {_cpu_name()}, {os.cpu_count()} CPUs")
+    _line("machine", f"{platform.machine()}, {system.cpu_name() or 'unknown CPU'}, {os.cpu_count()} CPUs")
     try:
         from ..backend import kernels
     except NumpyLlamaError as error:
@@ -57,11 +57,3 @@ def _quota() -> str:
     """The CPU quota of the control group, if there are fewer threads than CPUs because of it."""
     quota, cpus = limits.cpu_quota(), limits.affinity()
     return "" if quota is None or quota >= cpus else f" of {cpus} CPUs, for the quota is {quota:g} CPUs"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown CPU"

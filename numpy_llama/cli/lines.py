@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from .. import parallel
+from .. import parallel, system
 
 MOST_LINES = 1000  # of the history
 MOST_CHARACTERS = 10_000  # of a line in it
@@ -17,10 +17,8 @@ PRIVATE = 0o600  # nobody else reads what was asked
 
 
 def history_file() -> Path:
-    """numpy_llama/chat_history in $XDG_STATE_HOME or ~/.local/state (XDG base directory specification)."""
-    state = Path(os.environ.get("XDG_STATE_HOME", "")).expanduser()
-    base = state if state.is_absolute() else Path.home() / ".local" / "state"
-    return base / "numpy_llama" / "chat_history"
+    """numpy_llama/chat_history in the user's folder of what programs remember."""
+    return system.state_folder() / "numpy_llama" / "chat_history"
 
 
 class Lines:
@@ -30,13 +28,7 @@ class Lines:
         self.typed = sys.stdin.isatty()
         self.edited = self.typed and sys.stdout.isatty()
         if self.edited:
-            with suppress(ImportError):
-                import readline  # input() then has line editing
-
-                if os.environ.get("TERM", "dumb") != "dumb":
-                    readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one text
-                for line in old_lines():
-                    readline.add_history(line)
+            system.edit_lines(old_lines())
 
     def ask(self, mark: str) -> str:
         """The next line, without its end, after a mark that is not part of the answers. EOFError if none."""

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from .. import system
 from ..backend.limits import affinity, available_cpus, cpu_quota
 from ..backend.signals import delayed_signals
 from ..config import Array
@@ -77,7 +78,12 @@ class Ranks:
     """This process as one of several. A rank is a process and its number."""
 
     def __init__(self) -> None:
-        """ParallelError if MPI is missing, or if it is not the MPI of this mpiexec."""
+        """ParallelError if MPI is missing, or if it is not the MPI of this mpiexec, and on Windows."""
+        if not hasattr(os, "fork"):
+            raise ParallelError(
+                f"mpiexec has started {launched()} processes, but a model on several machines needs Linux or "
+                "macOS: leave mpiexec out"
+            )
         os.environ.setdefault("FI_TCP_MAX_INJECT", INJECT)
         try:
             import mpi4py
@@ -191,7 +197,7 @@ class Ranks:
             awake_until, nap = time.monotonic() + AWAKE, SHORTEST_NAP
             while not self.comm.Iprobe(0, COMMAND, status):
                 if time.monotonic() < awake_until:
-                    os.sched_yield()
+                    system.yield_cpu()
                 else:
                     time.sleep(nap)
                     nap = min(2 * nap, LONGEST_NAP)
@@ -331,7 +337,7 @@ class Ranks:
 
 def exit_within(seconds: float) -> None:
     """End this process with the status 1, if it still runs then, even if MPI holds Python's lock."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    faulthandler.dump_traceback_later(seconds, exit=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def flush() -> None:
@@ -343,11 +349,8 @@ def flush() -> None:
 def await_reader(fd: int) -> None:
     """Wait until mpiexec has read what was written to this pipe. When a run is aborted, it drops the rest."""
     until = time.monotonic() + LONGEST_WAIT
-    with suppress(ImportError, OSError):  # no pipe
-        import fcntl
-        import termios
-
-        while time.monotonic() < until and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4))):
+    with suppress(OSError):  # no pipe
+        while time.monotonic() < until and system.unread(fd):
             time.sleep(SHORTEST_NAP)
 
 

@@ -8,6 +8,7 @@ through MPI, so they need no address and no open port, and they see the network 
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,8 @@ def starting(says: bool) -> Iterator[None]:
 
     MPI does not let threads run meanwhile, so a child process writes the line, and ends this one at last.
     """
+    if sys.platform == "win32":
+        raise ParallelError("Windows has no fork")  # ranks.py has said it before
     usual = None
     if threading.current_thread() is threading.main_thread():
         usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the wait has no end, so Python's would not act

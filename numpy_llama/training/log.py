@@ -38,7 +38,7 @@ class Log:
         row = {name: _shown(values[name]) for name in self.columns if name in values}
         self.rows.append(row)
         try:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
         except OSError as error:
             raise FormatError(f"{self.path} cannot be written: {error.strerror}") from None
@@ -59,7 +59,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     try:
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FormatError(f"{path} cannot be read: {escape(error)}") from None

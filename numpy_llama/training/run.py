@@ -9,12 +9,12 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import parallel
+from .. import parallel, system
 from ..backend.signals import delayed_signals
 from ..checkpoint.files import remove_left
 from ..errors import FormatError, NumericsError, ParameterError
@@ -68,7 +68,7 @@ def open_folder(out: Path, resume: bool) -> Iterator[Folder]:
 def _state(out: Path, resume: bool) -> State | None:
     """The state in the folder. ParameterError if the folder has files that this run must not replace."""
     remove_left(out)  # by a run that was killed while it wrote, perhaps its first file
-    names = os.listdir(out)
+    names = [name for name in os.listdir(out) if name[0] != "."]  # not Windows' .lock, not macOS' .DS_Store
     if names and not {STATE, LOG} & {*names}:
         raise ParameterError(f"{out} has files, and no run that can be resumed: give another --out")
     if names and not resume:
@@ -80,28 +80,16 @@ def _state(out: Path, resume: bool) -> State | None:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """ParameterError if another run trains in this folder: each would replace the files of the other."""
-    try:
-        import fcntl
-    except ImportError:  # a system without such locks
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(system.locked(out, wait=False))
+        except BlockingIOError:
+            raise ParameterError(
+                f"{out}: a run trains in it now: wait for its end, or give another --out"
+            ) from None
+        except OSError as error:
+            raise FormatError(f"{out} cannot be read: {error.strerror}") from None
         yield
-        return
-    try:
-        folder = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise FormatError(f"{out} cannot be read: {error.strerror}") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise ParameterError(
-            f"{out}: a run trains in it now: wait for its end, or give another --out"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)  # and with it the lock
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_the_sizes_after_converting(tmp_path):
 
 
 def test_available_memory_is_the_least_of_the_limits(monkeypatch):
-    monkeypatch.setattr(memory, "_machine", lambda: 7)
+    monkeypatch.setattr(memory.system, "free_memory", lambda: 7)
     monkeypatch.setattr(memory, "_container", lambda: None)
     monkeypatch.setattr(memory, "_own_limit", lambda: None)
     assert memory.available_memory() == 7

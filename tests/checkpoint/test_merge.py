@@ -278,7 +278,7 @@ def test_what_a_killed_process_left_is_removed(out, tmp_path, monkeypatch):
         ended.wait()
     here, other = (part_of(ended.pid, tmp_path / name) for name in (out, "other"))
     with monkeypatch.context() as patch:
-        patch.setattr("platform.node", lambda: "another-machine")
+        patch.setattr("socket.gethostname", lambda: "another-machine")
         elsewhere = part_of(ended.pid, tmp_path / out)
     kept = [part_of(os.getpid(), tmp_path / out), other, elsewhere, tmp_path / f".{out}.part"]
     for path in [*kept, here]:

@@ -25,7 +25,7 @@ FLOORS = [
     {"model", "backward"},
     {"functional", "cache", "rope", "parts", "window"},
     {"config", "text"},
-    {"errors"},
+    {"errors", "system"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FOUR = ("config", "functional", "cache", "model")

@@ -30,6 +30,8 @@ from ..text.tokenizer import UNUSED, Tokenizer, check_text
 
 TRY_GRAMMAR = Path(__file__).with_name("try_grammar.py")
 NEEDS_VOCABULARY = "unknown special token|Token range end"
+CRASHES = 0xC0000000  # and above: what Windows has in the place of signals
+LONGEST_TRY = 60  # seconds: on Windows nothing else ends it
 SHOWN = 300  # characters of a message of llguidance
 Names = tuple[tuple[int, str], ...]  # special tokens: id and name
 
@@ -196,10 +198,16 @@ def fault_of(source: str, special: Names = (), size: int = 0) -> str:
     """llguidance's message on a grammar, or "". try_grammar.py compiles it, so this process stays alive."""
     library()
     asked = json.dumps([source, special, size])
-    tried = subprocess.run([sys.executable, TRY_GRAMMAR], input=asked, capture_output=True, encoding="utf-8")
+    command = [sys.executable, "-X", "utf8", str(TRY_GRAMMAR)]
+    try:
+        tried = subprocess.run(
+            command, input=asked, capture_output=True, encoding="utf-8", timeout=LONGEST_TRY
+        )
+    except subprocess.TimeoutExpired:
+        return TOO_LARGE
     if tried.returncode == KILLED:
         raise ResourceLimitError("the process that compiles the grammar was killed: has the system memory?")
-    if tried.returncode > 0:
+    if 0 < tried.returncode < CRASHES:
         return f"it was not compiled: {tried.stderr}"
     return TOO_LARGE if tried.returncode else tried.stdout
 

@@ -1,14 +1,15 @@
 """Compile a grammar in a process of its own, and print llguidance's message on it.
 
 structured.py starts this file. A grammar of a few kilobytes can overflow llguidance's stack, which kills the
-process, or keep it busy for hours. The limits here are below those of the process that asks.
+process, or keep it busy for hours. The limits here are below those of the process that asks. macOS does not
+limit the memory, and Windows nothing; there structured.py limits the time.
 """
 
 import json
 import os
-import resource
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 import llguidance
@@ -31,11 +32,6 @@ class Bytes:
         return [self.size + byte for byte in text.encode()]
 
 
-def limit(what: int, most: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-
 def compile_grammar() -> None:
     source, special, size = json.load(sys.stdin)
     vocabulary: Any = Bytes(special, size)
@@ -47,9 +43,18 @@ def compile_grammar() -> None:
     os._exit(0)  # from this thread; the main thread fails if it ends otherwise
 
 
-limit(resource.RLIMIT_CORE, 0)
-limit(resource.RLIMIT_CPU, CPU_SECONDS)
-limit(resource.RLIMIT_AS, MEMORY)
+if sys.platform == "win32":
+    import msvcrt
+
+    msvcrt.SetErrorMode(msvcrt.SEM_NOGPFAULTERRORBOX)  # a crash ends the process, without a window
+else:
+    import resource
+
+    LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: CPU_SECONDS, resource.RLIMIT_AS: MEMORY}
+    for what, most in LIMITS.items():
+        hard = resource.getrlimit(what)[1]
+        with suppress(ValueError, OSError):  # macOS: a process has more addresses than that
+            resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 threading.stack_size(STACK)
 thread = threading.Thread(target=compile_grammar)
 thread.start()

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,6 +222,8 @@ def _write_folder(
             plan = {theirs: (formats[name], weights[name].shape) for name, theirs in names.items()}
             write_safetensors(part / "model.safetensors", plan, pieces)
             _read_back(HuggingFaceCheckpoint(part), digests)
+            with suppress(FileNotFoundError):
+                out.rmdir()  # it is empty; Windows replaces no folder
             os.replace(part, out)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)

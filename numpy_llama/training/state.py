@@ -57,10 +57,11 @@ class State:
         self.options: dict[str, Any] = run.require("options", dict)
 
     def restore(self, optimizer: AdamW) -> None:
-        """Put the saved numbers into the parameters and the moments, in place."""
+        """Put the saved numbers into the parameters and the moments, in place. The file is closed then."""
         for name, x in arrays(optimizer):
             x[...] = self._bytes(name, x.shape).view("<f4").reshape(x.shape)
         optimizer.t = self.step
+        del self._file  # Windows replaces no file that is mapped
 
     def check_options(self, options: Mapping[str, Any], free: tuple[str, ...] = ()) -> None:
         """MismatchError unless the run was begun with these options. Those in `free` may differ."""

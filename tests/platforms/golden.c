@@ -3,7 +3,7 @@
  *     avx2 attention F16 5d7e0c6c1ff4a8c9
  *
  * The scalar lines are those of golden.txt with every compiler, system and processor, and the lines of one
- * instruction set are alike wherever it runs. test_golden.py builds and compares. */
+ * instruction set are alike wherever it runs. test_same_bits.py builds and compares. */
 #include <inttypes.h>
 #include <stdint.h>
 #include <stdio.h>

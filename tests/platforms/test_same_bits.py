@@ -2,7 +2,7 @@
 
 NEON has the bits of AVX2: its vectors have as many lanes, and its sums the same order.
 
-golden.c prints a hash of each kernel's results, golden.txt has them. `python tests/platforms/test_same_bits.py`
+golden.c prints a hash of the results of each kernel, and golden.txt has them. This file, run as a program,
 writes golden.txt anew: after a change that is meant to change bits.
 """
 

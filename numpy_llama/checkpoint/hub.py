@@ -127,7 +127,7 @@ def _library() -> Any:
         from huggingface_hub import constants, errors, utils  # noqa: F401  they become its attributes
     except ImportError:
         raise UnsupportedError(
-            "models of the Hugging Face Hub need huggingface_hub: pip install 'numpy_llama[hub]'"
+            'models of the Hugging Face Hub need huggingface_hub: pip install "numpy_llama[hub]"'
         ) from None
     except ValueError as error:  # it reads the environment when it is imported
         raise DownloadError(f"huggingface_hub does not start, look at the variables HF_*: {error}") from None

@@ -1,7 +1,7 @@
 """Show the attention weights of one layer on a text, as a picture.
 
 A row is a token whose query attends, and a column is a token that it attends to. A darker cell is a larger
-weight. The picture is printed, or --out writes it to a file (pip install 'numpy_llama[plot]').
+weight. The picture is printed, or --out writes it to a file (pip install "numpy_llama[plot]").
 """
 
 import argparse

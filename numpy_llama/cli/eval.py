@@ -4,7 +4,7 @@ A task is a name that the harness knows, such as hellaswag. Its data come from t
 a file of questions, FILE.jsonl, with {"query": "...", "choices": ["...", "..."], "gold": 0} on each line.
 gold is the place of the right choice, from 0. The command prints each metric with its standard error.
 --out keeps the results of all requests in a file, and the same command continues after an interruption. The
-package lm-eval is needed: pip install 'numpy_llama[eval]'.
+package lm-eval is needed: pip install "numpy_llama[eval]".
 """
 
 import argparse

@@ -7,8 +7,8 @@ default method, lora, trains an adapter beside the weights of MODEL. Its result 
 """
 
 import argparse
-from shlex import quote
 
+from .. import system
 from ..checkpoint import open_checkpoint
 from ..checkpoint.download import DEFAULT_MODEL
 from ..errors import ParameterError
@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> None:
         runs.carry_out(training, plan, source.tokenizer(), args, sampled, temperature=0.0)
     if args.method == "full":
         result = args.out / RESULT
-        common.note(f"the model is {result}: numpy-llama chat -m {quote(str(result))}")
+        common.note(f"the model is {result}: numpy-llama chat -m {system.quote(str(result))}")
     else:
-        model = "" if args.model == DEFAULT_MODEL else f" -m {quote(args.model)}"
-        command = f"numpy-llama chat{model} --adapter {quote(str(args.out))}"
+        model = "" if args.model == DEFAULT_MODEL else f" -m {system.quote(args.model)}"
+        command = f"numpy-llama chat{model} --adapter {system.quote(str(args.out))}"
         common.note(f"{args.out} is an adapter: {command}")

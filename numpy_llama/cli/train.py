@@ -7,8 +7,8 @@ too. Ctrl-C saves the run, and --resume continues it, on the same machine with t
 """
 
 import argparse
-from shlex import quote
 
+from .. import system
 from ..config import ModelArgs
 from ..training.compute import compute_of
 from ..training.data import read_data
@@ -71,4 +71,4 @@ def run(args: argparse.Namespace) -> None:
         )
         sampled = (training.valid or training.trainer.rows)[0]
         runs.carry_out(training, plan, tokenizer, args, sampled, temperature=0.8)
-        common.note(f'{args.out} is a model: numpy-llama generate -m {quote(str(args.out))} "..."')
+        common.note(f'{args.out} is a model: numpy-llama generate -m {system.quote(str(args.out))} "..."')

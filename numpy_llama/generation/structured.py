@@ -227,6 +227,6 @@ def library() -> Any:
     try:
         import llguidance
     except ImportError:
-        wanted = "pip install 'numpy_llama[structured]'"
+        wanted = 'pip install "numpy_llama[structured]"'
         raise UnsupportedError(f"structured output needs llguidance: {wanted}") from None
     return llguidance

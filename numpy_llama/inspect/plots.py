@@ -1,4 +1,4 @@
-"""Figures, by matplotlib. It is an extra: pip install 'numpy_llama[plot]'."""
+"""Figures, by matplotlib. It is an extra: pip install "numpy_llama[plot]"."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from ..errors import UnsupportedError
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    raise UnsupportedError("drawing needs matplotlib: pip install 'numpy_llama[plot]'") from None
+    raise UnsupportedError('drawing needs matplotlib: pip install "numpy_llama[plot]"') from None
 
 INCHES_A_TOKEN = 0.28
 

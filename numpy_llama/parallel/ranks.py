@@ -99,7 +99,7 @@ class Ranks:
                     warnings.simplefilter("ignore")  # of another mpiexec: an error says it below
                     MPI.Init_thread(MPI.THREAD_MULTIPLE)  # the watch sends while a gather waits
         except (ImportError, RuntimeError) as error:
-            wanted = "pip install 'numpy_llama[mpi]', on every machine"
+            wanted = 'pip install "numpy_llama[mpi]", on every machine'
             raise ParallelError(
                 f"mpiexec has started {launched()} processes without MPI ({error}): {wanted}"
             ) from None

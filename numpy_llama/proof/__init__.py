@@ -11,6 +11,6 @@ generation/sampling.py, backend/formats.py and text/bpe.py. It may define a KVCa
 the methods of cache.py and model.py. A law about functions that your file lacks is left out. The report of a
 failed law shows the smallest input that was found.
 
-The laws need the extra: pip install 'numpy_llama[test]'. `verify` uses bounds.py, which needs only NumPy,
+The laws need the extra: pip install "numpy_llama[test]". `verify` uses bounds.py, which needs only NumPy,
 and torch_ops.py, which needs only PyTorch.
 """

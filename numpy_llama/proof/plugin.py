@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if file_of(config):
         for needed in ("hypothesis", "torch", "transformers", "gguf"):
             if importlib.util.find_spec(needed) is None:
-                raise pytest.UsageError(f"--ops needs {needed}: pip install 'numpy_llama[test]'")
+                raise pytest.UsageError(f'--ops needs {needed}: pip install "numpy_llama[test]"')
         on_trial(config)  # an error in the file is reported first
 
 

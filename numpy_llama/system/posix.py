@@ -4,6 +4,7 @@ import fcntl
 import mmap
 import os
 import resource
+import shlex
 import signal
 import sys
 import termios
@@ -94,6 +95,11 @@ def forget_pages(pages: mmap.mmap, start: int, nbytes: int) -> None:
 def piped(stream: TextIO) -> TextIO:
     """An output as it is to be written to if no terminal shows it."""
     return stream
+
+
+def quote(text: str) -> str:
+    """A text as one word of a command line."""
+    return shlex.quote(text)
 
 
 def unread(pipe: int) -> bool:

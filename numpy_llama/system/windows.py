@@ -8,6 +8,7 @@ import msvcrt
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 import winreg
@@ -163,7 +164,8 @@ class Piped(io.TextIOWrapper):
     def __init__(self, stream: io.TextIOWrapper):
         self.stream = stream  # kept: it would close its buffer at its end
         encoding = stream.encoding if "PYTHONIOENCODING" in os.environ else "utf-8"
-        super().__init__(stream.buffer, encoding, stream.errors, line_buffering=stream.line_buffering)
+        how = {name: getattr(stream, name) for name in ("line_buffering", "write_through")}
+        super().__init__(stream.buffer, encoding, stream.errors, **how)
 
     def write(self, text: str) -> int:
         with _broken_pipes():
@@ -188,6 +190,11 @@ def _broken_pipes() -> Iterator[None]:
 def piped(stream: TextIO) -> TextIO:
     """An output as it is to be written to if no terminal shows it."""
     return Piped(stream) if isinstance(stream, io.TextIOWrapper) else stream
+
+
+def quote(text: str) -> str:
+    """A text as one word of a command line, for cmd and PowerShell."""
+    return subprocess.list2cmdline([text])
 
 
 def unread(pipe: int) -> bool:

@@ -85,4 +85,4 @@ def test_without_the_extra_one_line_names_it(tmp_path):
     (tmp_path / "llguidance.py").write_text("raise ImportError")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = run("generate", "x", "--regex", "a", env=env)
-    assert_refused(done, 1, "pip install 'numpy_llama[structured]'")
+    assert_refused(done, 1, 'pip install "numpy_llama[structured]"')

@@ -129,7 +129,7 @@ def test_without_the_extra_one_line_names_it(files, tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ImportError('No module named lm_eval')\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = run("eval", "--tasks", files[1], env={**os.environ, "PYTHONPATH": path})
-    assert_refused(done, 1, "pip install 'numpy_llama[eval]'")
+    assert_refused(done, 1, 'pip install "numpy_llama[eval]"')
 
 
 def test_after_ctrl_c_the_same_command_continues(files, evaluated, tmp_path):

@@ -385,7 +385,7 @@ def test_arguments_are_checked(rules):
 
 def test_without_the_extra_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(UnsupportedError, match=re.escape("pip install 'numpy_llama[structured]'")):
+    with pytest.raises(UnsupportedError, match=re.escape('pip install "numpy_llama[structured]"')):
         Grammar(json_schema={"type": "null"})
 
 

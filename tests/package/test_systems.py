@@ -40,6 +40,13 @@ def test_one_room_asks_for_the_system():
     assert found == EXCEPTIONS
 
 
+def test_commands_in_messages_run_in_every_shell():
+    """cmd of Windows takes single quotes as letters."""
+    quoted = re.compile(r"(pip install|numpy-llama \w+)[^\n`]* '")
+    named = {path.name for path in PACKAGE.rglob("*.py") if quoted.search(path.read_text(encoding="utf-8"))}
+    assert named == set()
+
+
 def texts_without_encoding(source: str) -> Iterator[int]:
     """The lines that open a text whose encoding is the system's, on Windows cp1252 or another."""
     for node in ast.walk(ast.parse(source)):

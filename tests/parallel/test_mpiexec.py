@@ -326,7 +326,7 @@ def test_mpi_is_imported_under_mpiexec_only(path, tmp_path):
         assert (done.returncode, done.stderr) == (0, b"")
     done = on_ranks(2, *program, env=hidden)
     assert done.returncode == 1 and b"rank" not in done.stderr
-    assert b"2 processes without MPI (it is not installed): pip install 'numpy_llama[mpi]'" in done.stderr
+    assert b'2 processes without MPI (it is not installed): pip install "numpy_llama[mpi]"' in done.stderr
 
 
 def test_ctrl_c_ends_all_with_status_130(smollm2_path):

@@ -4,15 +4,18 @@ import ctypes
 import fcntl
 import os
 import select
+import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import list2cmdline
 
 import pytest
 from helpers.other_systems import CPU_NAME, CPUS, MEMORY_LEFT, PEAK, interpreter, printed
 
 from numpy_llama.errors import ParameterError
+from numpy_llama.system import quote
 from numpy_llama.training.run import open_folder
 
 SYSTEMS = ["windows", "macos", "linux"]
@@ -116,6 +119,7 @@ def test_two_runs_do_not_train_in_one_folder(system, tmp_path):
     code = """
 from pathlib import Path
 from numpy_llama.errors import ParameterError
+from numpy_llama.system import quote
 from numpy_llama.training.run import open_folder
 with open_folder(Path(given[0]), False):
     try:
@@ -257,6 +261,13 @@ def test_the_keys_that_end_a_conversation():
     code = "from numpy_llama.cli.conversation import COMMANDS; print(COMMANDS['quit'][1])"
     assert printed("windows", code) == ["end the conversation, as Ctrl-Z and Enter does"]
     assert printed("macos", code) == ["end the conversation, as Ctrl-D does"]
+
+
+@pytest.mark.parametrize("text", ["run 1", "run", "a 'b'", "C:\\new models\\m.gguf", "a & b", ""])
+def test_a_quoted_text_is_one_word_of_a_command_line(text):
+    """The C library of Windows takes double quotes alone, and so does cmd."""
+    assert printed("windows", "print(system.quote(given[0]))", text) == [list2cmdline([text])]
+    assert "'" not in list2cmdline(["run 1"]) and shlex.split(quote(text)) == [text]
 
 
 def test_mpiexec_is_refused_on_windows():

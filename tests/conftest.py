@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from numpy_llama import system
 from numpy_llama.backend import kernels
 from numpy_llama.checkpoint.download import pull
 from numpy_llama.proof import laws
@@ -76,7 +77,7 @@ def main():
     """The command line in this process; the signals that it listens to are put back."""
     from numpy_llama import cli
 
-    listened = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    listened = (signal.SIGINT, *system.ENDING)
     before = [signal.getsignal(number) for number in listened]
     yield cli.main
     for number, handler in zip(listened, before, strict=True):

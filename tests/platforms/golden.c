@@ -84,6 +84,14 @@ static void linear(const nl_format *f) {
     free(activations), free(x), free((void *)w.data);
 }
 
+/* The last T of S positions, in dense arrays. */
+static nl_attention_args arguments(float *out, const float *q, const void *k, const void *v,
+                                   const nl_format *f, int64_t T, int64_t of, float *lse) {
+    const int64_t row = K * Dh;
+    return (nl_attention_args){
+        out, q, k, v, f->code, 1, T, of, H, K, Dh, {of * row, row, Dh}, {of * row, row, Dh}, 0, T, lse, 0, 0};
+}
+
 static void attention(const nl_format *f) {
     static float out[20 * H * Dh], lse[H * 20];
     begin();
@@ -92,22 +100,7 @@ static void attention(const nl_format *f) {
     nl_convert(cached, f->code, kv, nl_format_at(0)->code, 2 * S * K, Dh, 1);
     const int64_t row = K * Dh, half = S * row / f->weights * f->bytes;
     for (int64_t T = 1; T <= 20; T += 19) {
-        const nl_attention_args a = {.out = out,
-                                     .q = q,
-                                     .k = cached,
-                                     .v = cached + half,
-                                     .format = f->code,
-                                     .B = 1,
-                                     .T = T,
-                                     .S = S,
-                                     .H = H,
-                                     .K = K,
-                                     .Dh = Dh,
-                                     .k_strides = {S * row, row, Dh},
-                                     .v_strides = {S * row, row, Dh},
-                                     .begin = 0,
-                                     .end = T,
-                                     .lse = lse};
+        const nl_attention_args a = arguments(out, q, cached, cached + half, f, T, S, lse);
         nl_attention(&a, 1);
         add_floats(out, T * H * Dh), add_floats(lse, H * T);
     }
@@ -122,22 +115,7 @@ static void attention_backward(void) {
     float *dout = numbers(T * H * Dh, 1), *out = numbers(T * H * Dh, 0), *lse = numbers(H * T, 0);
     float *dq = numbers(T * H * Dh, 0), *dk = numbers(T * K * Dh, 0), *dv = numbers(T * K * Dh, 0);
     const int64_t row = K * Dh;
-    const nl_attention_args a = {.out = out,
-                                 .q = q,
-                                 .k = k,
-                                 .v = v,
-                                 .format = nl_format_at(0)->code,
-                                 .B = 1,
-                                 .T = T,
-                                 .S = T,
-                                 .H = H,
-                                 .K = K,
-                                 .Dh = Dh,
-                                 .k_strides = {T * row, row, Dh},
-                                 .v_strides = {T * row, row, Dh},
-                                 .begin = 0,
-                                 .end = T,
-                                 .lse = lse};
+    const nl_attention_args a = arguments(out, q, k, v, nl_format_at(0), T, T, lse);
     nl_attention(&a, 1);
     const nl_attention_backward_args b = {dq, dk, dv, dout, q, k, v, out, lse, 1, T, H, K, Dh, 0, T};
     nl_attention_backward(&b, 1);
